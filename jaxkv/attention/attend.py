@@ -1,0 +1,167 @@
+"""Reading the cache: one verb, and a table of implementations that can serve it."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxkv.attention.blockwise import KEY_BLOCK, blockwise
+from jaxkv.attention.reference import reference
+from jaxkv.attention.request import Grouped, Request
+from jaxkv.cache import KVCache, Layer, NumTokens, check_layer, token_positions
+from jaxkv.codecs import Dense
+
+# Scores that the reference form may hold at once, in bytes.
+_REFERENCE_LIMIT = 64 << 20
+
+
+def _reference_refuses(cache: KVCache, tokens: int, heads: int) -> str | None:
+    capacity = cache.index.capacity
+    scores = 4 * math.prod(cache.config.batch_shape) * heads * tokens * capacity
+    if scores > _REFERENCE_LIMIT:
+        return f"its {scores >> 20} MiB of scores are over {_REFERENCE_LIMIT >> 20} MiB"
+    if not isinstance(cache.config.codec, Dense):
+        return f"it would decode the whole {cache.config.codec.name} layer"
+    if jax.default_backend() == "cpu" and capacity > KEY_BLOCK:
+        return f"on a CPU it reads all {capacity} slots, blockwise only those in use"
+    return None
+
+
+def _never_refuses(cache: KVCache, tokens: int, heads: int) -> str | None:
+    return None
+
+
+# Name -> (why it cannot or should not serve a call, or None; the function). First that can, serves.
+IMPLEMENTATIONS: dict[
+    str, tuple[Callable[[KVCache, int, int], str | None], Callable[[Request], Grouped]]
+] = {
+    "reference": (_reference_refuses, reference),
+    "blockwise": (_never_refuses, blockwise),
+}
+
+
+def attend(
+    cache: KVCache,
+    queries: Float[Array, "*batch tokens heads head_dim"],
+    *,
+    layer: Layer,
+    num_tokens: NumTokens | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "*batch tokens heads head_dim"]:
+    """Attention of the next tokens over the cache, causal: prefill, chunk and decode alike.
+
+    Call it after `append` with the same tokens, before `advance`.
+
+    Args:
+      queries: ``[tokens, heads, head_dim]``, with a leading ``[batch]`` exactly when the config
+        has a ``batch_size``. ``heads`` is a multiple of ``num_kv_heads``.
+      layer: which layer; may be traced.
+      num_tokens: as in `append`; padding queries give zeros.
+      scale: of the logits; ``head_dim ** -0.5`` if None.
+      softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, section 2).
+      window: a query sees this many newest tokens, itself included (Mistral 7B, section 2).
+      sinks: a learned logit a head that takes probability and gives nothing (gpt-oss).
+      implementation: a name in `IMPLEMENTATIONS`; None picks the first that can serve, see
+        `explain`. A named one is used or an error, never replaced.
+
+    Returns:
+      The attention output, of the queries' shape and dtype. Zeros for a query that sees nothing.
+
+    Raises:
+      IndexError, TypeError, ValueError: a bad layer, dtype, shape or option.
+
+    >>> import jax.numpy as jnp, jaxkv
+    >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, num_kv_heads=1, head_dim=4))
+    >>> keys = values = jnp.ones((3, 1, 4))
+    >>> cache = jaxkv.append(cache, keys, values, layer=0)
+    >>> jaxkv.attend(cache, jnp.ones((3, 2, 4)), layer=0).shape
+    (3, 2, 4)
+    """
+    config = cache.config
+    _check_call(cache, queries, window, softcap, sinks)
+    *_, tokens, heads, head_dim = queries.shape
+    name = implementation or _choose(cache, tokens, heads)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}.")
+
+    grouped = queries.reshape(-1, tokens, config.num_kv_heads, heads // config.num_kv_heads, head_dim)
+    scaled = grouped.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)
+    added = tokens if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
+    request = Request(
+        cache=cache,
+        queries=jnp.moveaxis(scaled, 1, 2),
+        layer=check_layer(cache, layer),
+        positions=token_positions(cache, tokens, num_tokens).reshape(-1, tokens),
+        lengths=(cache.lengths + added).reshape(-1),
+        softcap=softcap,
+        window=window,
+        sinks=None if sinks is None else sinks.astype(jnp.float32).reshape(grouped.shape[2:4]),
+    )
+    output = IMPLEMENTATIONS[name][1](request)
+    return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
+
+
+def explain(cache: KVCache, *, tokens: int = 1, heads: int | None = None) -> str:
+    """Which implementation `attend` picks for a call of this shape, and why not each other one.
+
+    Args:
+      tokens: queries of each sequence: 1 for decode, more for prefill.
+      heads: query heads; the KV heads' number if None.
+
+    >>> import jaxkv
+    >>> print(jaxkv.explain(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4))))
+    reference: used
+    blockwise: not needed, reference comes first
+    """
+    heads = heads or cache.config.num_kv_heads
+    chosen = _choose(cache, tokens, heads)
+    lines = []
+    for name, (refuses, _) in IMPLEMENTATIONS.items():
+        reason = refuses(cache, tokens, heads)
+        if name == chosen:
+            lines.append(f"{name}: used")
+        else:
+            lines.append(f"{name}: not used, {reason}" if reason else f"{name}: not needed, {chosen} comes first")
+    return "\n".join(lines)
+
+
+def _choose(cache: KVCache, tokens: int, heads: int) -> str:
+    return next(
+        name for name, (refuses, _) in IMPLEMENTATIONS.items() if not refuses(cache, tokens, heads)
+    )
+
+
+def _check_call(
+    cache: KVCache,
+    queries: Array,
+    window: int | None,
+    softcap: float | None,
+    sinks: Array | None,
+) -> None:
+    config = cache.config
+    if not jnp.issubdtype(queries.dtype, jnp.floating):
+        raise TypeError(f"queries must be a float array, got {queries.dtype}.")
+    shape, axes = queries.shape, ["batch"] * len(config.batch_shape) + ["tokens", "heads", "head_dim"]
+    fits = (
+        len(shape) == len(axes)
+        and shape[:-3] == config.batch_shape
+        and shape[-1] == config.head_dim
+        and shape[-2] % config.num_kv_heads == 0
+    )
+    if not fits:
+        expected = [*config.batch_shape, "tokens", f"a multiple of {config.num_kv_heads}", config.head_dim]
+        raise ValueError(
+            f"queries must be [{', '.join(axes)}] = [{', '.join(map(str, expected))}], got {list(shape)}."
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 token, got {window}.")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive, got {softcap}.")
+    if sinks is not None and sinks.shape != (shape[-2],):
+        raise ValueError(f"sinks must be [heads] = [{shape[-2]}], got {list(sinks.shape)}.")

@@ -1,0 +1,75 @@
+"""Attention a block of slots at a time, by online softmax.
+
+Milakov & Gimelshein, "Online normalizer calculation for softmax" (2018), and Rabe & Staats,
+"Self-attention does not need O(n^2) memory" (2021): a running maximum, total and mix a
+query, rescaled when the maximum grows. Memory is one block of one layer, and blocks that no
+query can see (unwritten, in the future, before the window) are not read.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxkv.attention.products import mix_of, scores_of
+from jaxkv.attention.request import Grouped, Request
+
+KEY_BLOCK = 1024  # slots
+QUERY_BLOCK = 256  # tokens
+_LOWEST = -1e30  # a finite "minus infinity": differences of it are never NaN
+
+
+def blockwise(request: Request) -> Grouped:
+    """Attend with at most `QUERY_BLOCK` x `KEY_BLOCK` scores a head in memory."""
+    tokens = request.queries.shape[2]
+    if tokens <= QUERY_BLOCK:
+        return _one_query_block(request)
+    num_blocks = -(-tokens // QUERY_BLOCK)
+    padding = num_blocks * QUERY_BLOCK - tokens
+    queries = jnp.pad(request.queries, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
+    positions = jnp.pad(request.positions, ((0, 0), (0, padding)), constant_values=-1)
+
+    def one_block(block: int) -> Grouped:
+        start = block * QUERY_BLOCK
+        return _one_query_block(
+            dataclasses.replace(
+                request,
+                queries=lax.dynamic_slice_in_dim(queries, start, QUERY_BLOCK, axis=2),
+                positions=lax.dynamic_slice_in_dim(positions, start, QUERY_BLOCK, axis=1),
+            )
+        )
+
+    blocks = lax.map(one_block, jnp.arange(num_blocks))
+    joined = jnp.moveaxis(blocks, 0, 2)  # [batch, kv_heads, blocks, QUERY_BLOCK, group, head_dim]
+    return joined.reshape(queries.shape)[:, :, :tokens]
+
+
+def _one_query_block(request: Request) -> Grouped:
+    capacity = request.cache.index.capacity
+    size = min(KEY_BLOCK, capacity)
+
+    def one_key_block(state, block):
+        # The last block is moved back to end with the cache; slots seen before are masked.
+        start = jnp.minimum(block * size, capacity - size)
+        fresh = start + jnp.arange(size) >= block * size
+        seen = request.visible(start, size) & fresh
+
+        def read(state):
+            highest, total, mix = state
+            keys, values = request.keys_and_values(start, size)
+            scores = jnp.where(seen, request.capped(scores_of(request.queries, keys)), _LOWEST)
+            # The maximum cancels out of the result, so no gradient needs to flow through it.
+            new_highest = lax.stop_gradient(jnp.maximum(highest, scores.max(axis=-1)))
+            weights = jnp.where(seen, jnp.exp(scores - new_highest[..., None]), 0)
+            keep = jnp.exp(highest - new_highest)
+            total = total * keep + weights.sum(axis=-1)
+            return new_highest, total, mix * keep[..., None] + mix_of(weights, values)
+
+        return lax.cond(seen.any(), read, lambda state: state, state), None
+
+    rows = request.queries.shape[:-1]
+    state = jnp.full(rows, _LOWEST), jnp.zeros(rows), jnp.zeros_like(request.queries)
+    (highest, total, mix), _ = lax.scan(one_key_block, state, jnp.arange(-(-capacity // size)))
+    if request.sinks is not None:
+        total += jnp.exp(request.sinks[:, None, :] - highest)
+    return mix / jnp.where(total == 0, 1, total)[..., None]

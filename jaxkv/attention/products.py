@@ -1,0 +1,37 @@
+"""The two products of attention, in the form that each backend runs best."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.attention.request import Grouped, Scores, Vectors
+
+# Up to this many query rows, XLA's CPU backend reads the cache faster through one matrix
+# product over all heads, most of it zeros, than through one a head, for which it first
+# transposes keys and values (measured: ARCHITECTURE.md, "Reading on a CPU").
+_PACKED_ROWS = 48
+
+
+def _packs(kv_heads: int, tokens: int, group: int) -> bool:
+    return jax.default_backend() == "cpu" and kv_heads * tokens * group <= _PACKED_ROWS
+
+
+def scores_of(queries: Grouped, keys: Vectors) -> Scores:
+    """``queries . keys`` for each query head and the KV head that it reads."""
+    batch, kv_heads, tokens, group, head_dim = queries.shape
+    if not _packs(kv_heads, tokens, group):
+        return jnp.einsum("bktgd,bskd->bktgs", queries, keys)
+    own_head = jnp.eye(kv_heads, dtype=queries.dtype)[:, None, None, :, None]
+    packed = (queries[..., None, :] * own_head).reshape(batch, -1, kv_heads * head_dim)
+    scores = jnp.einsum("brc,bsc->brs", packed, keys.reshape(batch, -1, kv_heads * head_dim))
+    return scores.reshape(batch, kv_heads, tokens, group, -1)
+
+
+def mix_of(weights: Scores, values: Vectors) -> Grouped:
+    """``weights . values`` for each query head and the KV head that it reads."""
+    batch, kv_heads, tokens, group, slots = weights.shape
+    if not _packs(kv_heads, tokens, group):
+        return jnp.einsum("bktgs,bskd->bktgd", weights, values)
+    flat_values = values.reshape(batch, slots, -1)
+    mixed = jnp.einsum("brs,bsc->brc", weights.reshape(batch, -1, slots), flat_values)
+    every_head = mixed.reshape(batch, kv_heads, tokens, group, kv_heads, -1)
+    return jnp.einsum("bktgkd->bktgd", every_head)

@@ -1,0 +1,24 @@
+"""All scores at once: the plainest form, and the one that others are held to."""
+
+import jax.numpy as jnp
+
+from jaxkv.attention.products import mix_of, scores_of
+from jaxkv.attention.request import Grouped, Request
+
+
+def reference(request: Request) -> Grouped:
+    """Softmax over every slot of every sequence. Needs tokens x context scores a head."""
+    capacity = request.cache.index.capacity
+    keys, values = request.keys_and_values(0, capacity)
+    seen = request.visible(0, capacity)
+    scores = jnp.where(seen, request.capped(scores_of(request.queries, keys)), -jnp.inf)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    if request.sinks is not None:
+        sinks = request.sinks[:, None, :, None]
+        highest = jnp.maximum(highest, sinks)
+    highest = jnp.where(jnp.isfinite(highest), highest, 0)  # a query that sees nothing
+    weights = jnp.exp(scores - highest)
+    total = weights.sum(axis=-1, keepdims=True)
+    if request.sinks is not None:
+        total += jnp.exp(sinks - highest)
+    return mix_of(weights / jnp.where(total == 0, 1, total), values)

@@ -1,0 +1,64 @@
+"""What every attention implementation is given: checked arrays and the options of one call."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxkv.attention.masks import visible
+from jaxkv.cache import KVCache, Layer, read
+
+# Query head h * group + g reads KV head h, so queries are kept grouped by what they read.
+Grouped = Float[Array, "batch kv_heads tokens group head_dim"]
+Scores = Float[Array, "batch kv_heads tokens group slots"]
+Vectors = Float[Array, "batch slots kv_heads head_dim"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One call of `attend`, always with a batch axis; implementations return ``queries``' shape.
+
+    Attributes:
+      cache: with the keys and values of these queries' tokens appended already.
+      queries: float32, scaled.
+      positions: of each query, -1 for padding.
+      lengths: of each sequence, after these tokens.
+      sinks: a learned logit a query head that takes probability and gives nothing, or None.
+    """
+
+    cache: KVCache
+    queries: Grouped
+    layer: Layer
+    positions: Int[Array, "batch tokens"]
+    lengths: Int[Array, " batch"]
+    softcap: float | None = None
+    window: int | None = None
+    sinks: Float[Array, "kv_heads group"] | None = None
+
+    def keys_and_values(
+        self, start: Int[Array, ""] | int, size: int
+    ) -> tuple[Vectors, Vectors]:
+        """Logical slots from ``start`` on, decoded to float32; empty slots read as zero.
+
+        Zero probability times NaN is NaN, so what an empty slot holds must not be read at all.
+        """
+        both = read(self.cache, self.layer, start, size, jnp.float32)
+        both = both.reshape(2, len(self.lengths), *both.shape[-3:])
+        held = self._key_positions(start, size) >= 0
+        keys, values = jnp.where(held[:, :, None, None], both, 0)
+        return keys, values
+
+    def visible(
+        self, start: Int[Array, ""] | int, size: int
+    ) -> Bool[Array, "batch 1 tokens 1 size"]:
+        """Which of those slots each query may read, shaped to mask `Scores`."""
+        seen = visible(self.positions, self._key_positions(start, size), self.window)
+        return seen[:, None, :, None, :]
+
+    def capped(self, scores: Scores) -> Scores:
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+    def _key_positions(self, start: Int[Array, ""] | int, size: int) -> Int[Array, "batch size"]:
+        index = self.cache.index
+        lengths = self.lengths.reshape(index.lengths.shape)
+        return index.key_positions(lengths, start, size).reshape(-1, size)

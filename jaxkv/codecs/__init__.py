@@ -1,0 +1,31 @@
+"""How a token's key or value vector is stored: one file a codec, one row in `CODECS`."""
+
+from jaxkv.codecs.codec import (
+    Codec,
+    Leaves,
+    LeafSpecs,
+    bitcast,
+    bytes_per_vector,
+    container_dtype,
+    decode_stored,
+)
+from jaxkv.codecs.dense import Dense
+
+# The codecs that `plan`, the command line and the test table know, by name.
+CODECS: dict[str, Codec] = {
+    "float32": Dense("float32"),
+    "float16": Dense("float16"),
+    "bfloat16": Dense("bfloat16"),
+}
+
+__all__ = [
+    "CODECS",
+    "Codec",
+    "Dense",
+    "LeafSpecs",
+    "Leaves",
+    "bitcast",
+    "bytes_per_vector",
+    "container_dtype",
+    "decode_stored",
+]

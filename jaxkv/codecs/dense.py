@@ -1,0 +1,50 @@
+"""Keys and values as plain numbers."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxkv.codecs.codec import Leaves, LeafSpecs
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Each number of a vector in one float, rounded to nearest.
+
+    Args:
+      dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` (or the jnp type of one).
+
+    Raises:
+      ValueError: for any other dtype.
+
+    >>> import jaxkv
+    >>> jaxkv.Dense("float16").leaves(head_dim=128)
+    {'data': ((128,), 'float16')}
+    """
+
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        try:
+            name = jnp.dtype(self.dtype).name
+        except TypeError:
+            name = str(self.dtype)
+        if name not in DTYPES:
+            raise ValueError(f"Dense codec: dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
+        object.__setattr__(self, "dtype", name)
+
+    @property
+    def name(self) -> str:
+        return self.dtype
+
+    def leaves(self, head_dim: int) -> LeafSpecs:
+        return {"data": ((head_dim,), self.dtype)}
+
+    def encode(self, vectors: Float[Array, "*shape head_dim"]) -> Leaves:
+        return {"data": vectors.astype(self.dtype)}
+
+    def decode(self, leaves: Leaves, dtype: jnp.dtype) -> Float[Array, "*shape head_dim"]:
+        return leaves["data"].astype(dtype)

@@ -1,0 +1,170 @@
+"""The shape of a cache and its exact bytes, known before any device is touched."""
+
+import dataclasses
+import json
+import operator
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from jaxkv.addressing import Addressing, Contiguous
+from jaxkv.codecs import Codec, Dense, bytes_per_vector
+from jaxkv.errors import ConfigError
+
+_COUNTS = ("num_layers", "max_context_length", "num_kv_heads", "head_dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class KVCacheConfig:
+    """What a cache holds. Frozen, hashable and validated when made.
+
+    Args:
+      num_layers: layers of the model that keep keys and values.
+      max_context_length: tokens that one sequence may hold, prompt and answer together.
+      num_kv_heads: key/value heads a layer: the query heads for MHA, fewer for GQA, 1 for MQA.
+      head_dim: numbers in one head's vector.
+      batch_size: sequences, or None for one sequence and arrays without a batch axis.
+      codec: how a vector is stored.
+      addressing: which slot holds which token.
+
+    Raises:
+      ConfigError: a `ValueError` that names every bad field.
+
+    >>> import jaxkv
+    >>> llama3 = jaxkv.KVCacheConfig(
+    ...     num_layers=32, max_context_length=8192, num_kv_heads=8, head_dim=128
+    ... )
+    >>> llama3.size_bytes
+    1073741824
+    """
+
+    num_layers: int
+    max_context_length: int
+    num_kv_heads: int
+    head_dim: int
+    batch_size: int | None = None
+    codec: Codec = Dense("bfloat16")
+    addressing: Addressing = Contiguous()
+
+    def __post_init__(self):
+        problems = [self._normalize_count(field) for field in _COUNTS]
+        if self.batch_size is not None:
+            problems.append(self._normalize_count("batch_size", " or None for a single sequence"))
+        if not isinstance(self.codec, Codec):
+            problems.append(
+                f'codec must be a codec such as jaxkv.Dense("bfloat16"), got {self.codec!r}'
+            )
+        if not isinstance(self.addressing, Addressing):
+            problems.append(
+                f"addressing must be one such as jaxkv.Contiguous(), got {self.addressing!r}"
+            )
+        if problems := [problem for problem in problems if problem]:
+            raise ConfigError("KVCacheConfig: " + "; ".join(problems) + ".")
+
+    def _normalize_count(self, field: str, also_allowed: str = "") -> str | None:
+        """Store the field as a plain int, or say what is wrong with it."""
+        value = getattr(self, field)
+        try:
+            count = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            count = -1
+        if count < 1:
+            return f"{field} must be an int of at least 1{also_allowed}, got {value!r}"
+        object.__setattr__(self, field, count)
+        return None
+
+    @classmethod
+    def from_hf(
+        cls, source: str | os.PathLike | Mapping[str, Any], *, max_context_length: int, **fields
+    ) -> "KVCacheConfig":
+        """The cache that a Hugging Face model needs.
+
+        Args:
+          source: a ``config.json``, the folder that holds it, or its contents as a dict.
+          max_context_length: tokens that one sequence may hold.
+          **fields: ``batch_size``, ``codec`` and ``addressing``, as in the class.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ConfigError: not the config of a decoder with a key/value cache.
+
+        >>> import jaxkv
+        >>> gpt2 = {"n_layer": 12, "n_head": 12, "n_embd": 768}
+        >>> jaxkv.KVCacheConfig.from_hf(gpt2, max_context_length=1024).head_dim
+        64
+        """
+        shape = _hf_shape(_read_hf(source))
+        return cls(**shape, max_context_length=max_context_length, **fields)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """``()`` for a single sequence, ``(batch_size,)`` for a batch."""
+        return () if self.batch_size is None else (self.batch_size,)
+
+    @property
+    def num_slots(self) -> int:
+        """The size of the buffer's ctx axis: places for a token, over all sequences."""
+        return self.addressing.num_slots(self.max_context_length, self.batch_size)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes, keys and values of all layers together."""
+        vector = bytes_per_vector(self.codec, self.head_dim)
+        return 2 * self.num_layers * self.num_kv_heads * vector
+
+    @property
+    def size_bytes(self) -> int:
+        """Exact bytes of the keys and values (scales included)."""
+        return self.num_slots * self.bytes_per_token
+
+    @property
+    def index_bytes(self) -> int:
+        """Exact bytes of what stands beside them: lengths, and page tables where there are any."""
+        return self.addressing.index_bytes(self.max_context_length, self.batch_size)
+
+    def describe(self) -> str:
+        """One line for messages: ``4096 tokens x 32 layers x 8 KV heads x 128, bfloat16``."""
+        batch = "" if self.batch_size is None else f"{self.batch_size} sequences x "
+        return (
+            f"{batch}{self.max_context_length} tokens x {self.num_layers} layers x "
+            f"{self.num_kv_heads} KV heads x {self.head_dim}, {self.codec.name}"
+        )
+
+
+def _read_hf(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(source, Mapping):
+        return source
+    path = os.fspath(source)
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+    with open(path, encoding="utf-8") as file:
+        try:
+            contents = json.load(file)
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(contents, dict):
+        raise ConfigError(f"{path} must hold a JSON object, got a {type(contents).__name__}.")
+    return contents
+
+
+def _hf_shape(config: Mapping[str, Any]) -> dict[str, int]:
+    """num_layers, num_kv_heads and head_dim under the names that families give them."""
+    config = config.get("text_config", config)  # multimodal models nest the decoder's
+
+    def first(*names: str) -> int | None:
+        return next((config[name] for name in names if config.get(name) is not None), None)
+
+    num_layers = first("num_hidden_layers", "n_layer")
+    num_heads = first("num_attention_heads", "n_head")
+    width = first("hidden_size", "n_embd")
+    if num_layers is None or num_heads is None or width is None:
+        raise ConfigError(
+            "Not the config of a decoder: expected num_hidden_layers, num_attention_heads and "
+            "hidden_size (or GPT-2's n_layer, n_head and n_embd), got the keys "
+            f"{', '.join(sorted(config)) or 'of an empty object'}."
+        )
+    return {
+        "num_layers": num_layers,
+        "num_kv_heads": 1 if config.get("multi_query") else first("num_key_value_heads") or num_heads,
+        "head_dim": first("head_dim") or width // num_heads,
+    }
