@@ -1,5 +1,8 @@
 """jaxkv: key/value caches for JAX. Pure functions over an immutable pytree."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.attention import attend, explain
 from jaxkv.cache import (
@@ -23,5 +26,54 @@ from jaxkv.errors import (
     ConfigError,
     JaxkvError,
 )
+from jaxkv.generation import Generation, Timings, generate
+from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
+from jaxkv.sampling import Sampling, sample
+
+if TYPE_CHECKING:
+    from jaxkv import models
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Addressing",
+    "CacheAllocationError",
+    "CacheClosedError",
+    "CacheFullError",
+    "CheckpointError",
+    "Codec",
+    "ConfigError",
+    "Contiguous",
+    "Dense",
+    "Generation",
+    "JaxkvError",
+    "KVCache",
+    "KVCacheConfig",
+    "MemoryTracker",
+    "Plan",
+    "Purpose",
+    "Sampling",
+    "Timings",
+    "advance",
+    "append",
+    "attend",
+    "check",
+    "create",
+    "explain",
+    "generate",
+    "layer",
+    "models",
+    "next_positions",
+    "plan",
+    "reset",
+    "sample",
+    "session",
+    "truncate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `jaxkv.models`, which needs flax, when it is first asked for."""
+    if name == "models":
+        return importlib.import_module("jaxkv.models")
+    raise AttributeError(f"module 'jaxkv' has no attribute {name!r}")

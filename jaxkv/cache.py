@@ -6,6 +6,7 @@ copies, as for any immutable array.
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -119,6 +120,7 @@ def append(
     _check_vectors(cache, "keys", keys)
     _check_vectors(cache, "values", values, expected_shape=keys.shape)
     tokens = keys.shape[-3]
+    check_counts(cache, "num_tokens", num_tokens, most=tokens)
     _check_room(cache, tokens if num_tokens is None else num_tokens)
 
     slots = cache.index.slots(token_positions(cache, tokens, num_tokens))
@@ -141,7 +143,10 @@ def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
 
     Raises:
       CacheFullError: outside jit, when that is more than a sequence can hold.
+      ValueError: a bad shape of ``num_tokens`` or, outside jit, a negative number.
     """
+    check_counts(cache, "num_tokens", num_tokens)
+    _check_alive(cache)
     _check_room(cache, num_tokens)
     lengths = cache.lengths + jnp.asarray(num_tokens, jnp.int32)
     return dataclasses.replace(cache, index=cache.index.with_lengths(lengths))
@@ -155,6 +160,7 @@ def next_positions(cache: KVCache, num_tokens: int) -> Int[Array, "*batch tokens
     >>> jaxkv.next_positions(cache, 2).tolist()
     [3, 4]
     """
+    _check_alive(cache)
     return cache.lengths[..., None] + jnp.arange(num_tokens, dtype=jnp.int32)
 
 
@@ -180,10 +186,11 @@ def truncate(cache: KVCache, length: NumTokens) -> KVCache:
     """Roll back to the first ``length`` tokens: the rest is forgotten and written over.
 
     Raises:
-      ValueError: outside jit, for a negative length. One beyond the cache's own changes nothing.
+      ValueError: a bad shape of ``length`` or, outside jit, a negative one. One beyond the
+        cache's own changes nothing.
     """
-    if not isinstance(length, jax.core.Tracer) and np.min(length) < 0:
-        raise ValueError(f"truncate: length must be at least 0, got {length}.")
+    _check_alive(cache)
+    check_counts(cache, "length", length)
     lengths = jnp.minimum(cache.lengths, jnp.asarray(length, jnp.int32))
     return dataclasses.replace(cache, index=cache.index.with_lengths(lengths))
 
@@ -248,7 +255,7 @@ def format_bytes(size: float) -> str:
 
 def _platform(device: Any) -> str:
     if device is None:
-        device = jax.config.jax_default_device
+        device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if isinstance(device, str):
         return device
     if isinstance(device, jax.sharding.Sharding):
@@ -274,12 +281,33 @@ def _tokens_held(cache: KVCache) -> str:
 
 
 def check_layer(cache: KVCache, layer: Layer) -> Layer:
-    if isinstance(layer, jax.Array):
+    """The layer of a call on a cache that is still alive."""
+    _check_alive(cache)
+    if isinstance(layer, jax.core.Tracer):
         return layer
-    number, count = int(layer), cache.config.num_layers
+    number, count = operator.index(layer), cache.config.num_layers
     if not 0 <= number < count:
         raise IndexError(f"layer {number} is out of range: the cache has layers 0 to {count - 1}.")
     return number
+
+
+def check_counts(
+    cache: KVCache, what: str, counts: NumTokens | None, most: int | None = None
+) -> None:
+    """Refuse token counts that are not one for all sequences or one for each."""
+    if counts is None:
+        return
+    shape, batch_shape = jnp.shape(counts), cache.config.batch_shape
+    allowed = "an int" + (f" or int32{list(batch_shape)}" if batch_shape else "")
+    if shape not in ((), batch_shape) or not jnp.issubdtype(jnp.result_type(counts), jnp.integer):
+        got = f"{jnp.result_type(counts)}{list(shape)}"
+        raise ValueError(f"{what} must be {allowed}, got {got}.")
+    if isinstance(counts, jax.core.Tracer):
+        return
+    given = np.asarray(counts)  # inside jit, numpy's own functions trace even a constant
+    if given.min() < 0 or (most is not None and given.max() > most):
+        limits = "at least 0" if most is None else f"from 0 to {most}, the tokens given"
+        raise ValueError(f"{what} must be {limits}, got {given.tolist()}.")
 
 
 def _check_vectors(
@@ -300,7 +328,8 @@ def _check_vectors(
 
 
 def _check_alive(cache: KVCache) -> None:
-    if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
+    leaves = jax.tree.leaves(cache)
+    if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves):
         raise CacheClosedError(
             "This cache was donated or deleted: its buffers live on in the cache that the jitted "
             "function returned. Rebind it, as in `logits, cache = step(params, tokens, cache)`."
@@ -311,7 +340,6 @@ def _check_room(cache: KVCache, num_tokens: NumTokens) -> None:
     """Outside jit, refuse tokens that do not fit, before anything changes."""
     if isinstance(cache.lengths, jax.core.Tracer) or isinstance(num_tokens, jax.core.Tracer):
         return
-    _check_alive(cache)
     lengths, capacity = np.asarray(cache.lengths), cache.index.capacity
     after = lengths + np.asarray(num_tokens)
     if (after > capacity).any():

@@ -50,11 +50,11 @@ class KVCacheConfig:
         problems = [self._normalize_count(field) for field in _COUNTS]
         if self.batch_size is not None:
             problems.append(self._normalize_count("batch_size", " or None for a single sequence"))
-        if not isinstance(self.codec, Codec):
+        if isinstance(self.codec, type) or not isinstance(self.codec, Codec):
             problems.append(
                 f'codec must be a codec such as jaxkv.Dense("bfloat16"), got {self.codec!r}'
             )
-        if not isinstance(self.addressing, Addressing):
+        if isinstance(self.addressing, type) or not isinstance(self.addressing, Addressing):
             problems.append(
                 f"addressing must be one such as jaxkv.Contiguous(), got {self.addressing!r}"
             )
@@ -149,7 +149,7 @@ def _read_hf(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]
 
 def _hf_shape(config: Mapping[str, Any]) -> dict[str, int]:
     """num_layers, num_kv_heads and head_dim under the names that families give them."""
-    config = config.get("text_config", config)  # multimodal models nest the decoder's
+    config = config.get("text_config") or config  # multimodal models nest the decoder's
 
     def first(*names: str) -> int | None:
         return next((config[name] for name in names if config.get(name) is not None), None)
@@ -157,7 +157,7 @@ def _hf_shape(config: Mapping[str, Any]) -> dict[str, int]:
     num_layers = first("num_hidden_layers", "n_layer")
     num_heads = first("num_attention_heads", "n_head")
     width = first("hidden_size", "n_embd")
-    if num_layers is None or num_heads is None or width is None:
+    if not all(isinstance(number, int) and number > 0 for number in (num_layers, num_heads, width)):
         raise ConfigError(
             "Not the config of a decoder: expected num_hidden_layers, num_attention_heads and "
             "hidden_size (or GPT-2's n_layer, n_head and n_embd), got the keys "
@@ -165,6 +165,8 @@ def _hf_shape(config: Mapping[str, Any]) -> dict[str, int]:
         )
     return {
         "num_layers": num_layers,
-        "num_kv_heads": 1 if config.get("multi_query") else first("num_key_value_heads") or num_heads,
+        "num_kv_heads": 1
+        if config.get("multi_query")
+        else first("num_key_value_heads") or num_heads,
         "head_dim": first("head_dim") or width // num_heads,
     }

@@ -2,26 +2,48 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxkv.attention.blockwise import KEY_BLOCK, blockwise
+from jaxkv.attention.native import cannot_serve as native_cannot_serve
+from jaxkv.attention.native import native
+from jaxkv.attention.native import should_not_serve as native_should_not_serve
 from jaxkv.attention.reference import reference
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.cache import KVCache, Layer, NumTokens, check_layer, token_positions
+from jaxkv.cache import KVCache, Layer, NumTokens, check_counts, check_layer, token_positions
 from jaxkv.codecs import Dense
 
 # Scores that the reference form may hold at once, in bytes.
 _REFERENCE_LIMIT = 64 << 20
 
 
-def _reference_refuses(cache: KVCache, tokens: int, heads: int) -> str | None:
+class Implementation(NamedTuple):
+    """A way to serve `attend`.
+
+    Attributes:
+      run: the function.
+      cannot_serve: why it cannot serve ``(cache, tokens)``, or None.
+      should_not_serve: why it is better left to the next, or None.
+    """
+
+    run: Callable[[Request], Grouped]
+    cannot_serve: Callable[[KVCache, int], str | None]
+    should_not_serve: Callable[[KVCache, int], str | None]
+
+
+def _no_reason(cache: KVCache, tokens: int) -> str | None:
+    return None
+
+
+def _reference_is_wasteful(cache: KVCache, tokens: int) -> str | None:
     capacity = cache.index.capacity
-    scores = 4 * math.prod(cache.config.batch_shape) * heads * tokens * capacity
+    scores = 4 * math.prod(cache.config.batch_shape) * cache.config.num_kv_heads * tokens * capacity
     if scores > _REFERENCE_LIMIT:
-        return f"its {scores >> 20} MiB of scores are over {_REFERENCE_LIMIT >> 20} MiB"
+        return f"its scores would take {format_bytes(scores)} for each query head of a group"
     if not isinstance(cache.config.codec, Dense):
         return f"it would decode the whole {cache.config.codec.name} layer"
     if jax.default_backend() == "cpu" and capacity > KEY_BLOCK:
@@ -29,16 +51,11 @@ def _reference_refuses(cache: KVCache, tokens: int, heads: int) -> str | None:
     return None
 
 
-def _never_refuses(cache: KVCache, tokens: int, heads: int) -> str | None:
-    return None
-
-
-# Name -> (why it cannot or should not serve a call, or None; the function). First that can, serves.
-IMPLEMENTATIONS: dict[
-    str, tuple[Callable[[KVCache, int, int], str | None], Callable[[Request], Grouped]]
-] = {
-    "reference": (_reference_refuses, reference),
-    "blockwise": (_never_refuses, blockwise),
+# The first that can and should, serves; blockwise always can.
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "native": Implementation(native, native_cannot_serve, native_should_not_serve),
+    "reference": Implementation(reference, _no_reason, _reference_is_wasteful),
+    "blockwise": Implementation(blockwise, _no_reason, _no_reason),
 }
 
 
@@ -86,11 +103,18 @@ def attend(
     config = cache.config
     _check_call(cache, queries, window, softcap, sinks)
     *_, tokens, heads, head_dim = queries.shape
-    name = implementation or _choose(cache, tokens, heads)
+    check_counts(cache, "num_tokens", num_tokens, most=tokens)
+    name = implementation or _choose(cache, tokens)
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}.")
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}."
+        )
+    if reason := IMPLEMENTATIONS[name].cannot_serve(cache, tokens):
+        raise ValueError(f"implementation {name!r} cannot serve this call: {reason}.")
 
-    grouped = queries.reshape(-1, tokens, config.num_kv_heads, heads // config.num_kv_heads, head_dim)
+    grouped = queries.reshape(
+        -1, tokens, config.num_kv_heads, heads // config.num_kv_heads, head_dim
+    )
     scaled = grouped.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)
     added = tokens if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
     request = Request(
@@ -103,37 +127,46 @@ def attend(
         window=window,
         sinks=None if sinks is None else sinks.astype(jnp.float32).reshape(grouped.shape[2:4]),
     )
-    output = IMPLEMENTATIONS[name][1](request)
+    output = IMPLEMENTATIONS[name].run(request)
     return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
 
 
-def explain(cache: KVCache, *, tokens: int = 1, heads: int | None = None) -> str:
+def explain(cache: KVCache, *, tokens: int = 1) -> str:
     """Which implementation `attend` picks for a call of this shape, and why not each other one.
 
     Args:
       tokens: queries of each sequence: 1 for decode, more for prefill.
-      heads: query heads; the KV heads' number if None.
 
     >>> import jaxkv
-    >>> print(jaxkv.explain(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4))))
+    >>> print(jaxkv.explain(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), tokens=2))
+    native: not used, it serves one token a sequence, and this call has 2
     reference: used
     blockwise: not needed, reference comes first
     """
-    heads = heads or cache.config.num_kv_heads
-    chosen = _choose(cache, tokens, heads)
+    chosen = _choose(cache, tokens)
     lines = []
-    for name, (refuses, _) in IMPLEMENTATIONS.items():
-        reason = refuses(cache, tokens, heads)
+    for name, implementation in IMPLEMENTATIONS.items():
         if name == chosen:
-            lines.append(f"{name}: used")
+            verdict = "used"
+        elif reason := _reason_against(implementation, cache, tokens):
+            verdict = f"not used, {reason}"
         else:
-            lines.append(f"{name}: not used, {reason}" if reason else f"{name}: not needed, {chosen} comes first")
+            verdict = f"not needed, {chosen} comes first"
+        lines.append(f"{name}: {verdict}")
     return "\n".join(lines)
 
 
-def _choose(cache: KVCache, tokens: int, heads: int) -> str:
+def _choose(cache: KVCache, tokens: int) -> str:
     return next(
-        name for name, (refuses, _) in IMPLEMENTATIONS.items() if not refuses(cache, tokens, heads)
+        name
+        for name, implementation in IMPLEMENTATIONS.items()
+        if not _reason_against(implementation, cache, tokens)
+    )
+
+
+def _reason_against(implementation: Implementation, cache: KVCache, tokens: int) -> str | None:
+    return implementation.cannot_serve(cache, tokens) or implementation.should_not_serve(
+        cache, tokens
     )
 
 
@@ -147,7 +180,10 @@ def _check_call(
     config = cache.config
     if not jnp.issubdtype(queries.dtype, jnp.floating):
         raise TypeError(f"queries must be a float array, got {queries.dtype}.")
-    shape, axes = queries.shape, ["batch"] * len(config.batch_shape) + ["tokens", "heads", "head_dim"]
+    shape, axes = (
+        queries.shape,
+        ["batch"] * len(config.batch_shape) + ["tokens", "heads", "head_dim"],
+    )
     fits = (
         len(shape) == len(axes)
         and shape[:-3] == config.batch_shape
@@ -155,9 +191,15 @@ def _check_call(
         and shape[-2] % config.num_kv_heads == 0
     )
     if not fits:
-        expected = [*config.batch_shape, "tokens", f"a multiple of {config.num_kv_heads}", config.head_dim]
+        expected = [
+            *config.batch_shape,
+            "tokens",
+            f"a multiple of {config.num_kv_heads}",
+            config.head_dim,
+        ]
         raise ValueError(
-            f"queries must be [{', '.join(axes)}] = [{', '.join(map(str, expected))}], got {list(shape)}."
+            f"queries must be [{', '.join(axes)}] = [{', '.join(map(str, expected))}], "
+            f"got {list(shape)}."
         )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}.")

@@ -68,8 +68,11 @@ def _one_query_block(request: Request) -> Grouped:
         return lax.cond(seen.any(), read, lambda state: state, state), None
 
     rows = request.queries.shape[:-1]
-    state = jnp.full(rows, _LOWEST), jnp.zeros(rows), jnp.zeros_like(request.queries)
-    (highest, total, mix), _ = lax.scan(one_key_block, state, jnp.arange(-(-capacity // size)))
-    if request.sinks is not None:
-        total += jnp.exp(request.sinks[:, None, :] - highest)
+    highest, total = jnp.full(rows, _LOWEST), jnp.zeros(rows)
+    if request.sinks is not None:  # as a slot that was read already and gave nothing
+        sinks = jnp.broadcast_to(request.sinks[:, None, :], rows)
+        highest = lax.stop_gradient(jnp.maximum(highest, sinks))
+        total = jnp.exp(sinks - highest)
+    state = highest, total, jnp.zeros_like(request.queries)
+    (_, total, mix), _ = lax.scan(one_key_block, state, jnp.arange(-(-capacity // size)))
     return mix / jnp.where(total == 0, 1, total)[..., None]

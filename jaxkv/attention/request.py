@@ -1,7 +1,9 @@
 """What every attention implementation is given: checked arrays and the options of one call."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -14,6 +16,11 @@ Scores = Float[Array, "batch kv_heads tokens group slots"]
 Vectors = Float[Array, "batch slots kv_heads head_dim"]
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cache", "queries", "layer", "positions", "lengths", "sinks"],
+    meta_fields=["softcap", "window"],
+)
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One call of `attend`, always with a batch axis; implementations return ``queries``' shape.
@@ -35,9 +42,7 @@ class Request:
     window: int | None = None
     sinks: Float[Array, "kv_heads group"] | None = None
 
-    def keys_and_values(
-        self, start: Int[Array, ""] | int, size: int
-    ) -> tuple[Vectors, Vectors]:
+    def keys_and_values(self, start: Int[Array, ""] | int, size: int) -> tuple[Vectors, Vectors]:
         """Logical slots from ``start`` on, decoded to float32; empty slots read as zero.
 
         Zero probability times NaN is NaN, so what an empty slot holds must not be read at all.

@@ -2,8 +2,8 @@
 
 from jaxkv.codecs.codec import (
     Codec,
-    Leaves,
     LeafSpecs,
+    Leaves,
     bitcast,
     bytes_per_vector,
     container_dtype,

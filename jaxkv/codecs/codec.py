@@ -8,7 +8,6 @@ encoded again, and encoding tokens one at a time gives bitwise what bulk gives.
 import math
 from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxkv.codecs.codec import Leaves, LeafSpecs
+from jaxkv.codecs.codec import LeafSpecs, Leaves
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -33,7 +33,9 @@ class Dense:
         except TypeError:
             name = str(self.dtype)
         if name not in DTYPES:
-            raise ValueError(f"Dense codec: dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
+            raise ValueError(
+                f"Dense codec: dtype must be one of {', '.join(DTYPES)}, got {name!r}."
+            )
         object.__setattr__(self, "dtype", name)
 
     @property

@@ -1,0 +1,40 @@
+"""`python -m benchmarks [PART ...] [--quick] [--json FILE]`: jaxkv beside its peers."""
+
+import argparse
+import importlib
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.report import environment, header
+
+PARTS = ("allocation", "append", "attention", "decode")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the parts asked for, one after the other, and print each as it is done."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all if none")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and sizes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.parts) - set(PARTS))
+    if unknown:
+        parser.error(f"no part is called {', '.join(unknown)}; there are {', '.join(PARTS)}")
+
+    facts = environment(shlex.join(["python", "-m", "benchmarks", *arguments]))
+    print(header(facts), flush=True)
+    figures = []
+    for part in options.parts or PARTS:
+        started = time.monotonic()
+        for table in importlib.import_module(f"benchmarks.{part}").run(options.quick):
+            print(f"\n{table}", flush=True)
+            figures.append({"title": table.title, "rows": table.rows, "notes": table.notes})
+        print(f"  ({part}: {time.monotonic() - started:.0f} s)", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"environment": facts, "tables": figures}, indent=2))
+
+
+main(sys.argv[1:])

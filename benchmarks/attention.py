@@ -1,0 +1,190 @@
+"""Attention alone: one query through all layers of a cache, each layer fed by the one before."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxkv
+from benchmarks.caches import filled, layer_vectors
+from benchmarks.measure import ReadLimit, Timing, interleaved
+from benchmarks.report import Row, Table, missing, target
+from jaxkv.attention import IMPLEMENTATIONS
+
+_AS_CALLED = "torch SDPA, as users call it"
+_GROUPED = "torch SDPA, groups as queries"
+# Of the picked implementation over torch's as users call it, by dtype.
+_GOALS = {"float32": 1.3, "bfloat16": 5.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A cache larger than the processor's private caches, and the queries that read it."""
+
+    layers: int
+    context: int
+    kv_heads: int
+    group: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers, {self.context:,} tokens, {self.kv_heads} KV heads of "
+            f"{self.head_dim}, {self.group} queries each"
+        )
+
+    def config(self, dtype: str) -> jaxkv.KVCacheConfig:
+        return jaxkv.KVCacheConfig(
+            self.layers, self.context, self.kv_heads, self.head_dim, codec=jaxkv.Dense(dtype)
+        )
+
+
+_SHAPES = (Shape(8, 4096, 8, 4, 64), Shape(12, 16384, 2, 4, 64))
+
+
+def run(quick: bool) -> Iterator[Table]:
+    """One table a shape and dtype."""
+    repeats, limit = 5 if quick else 15, ReadLimit()
+    how = [
+        f"Median of {repeats}, in turns; * is what attend itself takes. Layout [layers, 2, "
+        "context, KV heads, head_dim] for all; each layer writes its token, then reads, and feeds "
+        f"the next. Limit: a sum of {limit.size_bytes >> 20} MiB."
+    ]
+    for shape in _SHAPES[:1] if quick else _SHAPES:
+        for dtype in ("float32", "bfloat16", "float16"):
+            rows = _measure(shape, dtype, limit, repeats)
+            picked = next(row for row in rows if row["implementation"].endswith("*"))
+            goals = []
+            if dtype in _GOALS and picked["x as called"]:
+                goals = [target("over torch as called", picked["x as called"], _GOALS[dtype])]
+            yield Table(f"Attention alone: {shape}, {dtype}, one query", rows, how + goals)
+            how = []
+
+
+def _measure(shape: Shape, dtype: str, limit: ReadLimit, repeats: int) -> list[Row]:
+    cache = filled(shape.config(dtype), shape.context - 1)
+    queries = np.random.default_rng(0).standard_normal(
+        (1, shape.kv_heads * shape.group, shape.head_dim), np.float32
+    )
+    competitors: dict[str, Callable] = {ReadLimit.NAME: limit}
+    absent: dict[str, str] = {}
+    if reason := missing("torch"):
+        absent = {_AS_CALLED: reason, _GROUPED: reason}
+    else:
+        competitors |= _torch_competitors(shape, dtype, cache, queries)
+    holder = [cache]  # one cache for all: each call donates it and puts it back
+    for name in IMPLEMENTATIONS:
+        try:
+            competitors[f"jaxkv {name}"] = _JaxkvStep(holder, queries, dtype, name)
+        except (ValueError, NotImplementedError) as error:
+            absent[f"jaxkv {name}"] = f"cannot serve: {error}"
+    _check_agreement(competitors, dtype)
+    timings = interleaved(competitors, repeats=repeats)
+    return _rows(shape.config(dtype), timings, absent, _picked(holder[0]))
+
+
+def _rows(
+    config: jaxkv.KVCacheConfig, timings: dict[str, Timing], absent: dict[str, str], picked: str
+) -> list[Row]:
+    limit = ReadLimit.size_bytes / timings[ReadLimit.NAME].seconds
+    rows: list[Row] = []
+    for name, timing in timings.items():
+        is_limit = name == ReadLimit.NAME
+        speed = limit if is_limit else config.size_bytes / timing.seconds
+        row = {
+            "implementation": f"{name} *" if name == picked else name,
+            "ms": None if is_limit else timing.seconds * 1e3,
+            "spread %": 100 * timing.spread,
+            "GB/s": speed / 1e9,
+            "% of limit": 100 * speed / limit,
+        }
+        for column, peer in (("x as called", _AS_CALLED), ("x grouped", _GROUPED)):
+            compared = peer in timings and not is_limit
+            row[column] = timings[peer].seconds / timing.seconds if compared else None
+        rows.append(row)
+    return rows + [{"implementation": f"{name}: {reason}"} for name, reason in absent.items()]
+
+
+def _picked(cache: jaxkv.KVCache) -> str:
+    """The implementation that `attend` uses, in this table's words."""
+    lines = jaxkv.explain(cache, tokens=1).splitlines()
+    return "jaxkv " + next(line.split(":")[0] for line in lines if line.endswith(": used"))
+
+
+class _JaxkvStep:
+    """All layers with one implementation; the cache is donated and comes back."""
+
+    def __init__(self, holder: list[jaxkv.KVCache], queries: np.ndarray, dtype: str, name: str):
+        self.holder = holder
+        self.queries = jnp.asarray(queries, dtype)
+        step = jax.jit(functools.partial(_all_layers, implementation=name), donate_argnums=0)
+        self.step = step.lower(holder[0], self.queries).compile()
+
+    def __call__(self) -> jax.Array:
+        self.holder[0], mixed = self.step(self.holder[0], self.queries)
+        return mixed
+
+
+def _all_layers(cache: jaxkv.KVCache, queries: jax.Array, *, implementation: str):
+    mixed, kv_heads = queries, cache.config.num_kv_heads
+    for layer in range(cache.config.num_layers):
+        new = mixed[:, :kv_heads]
+        cache = jaxkv.append(cache, new, new, layer=layer)
+        mixed = queries + jaxkv.attend(cache, mixed, layer=layer, implementation=implementation)
+    return cache, mixed
+
+
+def _torch_competitors(
+    shape: Shape, dtype: str, cache: jaxkv.KVCache, queries: np.ndarray
+) -> dict[str, Callable]:
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    kind = getattr(torch, dtype)
+    buffer = torch.empty(
+        (shape.layers, 2, shape.context, shape.kv_heads, shape.head_dim), dtype=kind
+    )
+    for layer in range(shape.layers):
+        buffer[layer] = torch.from_numpy(layer_vectors(cache, layer))
+    first = torch.from_numpy(queries).to(kind)
+
+    def all_layers(attend: Callable) -> "torch.Tensor":
+        with torch.no_grad():
+            mixed = first
+            for both in buffer:
+                both[:, -1] = mixed[0, : shape.kv_heads]
+                keys, values = both.transpose(1, 2)[:, None]  # [1, kv_heads, context, head_dim]
+                mixed = first + attend(mixed[0], keys, values).reshape(first.shape)
+            return mixed
+
+    def as_called(rows, keys, values):
+        return attention(rows[None, :, None], keys, values, enable_gqa=True)
+
+    def grouped(rows, keys, values):
+        return attention(rows.view(1, shape.kv_heads, shape.group, -1), keys, values)
+
+    return {
+        _AS_CALLED: functools.partial(all_layers, as_called),
+        _GROUPED: functools.partial(all_layers, grouped),
+    }
+
+
+def _check_agreement(competitors: dict[str, Callable], dtype: str) -> None:
+    """A fast wrong answer is no answer."""
+    answers = {}
+    for name, call in competitors.items():
+        if name != ReadLimit.NAME:
+            answer = call()
+            answer = answer if isinstance(answer, jax.Array) else answer.float().numpy()
+            answers[name] = np.asarray(answer, np.float32)
+    (first, expected), *others = answers.items()
+    tolerance = 1e-4 if dtype == "float32" else 0.05
+    for name, answer in others:
+        if not np.allclose(answer, expected, atol=tolerance):
+            worst = np.abs(answer - expected).max()
+            raise RuntimeError(f"{name} and {first} disagree by {worst} in {dtype}: no comparison.")

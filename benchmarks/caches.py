@@ -1,0 +1,34 @@
+"""Caches that hold a long context already, without a prefill of minutes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import jaxkv
+
+
+@functools.partial(jax.jit, static_argnames="num_tokens", donate_argnames="cache")
+def _fill(cache: jaxkv.KVCache, seed: jax.Array, num_tokens: int) -> jaxkv.KVCache:
+    config = cache.config
+    shape = (2, *config.batch_shape, num_tokens, config.num_kv_heads, config.head_dim)
+
+    def one_layer(cache, layer):
+        key = jax.random.fold_in(jax.random.key(seed), layer)
+        keys, values = jax.random.normal(key, shape, jnp.float32)
+        return jaxkv.append(cache, keys, values, layer=layer), None
+
+    cache, _ = lax.scan(one_layer, cache, jnp.arange(config.num_layers))
+    return jaxkv.advance(cache, num_tokens)
+
+
+def filled(config: jaxkv.KVCacheConfig, num_tokens: int) -> jaxkv.KVCache:
+    """A cache that holds ``num_tokens`` tokens of normal noise in every layer."""
+    return _fill(jaxkv.create(config), jnp.int32(0), num_tokens)
+
+
+def layer_vectors(cache: jaxkv.KVCache, layer: int) -> np.ndarray:
+    """What one layer holds, float32: ``[2, *batch, ctx, kv_heads, head_dim]``, for a peer."""
+    return np.stack([np.asarray(part, np.float32) for part in jaxkv.layer(cache, layer)])

@@ -1,0 +1,80 @@
+"""Timing that is fair on a noisy machine, and the machine's own limits."""
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+# Every worker thread of the last competitor, which may spin for a while, is asleep by then.
+_SETTLE_SECONDS = 0.01
+# Large enough that the caches of most processors hold a part of it only.
+_LIMIT_BYTES = 512 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call.
+
+    Attributes:
+      seconds: the median of ``repeats`` samples.
+      spread: between the quartiles, as a share of the median.
+    """
+
+    seconds: float
+    spread: float
+    repeats: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> "Timing":
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, (high - low) / median, len(samples))
+
+
+def interleaved(
+    competitors: Mapping[str, Callable[[], Any]], *, repeats: int, calls: int = 1, warm_up: int = 2
+) -> dict[str, Timing]:
+    """Time the competitors in turns, A B A B, so that a slow spell of the machine hits all.
+
+    Args:
+      competitors: name -> one call; what it returns is waited for.
+      repeats: samples of each.
+      calls: made a sample, for calls that are too short to time alone.
+      warm_up: samples that are thrown away.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in competitors}
+    for turn in range(warm_up + repeats):
+        for name, call in competitors.items():
+            time.sleep(_SETTLE_SECONDS)
+            started = time.perf_counter()
+            for _ in range(calls):
+                result = call()
+            jax.block_until_ready(result)
+            elapsed = time.perf_counter() - started
+            del result  # buffers are freed outside the timed part
+            if turn >= warm_up:
+                samples[name].append(elapsed / calls)
+    return {name: Timing.of(times) for name, times in samples.items()}
+
+
+class ReadLimit:
+    """A plain numpy sum of a buffer larger than most caches, on all cores: a competitor as well.
+
+    XLA's own sum runs on one core.
+    """
+
+    NAME = "plain sum"
+    size_bytes = _LIMIT_BYTES
+
+    def __init__(self):
+        cores = os.cpu_count() or 1
+        self._parts = np.array_split(np.ones(_LIMIT_BYTES // 4, np.float32), cores)
+        self._pool = ThreadPoolExecutor(cores)
+
+    def __call__(self) -> list[np.floating]:
+        return list(self._pool.map(np.sum, self._parts))

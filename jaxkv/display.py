@@ -1,0 +1,33 @@
+"""What a person sees while waiting."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+# Shorter waits than this show nothing.
+_PATIENCE_SECONDS = 2.0
+
+
+@contextlib.contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields a function to call with the units done. Quiet when stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    started = time.monotonic()
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task(description, total=total)
+
+    def advance(done: int) -> None:
+        bar.advance(task, done)
+        if not bar.live.is_started and time.monotonic() - started > _PATIENCE_SECONDS:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()

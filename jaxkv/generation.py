@@ -1,0 +1,229 @@
+"""From prompts to new tokens: the loop that a user calls."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.codecs import Codec
+from jaxkv.config import KVCacheConfig
+from jaxkv.decode import PREFILL_CHUNK, Chunk, Model, New, Program, State
+from jaxkv.display import progress_bar
+from jaxkv.memory import MemoryTracker, session
+from jaxkv.sampling import Sampling
+
+_SMALLEST_CONTEXT = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Wall time of one `generate` in seconds, and the tokens it went into (over all prompts)."""
+
+    compile_seconds: float
+    prefill_seconds: float
+    prefill_tokens: int
+    decode_seconds: float
+    decode_tokens: int
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns; lists are in the order of the prompts.
+
+    Attributes:
+      tokens: the new tokens, a stop token included.
+      logprobs: of each new token under the model, before temperature and filters.
+      finish_reasons: ``"stop"`` for a stop token, ``"length"`` for ``max_new_tokens``.
+      config: of the cache that was used; its ``size_bytes`` were held.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    finish_reasons: list[str]
+    timings: Timings
+    config: KVCacheConfig
+
+
+class _Answer(NamedTuple):
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    seed: int | Sequence[int] = 0,
+    stop_tokens: Sequence[int] = (),
+    max_context_length: int | None = None,
+    codec: Codec | None = None,
+    config: KVCacheConfig | None = None,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+    tracker: MemoryTracker | None = None,
+    device: Any = None,
+) -> Generation:
+    """Continue a ragged batch of prompts.
+
+    Args:
+      model: any ``model(tokens, cache) -> (logits, cache)``. One that is a pytree (an nnx or
+        equinox module) is passed to jit as arrays; a plain function closes over its own.
+      prompts: token ids, at least one a prompt.
+      max_new_tokens: tokens to add to each prompt, at most.
+      sampling: how a token is drawn; greedy unless said.
+      seed: of the draws, one for all or one a prompt. A sequence's tokens depend on its own
+        seed and prompt, so equal prompts need different seeds to differ.
+      stop_tokens: ids that end a sequence.
+      max_context_length: slots a sequence; the next power of two that holds the longest if
+        None. Keep it the same over calls to compile once.
+      codec: of the cache; the model's choice if None.
+      config: the whole cache config, for a model without a ``cache_config`` method.
+      on_tokens: called as ``on_tokens(prompt_number, new_tokens)`` as they arrive, some at a time.
+      tracker: a ledger that the cache is entered in.
+      device: where the cache lives.
+
+    Raises:
+      ValueError: an empty prompt, a token outside the vocabulary, a context too short.
+      CacheAllocationError: the cache does not fit.
+
+    >>> import jax, jax.numpy as jnp, jaxkv
+    >>> def count_up(tokens, cache):  # a "model" that answers token + 1
+    ...     return jax.nn.one_hot(tokens + 1, 16), jaxkv.advance(cache, tokens.shape[-1])
+    >>> config = jaxkv.KVCacheConfig(1, 16, 1, 4, batch_size=2)
+    >>> jaxkv.generate(count_up, [[3], [5, 6]], max_new_tokens=3, config=config).tokens
+    [[4, 5, 6], [7, 8, 9]]
+    """
+    prompts = _checked_prompts(model, prompts)
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}.")
+    config = _cache_config(model, prompts, max_new_tokens, max_context_length, codec, config)
+    program = Program.of(model, sampling, stop_tokens)
+    state = _start(prompts, max_new_tokens, seed)
+    chunks = list(_chunks(prompts))
+    answers = [_Answer([], []) for _ in prompts]
+
+    with session(config, tracker=tracker, device=device) as live:
+        marks = [time.perf_counter()]
+        program.compile(chunks, state, live.cache)
+        marks.append(time.perf_counter())
+        num_prefilled = sum(int(num_tokens.sum()) for _, num_tokens in chunks)
+        with progress_bar("prefill", num_prefilled) as advance_bar:
+            for chunk in chunks:
+                live.cache = jax.block_until_ready(program.prefill(chunk, live.cache))
+                advance_bar(int(chunk[1].sum()))
+        marks.append(time.perf_counter())
+        with progress_bar("decode", len(prompts) * max_new_tokens) as advance_bar:
+            while np.asarray(state.remaining).any():
+                state, live.cache, new = program.decode(state, live.cache)
+                for number, (tokens, logprobs) in enumerate(_arrived(new)):
+                    answers[number].tokens.extend(tokens)
+                    answers[number].logprobs.extend(logprobs)
+                    if on_tokens is not None and tokens:
+                        on_tokens(number, tokens)
+                    advance_bar(len(tokens))
+        marks.append(time.perf_counter())
+
+    compile_seconds, prefill_seconds, decode_seconds = np.diff(marks).tolist()
+    decoded = sum(len(answer.tokens) for answer in answers)
+    return Generation(
+        tokens=[answer.tokens for answer in answers],
+        logprobs=[answer.logprobs for answer in answers],
+        finish_reasons=[
+            "stop" if answer.tokens[-1] in program.stop_tokens else "length" for answer in answers
+        ],
+        timings=Timings(compile_seconds, prefill_seconds, num_prefilled, decode_seconds, decoded),
+        config=config,
+    )
+
+
+def _start(prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[int]) -> State:
+    # The last token of each prompt is the first that decode takes, for its logits.
+    last = [prompt[-1] for prompt in prompts]
+    seeds = np.asarray([seed] * len(prompts) if isinstance(seed, int) else seed)
+    if seeds.shape != (len(prompts),):
+        raise ValueError(f"generate: {len(prompts)} prompts need as many seeds, got {seeds.size}.")
+    remaining = [max_new_tokens] * len(prompts)
+    return State(*(jnp.asarray(values, jnp.int32) for values in (last, remaining, seeds)))
+
+
+def _arrived(new: New) -> Iterator[tuple[list[int], list[float]]]:
+    """The new tokens and log-probabilities of each sequence, without what is after its end."""
+    tokens, logprobs = jax.device_get(new)
+    for column, column_logprobs in zip(tokens.T, logprobs.T, strict=True):
+        yield column[column >= 0].tolist(), column_logprobs[column >= 0].tolist()
+
+
+def _chunks(prompts: list[np.ndarray]) -> Iterator[Chunk]:
+    """All but the last token of each prompt."""
+    lengths = np.asarray([len(prompt) - 1 for prompt in prompts])
+    for start in range(0, lengths.max(), PREFILL_CHUNK):
+        tokens = np.zeros((len(prompts), PREFILL_CHUNK), np.int32)
+        num_tokens = np.clip(lengths - start, 0, PREFILL_CHUNK).astype(np.int32)
+        for row, prompt, count in zip(tokens, prompts, num_tokens, strict=True):
+            row[:count] = prompt[start : start + count]
+        yield tokens, num_tokens
+
+
+def _checked_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    vocabulary = getattr(model, "vocab_size", None)
+    if not prompts:
+        raise ValueError("generate: no prompts were given.")
+    checked = []
+    for number, prompt in enumerate(prompts):
+        ids = np.asarray(prompt)
+        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                f"generate: prompt {number} must be a list of at least one token id, got "
+                f"{'an empty one' if ids.size == 0 else f'{ids.dtype} of shape {ids.shape}'}."
+            )
+        bad = ids[(ids < 0) | (ids >= (vocabulary or np.iinfo(np.int32).max))]
+        if bad.size:
+            raise ValueError(
+                f"generate: prompt {number} has token {bad[0]}, outside the vocabulary of "
+                f"{vocabulary} tokens."
+            )
+        checked.append(ids.astype(np.int32))
+    return checked
+
+
+def _cache_config(
+    model: Model,
+    prompts: list[np.ndarray],
+    max_new_tokens: int,
+    max_context_length: int | None,
+    codec: Codec | None,
+    config: KVCacheConfig | None,
+) -> KVCacheConfig:
+    needed = max(len(prompt) for prompt in prompts) + max_new_tokens
+    if config is None:
+        if not hasattr(model, "cache_config"):
+            raise ValueError("generate: this model has no cache_config method; pass config=.")
+        context = max_context_length or max(_SMALLEST_CONTEXT, 1 << (needed - 1).bit_length())
+        config = model.cache_config(
+            max_context_length=context, batch_size=len(prompts), codec=codec
+        )
+    if config.batch_size != len(prompts):
+        raise ValueError(
+            f"generate: {len(prompts)} prompts need a config with batch_size={len(prompts)}, got "
+            f"{config.batch_size}."
+        )
+    if needed > config.max_context_length:
+        raise ValueError(
+            f"generate: the longest prompt and {max_new_tokens} new tokens are {needed} tokens, "
+            f"and the context holds {config.max_context_length}. Ask for fewer new tokens or a "
+            "larger max_context_length."
+        )
+    return config

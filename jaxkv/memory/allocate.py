@@ -1,0 +1,86 @@
+"""Allocating a cache, or an error that says what would fit, with nothing left behind."""
+
+import traceback
+
+import jax
+from jax.errors import JaxRuntimeError
+
+from jaxkv.cache import KVCache, create, format_bytes
+from jaxkv.config import KVCacheConfig
+from jaxkv.errors import CacheAllocationError
+from jaxkv.memory.device import Device, DeviceMemory, device_memory
+from jaxkv.memory.plan import needed_bytes, plan_within
+
+
+def allocate(config: KVCacheConfig, *, device: Device | None = None) -> KVCache:
+    """`jaxkv.create`, refused before it touches memory when it cannot fit.
+
+    Returns once the memory is really there.
+
+    Args:
+      config: the cache.
+      device: where; JAX's default device if None.
+
+    Raises:
+      CacheAllocationError: the cache does not fit, by plan or by XLA's own word. The message
+        says what is free and what would fit; nothing stays allocated.
+      TypeError: not a device.
+
+    >>> import jaxkv
+    >>> allocate(jaxkv.KVCacheConfig(2, 16, num_kv_heads=1, head_dim=4)).size_bytes
+    512
+    """
+    if device is not None and not isinstance(device, jax.Device):
+        raise TypeError(f"device must be a jax.Device or None, got {device!r}.")
+    memory = device_memory(device)
+    if memory.free_bytes is not None and needed_bytes(config) > memory.free_bytes:
+        raise CacheAllocationError(_explain(config, memory))
+    cache = None
+    try:
+        cache = create(config, device=device)
+        return jax.block_until_ready(cache)
+    except (JaxRuntimeError, MemoryError) as error:
+        free(cache)
+        if not _is_out_of_memory(error):
+            raise
+        # The frames of the failed call hold the buffers that it got before it failed.
+        traceback.clear_frames(error.__traceback__)
+        raise CacheAllocationError(_explain(config, device_memory(device))) from error
+
+
+def free(tree: object) -> None:
+    """Give the memory of every array in a pytree back now. Arrays already gone are fine."""
+    for leaf in jax.tree.leaves(tree):
+        if not leaf.is_deleted():
+            leaf.delete()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
+    )
+
+
+def _explain(config: KVCacheConfig, memory: DeviceMemory) -> str:
+    plan = plan_within(config, memory)
+    failed = (
+        f"Failed to allocate KV cache ({format_bytes(plan.needed_bytes)}: {config.describe()}) "
+        f"on {memory.device}: {memory.describe_free()}"
+    )
+    if plan.fits:
+        return (
+            f"{failed}, yet the allocator ran out: the free memory is in pieces, or another "
+            "process took it. Free other arrays first, or ask for a smaller cache."
+        )
+    sequence = "" if config.batch_size is None else " a sequence"
+    would_fit = []
+    if tokens := plan.max_context_length:
+        would_fit.append(f"{_tokens(tokens)}{sequence} would fit")
+    if (smaller := plan.smaller_codec) and (tokens := smaller.max_context_length):
+        words = tokens if would_fit else f"{_tokens(tokens)}{sequence} would fit"
+        would_fit.append(f"{words} as {smaller.codec}")
+    return f"{failed}; {', '.join(would_fit) or 'not even one token would fit'}."
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"

@@ -1,0 +1,183 @@
+"""Will it fit, and what would: answered before any memory is touched."""
+
+import dataclasses
+import json
+
+from jaxkv.cache import format_bytes
+from jaxkv.codecs import CODECS, Codec
+from jaxkv.config import KVCacheConfig
+from jaxkv.memory.device import Device, DeviceMemory, device_memory
+from jaxkv.memory.text import pairs, table
+
+# Positions and lengths are int32: no sequence is longer, whatever the memory.
+MAX_COUNT = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecPlan:
+    """A row of `Plan.codecs`: the same cache, stored by another codec. Fields as in `Plan`."""
+
+    codec: str
+    needed_bytes: int
+    fits: bool
+    max_context_length: int | None
+    max_batch_size: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `plan` found. ``print`` shows it as a table.
+
+    Attributes:
+      config: the cache that was asked about.
+      memory: the device's memory that it was held against, and who reported it.
+      needed_bytes: exact bytes of the cache: keys, values, scales, lengths and tables.
+      fits: whether that is free. True where nobody knows what is free.
+      max_context_length: the largest that would fit, all else as in the config; 0 if not
+        even one token does, None where nobody knows what is free.
+      max_batch_size: likewise the most sequences.
+      codecs: the same for every codec in `jaxkv.codecs.CODECS`.
+    """
+
+    config: KVCacheConfig
+    memory: DeviceMemory
+    needed_bytes: int
+    fits: bool
+    max_context_length: int | None
+    max_batch_size: int | None
+    codecs: tuple[CodecPlan, ...]
+
+    @property
+    def smaller_codec(self) -> CodecPlan | None:
+        """The row of the smallest codec, if it is smaller than the config's."""
+        smallest = min(self.codecs, key=lambda row: row.needed_bytes)
+        return smallest if smallest.needed_bytes < self.needed_bytes else None
+
+    def to_json(self) -> str:
+        """All of it as a JSON object, the config as its fields with the codec by name."""
+        names = {"codec": self.config.codec.name, "addressing": self.config.addressing.name}
+        facts = dataclasses.asdict(self)
+        return json.dumps({**facts, "config": {**facts["config"], **names}}, indent=2)
+
+    def __str__(self) -> str:
+        facts = [
+            ("KV cache", self.config.describe()),
+            ("needs", f"{format_bytes(self.needed_bytes)} ({self.needed_bytes:,} bytes)"),
+            ("device", self._device()),
+            ("fits", _verdict(self.needed_bytes, self.memory.free_bytes)),
+            ("at most", self._at_most()),
+        ]
+        headers = ("codec", "bytes", "fits", "max context", "max batch")
+        return f"{pairs(facts)}\n\n{table(headers, [self._row(row) for row in self.codecs])}"
+
+    def _device(self) -> str:
+        memory = self.memory
+        if memory.source == "given":
+            return f"{format_bytes(memory.limit_bytes or 0)}, as given"
+        return f"{memory.device}: {memory.describe_free()} (source: {memory.source})"
+
+    def _at_most(self) -> str:
+        sequence = "" if self.config.batch_size is None else " a sequence"
+        return (
+            f"{_count(self.max_context_length)} tokens{sequence}, or "
+            f"{_count(self.max_batch_size)} sequences of {self.config.max_context_length:,}"
+        )
+
+    def _row(self, row: CodecPlan) -> tuple[str, ...]:
+        mark = " (chosen)" if row.codec == self.config.codec.name else ""
+        return (
+            row.codec + mark,
+            format_bytes(row.needed_bytes),
+            "yes" if row.fits else "no",
+            _count(row.max_context_length),
+            _count(row.max_batch_size),
+        )
+
+
+def plan(config: KVCacheConfig, device: Device | int | str | None = None) -> Plan:
+    """Will this cache fit, and what would? Allocates nothing.
+
+    Args:
+      config: the cache.
+      device: a `jax.Device` (None for JAX's default one), asked for what is free now; or the
+        size of a device that is not here: bytes, or text such as ``"24GB"`` or ``"24GiB"``.
+
+    Raises:
+      TypeError, ValueError: not a device or a size.
+
+    >>> import jaxkv
+    >>> llama3 = jaxkv.KVCacheConfig(32, 8192, num_kv_heads=8, head_dim=128, batch_size=16)
+    >>> answer = plan(llama3, "24GB")
+    >>> answer.fits, answer.needed_bytes, answer.max_context_length, answer.max_batch_size
+    (True, 17179869248, 11444, 22)
+    """
+    return plan_within(config, device_memory(device))
+
+
+def plan_within(config: KVCacheConfig, memory: DeviceMemory) -> Plan:
+    """`plan` against memory that was looked at already."""
+    chosen = _codec_plan(config, memory.free_bytes)
+    rows = {name: _other_codec_plan(config, codec, memory) for name, codec in CODECS.items()}
+    rows[chosen.codec] = chosen
+    return Plan(
+        config,
+        memory,
+        chosen.needed_bytes,
+        chosen.fits,
+        chosen.max_context_length,
+        chosen.max_batch_size,
+        codecs=tuple(row for row in rows.values() if row is not None),
+    )
+
+
+def needed_bytes(config: KVCacheConfig) -> int:
+    """Exact bytes that `jaxkv.create` allocates for a config."""
+    return config.size_bytes + config.index_bytes
+
+
+def _other_codec_plan(
+    config: KVCacheConfig, codec: Codec, memory: DeviceMemory
+) -> CodecPlan | None:
+    try:
+        return _codec_plan(dataclasses.replace(config, codec=codec), memory.free_bytes)
+    except ValueError:  # it cannot store vectors of this head_dim: no choice
+        return None
+
+
+def _codec_plan(config: KVCacheConfig, free: int | None) -> CodecPlan:
+    needed = needed_bytes(config)
+    return CodecPlan(
+        codec=config.codec.name,
+        needed_bytes=needed,
+        fits=free is None or needed <= free,
+        max_context_length=_largest(config, "max_context_length", free),
+        max_batch_size=_largest(config, "batch_size", free),
+    )
+
+
+def _largest(config: KVCacheConfig, field: str, free: int | None) -> int | None:
+    """The largest value of a field that fits, by bisection: no addressing has to be linear."""
+    if free is None:
+        return None
+    fitting, too_many = 0, MAX_COUNT + 1
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        if needed_bytes(dataclasses.replace(config, **{field: middle})) <= free:
+            fitting = middle
+        else:
+            too_many = middle
+    return fitting
+
+
+def _verdict(needed: int, free: int | None) -> str:
+    if free is None:
+        return "unknown: the device does not say what memory it has"
+    if needed <= free:
+        return f"yes, in {needed / free:.1%} of what is free"
+    return f"no, {format_bytes(needed - free)} too large"
+
+
+def _count(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    return "any" if count == MAX_COUNT else f"{count:,}"

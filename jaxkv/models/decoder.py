@@ -1,0 +1,167 @@
+"""The decoder of the Llama family: Llama 1 to 3, Qwen2 and Qwen3."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxkv.cache import KVCache, NumTokens, advance, next_positions
+from jaxkv.models.config import DecoderConfig
+from jaxkv.models.layers import (
+    ACTIVATIONS,
+    INIT_STD,
+    Embedding,
+    Linear,
+    RMSNorm,
+    attend_causal,
+    check_tokens,
+    matmul,
+)
+from jaxkv.models.model import Model
+from jaxkv.models.rope import rotate, rotation
+
+Hidden = Float[Array, "*batch tokens hidden"]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al., 2023) with rope, over the cache."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, out_std: float):
+        hidden, head_dim = config.hidden_size, config.head_dim
+        queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        shared = {"rngs": rngs, "dtype": dtype}
+        self.q_proj = Linear(hidden, queries, bias=config.qkv_bias, **shared)
+        self.k_proj = Linear(hidden, keys, bias=config.qkv_bias, **shared)
+        self.v_proj = Linear(hidden, keys, bias=config.qkv_bias, **shared)
+        self.o_proj = Linear(queries, hidden, bias=config.attention_bias, std=out_std, **shared)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype)
+        self.config = config
+
+    def __call__(self, x: Hidden, rotation, cache, layer, num_tokens) -> tuple[Hidden, Any]:
+        queries, keys, values = (
+            projected.reshape(*x.shape[:-1], -1, self.config.head_dim)
+            for projected in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
+        if self.config.qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        mixed, cache = attend_causal(
+            cache,
+            rotate(queries, rotation),
+            rotate(keys, rotation),
+            values,
+            layer=layer,
+            scale=self.config.head_dim**-0.5,
+            num_tokens=num_tokens,
+        )
+        return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache
+
+
+class MLP(nnx.Module):
+    """A gated linear unit (Shazeer, 2020)."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, out_std: float):
+        hidden, inner = config.hidden_size, config.intermediate_size
+        shared = {"bias": config.mlp_bias, "rngs": rngs, "dtype": dtype}
+        self.gate_proj = Linear(hidden, inner, **shared)
+        self.up_proj = Linear(hidden, inner, **shared)
+        self.down_proj = Linear(inner, hidden, std=out_std, **shared)
+        self.activation = config.activation
+
+    def __call__(self, x: Hidden) -> Hidden:
+        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, each normalized first and added to the stream."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any):
+        eps, hidden = config.rms_norm_eps, config.hidden_size
+        out_std = INIT_STD / (2 * config.num_layers) ** 0.5
+        self.input_layernorm = RMSNorm(hidden, eps=eps, dtype=dtype)
+        self.self_attn = Attention(config, rngs=rngs, dtype=dtype, out_std=out_std)
+        self.post_attention_layernorm = RMSNorm(hidden, eps=eps, dtype=dtype)
+        self.mlp = MLP(config, rngs=rngs, dtype=dtype, out_std=out_std)
+
+    def __call__(self, x: Hidden, rotation, cache, layer, num_tokens) -> tuple[Hidden, Any]:
+        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, cache, layer, num_tokens)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Decoder(Model):
+    """A decoder of the Llama family.
+
+    Args:
+      config: its shape.
+      rngs: for random weights.
+      dtype: of the weights, and of all that is computed but norms, softmax and logits (float32).
+
+    >>> import jax.numpy as jnp, jaxkv
+    >>> config = DecoderConfig(256, 32, 64, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> model = Decoder(config, rngs=nnx.Rngs(0))
+    >>> cache = jaxkv.create(model.cache_config(max_context_length=16))
+    >>> logits, cache = model(jnp.array([72, 101, 108]), cache)
+    >>> logits.shape, int(cache.lengths)
+    ((3, 256), 3)
+    """
+
+    checkpoint_prefix = "model."
+    checkpoint_transposes = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj", "lm_head"),
+    )
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.config = config
+        self.embed_tokens = Embedding(vocab, hidden, rngs=rngs, dtype=dtype)
+        self.layers = nnx.List(
+            [Block(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)]
+        )
+        self.norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(hidden, vocab, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "*batch tokens"],
+        cache: KVCache | None = None,
+        *,
+        num_tokens: NumTokens | None = None,
+    ) -> tuple[Float[Array, "*batch tokens vocab"], KVCache | None]:
+        """Logits of the token after each of these, and the cache with them counted.
+
+        Args:
+          tokens: ids, ``[tokens]``, with a leading ``[batch]`` exactly when the cache has one.
+          cache: what came before. None for the plain causal forward over these tokens alone,
+            with any leading axes; it is differentiable and returns None as cache.
+          num_tokens: how many of ``tokens`` are real, a sequence, for prompts padded on the
+            right. All if None. Logits of padding mean nothing.
+
+        Raises:
+          CacheFullError: outside jit, see `jaxkv.append`.
+          TypeError, ValueError: a bad dtype or shape.
+        """
+        check_tokens(tokens, cache)
+        length = tokens.shape[-1]
+        positions = jnp.arange(length) if cache is None else next_positions(cache, length)
+        context = length if cache is None else cache.config.max_context_length
+        angles = rotation(self.config.rope, positions, context)
+        x = self.embed_tokens(tokens)
+        for number, block in enumerate(self.layers):
+            x, cache = block(x, angles, cache, number, num_tokens)
+        if cache is not None:
+            cache = advance(cache, length if num_tokens is None else num_tokens)
+        return self._logits(self.norm(x)), cache
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def _logits(self, x: Hidden) -> Float[Array, "*batch tokens vocab"]:
+        if self.config.tie_word_embeddings:
+            return matmul(x, self.embed_tokens.weight[...], axis=1, dtype=jnp.float32)
+        return matmul(x, self.lm_head.weight[...], dtype=jnp.float32)

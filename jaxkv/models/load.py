@@ -1,0 +1,150 @@
+"""A Hugging Face folder into a model and its tokenizer, and a model into such a folder."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxkv.display import progress_bar
+from jaxkv.errors import CheckpointError
+from jaxkv.models.checkpoint import SINGLE_FILE, StoredTensor, read_json, stored_tensors
+from jaxkv.models.config import DecoderConfig, hf_architecture
+from jaxkv.models.decoder import Decoder
+from jaxkv.models.gpt2 import GPT2, GPT2Config
+from jaxkv.models.hub import local_folder
+from jaxkv.models.model import Model
+
+EMBEDDED = Path(__file__).parent / "embedded"
+DTYPES = ("float32", "float16", "bfloat16")
+# Tensors that are no weights of their own: tables that follow from the config, a tied head.
+_NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^lm_head\.weight$")
+
+
+def load(folder: str | os.PathLike | None = None, *, dtype: Any = "float32") -> tuple[Model, Any]:
+    """A model and its tokenizer from a folder as Hugging Face writes it.
+
+    Reads ``config.json``, ``model.safetensors`` (or the shards that its index lists) and
+    ``tokenizer.json``. Tensors go to the device one at a time: beside the model, memory holds
+    one tensor.
+
+    Args:
+      folder: the folder, or a name such as ``Qwen/Qwen2.5-0.5B`` that is fetched from the
+        Hugging Face Hub. None for the small model that comes with jaxkv: bytes as tokens,
+        trained on Python's standard library.
+      dtype: of the weights and of what is computed: ``float32``, ``bfloat16`` or ``float16``.
+        The file's own dtype may be another.
+
+    Returns:
+      The model, a `Decoder` or a `GPT2`, and a `tokenizers.Tokenizer`, or None where the folder
+      has none.
+
+    Raises:
+      CheckpointError: an architecture or feature that is not supported; a file that is missing,
+        damaged or not JSON; a tensor that is missing, mis-shaped or unknown. It names it.
+      FileNotFoundError: no such folder.
+      ImportError: a name of the Hub without the package ``huggingface_hub``.
+      ValueError: another dtype.
+    """
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {name}.")
+    path = EMBEDDED if folder is None else local_folder(os.fspath(folder))
+    model = nnx.eval_shape(lambda: _random_model(path, name))
+    _fill(model, stored_tensors(path), path)
+    return model, _read_tokenizer(path / "tokenizer.json")
+
+
+def save(model: Model, folder: str | os.PathLike) -> None:
+    """Write ``config.json`` and ``model.safetensors`` so that `load` and transformers read them.
+
+    Args:
+      folder: made if it is not there; files of these names are replaced.
+    """
+    import safetensors.numpy
+
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for _, name, param, transposed in _params(model):
+        array = np.asarray(param.get_value())
+        tensors[name] = np.ascontiguousarray(array.T if transposed else array)
+    safetensors.numpy.save_file(tensors, path / SINGLE_FILE, metadata={"format": "pt"})
+    config = model.config.to_hf() | {"torch_dtype": model.dtype.name}
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _random_model(folder: Path, dtype: str) -> Model:
+    config = read_json(folder / "config.json")
+    if hf_architecture(config) == "GPT2LMHeadModel":
+        return GPT2(GPT2Config.from_hf(config), rngs=nnx.Rngs(0), dtype=dtype)
+    return Decoder(DecoderConfig.from_hf(config), rngs=nnx.Rngs(0), dtype=dtype)
+
+
+def _params(model: Model) -> Iterator[tuple[tuple, str, nnx.Param, bool]]:
+    """Each parameter's path, name in a checkpoint, itself, and whether it is transposed there."""
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        *_, module, kind = path
+        prefix = "" if module == "lm_head" else model.checkpoint_prefix
+        transposed = kind == "weight" and module in model.checkpoint_transposes
+        yield path, prefix + ".".join(map(str, path)), param, transposed
+
+
+def _fill(model: Model, stored: dict[str, StoredTensor], folder: Path) -> None:
+    """Put every tensor of a checkpoint in its place in an abstract model."""
+    params = list(_params(model))
+    tensors = _matched(params, stored, model.checkpoint_prefix, folder)
+    with progress_bar("Loading weights", sum(param.size for _, _, param, _ in params)) as advance:
+        for _, name, param, transposed in params:
+            array = tensors[name].read().astype(param.dtype, copy=False)
+            param.set_value(jax.device_put(np.ascontiguousarray(array.T if transposed else array)))
+            advance(param.size)
+    nnx.update(model, nnx.from_flat_state([(path, param) for path, _, param, _ in params]))
+
+
+def _matched(
+    params: list[tuple[tuple, str, nnx.Param, bool]],
+    stored: dict[str, StoredTensor],
+    prefix: str,
+    folder: Path,
+) -> dict[str, StoredTensor]:
+    """The tensor of each parameter, once all are there, of the right shape, and no other is."""
+    # Files of a model without its head leave the prefix out.
+    short_names = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+    matched = {}
+    for _, name, param, transposed in params:
+        tensor = short_names.pop(name.removeprefix(prefix), None)
+        if tensor is None:
+            raise CheckpointError(f"{folder}: tensor {name} is missing.")
+        expected = param.shape[::-1] if transposed else param.shape
+        if tensor.shape != expected:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}; by "
+                f"config.json it must be {list(expected)}."
+            )
+        matched[name] = tensor
+    unknown = [tensor.name for name, tensor in short_names.items() if not _NO_WEIGHTS.search(name)]
+    if unknown:
+        raise CheckpointError(
+            f"{folder}: unexpected tensor {', '.join(sorted(unknown)[:3])}"
+            f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}; the model that "
+            "config.json describes has no place for it."
+        )
+    return matched
+
+
+def _read_tokenizer(file: Path) -> Any:
+    if not file.exists():
+        return None
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{file} is not a tokenizer: {error}") from error

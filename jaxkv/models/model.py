@@ -1,0 +1,57 @@
+"""What all models here share: they know the cache that fits them."""
+
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxkv.addressing import Addressing, Contiguous
+from jaxkv.codecs import Codec, Dense
+from jaxkv.config import KVCacheConfig
+
+
+class Model(nnx.Module):
+    """A decoder: ``model(tokens, cache) -> (logits, cache)``."""
+
+    # How its checkpoints are written: what stands before the names of all tensors but lm_head's,
+    # and the modules whose weights are kept there as [out, in].
+    checkpoint_prefix: ClassVar[str]
+    checkpoint_transposes: ClassVar[tuple[str, ...]]
+
+    config: Any
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model knows."""
+        return self.config.vocab_size
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the weights, and of all that is computed but norms, softmax and logits (float32)."""
+        raise NotImplementedError
+
+    def cache_config(
+        self,
+        *,
+        max_context_length: int,
+        batch_size: int | None = None,
+        codec: Codec | None = None,
+        addressing: Addressing | None = None,
+    ) -> KVCacheConfig:
+        """The cache that fits this model.
+
+        Args:
+          max_context_length: tokens that one sequence may hold.
+          batch_size: sequences, or None for one sequence and arrays without a batch axis.
+          codec: how a vector is stored; `Dense` of the model's dtype if None.
+          addressing: which slot holds which token; `Contiguous` if None.
+        """
+        return KVCacheConfig(
+            num_layers=self.config.num_layers,
+            max_context_length=max_context_length,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            batch_size=batch_size,
+            codec=Dense(self.dtype.name) if codec is None else codec,
+            addressing=Contiguous() if addressing is None else addressing,
+        )

@@ -1,0 +1,265 @@
+"""Rotary position embedding (Su et al., RoFormer, 2021) and the scalings of Llama and Qwen configs.
+
+Every scaling is a choice of frequencies, and for some a factor on the rotated vectors.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxkv.errors import ConfigError
+
+Frequencies = Float[np.ndarray, " pairs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """The rope of a model, as `DecoderConfig.rope` holds it.
+
+    Args:
+      head_dim: numbers in a query or key vector.
+      theta: base of the geometric series of wavelengths.
+      rope_type: one of `ROPE_TYPES`; the other fields are read as it needs them, and mean what
+        they mean in a Hugging Face config. 0 stands for one that is not given.
+      max_position_embeddings: the context that the model is made for, in tokens.
+      original_max_position_embeddings: the context before it was extended, in tokens.
+
+    Raises:
+      ConfigError: an unknown type, or a field that it needs and that is absent or not positive.
+    """
+
+    head_dim: int
+    theta: float = 10000.0
+    rope_type: str = "default"
+    partial_rotary_factor: float = 1.0
+    max_position_embeddings: int = 2048
+    original_max_position_embeddings: int = 0
+    factor: float = 0.0
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float = 0.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.rope_type not in ROPE_TYPES:
+            raise ConfigError(
+                f"rope type {self.rope_type!r} is not supported; known are {', '.join(ROPE_TYPES)}."
+            )
+        if not self.original_max_position_embeddings:
+            object.__setattr__(
+                self, "original_max_position_embeddings", self.max_position_embeddings
+            )
+        if not self.factor and self.rope_type in ("yarn", "longrope"):
+            stretch = self.max_position_embeddings / self.original_max_position_embeddings
+            object.__setattr__(self, "factor", stretch)
+        if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ConfigError(
+                f"rope turns pairs of numbers: head_dim x partial_rotary_factor must be even and "
+                f"at most head_dim, got {self.head_dim} x {self.partial_rotary_factor}."
+            )
+        for field in ("theta", *ROPE_TYPES[self.rope_type][1]):
+            self._check_field(field)
+
+    def _check_field(self, field: str) -> None:
+        value = getattr(self, field)
+        if field.endswith("_factor") and isinstance(value, tuple):
+            if len(value) != self.rotary_dim // 2:
+                raise ConfigError(
+                    f"rope type {self.rope_type}: {field} must be {self.rotary_dim // 2} numbers, "
+                    f"got {len(value)}."
+                )
+        elif not isinstance(value, int | float) or value <= 0:
+            raise ConfigError(
+                f"rope type {self.rope_type}: {field} must be a positive number, got {value!r}."
+            )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], head_dim: int) -> "RopeConfig":
+        """Read ``rope_theta`` and ``rope_scaling``, or the newer ``rope_parameters``.
+
+        Raises:
+          ConfigError: as the class does.
+        """
+        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        scaling.setdefault("rope_type", scaling.get("type", "default"))
+        scaling.setdefault("rope_theta", config.get("rope_theta"))
+        # These stand beside the scaling in most configs, and win over what it says itself.
+        for name in ("max_position_embeddings", "original_max_position_embeddings"):
+            scaling[name] = config.get(name) or scaling.get(name)
+        scaling.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
+        scaling["theta"] = scaling.pop("rope_theta")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in scaling.items()
+            if name in fields and value is not None
+        }
+        return cls(**given | {"head_dim": head_dim})
+
+    def to_hf(self) -> dict[str, Any]:
+        """The part of a ``config.json`` that `from_hf` reads as this."""
+        beside = {
+            "rope_theta": self.theta,
+            "partial_rotary_factor": self.partial_rotary_factor,
+            "max_position_embeddings": self.max_position_embeddings,
+        }
+        if self.rope_type == "default":
+            return beside
+        scaling = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("head_dim", "theta", *beside)
+            and getattr(self, field.name) != field.default
+        }
+        return beside | {"rope_scaling": scaling}
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a head's numbers are rotated; the rest pass."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def frequencies(self, context: int) -> Frequencies:
+        """Radians a position, for each pair of numbers.
+
+        Args:
+          context: tokens that this sequence may grow to. Only the types ``dynamic`` and
+            ``longrope`` depend on it.
+        """
+        return ROPE_TYPES[self.rope_type][0](self, context).astype(np.float32)
+
+    @property
+    def vector_factor(self) -> float:
+        """What rotated vectors are multiplied with; the yarn and longrope papers' temperature."""
+        stretch = self.factor
+        if self.rope_type not in ("yarn", "longrope"):
+            return 1.0
+        if self.attention_factor or stretch <= 1:
+            return self.attention_factor or 1.0
+        if self.rope_type == "longrope":
+            original = math.log(self.original_max_position_embeddings)
+            return math.sqrt(1 + math.log(stretch) / original)
+        if self.mscale and self.mscale_all_dim:
+            return _temperature(stretch, self.mscale) / _temperature(stretch, self.mscale_all_dim)
+        return _temperature(stretch, 1.0)
+
+
+def rotation(
+    rope: RopeConfig, positions: Int[Array, "*batch tokens"], context: int
+) -> Float[Array, "2 *batch tokens 1 pairs"]:
+    """Cosines and sines of the angles of these positions, float32, for `rotate`.
+
+    >>> import jax.numpy as jnp
+    >>> rotation(RopeConfig(head_dim=4), jnp.arange(3), context=3).shape
+    (2, 3, 1, 2)
+    """
+    angles = positions[..., None, None].astype(jnp.float32) * rope.frequencies(context)
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.vector_factor
+
+
+def rotate(
+    vectors: Float[Array, "*batch tokens heads head_dim"],
+    rotation: Float[Array, "2 *batch tokens 1 pairs"],
+) -> Float[Array, "*batch tokens heads head_dim"]:
+    """Turn number i of the first half of each vector with number i of the second.
+
+    With a partial rotation the halves are those of the first ``2 * pairs`` numbers. Computed
+    in float32.
+    """
+    cos, sin = rotation
+    pairs = cos.shape[-1]
+    first, second, rest = jnp.split(vectors, [pairs, 2 * pairs], axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([part.astype(vectors.dtype) for part in (*turned, rest)], axis=-1)
+
+
+def _default(rope: RopeConfig, context: int) -> Frequencies:
+    return _geometric(rope, rope.theta)
+
+
+def _linear(rope: RopeConfig, context: int) -> Frequencies:
+    """Position interpolation (Chen et al., 2023)."""
+    return _geometric(rope, rope.theta) / np.float32(rope.factor)
+
+
+def _dynamic(rope: RopeConfig, context: int) -> Frequencies:
+    """NTK-aware scaling: the base grows with the context once that is beyond the trained one.
+
+    transformers grows it anew at every step, and leaves cached keys turned by older bases. Here
+    one base serves a whole sequence: that of the context it may grow to.
+    """
+    stretch = rope.factor * max(context, rope.max_position_embeddings)
+    ratio = stretch / rope.max_position_embeddings - (rope.factor - 1)
+    return _geometric(rope, rope.theta * ratio ** (rope.rotary_dim / (rope.rotary_dim - 2)))
+
+
+def _llama3(rope: RopeConfig, context: int) -> Frequencies:
+    """Llama 3.1: long wavelengths are stretched, short ones kept, those between mixed."""
+    frequencies = _geometric(rope, rope.theta)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - kept) * frequencies / rope.factor + kept * frequencies
+
+
+def _yarn(rope: RopeConfig, context: int) -> Frequencies:
+    """YaRN (Peng et al., 2023): a ramp over pairs between kept and stretched frequencies."""
+    frequencies, dim = _geometric(rope, rope.theta), rope.rotary_dim
+
+    def pair_that_turns(times: float) -> float:
+        wavelengths = rope.original_max_position_embeddings / (times * 2 * math.pi)
+        return dim * math.log(wavelengths) / (2 * math.log(rope.theta))
+
+    first, last = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    if first == last:
+        last += 0.001
+    stretched = np.clip((np.arange(dim // 2) - first) / (last - first), 0, 1)
+    return frequencies / rope.factor * stretched + frequencies * (1 - stretched)
+
+
+def _longrope(rope: RopeConfig, context: int) -> Frequencies:
+    """LongRoPE (Ding et al., 2024): a searched divisor a pair; one set for short contexts.
+
+    transformers changes the set when a sequence outgrows the original context. Here one set
+    serves a whole sequence: that of the context it may grow to.
+    """
+    is_long = context > rope.original_max_position_embeddings
+    divisors = np.asarray(rope.long_factor if is_long else rope.short_factor, np.float32)
+    return _geometric(rope, rope.theta) / divisors
+
+
+def _geometric(rope: RopeConfig, theta: float) -> Frequencies:
+    exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
+    return np.float32(1) / np.float32(theta) ** exponents
+
+
+def _temperature(stretch: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(stretch) + 1.0
+
+
+# Type -> (its frequencies, the fields that it cannot do without).
+ROPE_TYPES: dict[str, tuple[Callable[[RopeConfig, int], Frequencies], tuple[str, ...]]] = {
+    "default": (_default, ()),
+    "linear": (_linear, ("factor",)),
+    "dynamic": (_dynamic, ("factor", "max_position_embeddings")),
+    "llama3": (
+        _llama3,
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    ),
+    "yarn": (_yarn, ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")),
+    "longrope": (_longrope, ("short_factor", "long_factor", "original_max_position_embeddings")),
+}

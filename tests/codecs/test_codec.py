@@ -1,0 +1,108 @@
+"""The codec contract, for every row of `CODECS`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkv.codecs import CODECS, bitcast, bytes_per_vector, container_dtype, decode_stored
+
+# The largest error of one number, as a share of the largest number of its vector.
+TOLERANCES = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8}
+
+codecs = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+head_dims = pytest.mark.parametrize("head_dim", [1, 64])
+
+
+def random_vectors(*shape):
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def test_the_tables_agree():
+    assert set(TOLERANCES) == set(CODECS), "give a new codec its row in TOLERANCES"
+    assert {name: codec.name for name, codec in CODECS.items()} == {name: name for name in CODECS}
+    assert len(set(CODECS.values())) == len(CODECS)
+
+
+@codecs
+@head_dims
+def test_leaves_are_as_announced(codec, head_dim):
+    encoded = codec.encode(jnp.asarray(random_vectors(5, 3, head_dim)))
+    announced = codec.leaves(head_dim)
+    assert encoded.keys() == announced.keys()
+    for name, (shape, dtype) in announced.items():
+        assert encoded[name].shape == (5, 3, *shape)
+        assert encoded[name].dtype == jnp.dtype(dtype)
+    held = sum(leaf.nbytes for leaf in encoded.values())
+    assert held == 5 * 3 * bytes_per_vector(codec, head_dim)
+
+
+@pytest.mark.parametrize("magnitude", [0.1, 1.0, 100.0])
+@codecs
+@head_dims
+def test_round_trip(codec, head_dim, magnitude):
+    vectors = magnitude * random_vectors(200, head_dim)
+    decoded = codec.decode(codec.encode(jnp.asarray(vectors)), jnp.dtype("float32"))
+    assert decoded.dtype == jnp.float32
+    error = np.abs(decoded - vectors).max(axis=-1)
+    assert (error <= TOLERANCES[codec.name] * np.abs(vectors).max(axis=-1)).all()
+
+
+@codecs
+@head_dims
+def test_one_token_at_a_time_gives_bitwise_what_bulk_gives(codec, head_dim):
+    vectors = jnp.asarray(random_vectors(6, 2, head_dim))
+    one_at_a_time = [codec.encode(vector) for vector in vectors]
+    for bulk in (codec.encode(vectors), jax.jit(codec.encode)(vectors)):
+        for name, leaf in bulk.items():
+            assert leaf.tobytes() == b"".join(one[name].tobytes() for one in one_at_a_time)
+
+
+@codecs
+def test_decodes_to_the_dtype_asked_for(codec):
+    encoded = codec.encode(jnp.asarray(random_vectors(3, 8)))
+    exact = codec.decode(encoded, jnp.dtype("float32"))
+    decoded = codec.decode(encoded, jnp.dtype("bfloat16"))
+    assert decoded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(decoded.astype(jnp.float32), exact, rtol=2**-7, atol=1e-6)
+
+
+@codecs
+def test_zero_buffers_decode_to_zeros(codec):
+    stored = {
+        name: jnp.zeros((2, *shape), container_dtype(dtype, "cpu"))
+        for name, (shape, dtype) in codec.leaves(8).items()
+    }
+    decoded = decode_stored(codec, stored, 8, jnp.dtype("float32"))
+    np.testing.assert_array_equal(decoded, np.zeros((2, 8)))
+
+
+@codecs
+def test_a_container_keeps_the_bits(codec):
+    encoded = codec.encode(jnp.asarray(random_vectors(3, 8)))
+    contained = {
+        name: bitcast(leaf, container_dtype(leaf.dtype.name, "cpu"))
+        for name, leaf in encoded.items()
+    }
+    for name, leaf in encoded.items():
+        assert contained[name].nbytes == leaf.nbytes
+    np.testing.assert_array_equal(
+        decode_stored(codec, contained, 8, jnp.dtype("float32")),
+        codec.decode(encoded, jnp.dtype("float32")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platform", "container"),
+    [
+        ("bfloat16", "cpu", "uint16"),
+        ("float8_e4m3fn", "cpu", "uint8"),
+        ("float16", "cpu", "float16"),
+        ("float32", "cpu", "float32"),
+        ("int8", "cpu", "int8"),
+        ("bfloat16", "gpu", "bfloat16"),
+        ("float8_e4m3fn", "tpu", "float8_e4m3fn"),
+    ],
+)
+def test_container_dtype(dtype, platform, container):
+    assert container_dtype(dtype, platform) == jnp.dtype(container)

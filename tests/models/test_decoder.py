@@ -1,0 +1,107 @@
+"""Decoder and GPT2 beside the goldens: what they refuse, gradients, initialization, no copies."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxkv
+from jaxkv.models import GPT2, Decoder, DecoderConfig, GPT2Config
+
+LLAMA = DecoderConfig(256, 64, 128, num_layers=1, num_heads=4, num_kv_heads=2)
+TIED = DecoderConfig(256, 64, 128, 1, 4, 2, tie_word_embeddings=True)
+SMALL_GPT2 = GPT2Config(256, 64, num_layers=1, num_heads=4, max_positions=16)
+
+
+@functools.cache
+def make(config, dtype="float32"):
+    kind = GPT2 if isinstance(config, GPT2Config) else Decoder
+    return kind(config, rngs=nnx.Rngs(0), dtype=dtype)
+
+
+def test_cache_config_fits_the_model():
+    config = make(LLAMA, "bfloat16").cache_config(max_context_length=32, batch_size=3)
+    assert config == jaxkv.KVCacheConfig(1, 32, 2, 16, 3, jaxkv.Dense("bfloat16"))
+    codec = jaxkv.Dense("float16")
+    assert make(SMALL_GPT2).cache_config(max_context_length=8, codec=codec).codec == codec
+    assert make(LLAMA).vocab_size == 256
+
+
+@pytest.mark.parametrize("config", [LLAMA, SMALL_GPT2], ids=["llama", "gpt2"])
+def test_bad_tokens_are_refused(config):
+    model = make(config)
+    single = jaxkv.create(model.cache_config(max_context_length=8))
+    batch = jaxkv.create(model.cache_config(max_context_length=8, batch_size=2))
+    with pytest.raises(TypeError, match="tokens must be an integer array, got float32"):
+        model(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"tokens must be \[tokens\], got \[2, 3\]"):
+        model(jnp.ones((2, 3), jnp.int32), single)
+    with pytest.raises(ValueError, match=r"tokens must be \[2, tokens\], got \[3\]"):
+        model(jnp.ones(3, jnp.int32), batch)
+    with pytest.raises(jaxkv.CacheFullError, match="holds 0 of 8 tokens, and 9 more"):
+        model(jnp.ones(9, jnp.int32), single)
+
+
+def test_gpt2_refuses_positions_that_it_did_not_learn():
+    model = make(SMALL_GPT2)
+    with pytest.raises(ValueError, match="16 learned positions, and the context is 17"):
+        model(jnp.ones(17, jnp.int32))
+    cache = jaxkv.create(model.cache_config(max_context_length=32))
+    with pytest.raises(ValueError, match="at most 16, as max_context_length"):
+        model(jnp.ones(1, jnp.int32), cache)
+
+
+def test_an_unknown_token_is_not_read_as_another():
+    logits, _ = make(LLAMA)(jnp.array([[1, 255], [1, 256]]))
+    assert jnp.isfinite(logits[0]).all()
+    assert jnp.isnan(logits[1, 1]).all()
+
+
+@pytest.mark.parametrize("config", [TIED, SMALL_GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_random_model_starts_near_uniform_and_every_weight_learns(config, dtype):
+    model = make(config, dtype)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 12)))
+
+    @nnx.jit
+    @nnx.value_and_grad
+    def loss(model):
+        logits, _ = model(tokens[:, :-1])
+        log_probs = jax.nn.log_softmax(logits)
+        return -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1).mean()
+
+    value, grads = loss(model)
+    assert value == pytest.approx(math.log(256), rel=0.02)
+    for path, grad in nnx.to_flat_state(grads):
+        assert jnp.isfinite(grad[...]).all(), path
+        # A key's bias moves all logits of a query alike, and softmax does not see it.
+        assert "c_attn" in path or jnp.abs(grad[...]).max() > 0, path
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_step_copies_no_weight(tied, dtype, tokens):
+    """Nor converts one, as XLA's CPU backend does for a single row of bfloat16."""
+    model = make(DecoderConfig(1024, 128, 256, 1, 4, 2, tie_word_embeddings=tied), dtype)
+    cache = jaxkv.create(model.cache_config(max_context_length=16))
+    step = jax.jit(lambda model, tokens, cache: model(tokens, cache), donate_argnames="cache")
+    compiled = step.lower(model, jnp.ones(tokens, jnp.int32), cache).compile()
+    smallest_matrix = min(leaf.nbytes for leaf in jax.tree.leaves(model) if leaf.ndim == 2)
+    assert compiled.memory_analysis().temp_size_in_bytes < smallest_matrix
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_bfloat16_follows_float32(tokens):
+    """The rounded weights, computed with in float32, are what bfloat16 must come near to."""
+    narrow = make(LLAMA, "bfloat16")
+    wide = jax.tree.map(lambda weight: weight.astype(jnp.float32), narrow)
+    ids = jnp.arange(tokens)
+    got, _ = narrow(ids)
+    expected, _ = wide(ids)
+    assert got.dtype == jnp.float32
+    assert jnp.abs(got - expected).max() < 0.02 * jnp.abs(expected).max()

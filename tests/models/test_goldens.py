@@ -1,0 +1,135 @@
+"""Logits equal transformers' in every variant, and equal each other however they are computed."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxkv
+from jaxkv.models import RopeConfig, load
+from tests.models.variants import GOLDENS, NUM_TOKENS, VARIANTS, token_ids, write_checkpoint
+
+TOLERANCE = 2e-4
+
+
+@functools.cache
+def goldens():
+    with np.load(GOLDENS) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory):
+    @functools.cache
+    def loaded(variant):
+        model, tokenizer = load(write_checkpoint(variant, tmp_path_factory.mktemp("checkpoint")))
+        assert tokenizer is None
+        return model
+
+    return loaded
+
+
+@pytest.fixture
+def model(request, model_of):
+    return model_of(request.param)
+
+
+every_variant = pytest.mark.parametrize(
+    ("variant", "model"), [(v, v) for v in VARIANTS], indirect=["model"], ids=list(VARIANTS)
+)
+
+
+one_per_family = pytest.mark.parametrize(
+    ("variant", "model"),
+    [(v, v) for v in ("llama", "qwen2", "qwen3", "gpt2")],
+    indirect=["model"],
+    ids=str,
+)
+
+
+@jax.jit
+def step(model, tokens, cache, num_tokens=None):
+    return model(tokens, cache, num_tokens=num_tokens)
+
+
+def assert_golden(logits, variant, tokens=slice(None)):
+    np.testing.assert_allclose(logits, goldens()[variant][tokens], atol=TOLERANCE, rtol=0)
+
+
+@every_variant
+def test_uncached_logits_equal_transformers(variant, model):
+    logits, cache = model(jnp.asarray(token_ids(variant)))
+    assert cache is None
+    assert logits.dtype == jnp.float32
+    assert_golden(logits, variant)
+
+
+@every_variant
+def test_logits_of_chunks_equal_transformers(variant, model):
+    tokens = jnp.asarray(token_ids(variant))
+    cache = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS))
+    for start in range(0, NUM_TOKENS, 8):
+        chunk = slice(start, start + 8)
+        logits, cache = model(tokens[chunk], cache)
+        assert_golden(logits, variant, chunk)
+    assert cache.lengths == NUM_TOKENS
+
+
+@one_per_family
+def test_one_shot_and_one_token_at_a_time(variant, model):
+    tokens = jnp.asarray(token_ids(variant))
+    empty = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS))
+    one_shot, cache = step(model, tokens, empty)
+    assert_golden(one_shot, variant)
+    assert cache.lengths == NUM_TOKENS
+    cache = empty
+    for position, token in enumerate(tokens):
+        logits, cache = step(model, token[None], cache)
+        assert_golden(logits[0], variant, position)
+
+
+@one_per_family
+@pytest.mark.parametrize("padding", ["dropped", "truncated"])
+def test_ragged_batch_equals_single(variant, model, padding):
+    """A prompt padded on the right, then one token more, whatever the neighbours are."""
+    tokens = np.tile(token_ids(variant), (3, 1))
+    lengths = np.array([5, 23, 1], np.int32)
+    padded = np.where(np.arange(NUM_TOKENS) < lengths[:, None], tokens, 0)
+    cache = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS, batch_size=3))
+    if padding == "dropped":
+        prompt_logits, cache = step(model, padded, cache, lengths)
+    else:
+        prompt_logits, cache = step(model, padded, cache)
+        cache = jaxkv.truncate(cache, lengths)
+    next_tokens = np.take_along_axis(tokens, lengths[:, None], axis=1)
+    next_logits, cache = step(model, next_tokens, cache)
+    assert cache.lengths.tolist() == [6, 24, 2]
+    for sequence, length in enumerate(lengths):
+        assert_golden(prompt_logits[sequence, :length], variant, slice(length))
+        assert_golden(next_logits[sequence, 0], variant, length)
+
+
+def test_uncached_forward_takes_any_leading_axes(model_of):
+    model = model_of("qwen3")
+    tokens = jnp.asarray(token_ids("qwen3"))
+    logits, _ = model(jnp.broadcast_to(tokens, (2, 3, NUM_TOKENS)))
+    assert logits.shape == (2, 3, NUM_TOKENS, 64)
+    assert_golden(logits[1, 2], "qwen3")
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "rope_scaling" in VARIANTS[v]])
+def test_goldens_tell_scalings_apart(variant, model_of):
+    """With the plain frequencies the logits are others, unless the variant says it is short."""
+    model = model_of(variant)
+    plain = dataclasses.replace(RopeConfig(model.config.head_dim), theta=model.config.rope.theta)
+    changed = nnx.clone(model)
+    changed.config = dataclasses.replace(model.config, rope=plain)
+    for block in changed.layers:
+        block.self_attn.config = changed.config
+    logits, _ = changed(jnp.asarray(token_ids(variant)))
+    off = np.abs(logits - goldens()[variant]).max()
+    assert off < TOLERANCE if variant == "llama dynamic short" else off > 100 * TOLERANCE

@@ -1,0 +1,241 @@
+"""Folders in and out: what `load` reads, what it refuses and how it says so."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from jaxkv.errors import CheckpointError
+from jaxkv.models import GPT2, Decoder, DecoderConfig, byte_tokenizer, load, save
+from tests.models.variants import hf_config, token_ids, weights, write_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_checkpoint("llama", tmp_path)
+
+
+def write_shards(folder, tensors, **index_changes):
+    """Two shards and their index, in place of the single file."""
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        shard = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map | index_changes})
+    (folder / "model.safetensors.index.json").write_text(index)
+
+
+def write_config(folder, **changes):
+    config = hf_config("llama") | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def logits_of(model):
+    return model(jnp.asarray(token_ids("llama")))[0]
+
+
+def refused(folder, *words):
+    """`load` raises a CheckpointError that has all these words."""
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    for word in words:
+        assert str(word) in str(caught.value)
+
+
+def test_shards_read_as_the_single_file(folder):
+    expected = logits_of(load(folder)[0])
+    write_shards(folder, weights("llama"))
+    np.testing.assert_array_equal(logits_of(load(folder)[0]), expected)
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", jnp.bfloat16])
+def test_every_stored_dtype_into_every_other(tmp_path, stored, dtype):
+    model, _ = load(write_checkpoint("llama", tmp_path, stored), dtype=dtype)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    expected = weights("llama")[name].astype(jnp.dtype(stored)).astype(jnp.dtype(dtype)).T
+    got = model.layers[1].self_attn.q_proj.weight[...]
+    assert got.dtype == model.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(got, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"), [("qwen3", Decoder), ("gpt2", GPT2), ("gpt2 untied", GPT2)]
+)
+def test_save_then_load_gives_the_same_model(tmp_path, variant, kind):
+    (tmp_path / "first").mkdir()
+    first, _ = load(write_checkpoint(variant, tmp_path / "first"), dtype="bfloat16")
+    save(first, tmp_path / "new" / "second")
+    second, _ = load(tmp_path / "new" / "second", dtype="bfloat16")
+    assert isinstance(second, kind)
+    assert second.config == first.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(first), nnx.state(second))
+
+
+def test_saved_files_are_those_of_the_checkpoint(folder, tmp_path):
+    from safetensors.numpy import load_file
+
+    model, _ = load(folder)
+    save(model, tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, saved, weights("llama"))
+
+
+def test_names_without_prefix_and_tensors_that_are_no_weights(tmp_path):
+    for variant, extra in (
+        ("gpt2", ("h.0.attn.bias", "h.0.attn.masked_bias", "lm_head.weight")),
+        ("llama", ("layers.0.self_attn.rotary_emb.inv_freq",)),
+    ):
+        folder = tmp_path / variant
+        folder.mkdir()
+        write_checkpoint(variant, folder)
+        expected, _ = load(folder)
+        tensors = {
+            name.removeprefix("transformer.").removeprefix("model."): tensor
+            for name, tensor in weights(variant).items()
+        }
+        save_file(tensors | dict.fromkeys(extra, np.zeros((3, 3))), folder / "model.safetensors")
+        got, _ = load(folder)
+        np.testing.assert_array_equal(logits_of(got), logits_of(expected))
+
+
+def test_tokenizer_comes_with_the_folder(folder):
+    assert load(folder)[1] is None
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    assert load(folder)[1].encode("é").ids == [195, 169]
+
+
+def test_missing_tensor(folder):
+    tensors = weights("llama")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    refused(folder, folder, "tensor model.layers.1.mlp.up_proj.weight is missing")
+
+
+def test_missing_head_of_an_untied_model(folder):
+    tensors = weights("llama")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    refused(folder, "tensor lm_head.weight is missing")
+
+
+def test_misshaped_tensor(folder):
+    write_config(folder, intermediate_size=40)
+    refused(folder, "model.safetensors", "mlp.down_proj.weight", "[32, 48]", "must be [32, 40]")
+
+
+def test_unexpected_tensor(folder):
+    extra = {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)}
+    save_file(weights("llama") | extra, folder / "model.safetensors")
+    refused(folder, "unexpected tensor model.layers.0.self_attn.q_proj.bias")
+
+
+def test_more_layers_than_the_config_has(folder):
+    write_config(folder, num_hidden_layers=1)
+    refused(folder, "unexpected tensor model.layers.1.", "and 6 more")
+
+
+def test_quantized_tensor(folder):
+    tensors = weights("llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].astype(np.int8)
+    save_file(tensors, folder / "model.safetensors")
+    refused(folder, name, "stored as I8", "expected one of F32, F16, BF16")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -4])
+def test_truncated_file(folder, kept):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    refused(folder, file, "not a whole safetensors file", f"{file.stat().st_size} bytes")
+
+
+def test_garbage_file(folder):
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    refused(folder, "model.safetensors is not a whole safetensors file")
+
+
+def test_absent_shard(folder):
+    write_shards(folder, weights("llama"))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    refused(folder, "index.json lists model-00002-of-00002.safetensors", "not in the folder")
+
+
+def test_shard_outside_of_the_folder(folder):
+    write_shards(folder, weights("llama"), extra="../../model.safetensors")
+    refused(folder, "lists ../../model.safetensors")
+
+
+def test_index_that_points_to_a_tensor_not_there(folder):
+    shard = "model-00001-of-00002.safetensors"
+    write_shards(folder, weights("llama"), **{"model.ghost": shard})
+    refused(folder, f"says that {shard} has model.ghost")
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}'])
+def test_index_without_a_map(folder, index):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    refused(folder, "index.json", "expected an object under weight_map")
+
+
+def test_no_weights_but_others(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, "has no weights", "Convert pytorch_model.bin to safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ("[]", "must hold a JSON object, got a list")]
+)
+def test_bad_config_json(folder, text, message):
+    (folder / "config.json").write_text(text)
+    refused(folder, folder / "config.json", message)
+
+
+def test_absent_config_json(folder):
+    (folder / "config.json").unlink()
+    refused(folder, folder / "config.json", "is missing")
+
+
+def test_unknown_architecture(folder):
+    write_config(folder, architectures=["MambaForCausalLM"])
+    refused(folder, "'MambaForCausalLM' is not supported", "known are LlamaForCausalLM")
+
+
+def test_bad_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    refused(folder, folder / "tokenizer.json", "is not a tokenizer")
+
+
+def test_unknown_dtype(folder):
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, .* got int8"):
+        load(folder, dtype="int8")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_loading_holds_the_weights_once(tmp_path):
+    config = DecoderConfig(512, 1024, 4096, num_layers=4, num_heads=8)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    save(model, tmp_path)
+    del model
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+    before = _status_bytes("VmHWM")
+    model, _ = load(tmp_path)
+    assert _status_bytes("VmHWM") - before < 1.4 * held
+    assert model.norm.weight.shape == (1024,)
+
+
+def _status_bytes(field):
+    (kilobytes,) = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kilobytes)

@@ -1,0 +1,217 @@
+"""Tiny models in every variant of their configs, with weights that numpy makes from a seed.
+
+`benchmarks/make_goldens.py` runs transformers on them and stores the logits; the tests here
+make the same weights again. Numpy promises that a seeded PCG64 stream never changes.
+"""
+
+import copy
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+NUM_TOKENS = 24
+VOCAB_SIZE = 64
+GOLDENS = Path(__file__).parent / "goldens" / "logits.npz"
+
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+_QWEN2 = _LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+_QWEN3 = _LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
+_GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 32,
+}
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.5, 2.5, 4.0, 6.0],
+}
+
+# The contexts before extension are so short that 24 tokens go beyond them.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "llama mha": _LLAMA | {"num_key_value_heads": None},
+    "llama mqa": _LLAMA | {"num_key_value_heads": 1},
+    "llama tied": _LLAMA | {"tie_word_embeddings": True},
+    "llama attention bias": _LLAMA | {"attention_bias": True},
+    "llama mlp bias": _LLAMA | {"mlp_bias": True},
+    "llama head_dim": _LLAMA | {"head_dim": 12},
+    "llama theta": _LLAMA | {"rope_theta": 500000.0},
+    "llama gelu": _LLAMA | {"hidden_act": "gelu"},
+    "llama linear": _LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama dynamic": _LLAMA
+    | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+    "llama dynamic short": _LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "llama llama3": _LLAMA | {"rope_scaling": _LLAMA3, "rope_theta": 100.0},
+    "llama yarn": _LLAMA | {"rope_scaling": _YARN, "rope_theta": 100.0},
+    "llama yarn mscale": _LLAMA | {"rope_scaling": _YARN | {"mscale": 1.5, "mscale_all_dim": 0.7}},
+    "llama yarn attention_factor": _LLAMA | {"rope_scaling": _YARN | {"attention_factor": 1.3}},
+    "llama yarn betas": _LLAMA | {"rope_scaling": _YARN | {"beta_fast": 2.0, "beta_slow": 0.25}},
+    "llama yarn untruncated": _LLAMA
+    | {"rope_scaling": _YARN | {"truncate": False}, "rope_theta": 100.0},
+    "llama longrope": _LLAMA
+    | {"rope_scaling": _LONGROPE | {"original_max_position_embeddings": 16}},
+    "llama longrope short": _LLAMA
+    | {"rope_scaling": _LONGROPE | {"original_max_position_embeddings": 32}},
+    "llama longrope outside": _LLAMA
+    | {
+        "rope_scaling": _LONGROPE | {"factor": None},
+        "original_max_position_embeddings": 16,
+        "max_position_embeddings": 128,
+    },
+    "llama rope_parameters": _LLAMA
+    | {"rope_theta": None, "rope_parameters": _LLAMA3 | {"rope_theta": 100.0}},
+    "llama rope_parameters default": _LLAMA
+    | {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "qwen2": _QWEN2,
+    "qwen2 tied": _QWEN2 | {"tie_word_embeddings": True, "rope_theta": 1e6},
+    "qwen2 yarn": _QWEN2
+    | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "qwen2 window unused": _QWEN2 | {"use_sliding_window": False, "sliding_window": 4},
+    "qwen3": _QWEN3,
+    "qwen3 tied": _QWEN3 | {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    "qwen3 attention bias": _QWEN3 | {"attention_bias": True},
+    "qwen3 yarn": _QWEN3 | {"rope_scaling": _YARN},
+    "gpt2": _GPT2,
+    "gpt2 untied": _GPT2 | {"tie_word_embeddings": False},
+    "gpt2 inner": _GPT2 | {"n_inner": 40, "layer_norm_epsilon": 1e-3},
+    "gpt2 unscaled": _GPT2 | {"scale_attn_weights": False},
+    "gpt2 by layer": _GPT2 | {"scale_attn_by_inverse_layer_idx": True},
+    "gpt2 upcast": _GPT2 | {"reorder_and_upcast_attn": True},
+    "gpt2 gelu": _GPT2 | {"activation_function": "gelu"},
+    "gpt2 gelu_fast": _GPT2 | {"activation_function": "gelu_fast"},
+    "gpt2 tanh approximation": _GPT2 | {"activation_function": "gelu_pytorch_tanh"},
+    "gpt2 quick_gelu": _GPT2 | {"activation_function": "quick_gelu"},
+    "gpt2 relu": _GPT2 | {"activation_function": "relu"},
+    "gpt2 tanh": _GPT2 | {"activation_function": "tanh"},
+}
+
+
+def hf_config(variant: str) -> dict[str, Any]:
+    """The contents of the variant's ``config.json``."""
+    fields = copy.deepcopy(VARIANTS[variant])  # transformers writes into the dicts it is given
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def token_ids(variant: str) -> np.ndarray:
+    return _generator(variant).integers(0, VOCAB_SIZE, NUM_TOKENS, dtype=np.int32)
+
+
+def weights(variant: str) -> dict[str, np.ndarray]:
+    """Every tensor of the variant's checkpoint. Wide, so that logits are not flat."""
+    config = hf_config(variant)
+    shapes = _gpt2_shapes(config) if config["model_type"] == "gpt2" else _llama_shapes(config)
+    made = {}
+    for name, shape in shapes.items():
+        noise = 0.3 * _generator(variant + name).standard_normal(shape)
+        is_norm_weight = "norm.weight" in name or (".ln_" in name and name.endswith("weight"))
+        made[name] = (noise + is_norm_weight).astype(np.float32)
+    return made
+
+
+def write_checkpoint(variant: str, folder: Path, dtype: str = "float32") -> Path:
+    """The variant as a Hugging Face folder."""
+    tensors = {name: tensor.astype(_DTYPES[dtype]) for name, tensor in weights(variant).items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf_config(variant)))
+    return folder
+
+
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def _generator(text: str) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(zlib.crc32(text.encode())))
+
+
+def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim", hidden // heads)
+    keys = config.get("num_key_value_heads", heads) * head_dim
+    family = config["model_type"]
+    biased = {"q": heads * head_dim, "k": keys, "v": keys} if family == "qwen2" else {}
+    if config.get("attention_bias"):
+        biased = {"q": heads * head_dim, "k": keys, "v": keys, "o": hidden}
+
+    shapes = {"model.embed_tokens.weight": (VOCAB_SIZE, hidden), "model.norm.weight": (hidden,)}
+    for layer in range(config["num_hidden_layers"]):
+        block = {
+            "self_attn.q_proj.weight": (heads * head_dim, hidden),
+            "self_attn.k_proj.weight": (keys, hidden),
+            "self_attn.v_proj.weight": (keys, hidden),
+            "self_attn.o_proj.weight": (hidden, heads * head_dim),
+            "mlp.gate_proj.weight": (inner, hidden),
+            "mlp.up_proj.weight": (inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner),
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+        }
+        block |= {f"self_attn.{name}_proj.bias": (size,) for name, size in biased.items()}
+        if config.get("mlp_bias"):
+            block |= {f"mlp.{name}_proj.bias": (inner,) for name in ("gate", "up")}
+            block["mlp.down_proj.bias"] = (hidden,)
+        if family == "qwen3":
+            block |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (VOCAB_SIZE, hidden)
+    return shapes
+
+
+def _gpt2_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config["n_embd"], config.get("n_inner", 4 * config["n_embd"])
+    shapes = {
+        "transformer.wte.weight": (VOCAB_SIZE, hidden),
+        "transformer.wpe.weight": (config["n_positions"], hidden),
+        "transformer.ln_f.weight": (hidden,),
+        "transformer.ln_f.bias": (hidden,),
+    }
+    for layer in range(config["n_layer"]):
+        linear = {
+            "attn.c_attn": (hidden, 3 * hidden),
+            "attn.c_proj": (hidden, hidden),
+            "mlp.c_fc": (hidden, inner),
+            "mlp.c_proj": (inner, hidden),
+        }
+        prefix = f"transformer.h.{layer}."
+        for name, shape in linear.items():
+            shapes |= {f"{prefix}{name}.weight": shape, f"{prefix}{name}.bias": shape[1:]}
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"{prefix}{name}.weight": (hidden,), f"{prefix}{name}.bias": (hidden,)}
+    if not config.get("tie_word_embeddings", True):
+        shapes["lm_head.weight"] = (VOCAB_SIZE, hidden)
+    return shapes

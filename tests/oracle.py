@@ -1,0 +1,134 @@
+"""What the cache is held to: attention by its definition, in float64, over plain lists.
+
+The oracle knows nothing of slots, blocks and masks. A step's arrays have a leading axis of
+layers: ``[layers, *batch, tokens, heads, head_dim]``.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxkv
+
+# Query heads and KV heads of the three kinds of attention.
+HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (3, 1)}
+
+SINKS = np.array([0.5, -1.0, 2.0, 0.0], np.float32)  # one a query head of GQA
+OPTIONS = {
+    "plain": {},
+    "scale": {"scale": 0.7},
+    "softcap": {"softcap": 0.8},
+    "window": {"window": 3},
+    "sinks": {"sinks": SINKS},
+    "together": {"scale": 0.7, "softcap": 0.8, "window": 3, "sinks": SINKS},
+}
+
+
+class Oracle:
+    """The (key, value) of every token: a list for each layer and sequence."""
+
+    def __init__(self, config):
+        self.codec = config.codec
+        self.tokens = [
+            [[] for _ in range(config.batch_size or 1)] for _ in range(config.num_layers)
+        ]
+
+    def step(self, queries, keys, values, num_tokens=None, **options):
+        """What `step` below must return."""
+        outputs = np.zeros(queries.shape)
+        for layer, sequences in enumerate(self.tokens):
+            shape = (len(sequences), *queries.shape[-3:])
+            stored_keys, stored_values = self._stored(keys[layer]), self._stored(values[layer])
+            for sequence, tokens in enumerate(sequences):
+                count = shape[1] if num_tokens is None else np.ravel(num_tokens)[sequence]
+                for token in range(count):
+                    tokens.append((stored_keys[sequence, token], stored_values[sequence, token]))
+                    query = np.reshape(queries[layer], shape)[sequence, token]
+                    output = attention(query, tokens, **options)
+                    outputs[layer].reshape(shape)[sequence, token] = output
+        return outputs
+
+    def truncate(self, length):
+        for sequences in self.tokens:
+            for tokens in sequences:
+                del tokens[length:]
+
+    def _stored(self, vectors):
+        """The vectors as the codec rounds them, with a batch axis; codecs have their own tests."""
+        leaves = self.codec.encode(jnp.asarray(vectors))
+        stored = np.asarray(self.codec.decode(leaves, jnp.dtype("float32")), np.float64)
+        return stored.reshape(-1, *stored.shape[-3:])
+
+
+def attention(query, tokens, *, scale=None, softcap=None, window=None, sinks=None):
+    """One query ``[heads, head_dim]`` over all tokens so far, its own being the last."""
+    seen = tokens if window is None else tokens[-window:]
+    keys, values = (np.stack(vectors) for vectors in zip(*seen, strict=True))
+    heads, head_dim = query.shape
+    group = heads // keys.shape[1]
+    output = np.zeros(query.shape)
+    for head in range(heads):
+        logits = keys[:, head // group] @ query[head].astype(np.float64)
+        logits *= head_dim**-0.5 if scale is None else scale
+        if softcap is not None:
+            logits = softcap * np.tanh(logits / softcap)
+        weights = np.exp(logits)
+        total = weights.sum() + (0 if sinks is None else np.exp(sinks[head]))
+        output[head] = weights @ values[:, head // group] / total
+    return output
+
+
+def layer_step(cache, layer, queries, keys, values, num_tokens=None, **options):
+    """What one layer of a model does: write, then read."""
+    cache = jaxkv.append(cache, keys, values, layer=layer, num_tokens=num_tokens)
+    return cache, jaxkv.attend(cache, queries, layer=layer, num_tokens=num_tokens, **options)
+
+
+def step(cache, queries, keys, values, num_tokens=None, *, run=layer_step, **options):
+    """One step of a model: each layer in turn, and then the length moves once."""
+    outputs = []
+    for layer in range(cache.config.num_layers):
+        arrays = queries[layer], keys[layer], values[layer]
+        cache, output = run(cache, layer, *arrays, num_tokens, **options)
+        outputs.append(output)
+    advanced = jaxkv.advance(cache, keys.shape[-3] if num_tokens is None else num_tokens)
+    return advanced, jnp.stack(outputs)
+
+
+def random_step(config, tokens, *, heads, seed=0):
+    """Queries, keys and values of a step, from a seeded normal distribution."""
+    rng = np.random.default_rng(seed)
+    return tuple(
+        rng.standard_normal(
+            (config.num_layers, *config.batch_shape, tokens, count, config.head_dim), np.float32
+        )
+        for count in (heads, config.num_kv_heads, config.num_kv_heads)
+    )
+
+
+def poisoned(cache, poison=np.nan):
+    """The cache with garbage in every slot. An integer leaf gets all bits set, NaN for bfloat16."""
+
+    def fill(leaf):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.full_like(leaf, poison if floating else jnp.iinfo(leaf.dtype).max)
+
+    storage = {name: fill(leaf) for name, leaf in cache.storage.items()}
+    return jaxkv.KVCache(storage, cache.index, cache.config)
+
+
+def padded(array, num_tokens, padding):
+    """A step's array with ``padding`` in place of the tokens that are not real."""
+    real = np.arange(array.shape[-3]) < np.asarray(num_tokens)[..., None]
+    return np.where(real[..., None, None], array, np.float32(padding))
+
+
+def assert_same_storage(actual, expected):
+    """Bitwise, NaN included."""
+    for name, leaf in expected.storage.items():
+        assert actual.storage[name].dtype == leaf.dtype
+        assert np.asarray(actual.storage[name]).tobytes() == np.asarray(leaf).tobytes(), name
+
+
+def stacked(*trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

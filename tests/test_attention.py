@@ -1,0 +1,192 @@
+"""`attend` against the oracle, over the whole product of what a cache can be."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jaxkv
+from jaxkv.addressing import ADDRESSINGS
+from jaxkv.attention import IMPLEMENTATIONS
+from jaxkv.codecs import CODECS
+from tests.oracle import (
+    HEADS,
+    OPTIONS,
+    SINKS,
+    Oracle,
+    assert_same_storage,
+    layer_step,
+    padded,
+    poisoned,
+    random_step,
+    step,
+)
+
+# Each step's width, and how many of its tokens are real in each sequence: a ragged prefill
+# with an empty sequence, an uneven chunk, and tokens one at a time.
+STEPS = [(5, (5, 3, 0)), (5, (2, 5, 1)), (1, (1, 0, 1)), (1, (1, 1, 0))]
+
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+addressings = pytest.mark.parametrize("addressing", ADDRESSINGS)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks of queries and of slots, the last of each not full, in every test."""
+    monkeypatch.setattr("jaxkv.attention.blockwise.QUERY_BLOCK", 2)
+    monkeypatch.setattr("jaxkv.attention.blockwise.KEY_BLOCK", 4)
+
+
+def config_of(codec="float32", addressing="contiguous", batch_size=None, kv_heads=2):
+    return jaxkv.KVCacheConfig(
+        num_layers=2,
+        max_context_length=10,
+        num_kv_heads=kv_heads,
+        head_dim=16,
+        batch_size=batch_size,
+        codec=CODECS[codec],
+        addressing=ADDRESSINGS[addressing],
+    )
+
+
+def able(implementation, cache, tokens):
+    """The implementation, or the reference for a width that it cannot serve."""
+    cannot_serve = IMPLEMENTATIONS[implementation].cannot_serve
+    if reason := cannot_serve(cache, 1):
+        pytest.skip(reason)
+    return "reference" if cannot_serve(cache, tokens) else implementation
+
+
+# With a traced layer. There are hundreds of these programs, so they are compiled in haste.
+@functools.partial(
+    jax.jit,
+    static_argnames=("options", "implementation"),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+def run_layer(options, implementation, *arguments):
+    return layer_step(*arguments, implementation=implementation, **OPTIONS[options])
+
+
+def assert_equals_oracle(config, implementation, *, heads, poison=np.nan, options="plain"):
+    """Play `STEPS` on a cache full of garbage, with garbage for padding, and on the oracle."""
+    cache, oracle = poisoned(jaxkv.create(config), poison), Oracle(config)
+    for number, (width, counts) in enumerate(STEPS):
+        arrays = random_step(config, width, heads=heads, seed=number)
+        num_tokens = np.array(counts if config.batch_size else counts[0], np.int32)
+        expected = oracle.step(*arrays, num_tokens, **OPTIONS[options])
+        arrays = [padded(array, num_tokens, poison) for array in arrays]
+        name = able(implementation, cache, width)
+        run = functools.partial(run_layer, options, name)
+        cache, outputs = step(cache, *arrays, num_tokens, run=run)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+        assert not np.any(np.where(expected == 0, outputs, 0)), "padding must give exact zeros"
+
+
+@implementations
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("batch_size", [None, 3], ids=["single", "ragged"])
+@addressings
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_pair_equals_the_oracle(codec, addressing, batch_size, heads, implementation):
+    query_heads, kv_heads = HEADS[heads]
+    config = config_of(codec, addressing, batch_size, kv_heads)
+    assert_equals_oracle(config, implementation, heads=query_heads)
+
+
+@implementations
+@addressings
+@pytest.mark.parametrize("options", list(OPTIONS)[1:])
+def test_every_option_equals_the_oracle(addressing, options, implementation):
+    config = config_of(addressing=addressing, batch_size=3)
+    assert_equals_oracle(config, implementation, heads=4, options=options)
+
+
+@implementations
+@pytest.mark.parametrize("poison", [np.inf, -np.inf, 3e38])
+def test_garbage_never_reaches_an_output(poison, implementation):
+    assert_equals_oracle(config_of(batch_size=3), implementation, heads=4, poison=poison)
+
+
+@functools.cache
+def one_shot():
+    arrays = random_step(config_of(), 7, heads=4)
+    run = functools.partial(run_layer, "plain", "reference")
+    return arrays, step(jaxkv.create(config_of()), *arrays, run=run)
+
+
+@implementations
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(cuts=st.sets(st.integers(1, 6)))
+def test_any_split_equals_one_shot(implementation, cuts):
+    arrays, (expected_cache, expected) = one_shot()
+    cache, outputs = jaxkv.create(config_of()), []
+    for chunk in zip(*(np.split(array, sorted(cuts), axis=1) for array in arrays), strict=True):
+        name = able(implementation, cache, chunk[0].shape[1])
+        cache, output = step(cache, *chunk, run=functools.partial(run_layer, "plain", name))
+        outputs.append(output)
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), expected, rtol=1e-5, atol=1e-6)
+    assert_same_storage(cache, expected_cache)
+
+
+def plain_attention(queries, keys, values, sinks):
+    """Causal attention without a cache, for its gradient. Arrays are ``[tokens, heads, dim]``."""
+    tokens, heads, head_dim = queries.shape
+    keys, values = (jnp.repeat(array, heads // array.shape[1], axis=1) for array in (keys, values))
+    logits = jnp.einsum("thd,shd->hts", queries, keys) * head_dim**-0.5
+    logits = jnp.where(jnp.tril(jnp.ones((tokens, tokens), bool)), logits, -jnp.inf)
+    sink = jnp.broadcast_to(sinks[:, None, None], (heads, tokens, 1))
+    weights = jax.nn.softmax(jnp.concatenate([logits, sink], axis=-1))[..., :-1]
+    return jnp.einsum("hts,shd->thd", weights, values)
+
+
+def gradients(attention, queries, keys, values):
+    """Of a weighted sum of the outputs, with respect to all four inputs."""
+
+    def loss(queries, keys, values, sinks):
+        outputs = attention(queries, keys, values, sinks)
+        return jnp.sum(outputs * jnp.cos(jnp.arange(outputs.size)).reshape(outputs.shape))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    return gradient(queries, keys, values, jnp.asarray(SINKS))
+
+
+@implementations
+def test_gradient_equals_plain_attention_whatever_is_unused(implementation):
+    """A ragged chunk of 3 tokens, then one token, in a cache full of NaN."""
+    config, counts = config_of(batch_size=3), np.array([[3, 1], [0, 0], [2, 1]], np.int32)
+    cache = poisoned(jaxkv.create(config))
+    queries, keys, values = (array[0] for array in random_step(config, 4, heads=4))
+
+    def cached(queries, keys, values, sinks):
+        grown, outputs = cache, []
+        for chunk, num_tokens in zip((slice(0, 3), slice(3, 4)), counts.T, strict=True):
+            name = able(implementation, cache, chunk.stop - chunk.start)
+            arrays = queries[:, chunk], keys[:, chunk], values[:, chunk]
+            grown, output = layer_step(
+                grown, 0, *arrays, num_tokens, sinks=sinks, implementation=name
+            )
+            grown = jaxkv.advance(grown, num_tokens)
+            outputs.append(output)
+        return jnp.concatenate(outputs, axis=1)
+
+    def one_by_one(queries, keys, values, sinks):
+        outputs = jnp.zeros(queries.shape)
+        for sequence, tokens in enumerate(real):
+            vectors = (array[sequence, tokens] for array in (queries, keys, values))
+            outputs = outputs.at[sequence, tokens].set(plain_attention(*vectors, sinks))
+        return outputs
+
+    real = [np.r_[:chunk, 3 : 3 + token] for chunk, token in counts]
+    expected = gradients(one_by_one, queries, keys, values)
+    unused = np.ones((3, 4, 1, 1), bool)
+    for sequence, tokens in enumerate(real):
+        unused[sequence, tokens] = False
+    keys, values = (np.where(unused, np.float32(np.nan), array) for array in (keys, values))
+    for actual, wanted in zip(gradients(cached, queries, keys, values), expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,368 @@
+"""The cache as a value: its shape, its verbs under every transformation, and when it is full."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from jax.experimental import checkify
+
+import jaxkv
+from jaxkv.addressing import ADDRESSINGS
+from jaxkv.codecs import CODECS
+from tests.oracle import (
+    Oracle,
+    assert_same_storage,
+    layer_step,
+    poisoned,
+    random_step,
+    stacked,
+    step,
+)
+
+every_kind = [
+    pytest.mark.parametrize("addressing", ADDRESSINGS),
+    pytest.mark.parametrize("codec", CODECS),
+]
+
+
+def over_the_product(test):
+    for mark in every_kind:
+        test = mark(test)
+    return test
+
+
+def config_of(codec="float32", addressing="contiguous", **fields):
+    shape = {"num_layers": 3, "max_context_length": 8, "num_kv_heads": 2, "head_dim": 4}
+    kind = {"codec": CODECS[codec], "addressing": ADDRESSINGS[addressing]}
+    return jaxkv.KVCacheConfig(**(shape | kind | fields))
+
+
+run_step = functools.partial(step, run=jax.jit(layer_step))  # compiled, with a traced layer
+
+
+def filled(config, tokens, seed=0):
+    """A cache and an oracle that hold the same ``tokens`` random tokens."""
+    cache, oracle = jaxkv.create(config), Oracle(config)
+    arrays = random_step(config, tokens, heads=2, seed=seed)
+    oracle.step(*arrays)
+    return run_step(cache, *arrays)[0], oracle
+
+
+# --- what a cache is -------------------------------------------------------------------------
+
+
+@over_the_product
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_created_zero_in_few_leaves(codec, addressing, batch_size):
+    config = config_of(codec, addressing, batch_size=batch_size)
+    cache = jaxkv.create(config)
+    assert 2 <= len(jax.tree.leaves(cache)) <= 5
+    for leaf in cache.storage.values():
+        assert leaf.shape[:4] == (3, 2, config.num_slots, 2)  # layers, keys and values, ctx, heads
+        assert not np.asarray(leaf).any()
+    for layer in range(3):
+        for vectors in jaxkv.layer(cache, layer):
+            assert vectors.shape == (*config.batch_shape, 8, 2, 4)
+            assert not np.asarray(vectors).any()
+    assert not np.asarray(cache.lengths).any()
+    assert cache.lengths.shape == config.batch_shape
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    codec=st.sampled_from(list(CODECS)),
+    addressing=st.sampled_from(list(ADDRESSINGS)),
+    sizes=st.tuples(*[st.integers(1, 9)] * 4),
+    batch_size=st.none() | st.integers(1, 5),
+)
+def test_size_bytes_equals_the_bytes_held(codec, addressing, sizes, batch_size):
+    config = jaxkv.KVCacheConfig(
+        *sizes, batch_size, codec=CODECS[codec], addressing=ADDRESSINGS[addressing]
+    )
+    cache = jaxkv.create(config)
+    assert config.size_bytes == sum(leaf.nbytes for leaf in cache.storage.values())
+    assert config.size_bytes == cache.size_bytes
+    all_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert config.size_bytes + config.index_bytes == all_bytes
+
+
+@over_the_product
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_layers_keys_values_and_sequences_are_distinct(codec, addressing, batch_size):
+    config = config_of(codec, addressing, batch_size=batch_size)
+    cache, oracle = filled(config, 5)
+    for number, sequences in enumerate(oracle.tokens):
+        for stored, vectors in enumerate(jaxkv.layer(cache, number)):
+            expected = [[token[stored] for token in tokens] for tokens in sequences]
+            expected = np.reshape(expected, (*config.batch_shape, 5, 2, 4))
+            np.testing.assert_array_equal(vectors[..., :5, :, :], expected)
+
+
+@pytest.mark.parametrize("small", [*"LTHD", "LTHD"])
+def test_one_layer_token_head_or_number_works(small):
+    names = {"L": "num_layers", "T": "max_context_length", "H": "num_kv_heads", "D": "head_dim"}
+    config = config_of(**{names[letter]: 1 for letter in small})
+    arrays = random_step(config, min(3, config.max_context_length), heads=2)
+    outputs = run_step(jaxkv.create(config), *arrays)[1]
+    np.testing.assert_allclose(outputs, Oracle(config).step(*arrays), rtol=1e-5, atol=1e-5)
+
+
+def test_repr_tells_shape_and_length():
+    cache, _ = filled(config_of(codec="bfloat16"), 5)
+    assert repr(cache) == (
+        "KVCache(3 layers, 2 KV heads x 4, bfloat16, contiguous, 5 of 8 tokens, 768 B)"
+    )
+    batch = jaxkv.create(config_of(codec="bfloat16", batch_size=2))
+    assert "2 sequences, [0, 0] of 8 tokens" in repr(batch)
+    assert "? of 8 tokens" in repr(jax.eval_shape(lambda: cache))
+
+
+@pytest.mark.parametrize("device", [lambda: jax.devices()[3], lambda: jax.devices()[0]])
+def test_created_on_the_device_asked_for(device):
+    cache = jaxkv.create(config_of(), device=device())
+    assert {leaf.device for leaf in jax.tree.leaves(cache)} == {device()}
+
+
+# --- a value ---------------------------------------------------------------------------------
+
+
+def test_eager_verbs_leave_the_old_value_alone_so_a_cache_forks():
+    config = config_of()
+    cache, oracle = filled(config, 3)
+    before = jax.tree.map(np.array, cache)
+    forks = [random_step(config, 2, heads=2, seed=seed) for seed in (1, 2)]
+    outputs = [step(cache, *arrays)[1] for arrays in forks]
+    jaxkv.truncate(cache, 1)
+    jaxkv.reset(cache)
+    chex.assert_trees_all_equal(cache, before)
+    for arrays, output in zip(forks, outputs, strict=True):
+        np.testing.assert_allclose(output, oracle.step(*arrays), rtol=1e-5, atol=1e-5)
+        oracle.truncate(3)
+
+
+@over_the_product
+def test_pytree_round_trip(codec, addressing):
+    cache, _ = filled(config_of(codec, addressing, batch_size=2), 3)
+    leaves, structure = jax.tree.flatten(cache)
+    again = jax.tree.unflatten(structure, leaves)
+    assert again.config == cache.config
+    chex.assert_trees_all_equal(again, cache)
+    assert structure == jax.tree.structure(jaxkv.create(cache.config))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(cache)]
+    assert all(path.startswith((".storage[", ".index.")) for path in paths)
+
+
+# --- the verbs under transformations -----------------------------------------------------------
+
+
+def over_tokens(cache, queries, keys, values):
+    tokens = [jnp.moveaxis(array, -3, 0)[..., None, :, :] for array in (queries, keys, values)]
+    cache, outputs = lax.scan(lambda cache, token: step(cache, *token), cache, tokens)
+    return cache, jnp.moveaxis(outputs.squeeze(-3), 0, -3)
+
+
+def over_layers(cache, queries, keys, values):
+    def one_layer(cache, inputs):
+        return layer_step(cache, *inputs)
+
+    layers = jnp.arange(cache.config.num_layers)
+    cache, outputs = lax.scan(one_layer, cache, (layers, queries, keys, values))
+    return jaxkv.advance(cache, keys.shape[-3]), outputs
+
+
+def in_a_while_loop(cache, queries, keys, values):
+    start, tokens = cache.lengths.ravel()[0], keys.shape[-3]
+
+    def one_token(state):
+        cache, outputs = state
+        number = cache.lengths.ravel()[0] - start
+        token = [
+            lax.dynamic_slice_in_dim(array, number, 1, axis=-3) for array in (queries, keys, values)
+        ]
+        cache, output = step(cache, *token)
+        return cache, lax.dynamic_update_slice_in_dim(outputs, output, number, axis=-3)
+
+    def more(state):
+        return state[0].lengths.ravel()[0] < start + tokens
+
+    return lax.while_loop(more, one_token, (cache, jnp.zeros_like(queries)))
+
+
+def over_a_copy(cache, *arrays):
+    """vmap: the cache beside an empty one, which must not mix."""
+    caches = stacked(cache, jaxkv.reset(cache))
+    caches, outputs = jax.vmap(step, in_axes=(0, None, None, None))(caches, *arrays)
+    return jax.tree.map(lambda leaf: leaf[0], (caches, outputs))
+
+
+TRANSFORMATIONS = [step, over_tokens, over_layers, in_a_while_loop, over_a_copy]
+
+
+@pytest.mark.parametrize("batch_size", [None, 2], ids=["single", "batch"])
+@pytest.mark.parametrize("addressing", ADDRESSINGS)
+@pytest.mark.parametrize("transformed", TRANSFORMATIONS, ids=lambda function: function.__name__)
+def test_verbs_under_jit_and(transformed, addressing, batch_size):
+    config = config_of(addressing=addressing, batch_size=batch_size)
+    cache, oracle = filled(config, 3)
+    arrays = random_step(config, 4, heads=4, seed=1)
+    expected_cache, _ = run_step(cache, *arrays)
+    cache, outputs = jax.jit(transformed)(cache, *arrays)
+    np.testing.assert_allclose(outputs, oracle.step(*arrays), rtol=1e-5, atol=1e-5)
+    assert_same_storage(cache, expected_cache)
+    chex.assert_trees_all_equal(cache.index, expected_cache.index)
+
+
+def test_vmap_over_caches_of_different_lengths():
+    config = config_of()
+    (short, short_oracle), (long, long_oracle) = filled(config, 1), filled(config, 5, seed=1)
+    ours, theirs = (random_step(config, 2, heads=2, seed=seed) for seed in (2, 3))
+    pairs = [jnp.stack(pair) for pair in zip(ours, theirs, strict=True)]
+    caches, outputs = jax.jit(jax.vmap(step))(stacked(short, long), *pairs)
+    assert caches.lengths.tolist() == [3, 7]
+    expected = short_oracle.step(*ours), long_oracle.step(*theirs)
+    np.testing.assert_allclose(outputs, np.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_eager_gradient_through_several_appends():
+    cache = jaxkv.create(config_of())
+    vectors = jnp.ones((2, 2, 4))
+
+    def mean_value(values):
+        grown = jaxkv.append(cache, vectors, values, layer=0)
+        grown = jaxkv.append(jaxkv.advance(grown, 2), vectors, values, layer=0)
+        return jaxkv.attend(grown, vectors, layer=0)[-1].sum() / 8
+
+    np.testing.assert_allclose(jax.grad(mean_value)(vectors), 1 / 16, rtol=1e-6)
+
+
+def test_two_compilations_for_any_mix_of_lengths():
+    config = config_of(batch_size=2)
+    chex.clear_trace_counter()
+    run = jax.jit(chex.assert_max_traces(step, n=2))
+    for counts in [(1, 4), (3, 2), (0, 0), (4, 1)]:
+        arrays = random_step(config, 4, heads=2)
+        cache, _ = run(jaxkv.create(config), *arrays, np.array(counts, np.int32))
+        for seed in range(3):
+            cache, _ = run(cache, *random_step(config, 1, heads=2, seed=seed))
+        assert cache.lengths.tolist() == [count + 3 for count in counts]
+
+
+# --- lengths -----------------------------------------------------------------------------------
+
+
+def test_advance_and_next_positions():
+    single = jaxkv.advance(jaxkv.create(config_of()), 3)
+    assert jaxkv.next_positions(single, 2).tolist() == [3, 4]
+    batch = jaxkv.create(config_of(batch_size=2))
+    batch = jaxkv.advance(jaxkv.advance(batch, 1), jnp.array([4, 0]))
+    assert batch.lengths.tolist() == [5, 1]
+    assert jaxkv.next_positions(batch, 3).tolist() == [[5, 6, 7], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("rolled_back", [jax.jit(jaxkv.truncate), jaxkv.truncate])
+def test_truncate_rolls_back(rolled_back):
+    batch = jaxkv.advance(jaxkv.create(config_of(batch_size=3)), jnp.array([5, 2, 0]))
+    assert rolled_back(batch, 3).lengths.tolist() == [3, 2, 0]
+    assert rolled_back(batch, jnp.array([0, 1, 7])).lengths.tolist() == [0, 1, 0]
+    assert jaxkv.reset(batch).lengths.tolist() == [0, 0, 0]
+
+
+@over_the_product
+def test_a_truncated_token_is_never_read_again(codec, addressing):
+    config = config_of(codec, addressing)
+    cache, oracle = filled(config, 2)
+    rejected = [np.full_like(array, np.nan) for array in random_step(config, 5, heads=2)]
+    cache = jaxkv.truncate(run_step(cache, *rejected)[0], 2)
+    accepted = random_step(config, 3, heads=2, seed=1)
+    np.testing.assert_allclose(
+        run_step(cache, *accepted)[1], oracle.step(*accepted), rtol=1e-5, atol=1e-5
+    )
+
+
+# --- a full cache ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["append", "advance"])
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_full_outside_jit_raises_before_anything_changes(verb, batch_size):
+    cache = jaxkv.create(config_of(batch_size=batch_size))
+    cache = jaxkv.advance(cache, 6 if batch_size is None else jnp.array([1, 6, 4]))
+    before = jax.tree.map(np.array, cache)
+    vectors = jnp.ones((*cache.config.batch_shape, 3, 2, 4))
+    which = "KV cache full: " if batch_size is None else "KV cache full: sequence 1 "
+    message = f"{which}holds 6 of 8 tokens, and 3 more were given"
+    with pytest.raises(jaxkv.CacheFullError, match=message):
+        if verb == "append":
+            jaxkv.append(cache, vectors, vectors, layer=0)
+        else:
+            jaxkv.advance(cache, 3)
+    chex.assert_trees_all_equal(cache, before)
+    if batch_size:  # the same call fits when the full sequence's tokens are padding
+        room = jnp.array([3, 2, 3])
+        cache = jaxkv.append(cache, vectors, vectors, layer=0, num_tokens=room)
+        assert jaxkv.check(jaxkv.advance(cache, room)).lengths.tolist() == [4, 8, 7]
+
+
+@over_the_product
+def test_full_inside_jit_drops_and_says_so(codec, addressing):
+    config = config_of(codec, addressing, batch_size=3)
+    cache, oracle = poisoned(jaxkv.create(config)), Oracle(config)
+    run = jax.jit(step)
+    lengths = np.array([8, 6, 2], np.int32)
+    first = random_step(config, 8, heads=2)
+    oracle.step(*first, lengths)
+    cache, _ = run(cache, *first, lengths)
+    assert jaxkv.check(cache) is cache
+    held = jax.tree.map(np.array, cache)
+
+    chunk = random_step(config, 4, heads=2, seed=1)
+    overfull, _ = run(cache, *chunk)
+    assert overfull.overflowed.tolist() == [True, True, False]
+    with pytest.raises(jaxkv.CacheFullError, match=r"\[12, 10, 6\] tokens long.*holds 8 each"):
+        jaxkv.check(overfull)
+    assert_same_storage(jaxkv.truncate(overfull, 0), step_that_fits(held, chunk, lengths))
+
+    healed = jaxkv.check(jaxkv.truncate(overfull, lengths))
+    fits = np.minimum(8 - lengths, 4)
+    outputs = run(healed, *chunk, fits)[1]
+    expected = oracle.step(*chunk, fits)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+
+
+def step_that_fits(cache, chunk, lengths):
+    """The chunk without the tokens that have no slot, written where nothing overflows."""
+    cache = jax.tree.map(jnp.asarray, cache)
+    return run_step(cache, *chunk, np.minimum(8 - lengths, 4))[0]
+
+
+def test_full_in_a_loop_keeps_earlier_tokens():
+    config = config_of()
+    cache, _ = filled(config, 5)
+    arrays = random_step(config, 3, heads=2, seed=1)
+    full, _ = run_step(cache, *arrays)
+    more = random_step(config, 6, heads=2, seed=2)
+    overfull, _ = jax.jit(over_tokens)(full, *more)
+    assert_same_storage(overfull, full)
+    assert overfull.lengths == 14
+
+
+def test_full_under_checkify():
+    config = config_of()
+
+    def checked_step(cache, *arrays):
+        return jaxkv.check(step(cache, *arrays)[0])
+
+    run = jax.jit(checkify.checkify(checked_step, errors=checkify.user_checks))
+    arrays = random_step(config, 5, heads=2)
+    error, cache = run(jaxkv.create(config), *arrays)
+    assert error.get() is None
+    error, _ = run(cache, *arrays)
+    with pytest.raises(checkify.JaxRuntimeError, match="KV cache full: tokens were dropped"):
+        error.throw()
+    assert jax.jit(checked_step)(cache, *arrays).lengths == 10  # without checkify: no check

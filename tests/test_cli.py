@@ -1,0 +1,118 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxkv.cli import COMMANDS, main
+
+
+@pytest.fixture
+def run(capsys):
+    def run_line(line):
+        try:
+            status = main(line.split())
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return run_line
+
+
+def test_does_not_fit(run):
+    status, out, err = run("plan Llama-3-8B --context 32k --batch 8 --device 24GB")
+    assert (status, err) == (1, "")
+    assert "34.4 GB (34,359,738,400 bytes)" in out
+    assert "no, 10.4 GB too large" in out
+    assert "22,888 tokens a sequence, or 5 sequences" in out
+
+
+def test_fits_as_json(run):
+    status, out, _ = run("plan qwen/qwen2.5-0.5b --device 24GiB --codec float32 --json")
+    answer = json.loads(out)
+    assert status == 0
+    assert answer["needed_bytes"] == 4 * 2 * 24 * 4096 * 2 * 64 + 4
+    assert answer["memory"]["limit_bytes"] == 24 * 2**30
+    assert answer["config"]["codec"] == "float32"
+    assert answer["config"]["batch_size"] is None
+
+
+@pytest.mark.parametrize("name", [".", "config.json"])
+def test_a_folder_or_its_config(run, tmp_path, name):
+    config = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 2}))
+    status, out, _ = run(f"plan {tmp_path / name} --context 100 --device 1MB")
+    assert status == 0
+    assert "100 tokens x 3 layers x 2 KV heads x 16, bfloat16" in out
+
+
+def test_without_a_size_this_machines_device_is_asked(run, monkeypatch):
+    import jax
+
+    stats = {"bytes_limit": 2 * 10**9, "bytes_in_use": 10**9}
+    monkeypatch.setattr(type(jax.devices()[0]), "memory_stats", lambda device: stats)
+    status, out, _ = run("plan gpt2 --context 1k")
+    assert status == 0
+    assert "cpu:0: 1.0 GB free of 2.0 GB (source: memory_stats)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("plan lama-3-8b", "Did you mean Llama-3-8B"),
+        ("plan {folder}", "config.json: No such file or directory"),
+        ("plan {folder}/text", "is not JSON"),
+        ("plan {folder}/empty", "Not the config of a decoder"),
+        ("plan gpt2 --batch 0", "batch_size must be an int of at least 1"),
+        ("plan gpt2 --context 0", "max_context_length must be an int of at least 1"),
+        ("plan gpt2 --context lots", "argument --context: Not a number of tokens: 'lots'"),
+        ("plan gpt2 --device big", "argument --device: Not a size in bytes: 'big'"),
+        ("plan gpt2 --batch two", "argument --batch: invalid int value: 'two'"),
+        ("plan gpt2 --codec int3", "argument --codec: invalid choice: 'int3'"),
+        ("plan", "the following arguments are required: model"),
+        ("", "the following arguments are required: COMMAND"),
+        ("fly", "invalid choice: 'fly'"),
+    ],
+)
+def test_what_is_not_understood_is_said_in_one_line(run, tmp_path, arguments, message):
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty").write_text("{}")
+    status, out, err = run(arguments.format(folder=tmp_path))
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.startswith("jaxkv")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_by_example(run, command):
+    status, out, _ = run(f"{command} --help")
+    assert status == 0
+    assert f"\n  jaxkv {command}" in out
+    assert command in run("--help")[1]
+
+
+def test_version(run):
+    import jaxkv
+
+    assert run("--version") == (0, f"jaxkv {jaxkv.__version__}\n", "")
+
+
+def test_planning_by_size_loads_no_framework_and_starts_no_backend():
+    program = (
+        "import sys; from jaxkv.cli import main; status = main(sys.argv[1:]); "
+        "print(sorted({'flax', 'torch', 'transformers', 'rich', 'psutil'} & set(sys.modules))); "
+        "sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "plan", "Llama-3-8B", "--context=8k", "--device=24GB"],
+        env={**os.environ, "JAX_PLATFORMS": "absent"},  # starting a backend fails
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\n[]\n")
+    assert "1.1 GB (1,073,741,828 bytes)" in done.stdout

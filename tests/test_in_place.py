@@ -1,0 +1,202 @@
+"""Every update is in place, proved from the compiled program, for every kind of cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxkv
+from jaxkv.addressing import ADDRESSINGS
+from jaxkv.codecs import CODECS
+from tests.compiled import assert_in_place, compile_donating
+from tests.oracle import random_step, step
+
+LAYERS, KV_HEADS, HEAD_DIM, SLOTS = 3, 2, 16, 1 << 20
+
+
+def abstract_cache(codec, addressing="contiguous", batch_size=None):
+    """A cache of some 400 MB of float32, as shapes alone: nothing is allocated."""
+    config = jaxkv.KVCacheConfig(
+        num_layers=LAYERS,
+        max_context_length=SLOTS // (batch_size or 1),
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        batch_size=batch_size,
+        codec=CODECS[codec],
+        addressing=ADDRESSINGS[addressing],
+    )
+    return jax.eval_shape(lambda: jaxkv.create(config))
+
+
+def vectors(cache, tokens=1):
+    shape = (*cache.config.batch_shape, tokens, KV_HEADS, HEAD_DIM)
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def append(cache, keys):
+    return jaxkv.append(cache, keys, keys, layer=1)
+
+
+def append_ragged(cache, keys):
+    num_tokens = jnp.arange(cache.lengths.size).reshape(cache.lengths.shape) % 2
+    return jaxkv.advance(
+        jaxkv.append(cache, keys, keys, layer=1, num_tokens=num_tokens), num_tokens
+    )
+
+
+def append_in_a_layer_scan(cache, keys):
+    def one_layer(cache, layer):
+        return jaxkv.append(cache, keys, keys, layer=layer), None
+
+    return jaxkv.advance(lax.scan(one_layer, cache, jnp.arange(LAYERS))[0], 1)
+
+
+def append_in_a_while_loop(cache, keys):
+    def one_token(state):
+        token, cache = state
+        for layer in range(LAYERS):
+            cache = jaxkv.append(cache, keys, keys, layer=layer)
+        return token + 1, jaxkv.advance(cache, 1)
+
+    return lax.while_loop(lambda state: state[0] < 5, one_token, (0, cache))[1]
+
+
+def decode_layer(cache, hidden, layer):
+    keys, values = jnp.split(hidden, 2, axis=-2)
+    cache = jaxkv.append(cache, keys, values, layer=layer)
+    return cache, hidden + jaxkv.attend(cache, hidden, layer=layer)
+
+
+def decode(cache, keys):
+    """Each layer's input depends on the layer before, as in a model."""
+    hidden = jnp.repeat(keys, 2, axis=-2)
+    for layer in range(cache.config.num_layers):
+        cache, hidden = decode_layer(cache, hidden, layer)
+    return jaxkv.advance(cache, 1), hidden
+
+
+def decode_in_a_layer_scan(cache, keys):
+    def one_layer(state, layer):
+        return decode_layer(*state, layer), None
+
+    state = cache, jnp.repeat(keys, 2, axis=-2)
+    (cache, hidden), _ = lax.scan(one_layer, state, jnp.arange(LAYERS))
+    return jaxkv.advance(cache, 1), hidden
+
+
+PROGRAMS = [
+    append,
+    append_ragged,
+    append_in_a_layer_scan,
+    append_in_a_while_loop,
+    decode,
+    decode_in_a_layer_scan,
+]
+
+
+@pytest.mark.parametrize("batch_size", [None, 4], ids=["single", "batch"])
+@pytest.mark.parametrize("addressing", ADDRESSINGS)
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_in_place(program, codec, addressing, batch_size):
+    cache = abstract_cache(codec, addressing, batch_size)
+    assert_in_place(compile_donating(program, cache, vectors(cache)), cache)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_prefill_chunk_is_written_in_place(codec):
+    cache = abstract_cache(codec)
+    assert_in_place(compile_donating(append, cache, vectors(cache, tokens=256)), cache)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_donated_step_keeps_its_buffers(codec):
+    config = jaxkv.KVCacheConfig(2, 64, 2, 4, codec=CODECS[codec])
+    cache = jaxkv.create(config)
+    run = jax.jit(step, donate_argnums=0)
+    where = {name: leaf.unsafe_buffer_pointer() for name, leaf in cache.storage.items()}
+    for tokens in (4, 1, 1):
+        cache, _ = run(cache, *random_step(config, tokens, heads=2))
+    assert where == {name: leaf.unsafe_buffer_pointer() for name, leaf in cache.storage.items()}
+
+
+# --- the proof can fail ------------------------------------------------------------------------
+
+
+def scan_with_the_cache_as_inputs_and_outputs(cache, keys):
+    def one_layer(_, leaf):
+        return None, leaf.at[:, 3].set(keys[0])
+
+    storage = {name: lax.scan(one_layer, None, leaf)[1] for name, leaf in cache.storage.items()}
+    return jaxkv.KVCache(storage, cache.index, cache.config)
+
+
+def write_by_comparing_every_slot(cache, keys):
+    here = (jnp.arange(SLOTS) == cache.lengths)[:, None, None]
+    storage = {name: jnp.where(here, keys[0], leaf) for name, leaf in cache.storage.items()}
+    return jaxkv.KVCache(storage, cache.index, cache.config)
+
+
+def read_what_was_before(cache, keys):
+    return append(cache, keys), cache.storage["data"].at[0, 0, 0].add(1.0)
+
+
+BAD_PROGRAMS = [
+    (scan_with_the_cache_as_inputs_and_outputs, "of a whole leaf|of the cache"),
+    (write_by_comparing_every_slot, "(select|broadcast) of a whole leaf"),
+    (read_what_was_before, "copy of a whole leaf"),
+]
+
+
+@pytest.mark.parametrize(("program", "reason"), BAD_PROGRAMS)
+def test_the_proof_fails_for_a_bad_program(program, reason):
+    cache = abstract_cache("float32")
+    with pytest.raises(AssertionError, match=reason):
+        assert_in_place(compile_donating(program, cache, vectors(cache)), cache)
+
+
+def test_the_proof_fails_without_donation():
+    cache = abstract_cache("float32")
+    compiled = jax.jit(append).lower(cache, vectors(cache)).compile()
+    with pytest.raises(AssertionError, match="copy of a whole leaf|not aliased"):
+        assert_in_place(compiled, cache)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="XLA:CPU updates bfloat16 since 0.11")
+def test_the_proof_fails_for_a_bfloat16_buffer_on_a_cpu():
+    cache = abstract_cache("bfloat16")
+    buffer = jax.ShapeDtypeStruct(cache.storage["data"].shape, jnp.bfloat16)
+    native = jaxkv.KVCache({"data": buffer}, cache.index, cache.config)
+    with pytest.raises(AssertionError, match="convert of a whole leaf"):
+        assert_in_place(compile_donating(append, native, vectors(cache)), native)
+
+
+# --- sharded over KV heads ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("addressing", ADDRESSINGS)
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_cache_sharded_over_heads_stays_so(monkeypatch, codec, addressing):
+    # The form of the products for one CPU mixes the heads; accelerators use the other.
+    monkeypatch.setattr("jaxkv.attention.products._PACKED_ROWS", 0)
+    mesh = jax.make_mesh((8,), ("heads",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "heads"))
+    config = jaxkv.KVCacheConfig(
+        2, 8192, 8, 4, batch_size=2, codec=CODECS[codec], addressing=ADDRESSINGS[addressing]
+    )
+    keys = np.random.default_rng(0).standard_normal((2, 1, 8, 4), np.float32)
+    plain, sharded = jaxkv.create(config), jaxkv.create(config, device=sharding)
+    run, compiled = jax.jit(decode), compile_donating(decode, sharded, keys)
+    assert_in_place(compiled, sharded, temp_share=0.2)
+    assert "all-gather" not in compiled.as_text()
+    for _ in range(3):
+        plain, expected = run(plain, keys)
+        sharded, outputs = compiled(sharded, keys)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+    for name, leaf in sharded.storage.items():
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        np.testing.assert_allclose(
+            leaf.astype(jnp.float32), plain.storage[name].astype(jnp.float32), rtol=1e-5
+        )

@@ -1,0 +1,59 @@
+import pytest
+
+import jaxkv
+from jaxkv.known_models import KNOWN_MODELS, known_shape
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Qwen2.5-0.5B", "qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct"],
+)
+def test_any_way_to_write_it(name):
+    assert known_shape(name) == (24, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "Llama-3-8B"),
+        ("meta-llama/Llama-2-7b-chat-hf", "Llama-2-7B"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "Mistral-7B"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama-1.1B"),
+        ("openai-community/gpt2-medium", "gpt2-medium"),
+        ("Qwen/Qwen3-4B-Base", "Qwen3-4B"),
+    ],
+)
+def test_tuned_models_have_the_shape_of_their_base(name, expected):
+    assert known_shape(name) == KNOWN_MODELS[expected]
+
+
+@pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "gpt2-huge", "gpt3", "Llama-3-8B-Vision", ""])
+def test_unknown(name):
+    with pytest.raises(jaxkv.ConfigError, match="No file, folder or known model is called"):
+        known_shape(name)
+
+
+def test_unknown_names_what_is_close():
+    with pytest.raises(jaxkv.ConfigError, match="Did you mean Llama-3-8B"):
+        known_shape("lama-3-8b")
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "size_bytes"),
+    [
+        ("Qwen2.5-0.5B", 2048, 25_165_824),
+        ("Qwen2.5-0.5B", 4096, 50_331_648),
+        ("Llama-3-8B", 2048, 268_435_456),
+        ("Llama-3-8B", 32_768, 4_294_967_296),
+        ("gpt2", 1024, 37_748_736),
+    ],
+)
+def test_sizes_to_the_byte(name, tokens, size_bytes):
+    config = jaxkv.KVCacheConfig(**known_shape(name)._asdict(), max_context_length=tokens)
+    assert config.size_bytes == size_bytes
+
+
+def test_every_shape_makes_a_config():
+    for name, shape in KNOWN_MODELS.items():
+        config = jaxkv.KVCacheConfig(**shape._asdict(), max_context_length=1)
+        assert config.bytes_per_token == 4 * shape[0] * shape[1] * shape[2], name
