@@ -8,8 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.measure import OtherLoad
 from benchmarks.report import environment, header
 
+# Above this share of the cores, others disturb the figures more than a spread shows.
+_MOST_BUSY = 0.1
 PARTS = ("allocation", "append", "attention", "decode")
 
 
@@ -28,11 +31,13 @@ def main(arguments: list[str]) -> None:
     print(header(facts), flush=True)
     figures = []
     for part in options.parts or PARTS:
-        started = time.monotonic()
+        started, others = time.monotonic(), OtherLoad()
         for table in importlib.import_module(f"benchmarks.{part}").run(options.quick):
             print(f"\n{table}", flush=True)
             figures.append({"title": table.title, "rows": table.rows, "notes": table.notes})
-        print(f"  ({part}: {time.monotonic() - started:.0f} s)", flush=True)
+        seconds, busy = time.monotonic() - started, others.share()
+        warning = ": do not trust these figures" if busy > _MOST_BUSY else ""
+        print(f"  ({part}: {seconds:.0f} s; other processes took {busy:.0%} of the cores{warning})")
     if options.json:
         options.json.write_text(json.dumps({"environment": facts, "tables": figures}, indent=2))
 

@@ -50,7 +50,7 @@ def run(quick: bool) -> Iterator[Table]:
     """One table a shape and dtype."""
     repeats, limit = 5 if quick else 15, ReadLimit()
     how = [
-        f"Median of {repeats}, in turns; * is what attend itself takes. Layout [layers, 2, "
+        "Medians, all in turns; * is what attend itself takes. Layout [layers, 2, "
         "context, KV heads, head_dim] for all; each layer writes its token, then reads, and feeds "
         f"the next. Limit: a sum of {limit.size_bytes >> 20} MiB."
     ]
@@ -99,6 +99,7 @@ def _rows(
             "implementation": f"{name} *" if name == picked else name,
             "ms": None if is_limit else timing.seconds * 1e3,
             "spread %": 100 * timing.spread,
+            "repeats": timing.repeats,
             "GB/s": speed / 1e9,
             "% of limit": 100 * speed / limit,
         }

@@ -45,7 +45,7 @@ def run(quick: bool) -> Iterator[Table]:
         f"{MODEL.num_layers} layers, width {MODEL.hidden_size}, {MODEL.num_heads}/"
         f"{MODEL.num_kv_heads} heads of {MODEL.head_dim}, float32, one sequence, greedy. {_TOKENS} "
         "tokens a call, always from the same context, which is in the cache already; "
-        f"{_ROOM} slots of room. Median of {repeats}, in turns. Limit: the time in which a plain "
+        f"{_ROOM} slots of room. Medians, all in turns. Limit: the time in which a plain "
         "sum reads the weights and the used cache, as every token must. transformers runs eagerly, "
         "on the same weights and cache; flax.nnx has random weights of these shapes, and no rope."
     ]
@@ -93,6 +93,7 @@ def _rows(timings: dict[str, Timing], needed_bytes: int) -> list[Row]:
             "decoder": name,
             "tokens/s": rate,
             "spread %": 100 * timing.spread,
+            "repeats": timing.repeats,
             "ms a token": 1e3 / rate,
             "% of limit": 100 * rate / limit,
             "x transformers": rate / peer if peer else None,

@@ -164,7 +164,7 @@ class _NnxDecoder(nnx.Module):
 
 def nnx_missing() -> str | None:
     """Why flax.nnx cannot be a peer here, or None."""
-    if "num_kv_heads" in inspect.signature(nnx.MultiHeadAttention).parameters:
+    if "num_kv_heads" in inspect.signature(nnx.MultiHeadAttention.__init__).parameters:
         return None
     return "MultiHeadAttention of this flax has no num_kv_heads"
 

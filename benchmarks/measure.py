@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import psutil
 
 # Every worker thread of the last competitor, which may spin for a while, is asleep by then.
 _SETTLE_SECONDS = 0.01
@@ -37,18 +38,27 @@ class Timing:
 
 
 def interleaved(
-    competitors: Mapping[str, Callable[[], Any]], *, repeats: int, calls: int = 1, warm_up: int = 2
+    competitors: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    calls: int = 1,
+    warm_up: int = 2,
+    most_seconds: float = 30.0,
 ) -> dict[str, Timing]:
     """Time the competitors in turns, A B A B, so that a slow spell of the machine hits all.
 
     Args:
       competitors: name -> one call; what it returns is waited for.
-      repeats: samples of each.
+      repeats: samples of each, if time allows.
       calls: made a sample, for calls that are too short to time alone.
       warm_up: samples that are thrown away.
+      most_seconds: no further turn begins after this time, once there are three.
     """
     samples: dict[str, list[float]] = {name: [] for name in competitors}
+    began = time.perf_counter()
     for turn in range(warm_up + repeats):
+        if turn - warm_up >= 3 and time.perf_counter() - began > most_seconds:
+            break
         for name, call in competitors.items():
             time.sleep(_SETTLE_SECONDS)
             started = time.perf_counter()
@@ -60,6 +70,25 @@ def interleaved(
             if turn >= warm_up:
                 samples[name].append(elapsed / calls)
     return {name: Timing.of(times) for name, times in samples.items()}
+
+
+class OtherLoad:
+    """What other processes take of the machine while this one measures."""
+
+    def __init__(self):
+        self._machine, self._own = psutil.cpu_times(), time.process_time()
+
+    def share(self) -> float:
+        """Of all cores' time since this was made."""
+        own = time.process_time() - self._own
+        passed = {
+            kind: after - before
+            for (kind, before), after in zip(
+                self._machine._asdict().items(), psutil.cpu_times(), strict=True
+            )
+        }
+        idle = passed["idle"] + passed.get("iowait", 0)
+        return max(0.0, 1 - (idle + own) / sum(passed.values()))
 
 
 class ReadLimit:

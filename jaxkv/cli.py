@@ -2,37 +2,16 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
 from jaxkv import __version__
-from jaxkv.codecs import CODECS
-from jaxkv.config import KVCacheConfig
+from jaxkv.commands.command import Command
+from jaxkv.commands.generate import GENERATE
+from jaxkv.commands.plan import PLAN
 from jaxkv.errors import JaxkvError
-from jaxkv.known_models import known_shape
-from jaxkv.memory import parse_bytes, parse_tokens, plan
 
-_PLAN_EXAMPLES = """\
-examples:
-  jaxkv plan Qwen2.5-0.5B --context 32k
-      with the memory of this machine's device
-  jaxkv plan Llama-3-8B --context 32k --batch 8 --device 24GB
-      for a device that is not here
-  jaxkv plan ./my-model --context 128k --device 80GiB --codec float16 --json
-      for a folder (or file) with a Hugging Face config.json
-
-exit status: 0 it fits, 1 it does not, 2 the question was not understood
-"""
-
-
-class Command(NamedTuple):
-    """A subcommand: what help says, how its arguments are added, what runs it."""
-
-    help: str
-    examples: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
+COMMANDS: dict[str, Command] = {"plan": PLAN, "generate": GENERATE}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,60 +49,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_arguments(subparser)
     return parser
 
-
-def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a config.json, a folder that holds one, or a model's name")
-    parser.add_argument(
-        "--context", type=_argument(parse_tokens), default=4096, metavar="TOKENS",
-        help="tokens of one sequence, prompt and answer: 4096 or 32k (default: 4096)",
-    )  # fmt: skip
-    parser.add_argument("--batch", type=int, metavar="N", help="sequences at once (default: 1)")
-    parser.add_argument(
-        "--device", type=_argument(parse_bytes), metavar="SIZE",
-        help="memory of the device: 24GB, 80GiB (default: what this machine's device has free)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--codec", choices=CODECS, default="bfloat16",
-        help="how keys and values are stored (default: bfloat16)",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
-
-
-def _run_plan(options: argparse.Namespace) -> int:
-    fields = {
-        "max_context_length": options.context,
-        "batch_size": options.batch,
-        "codec": CODECS[options.codec],
-    }
-    if Path(options.model).exists():
-        config = KVCacheConfig.from_hf(options.model, **fields)
-    else:
-        config = KVCacheConfig(**known_shape(options.model)._asdict(), **fields)
-    answer = plan(config, options.device)
-    print(answer.to_json() if options.json else answer)
-    return 0 if answer.fits else 1
-
-
-def _argument(parse: Callable[[str], int]) -> Callable[[str], int]:
-    """A parser whose own words argparse shows: only those of an ArgumentTypeError."""
-
-    def parse_argument(text: str) -> int:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parse_argument
-
-
-COMMANDS: dict[str, Command] = {
-    "plan": Command(
-        "Will a model's KV cache fit? Needs no weights and no network.",
-        _PLAN_EXAMPLES,
-        _add_plan_arguments,
-        _run_plan,
-    ),
-}
 
 if __name__ == "__main__":
     sys.exit(main())

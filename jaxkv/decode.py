@@ -100,7 +100,7 @@ def _decode(
         active = remaining > 0
         logits, appended = model(leaves, last[:, None], cache)
         # A finished sequence goes through the model with the others, and is rolled back.
-        cache = truncate(appended, cache.lengths + active)
+        cache = truncate(appended, cache.lengths + active.astype(jnp.int32))
         token, logprob = sample(logits[:, -1], sampling, seeds=seeds, positions=cache.lengths)
         stopped = jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
         remaining = jnp.where(active & ~stopped, remaining - 1, 0)

@@ -61,13 +61,13 @@ def able(implementation, cache, tokens):
     return "reference" if cannot_serve(cache, tokens) else implementation
 
 
-# With a traced layer. There are hundreds of these programs, so they are compiled in haste.
-@functools.partial(
-    jax.jit,
-    static_argnames=("options", "implementation"),
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+# There are hundreds of small programs here, so they are compiled in haste.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.partial(jit, static_argnames=("options", "implementation"))
 def run_layer(options, implementation, *arguments):
+    """With a traced layer."""
     return layer_step(*arguments, implementation=implementation, **OPTIONS[options])
 
 
@@ -152,7 +152,7 @@ def gradients(attention, queries, keys, values):
         outputs = attention(queries, keys, values, sinks)
         return jnp.sum(outputs * jnp.cos(jnp.arange(outputs.size)).reshape(outputs.shape))
 
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    gradient = jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
     return gradient(queries, keys, values, jnp.asarray(SINKS))
 
 

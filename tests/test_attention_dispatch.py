@@ -1,5 +1,7 @@
 """Which implementation serves a call, and what a long prefill costs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +14,16 @@ from tests.oracle import Oracle, layer_step, random_step, step
 
 
 def config_of(max_context_length, **fields):
-    shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 4, **fields}
+    shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 16, **fields}
     return jaxkv.KVCacheConfig(max_context_length=max_context_length, **shape)
 
 
-# tokens, context, the implementation that serves on a CPU, and why the reference does not.
+# Tokens, context, who serves on several CPU devices, and why another does not.
 CALLS = {
-    "decode": (1, 64, "reference", "blockwise: not needed, reference comes first"),
+    "decode": (1, 64, "reference", "native: not used, this process has 8 CPU devices"),
     "short prefill": (64, 64, "reference", "blockwise: not needed, reference comes first"),
-    "long context": (1, 2 * KEY_BLOCK, "blockwise", "reads all 2048 slots"),
-    "long prefill": (8192, 8192, "blockwise", "its 512 MiB of scores are over 64 MiB"),
+    "long context": (1, 2 * KEY_BLOCK, "blockwise", "on a CPU it reads all 2048 slots"),
+    "long prefill": (8192, 8192, "blockwise", "its scores would take 268.4 MB"),
 }
 
 
@@ -29,19 +31,23 @@ CALLS = {
 def test_the_first_that_can_serve_serves(monkeypatch, call):
     tokens, context, serves, reason = CALLS[call]
     cache = jaxkv.create(config_of(context))
-    explanation = jaxkv.explain(cache, tokens=tokens, heads=2)
+    explanation = jaxkv.explain(cache, tokens=tokens)
     assert f"{serves}: used" in explanation
     assert reason in explanation
 
-    for number, (name, (refuses, _)) in enumerate(list(IMPLEMENTATIONS.items())):
-        def answer(request, number=number):
-            return jnp.full_like(request.queries, number)
+    # Implementations that answer with their own number show who was asked.
+    for number, (name, implementation) in enumerate(list(IMPLEMENTATIONS.items())):
+        answer = functools.partial(answer_with, number)
+        monkeypatch.setitem(IMPLEMENTATIONS, name, implementation._replace(run=answer))
+    queries = jnp.ones((tokens, 2, 16))
+    for name in (None, *IMPLEMENTATIONS):
+        if name is None or not IMPLEMENTATIONS[name].cannot_serve(cache, tokens):
+            output = jaxkv.attend(cache, queries, layer=0, implementation=name)
+            assert (output == list(IMPLEMENTATIONS).index(name or serves)).all()
 
-        monkeypatch.setitem(IMPLEMENTATIONS, name, (refuses, answer))
-    queries = jnp.ones((tokens, 2, 4))
-    for name in (None, *IMPLEMENTATIONS):  # a named one is never replaced
-        output = jaxkv.attend(cache, queries, layer=0, implementation=name)
-        assert (output == list(IMPLEMENTATIONS).index(name or serves)).all()
+
+def answer_with(number, request):
+    return jnp.full_like(request.queries, number)
 
 
 def test_prefill_over_many_blocks_equals_the_oracle():

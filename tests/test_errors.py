@@ -135,7 +135,12 @@ MISUSES = {
     "an unknown implementation": (
         lambda: attend(SINGLE, QUERIES, implementation="flash"),
         ValueError,
-        "implementation must be one of reference, blockwise.*, got 'flash'",
+        "implementation must be one of .*reference, blockwise.*, got 'flash'",
+    ),
+    "an implementation that cannot serve": (
+        lambda: attend(SINGLE, QUERIES, implementation="native"),
+        ValueError,
+        "implementation 'native' cannot serve this call: it serves one token",
     ),
     "more real tokens than tokens": (
         lambda: append(SINGLE, KEYS, num_tokens=4),

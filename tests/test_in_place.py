@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxkv
 from jaxkv.addressing import ADDRESSINGS
+from jaxkv.attention import IMPLEMENTATIONS
 from jaxkv.codecs import CODECS
 from tests.compiled import assert_in_place, compile_donating
 from tests.oracle import random_step, step
@@ -63,18 +64,26 @@ def append_in_a_while_loop(cache, keys):
     return lax.while_loop(lambda state: state[0] < 5, one_token, (0, cache))[1]
 
 
-def decode_layer(cache, hidden, layer):
+def decode_layer(cache, hidden, layer, implementation=None):
     keys, values = jnp.split(hidden, 2, axis=-2)
     cache = jaxkv.append(cache, keys, values, layer=layer)
-    return cache, hidden + jaxkv.attend(cache, hidden, layer=layer)
+    output = jaxkv.attend(cache, hidden, layer=layer, implementation=implementation)
+    return cache, hidden + output
 
 
-def decode(cache, keys):
+def decode(cache, keys, implementation=None):
     """Each layer's input depends on the layer before, as in a model."""
     hidden = jnp.repeat(keys, 2, axis=-2)
     for layer in range(cache.config.num_layers):
-        cache, hidden = decode_layer(cache, hidden, layer)
+        cache, hidden = decode_layer(cache, hidden, layer, implementation)
     return jaxkv.advance(cache, 1), hidden
+
+
+def decode_natively(cache, keys):
+    """By the kernel that a process with a single CPU device uses."""
+    if reason := IMPLEMENTATIONS["native"].cannot_serve(cache, tokens=1):
+        pytest.skip(reason)
+    return decode(cache, keys, "native")
 
 
 def decode_in_a_layer_scan(cache, keys):
@@ -92,6 +101,7 @@ PROGRAMS = [
     append_in_a_layer_scan,
     append_in_a_while_loop,
     decode,
+    decode_natively,
     decode_in_a_layer_scan,
 ]
 

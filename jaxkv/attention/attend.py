@@ -14,7 +14,15 @@ from jaxkv.attention.native import native
 from jaxkv.attention.native import should_not_serve as native_should_not_serve
 from jaxkv.attention.reference import reference
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.cache import KVCache, Layer, NumTokens, check_counts, check_layer, token_positions
+from jaxkv.cache import (
+    KVCache,
+    Layer,
+    NumTokens,
+    check_counts,
+    check_layer,
+    format_bytes,
+    token_positions,
+)
 from jaxkv.codecs import Dense
 
 # Scores that the reference form may hold at once, in bytes.

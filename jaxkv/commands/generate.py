@@ -1,0 +1,152 @@
+"""``jaxkv generate``: load a model, allocate its cache, decode, report."""
+
+import argparse
+import json
+from typing import Any
+
+from jaxkv.cache import format_bytes
+from jaxkv.codecs import CODECS
+from jaxkv.commands.command import Command, argument_type
+from jaxkv.generation import Generation, generate
+from jaxkv.memory import MemoryTracker, Purpose, device_memory, parse_tokens
+from jaxkv.sampling import Sampling
+
+_EXAMPLES = """\
+examples:
+  jaxkv generate
+      the model that comes with jaxkv writes some Python
+  jaxkv generate --prompt 'class Stack:' --temperature 0.7 --seed 3
+      its own continuation of a prompt
+  jaxkv generate --model ./Qwen2.5-0.5B --prompt 'Hello' --context 4k --dtype bfloat16
+      a Hugging Face folder (config.json, *.safetensors, tokenizer.json), or a Hub name
+  jaxkv generate --prompt 'def a' --prompt 'def b' --json
+      several prompts at once, the answers and figures as JSON
+
+exit status: 0 done, 2 the question was not understood or the model could not be loaded
+"""
+_DEFAULT_PROMPT = "def read_lines(path):\n    "
+# What a decoded text ends with while a character's last bytes are still to come.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="FOLDER", help="a Hugging Face folder or name (default: jaxkv's own)")
+    add("--prompt", action="append", metavar="TEXT", help="may be given more than once")
+    add("--max-new-tokens", type=int, default=200, metavar="N", help="default: 200")
+    add("--context", type=argument_type(parse_tokens), metavar="TOKENS", help="4096 or 4k")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights")
+    add("--codec", choices=CODECS, help="of the cache (default: the model's dtype)")
+    add("--temperature", type=float, default=0.0, help="0 for the most likely token (default)")
+    add("--top-k", type=int, metavar="K", help="keep the K most likely tokens")
+    add("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest that sum to P")
+    add("--min-p", type=float, default=0.0, metavar="P", help="keep those P times the likeliest")
+    add("--seed", type=int, default=0, help="of the first prompt; the next has the next")
+    add("--json", action="store_true", help="print answers and figures as JSON")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from jaxkv import models
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    model, tokenizer = models.load(options.model, dtype=options.dtype)
+    tracker = MemoryTracker()
+    tracker.track(model, purpose=Purpose.WEIGHTS, name=options.model or "embedded model")
+    texts = options.prompt or [_DEFAULT_PROMPT]
+    prompts = [_encode(tokenizer, text) for text in texts]
+    stream = None if options.json or len(texts) > 1 else _Stream(tokenizer, prompts[0])
+    result = generate(
+        model,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        seed=[options.seed + number for number in range(len(prompts))],
+        stop_tokens=model.config.eos_token_ids,
+        max_context_length=options.context,
+        codec=CODECS[options.codec] if options.codec else None,
+        on_tokens=stream,
+        tracker=tracker,
+    )
+    figures = _figures(result, tracker)
+    if options.json:
+        answers = [
+            {"prompt": text, "text": _decode(tokenizer, tokens), "tokens": tokens, "finish": why}
+            for text, tokens, why in zip(texts, result.tokens, result.finish_reasons, strict=True)
+        ]
+        print(json.dumps({"answers": answers, **figures}, indent=2))
+        return 0
+    if stream is None:
+        for number, (text, tokens) in enumerate(zip(texts, result.tokens, strict=True), 1):
+            print(f"--- {number} ---\n{text}{_decode(tokenizer, tokens)}")
+    print(f"\n\n{_summary(result, figures)}")
+    return 0
+
+
+class _Stream:
+    """Prints a text as its tokens arrive, prompt first, whole characters only."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int]):
+        self._tokenizer, self._tokens, self._printed = tokenizer, list(prompt), 0
+        self._print()
+
+    def __call__(self, number: int, new: list[int]) -> None:
+        self._tokens += new
+        self._print()
+
+    def _print(self) -> None:
+        text = _decode(self._tokenizer, self._tokens).rstrip(_INCOMPLETE)
+        print(text[self._printed :], end="", flush=True)
+        self._printed = len(text)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    if tokenizer is not None:
+        return tokenizer.encode(text).ids
+    try:
+        return [int(token) for token in text.split()]
+    except ValueError:
+        raise ValueError(
+            "this model has no tokenizer.json, so --prompt takes token ids such as '1 15043 29892'"
+        ) from None
+
+
+def _decode(tokenizer: Any, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens) if tokenizer else "".join(f" {token}" for token in tokens)
+
+
+def _figures(result: Generation, tracker: MemoryTracker) -> dict[str, Any]:
+    memory, timings, config = device_memory(), result.timings, result.config
+    return {
+        "prefill_tokens": timings.prefill_tokens,
+        "prefill_tokens_per_second": round(timings.prefill_tokens_per_second, 1),
+        "decode_tokens": timings.decode_tokens,
+        "decode_tokens_per_second": round(timings.decode_tokens_per_second, 1),
+        "compile_seconds": round(timings.compile_seconds, 2),
+        "weight_bytes": tracker.total_usage(Purpose.WEIGHTS),
+        "cache_planned_bytes": config.size_bytes + config.index_bytes,
+        "cache_held_bytes": tracker.peak_usage(Purpose.KV_CACHE),
+        "peak_memory_bytes": memory.peak_bytes or memory.process_peak_bytes,
+        "peak_memory_source": "process" if memory.peak_bytes is None else memory.source,
+    }
+
+
+def _summary(result: Generation, figures: dict[str, Any]) -> str:
+    peak = figures["peak_memory_bytes"]
+    rows = [
+        ("prefill", "{prefill_tokens} tokens, {prefill_tokens_per_second:,.0f} tokens/s"),
+        ("decode", "{decode_tokens} tokens, {decode_tokens_per_second:,.0f} tokens/s"),
+        ("compiled in", "{compile_seconds:.1f} s"),
+        ("KV cache", result.config.describe()),
+        ("planned", "{cache_planned_bytes:,} bytes, held {cache_held_bytes:,} bytes"),
+        ("weights", format_bytes(figures["weight_bytes"])),
+        ("peak memory", f"{format_bytes(peak) if peak else 'unknown'} ({{peak_memory_source}})"),
+    ]
+    return "\n".join(f"{name:12} {text.format(**figures)}" for name, text in rows)
+
+
+GENERATE = Command(
+    "Continue a prompt with a model from a Hugging Face folder, or with the one that comes along.",
+    _EXAMPLES,
+    _add_arguments,
+    _run,
+)

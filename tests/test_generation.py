@@ -1,0 +1,193 @@
+"""`generate` against a loop anybody could write: one token at a time, no cache at all."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxkv
+from jaxkv import decode
+from jaxkv.models import Decoder, DecoderConfig
+
+CONTEXT = 192
+PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9] * 140]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = DecoderConfig(64, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    # Sharper than at the start of training, so that the most likely token is never a near tie.
+    model.embed_tokens.weight[...] = model.embed_tokens.weight[...] * 30
+    return model
+
+
+@pytest.fixture(scope="module")
+def next_logits(model):
+    """Logits of the token after a text, by the uncached forward over a padded text."""
+    forward = jax.jit(lambda model, tokens: model(tokens, None)[0])
+
+    def logits(text):
+        padded = jnp.zeros(CONTEXT, jnp.int32).at[: len(text)].set(jnp.asarray(text, jnp.int32))
+        return forward(model, padded)[len(text) - 1]
+
+    return logits
+
+
+def run(model, prompts=PROMPTS, **options):
+    options = {"max_new_tokens": 20, "max_context_length": CONTEXT, **options}
+    return jaxkv.generate(model, prompts, **options)
+
+
+def test_greedy_is_the_uncached_argmax(model, next_logits):
+    result = run(model)
+    for prompt, tokens, logprobs in zip(PROMPTS, result.tokens, result.logprobs, strict=True):
+        text = list(prompt)
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            logits = next_logits(text)
+            assert token == int(logits.argmax())
+            assert logprob == pytest.approx(float(jax.nn.log_softmax(logits)[token]), abs=1e-4)
+            text.append(token)
+    assert [len(tokens) for tokens in result.tokens] == [20, 20, 20]
+    assert result.finish_reasons == ["length"] * 3
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        jaxkv.Sampling(),
+        jaxkv.Sampling(temperature=1.3),
+        jaxkv.Sampling(temperature=2.0, top_k=9, top_p=0.9, min_p=0.01),
+    ],
+)
+def test_a_sequence_does_not_depend_on_its_batch(model, sampling):
+    together = run(model, sampling=sampling, seed=[3, 4, 5]).tokens
+    alone = [
+        run(model, [prompt], sampling=sampling, seed=seed).tokens[0]
+        for prompt, seed in zip(PROMPTS, (3, 4, 5), strict=True)
+    ]
+    assert together == alone
+
+
+def test_seeds(model):
+    hot = jaxkv.Sampling(temperature=3.0)
+    same = run(model, [[7, 8]] * 2, sampling=hot, seed=1).tokens
+    assert same[0] == same[1]
+    different = run(model, [[7, 8]] * 2, sampling=hot, seed=[1, 2]).tokens
+    assert different[0] == same[0]
+    assert different[0] != different[1]
+
+
+def test_stop_tokens_end_one_sequence_and_not_the_others(model):
+    free = run(model).tokens
+    stop = free[1][4]
+    assert stop not in free[1][:4]
+    stopped = run(model, stop_tokens=[stop])
+    for tokens, answer, why in zip(free, stopped.tokens, stopped.finish_reasons, strict=True):
+        end = tokens.index(stop) + 1 if stop in tokens else len(tokens)
+        assert answer == tokens[:end]
+        assert why == ("stop" if stop in tokens else "length")
+
+
+def test_tokens_arrive_in_order_and_whole(model):
+    arrived = [[], [], []]
+    result = run(model, on_tokens=lambda number, tokens: arrived[number].append(tokens))
+    assert [sum(pieces, []) for pieces in arrived] == result.tokens
+    assert all(len(pieces) > 1 for pieces in arrived), "they came in one piece"
+
+
+def test_two_compilations_whatever_the_prompts(model, caplog):
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for lengths in ((1, 2), (130, 3), (128, 129), (64, 150)):
+            prompts = [[1] * length for length in lengths]
+            run(model, prompts, max_new_tokens=17, max_context_length=CONTEXT + 1)
+    compiled = [record.message for record in caplog.records if "Compiling jit(" in record.message]
+    for function in ("_prefill", "_decode"):
+        assert sum(f"jit({function})" in message for message in compiled) == 1, compiled
+
+
+def test_decode_is_in_place(model):
+    cache = jaxkv.create(model.cache_config(max_context_length=4096, batch_size=2))
+    program = decode.Program.of(model, jaxkv.Sampling(), ())
+    state = decode.State(*(jnp.zeros(2, jnp.int32) for _ in range(3)))
+    lowered = decode._decode.lower(
+        program.model, program.leaves, state, cache, **program._options()
+    )
+    memory = lowered.compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.size_bytes
+    assert memory.temp_size_in_bytes < 0.2 * cache.size_bytes
+
+
+def test_any_callable_is_a_model():
+    def shift(tokens, cache):
+        return jax.nn.one_hot((tokens + 1) % 50, 50), jaxkv.advance(cache, tokens.shape[-1])
+
+    config = jaxkv.KVCacheConfig(1, 300, 1, 4, batch_size=2)
+    result = jaxkv.generate(shift, [[48], list(range(150))], max_new_tokens=3, config=config)
+    assert result.tokens == [[49, 0, 1], [0, 1, 2]]
+
+
+def test_the_tracker_saw_the_cache_and_it_is_gone(model):
+    tracker = jaxkv.MemoryTracker()
+    result = run(model, tracker=tracker)
+    planned = result.config.size_bytes + result.config.index_bytes
+    assert tracker.peak_usage(jaxkv.Purpose.KV_CACHE) == planned
+    assert tracker.total_usage() == 0
+
+
+def test_timings_add_up(model):
+    timings = run(model).timings
+    assert timings.prefill_tokens == sum(len(prompt) - 1 for prompt in PROMPTS)
+    assert timings.decode_tokens == 60
+    rate = timings.decode_tokens_per_second
+    assert rate == pytest.approx(60 / timings.decode_seconds)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "no prompts were given"),
+        ([[1], []], {}, "prompt 1 must be a list of at least one token id, got an empty one"),
+        ([[1.5]], {}, "prompt 0 must be .* got float64"),
+        ([[1], [2, 64]], {}, "prompt 1 has token 64, outside the vocabulary of 64 tokens"),
+        ([[-1]], {}, "prompt 0 has token -1"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ([[1] * 190], {}, "are 210 tokens, and the context holds 192"),
+        ([[1]], {"seed": [1, 2]}, "1 prompts need as many seeds, got 2"),
+        (
+            [[1]],
+            {"config": jaxkv.KVCacheConfig(2, 192, 2, 16, batch_size=3)},
+            "need a config with batch_size=1, got 3",
+        ),
+    ],
+)
+def test_bad_requests(model, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(model, prompts, **options)
+
+
+def test_a_function_without_a_config_says_so():
+    with pytest.raises(ValueError, match="no cache_config method; pass config="):
+        jaxkv.generate(lambda tokens, cache: None, [[1]], max_new_tokens=1)
+
+
+def test_an_error_of_the_model_leaves_nothing_behind(model):
+    def broken(tokens, cache):
+        raise RuntimeError("no such weights")
+
+    tracker = jaxkv.MemoryTracker()
+    before = len(jax.live_arrays())
+    config = jaxkv.KVCacheConfig(1, 64, 1, 4, batch_size=1)
+    with pytest.raises(RuntimeError, match="no such weights"):
+        jaxkv.generate(broken, [[1]], max_new_tokens=1, config=config, tracker=tracker)
+    assert tracker.total_usage() == 0
+    assert len(jax.live_arrays()) <= before
+
+
+def test_logprobs_are_of_the_model_not_of_the_filters(model, next_logits):
+    result = run(model, [[3, 4]], sampling=jaxkv.Sampling(temperature=2.0, top_k=3), seed=8)
+    logprobs = jax.nn.log_softmax(next_logits([3, 4]))
+    assert np.isclose(result.logprobs[0][0], logprobs[result.tokens[0][0]], atol=1e-4)
