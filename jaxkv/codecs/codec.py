@@ -5,9 +5,11 @@ vector, and maps a vector to them and back. It is append-only: a stored token is
 encoded again, and encoding tokens one at a time gives bitwise what bulk gives.
 """
 
+import functools
 import math
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -61,8 +63,28 @@ def container_dtype(dtype: str, platform: str) -> jnp.dtype:
 
 
 def bitcast(leaf: Array, dtype: jnp.dtype | str) -> Array:
-    """The same bits as ``dtype``; nothing where the dtype is that already."""
-    return leaf if leaf.dtype == jnp.dtype(dtype) else lax.bitcast_convert_type(leaf, dtype)
+    """The same bits as ``dtype``; nothing where the dtype is that already.
+
+    Raises:
+      TypeError: when differentiated, which would give zeros for no visible reason.
+    """
+    return leaf if leaf.dtype == jnp.dtype(dtype) else _bitcast(jnp.dtype(dtype), leaf)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _bitcast(dtype: jnp.dtype, leaf: Array) -> Array:
+    return lax.bitcast_convert_type(leaf, dtype)
+
+
+@_bitcast.defjvp
+def _refuse_derivative(dtype, primals, tangents):
+    if tangents[0].dtype == jax.dtypes.float0:  # out of a container: there is nothing to pass on
+        out = _bitcast(dtype, *primals)
+        return out, jnp.zeros_like(out)
+    raise TypeError(
+        f"No gradient flows through keys and values kept as {primals[0].dtype}: on this backend "
+        'their bits are stored as integers. Use codec=jaxkv.Dense("float32") to differentiate.'
+    )
 
 
 def decode_stored(codec: Codec, stored: Leaves, head_dim: int, dtype: jnp.dtype) -> Array:
