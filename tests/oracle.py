@@ -4,11 +4,15 @@ The oracle knows nothing of slots, blocks and masks. A step's arrays have a lead
 layers: ``[layers, *batch, tokens, heads, head_dim]``.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxkv
+from jaxkv.addressing import ADDRESSINGS
+from jaxkv.codecs import CODECS
 
 # Query heads and KV heads of the three kinds of attention.
 HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (3, 1)}
@@ -93,6 +97,24 @@ def step(cache, queries, keys, values, num_tokens=None, *, run=layer_step, **opt
         outputs.append(output)
     advanced = jaxkv.advance(cache, keys.shape[-3] if num_tokens is None else num_tokens)
     return advanced, jnp.stack(outputs)
+
+
+run_step = functools.partial(step, run=jax.jit(layer_step))  # compiled, with a traced layer
+
+
+def config_of(codec="float32", addressing="contiguous", **fields):
+    """A small config of a kind that the tables name."""
+    shape = {"num_layers": 3, "max_context_length": 8, "num_kv_heads": 2, "head_dim": 4}
+    kind = {"codec": CODECS[codec], "addressing": ADDRESSINGS[addressing]}
+    return jaxkv.KVCacheConfig(**(shape | kind | fields))
+
+
+def filled(config, tokens, seed=0):
+    """A cache and an oracle that hold the same ``tokens`` random tokens."""
+    cache, oracle = jaxkv.create(config), Oracle(config)
+    arrays = random_step(config, tokens, heads=2, seed=seed)
+    oracle.step(*arrays)
+    return run_step(cache, *arrays)[0], oracle
 
 
 def random_step(config, tokens, *, heads, seed=0):

@@ -19,6 +19,7 @@ from tests.oracle import (
     SINKS,
     Oracle,
     assert_same_storage,
+    config_of,
     layer_step,
     padded,
     poisoned,
@@ -30,6 +31,8 @@ from tests.oracle import (
 # with an empty sequence, an uneven chunk, and tokens one at a time.
 STEPS = [(5, (5, 3, 0)), (5, (2, 5, 1)), (1, (1, 0, 1)), (1, (1, 1, 0))]
 
+SHAPE = {"num_layers": 2, "max_context_length": 10, "head_dim": 16}
+
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 addressings = pytest.mark.parametrize("addressing", ADDRESSINGS)
 
@@ -39,18 +42,6 @@ def small_blocks(monkeypatch):
     """Several blocks of queries and of slots, the last of each not full, in every test."""
     monkeypatch.setattr("jaxkv.attention.blockwise.QUERY_BLOCK", 2)
     monkeypatch.setattr("jaxkv.attention.blockwise.KEY_BLOCK", 4)
-
-
-def config_of(codec="float32", addressing="contiguous", batch_size=None, kv_heads=2):
-    return jaxkv.KVCacheConfig(
-        num_layers=2,
-        max_context_length=10,
-        num_kv_heads=kv_heads,
-        head_dim=16,
-        batch_size=batch_size,
-        codec=CODECS[codec],
-        addressing=ADDRESSINGS[addressing],
-    )
 
 
 def able(implementation, cache, tokens):
@@ -93,7 +84,7 @@ def assert_equals_oracle(config, implementation, *, heads, poison=np.nan, option
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_pair_equals_the_oracle(codec, addressing, batch_size, heads, implementation):
     query_heads, kv_heads = HEADS[heads]
-    config = config_of(codec, addressing, batch_size, kv_heads)
+    config = config_of(codec, addressing, **SHAPE, batch_size=batch_size, num_kv_heads=kv_heads)
     assert_equals_oracle(config, implementation, heads=query_heads)
 
 
@@ -101,21 +92,21 @@ def test_every_pair_equals_the_oracle(codec, addressing, batch_size, heads, impl
 @addressings
 @pytest.mark.parametrize("options", list(OPTIONS)[1:])
 def test_every_option_equals_the_oracle(addressing, options, implementation):
-    config = config_of(addressing=addressing, batch_size=3)
+    config = config_of(addressing=addressing, **SHAPE, batch_size=3)
     assert_equals_oracle(config, implementation, heads=4, options=options)
 
 
 @implementations
 @pytest.mark.parametrize("poison", [np.inf, -np.inf, 3e38])
 def test_garbage_never_reaches_an_output(poison, implementation):
-    assert_equals_oracle(config_of(batch_size=3), implementation, heads=4, poison=poison)
+    assert_equals_oracle(config_of(**SHAPE, batch_size=3), implementation, heads=4, poison=poison)
 
 
 @functools.cache
 def one_shot():
-    arrays = random_step(config_of(), 7, heads=4)
+    arrays = random_step(config_of(**SHAPE), 7, heads=4)
     run = functools.partial(run_layer, "plain", "reference")
-    return arrays, step(jaxkv.create(config_of()), *arrays, run=run)
+    return arrays, step(jaxkv.create(config_of(**SHAPE)), *arrays, run=run)
 
 
 @implementations
@@ -125,7 +116,7 @@ def one_shot():
 @given(cuts=st.sets(st.integers(1, 6)))
 def test_any_split_equals_one_shot(implementation, cuts):
     arrays, (expected_cache, expected) = one_shot()
-    cache, outputs = jaxkv.create(config_of()), []
+    cache, outputs = jaxkv.create(config_of(**SHAPE)), []
     for chunk in zip(*(np.split(array, sorted(cuts), axis=1) for array in arrays), strict=True):
         name = able(implementation, cache, chunk[0].shape[1])
         cache, output = step(cache, *chunk, run=functools.partial(run_layer, "plain", name))
@@ -159,7 +150,7 @@ def gradients(attention, queries, keys, values):
 @implementations
 def test_gradient_equals_plain_attention_whatever_is_unused(implementation):
     """A ragged chunk of 3 tokens, then one token, in a cache full of NaN."""
-    config, counts = config_of(batch_size=3), np.array([[3, 1], [0, 0], [2, 1]], np.int32)
+    config, counts = config_of(**SHAPE, batch_size=3), np.array([[3, 1], [0, 0], [2, 1]], np.int32)
     cache = poisoned(jaxkv.create(config))
     queries, keys, values = (array[0] for array in random_step(config, 4, heads=4))
 

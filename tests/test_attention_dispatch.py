@@ -10,12 +10,9 @@ import pytest
 import jaxkv
 from jaxkv.attention import IMPLEMENTATIONS
 from jaxkv.attention.blockwise import KEY_BLOCK, QUERY_BLOCK
-from tests.oracle import Oracle, layer_step, random_step, step
+from tests.oracle import Oracle, config_of, layer_step, random_step, step
 
-
-def config_of(max_context_length, **fields):
-    shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 16, **fields}
-    return jaxkv.KVCacheConfig(max_context_length=max_context_length, **shape)
+SHAPE = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 16}
 
 
 # Tokens, context, who serves on several CPU devices, and why another does not.
@@ -30,7 +27,7 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 def test_the_first_that_can_serve_serves(monkeypatch, call):
     tokens, context, serves, reason = CALLS[call]
-    cache = jaxkv.create(config_of(context))
+    cache = jaxkv.create(config_of(max_context_length=context, **SHAPE))
     explanation = jaxkv.explain(cache, tokens=tokens)
     assert f"{serves}: used" in explanation
     assert reason in explanation
@@ -52,7 +49,7 @@ def answer_with(number, request):
 
 def test_prefill_over_many_blocks_equals_the_oracle():
     prefill, chunk = 3 * QUERY_BLOCK + 32, QUERY_BLOCK + 44  # neither fills its last block
-    config = config_of(KEY_BLOCK + 100, codec=jaxkv.Dense("float32"))
+    config = config_of(max_context_length=KEY_BLOCK + 100, **SHAPE)
     cache, oracle = jaxkv.create(config), Oracle(config)
     for tokens in (prefill, chunk):
         arrays = random_step(config, tokens, heads=2)
@@ -63,10 +60,12 @@ def test_prefill_over_many_blocks_equals_the_oracle():
 @pytest.mark.parametrize("context", [4096, 16384])
 def test_a_long_prefill_never_holds_all_scores(context):
     tokens, heads = 4096, 8
-    config = config_of(context, num_kv_heads=heads, head_dim=16)
+    config = config_of(max_context_length=context, **SHAPE | {"num_kv_heads": heads})
     cache = jax.eval_shape(lambda: jaxkv.create(config))
     arrays = jax.ShapeDtypeStruct((tokens, heads, 16), jnp.float32)
-    compiled = jax.jit(layer_step, donate_argnums=0).lower(cache, 0, arrays, arrays, arrays).compile()
+    compiled = (
+        jax.jit(layer_step, donate_argnums=0).lower(cache, 0, arrays, arrays, arrays).compile()
+    )
     all_scores = 4 * heads * tokens * context
     block = 4 * heads * QUERY_BLOCK * KEY_BLOCK
     inputs = 4 * heads * tokens * 16

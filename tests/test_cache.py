@@ -1,6 +1,4 @@
-"""The cache as a value: its shape, its verbs under every transformation, and when it is full."""
-
-import functools
+"""The cache as a value: its shape, and its verbs under every transformation."""
 
 import chex
 import jax
@@ -10,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from jax.experimental import checkify
 
 import jaxkv
 from jaxkv.addressing import ADDRESSINGS
@@ -18,40 +15,19 @@ from jaxkv.codecs import CODECS
 from tests.oracle import (
     Oracle,
     assert_same_storage,
+    config_of,
+    filled,
     layer_step,
-    poisoned,
     random_step,
+    run_step,
     stacked,
     step,
 )
 
-every_kind = [
-    pytest.mark.parametrize("addressing", ADDRESSINGS),
-    pytest.mark.parametrize("codec", CODECS),
-]
-
 
 def over_the_product(test):
-    for mark in every_kind:
-        test = mark(test)
-    return test
-
-
-def config_of(codec="float32", addressing="contiguous", **fields):
-    shape = {"num_layers": 3, "max_context_length": 8, "num_kv_heads": 2, "head_dim": 4}
-    kind = {"codec": CODECS[codec], "addressing": ADDRESSINGS[addressing]}
-    return jaxkv.KVCacheConfig(**(shape | kind | fields))
-
-
-run_step = functools.partial(step, run=jax.jit(layer_step))  # compiled, with a traced layer
-
-
-def filled(config, tokens, seed=0):
-    """A cache and an oracle that hold the same ``tokens`` random tokens."""
-    cache, oracle = jaxkv.create(config), Oracle(config)
-    arrays = random_step(config, tokens, heads=2, seed=seed)
-    oracle.step(*arrays)
-    return run_step(cache, *arrays)[0], oracle
+    test = pytest.mark.parametrize("addressing", ADDRESSINGS)(test)
+    return pytest.mark.parametrize("codec", CODECS)(test)
 
 
 # --- what a cache is -------------------------------------------------------------------------
@@ -283,86 +259,3 @@ def test_a_truncated_token_is_never_read_again(codec, addressing):
     np.testing.assert_allclose(
         run_step(cache, *accepted)[1], oracle.step(*accepted), rtol=1e-5, atol=1e-5
     )
-
-
-# --- a full cache ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("verb", ["append", "advance"])
-@pytest.mark.parametrize("batch_size", [None, 3])
-def test_full_outside_jit_raises_before_anything_changes(verb, batch_size):
-    cache = jaxkv.create(config_of(batch_size=batch_size))
-    cache = jaxkv.advance(cache, 6 if batch_size is None else jnp.array([1, 6, 4]))
-    before = jax.tree.map(np.array, cache)
-    vectors = jnp.ones((*cache.config.batch_shape, 3, 2, 4))
-    which = "KV cache full: " if batch_size is None else "KV cache full: sequence 1 "
-    message = f"{which}holds 6 of 8 tokens, and 3 more were given"
-    with pytest.raises(jaxkv.CacheFullError, match=message):
-        if verb == "append":
-            jaxkv.append(cache, vectors, vectors, layer=0)
-        else:
-            jaxkv.advance(cache, 3)
-    chex.assert_trees_all_equal(cache, before)
-    if batch_size:  # the same call fits when the full sequence's tokens are padding
-        room = jnp.array([3, 2, 3])
-        cache = jaxkv.append(cache, vectors, vectors, layer=0, num_tokens=room)
-        assert jaxkv.check(jaxkv.advance(cache, room)).lengths.tolist() == [4, 8, 7]
-
-
-@over_the_product
-def test_full_inside_jit_drops_and_says_so(codec, addressing):
-    config = config_of(codec, addressing, batch_size=3)
-    cache, oracle = poisoned(jaxkv.create(config)), Oracle(config)
-    run = jax.jit(step)
-    lengths = np.array([8, 6, 2], np.int32)
-    first = random_step(config, 8, heads=2)
-    oracle.step(*first, lengths)
-    cache, _ = run(cache, *first, lengths)
-    assert jaxkv.check(cache) is cache
-    held = jax.tree.map(np.array, cache)
-
-    chunk = random_step(config, 4, heads=2, seed=1)
-    overfull, _ = run(cache, *chunk)
-    assert overfull.overflowed.tolist() == [True, True, False]
-    with pytest.raises(jaxkv.CacheFullError, match=r"\[12, 10, 6\] tokens long.*holds 8 each"):
-        jaxkv.check(overfull)
-    assert_same_storage(jaxkv.truncate(overfull, 0), step_that_fits(held, chunk, lengths))
-
-    healed = jaxkv.check(jaxkv.truncate(overfull, lengths))
-    fits = np.minimum(8 - lengths, 4)
-    outputs = run(healed, *chunk, fits)[1]
-    expected = oracle.step(*chunk, fits)
-    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
-
-
-def step_that_fits(cache, chunk, lengths):
-    """The chunk without the tokens that have no slot, written where nothing overflows."""
-    cache = jax.tree.map(jnp.asarray, cache)
-    return run_step(cache, *chunk, np.minimum(8 - lengths, 4))[0]
-
-
-def test_full_in_a_loop_keeps_earlier_tokens():
-    config = config_of()
-    cache, _ = filled(config, 5)
-    arrays = random_step(config, 3, heads=2, seed=1)
-    full, _ = run_step(cache, *arrays)
-    more = random_step(config, 6, heads=2, seed=2)
-    overfull, _ = jax.jit(over_tokens)(full, *more)
-    assert_same_storage(overfull, full)
-    assert overfull.lengths == 14
-
-
-def test_full_under_checkify():
-    config = config_of()
-
-    def checked_step(cache, *arrays):
-        return jaxkv.check(step(cache, *arrays)[0])
-
-    run = jax.jit(checkify.checkify(checked_step, errors=checkify.user_checks))
-    arrays = random_step(config, 5, heads=2)
-    error, cache = run(jaxkv.create(config), *arrays)
-    assert error.get() is None
-    error, _ = run(cache, *arrays)
-    with pytest.raises(checkify.JaxRuntimeError, match="KV cache full: tokens were dropped"):
-        error.throw()
-    assert jax.jit(checked_step)(cache, *arrays).lengths == 10  # without checkify: no check

@@ -215,7 +215,7 @@ DONATED_USES = {
 def test_a_donated_cache_is_closed(use):
     cache = jaxkv.create(SINGLE)
     survivor = jax.jit(lambda cache: jaxkv.advance(cache, 1), donate_argnums=0)(cache)
-    with pytest.raises(jaxkv.CacheClosedError, match="donated or deleted.*Rebind it"):
+    with pytest.raises(jaxkv.CacheClosedError, match=r"donated or deleted.*Rebind it"):
         DONATED_USES[use](cache)
     assert "donated" in repr(cache)
     DONATED_USES[use](survivor)

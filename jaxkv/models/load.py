@@ -51,6 +51,11 @@ def load(folder: str | os.PathLike | None = None, *, dtype: Any = "float32") -> 
       FileNotFoundError: no such folder.
       ImportError: a name of the Hub without the package ``huggingface_hub``.
       ValueError: another dtype.
+
+    >>> model, tokenizer = load()
+    >>> logits, _ = model(jnp.array(tokenizer.encode("impor").ids))
+    >>> tokenizer.decode([int(logits[-1].argmax())])
+    't'
     """
     name = jnp.dtype(dtype).name
     if name not in DTYPES:
@@ -66,6 +71,13 @@ def save(model: Model, folder: str | os.PathLike) -> None:
 
     Args:
       folder: made if it is not there; files of these names are replaced.
+
+    >>> import tempfile
+    >>> model = Decoder(DecoderConfig(16, 8, 8, num_layers=1, num_heads=1), rngs=nnx.Rngs(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(model, folder)
+    ...     load(folder)[0].config == model.config
+    True
     """
     import safetensors.numpy
 

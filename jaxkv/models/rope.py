@@ -31,6 +31,9 @@ class RopeConfig:
 
     Raises:
       ConfigError: an unknown type, or a field that it needs and that is absent or not positive.
+
+    >>> RopeConfig(head_dim=4, theta=100.0).frequencies(context=8).tolist()
+    [1.0, 0.10000000149011612]
     """
 
     head_dim: int
@@ -190,7 +193,7 @@ def _default(rope: RopeConfig, context: int) -> Frequencies:
 
 def _linear(rope: RopeConfig, context: int) -> Frequencies:
     """Position interpolation (Chen et al., 2023)."""
-    return _geometric(rope, rope.theta) / np.float32(rope.factor)
+    return _geometric(rope, rope.theta) / rope.factor
 
 
 def _dynamic(rope: RopeConfig, context: int) -> Frequencies:
@@ -238,13 +241,12 @@ def _longrope(rope: RopeConfig, context: int) -> Frequencies:
     serves a whole sequence: that of the context it may grow to.
     """
     is_long = context > rope.original_max_position_embeddings
-    divisors = np.asarray(rope.long_factor if is_long else rope.short_factor, np.float32)
+    divisors = np.asarray(rope.long_factor if is_long else rope.short_factor)
     return _geometric(rope, rope.theta) / divisors
 
 
 def _geometric(rope: RopeConfig, theta: float) -> Frequencies:
-    exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
-    return np.float32(1) / np.float32(theta) ** exponents
+    return theta ** -(np.arange(0, rope.rotary_dim, 2) / rope.rotary_dim)
 
 
 def _temperature(stretch: float, mscale: float) -> float:
