@@ -93,7 +93,7 @@ class KVCacheConfig:
         >>> jaxkv.KVCacheConfig.from_hf(gpt2, max_context_length=1024).head_dim
         64
         """
-        shape = _hf_shape(_read_hf(source))
+        shape: dict[str, Any] = _hf_shape(_read_hf(source))
         return cls(**shape, max_context_length=max_context_length, **fields)
 
     @property
@@ -147,11 +147,11 @@ def _read_hf(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]
     return contents
 
 
-def _hf_shape(config: Mapping[str, Any]) -> dict[str, int]:
+def _hf_shape(config: Mapping[str, Any]) -> dict[str, Any]:
     """num_layers, num_kv_heads and head_dim under the names that families give them."""
     config = config.get("text_config") or config  # multimodal models nest the decoder's
 
-    def first(*names: str) -> int | None:
+    def first(*names: str) -> Any:
         return next((config[name] for name in names if config.get(name) is not None), None)
 
     num_layers = first("num_hidden_layers", "n_layer")

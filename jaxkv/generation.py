@@ -106,14 +106,14 @@ def generate(
     >>> jaxkv.generate(count_up, [[3], [5, 6]], max_new_tokens=3, config=config).tokens
     [[4, 5, 6], [7, 8, 9]]
     """
-    prompts = _checked_prompts(model, prompts)
+    checked = _checked_prompts(model, prompts)
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}.")
-    config = _cache_config(model, prompts, max_new_tokens, max_context_length, codec, config)
+    config = _cache_config(model, checked, max_new_tokens, max_context_length, codec, config)
     program = Program.of(model, sampling, stop_tokens)
-    state = _start(prompts, max_new_tokens, seed)
-    chunks = list(_chunks(prompts))
-    answers = [_Answer([], []) for _ in prompts]
+    state = _start(checked, max_new_tokens, seed)
+    chunks = list(_chunks(checked))
+    answers = [_Answer([], []) for _ in checked]
 
     with session(config, tracker=tracker, device=device) as live:
         marks = [time.perf_counter()]
@@ -125,7 +125,7 @@ def generate(
                 live.cache = jax.block_until_ready(program.prefill(chunk, live.cache))
                 advance_bar(int(chunk[1].sum()))
         marks.append(time.perf_counter())
-        with progress_bar("decode", len(prompts) * max_new_tokens) as advance_bar:
+        with progress_bar("decode", len(checked) * max_new_tokens) as advance_bar:
             while np.asarray(state.remaining).any():
                 state, live.cache, new = program.decode(state, live.cache)
                 for number, (tokens, logprobs) in enumerate(_arrived(new)):

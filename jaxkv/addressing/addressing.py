@@ -18,7 +18,10 @@ class Index(Protocol):
     *logical* slot counts within its sequence, from 0; ``capacity`` is their number.
     """
 
-    lengths: Int[Array, "*batch"]
+    @property
+    def lengths(self) -> Int[Array, "*batch"]:
+        """Tokens in each sequence."""
+        ...
 
     @property
     def capacity(self) -> int:

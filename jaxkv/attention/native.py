@@ -110,10 +110,8 @@ def _built(compiler: str) -> pathlib.Path:
     native_flag = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     command = [compiler, *_FLAGS, native_flag, f"-I{jax.ffi.include_dir()}"]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    parts = [_SOURCE.read_bytes(), version, repr(command[1:]), jaxlib.__version__, _processor()]
-    digest = hashlib.sha256(
-        b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)
-    ).hexdigest()
+    depends_on = [_SOURCE.read_bytes(), version, command, jaxlib.__version__, _processor()]
+    digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
     folder = _cache_folder()
     library = folder / f"native-{digest[:16]}.so"
     if not library.exists():

@@ -130,9 +130,9 @@ def _of_device(device: Any) -> DeviceMemory:
     name = str(device)
     if not stats and device.platform == "cpu":
         bound, process = tightest_bound(), process_bytes()
-        in_use = live_array_bytes(device)
+        live = live_array_bytes(device)
         return DeviceMemory(
-            name, bound.source, bound.limit_bytes, bound.free_bytes, in_use, None, *process
+            name, bound.source, bound.limit_bytes, bound.free_bytes, live, None, *process
         )
     in_use, limit = stats.get("bytes_in_use"), stats.get("bytes_limit")
     if in_use is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from jaxkv.cache import format_bytes
 from jaxkv.codecs import CODECS, Codec
@@ -162,7 +163,8 @@ def _largest(config: KVCacheConfig, field: str, free: int | None) -> int | None:
     fitting, too_many = 0, MAX_COUNT + 1
     while too_many - fitting > 1:
         middle = (fitting + too_many) // 2
-        if needed_bytes(dataclasses.replace(config, **{field: middle})) <= free:
+        tried: dict[str, Any] = {field: middle}
+        if needed_bytes(dataclasses.replace(config, **tried)) <= free:
             fitting = middle
         else:
             too_many = middle
