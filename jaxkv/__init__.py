@@ -16,7 +16,7 @@ from jaxkv.cache import (
     reset,
     truncate,
 )
-from jaxkv.codecs import Codec, Dense
+from jaxkv.codecs import Codec, Dense, Float8, Int8
 from jaxkv.config import KVCacheConfig
 from jaxkv.errors import (
     CacheAllocationError,
@@ -45,7 +45,9 @@ __all__ = [
     "ConfigError",
     "Contiguous",
     "Dense",
+    "Float8",
     "Generation",
+    "Int8",
     "JaxkvError",
     "KVCache",
     "KVCacheConfig",

@@ -16,7 +16,7 @@ from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.addressing import Index
-from jaxkv.codecs import Leaves, bitcast, container_dtype, decode_stored
+from jaxkv.codecs import Dense, Leaves, bitcast, container_dtype, decode_stored
 from jaxkv.config import KVCacheConfig
 from jaxkv.errors import CacheClosedError, CacheFullError
 
@@ -264,10 +264,8 @@ def _platform(device: Any) -> str:
 
 
 def _decoded_dtype(cache: KVCache) -> jnp.dtype:
-    """A float codec's own dtype; float32 for any other."""
-    (first, *_), codec = cache.storage, cache.config.codec
-    dtype = jnp.dtype(codec.leaves(cache.config.head_dim)[first][1])
-    return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype("float32")
+    codec = cache.config.codec
+    return jnp.dtype(codec.dtype if isinstance(codec, Dense) else "float32")
 
 
 def _tokens_held(cache: KVCache) -> str:

@@ -99,7 +99,9 @@ def step(cache, queries, keys, values, num_tokens=None, *, run=layer_step, **opt
     return advanced, jnp.stack(outputs)
 
 
-run_step = functools.partial(step, run=jax.jit(layer_step))  # compiled, with a traced layer
+# There are hundreds of small programs in these tests, so they are compiled in haste.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+run_step = functools.partial(step, run=jit(layer_step))  # with a traced layer
 
 
 def config_of(codec="float32", addressing="contiguous", **fields):

@@ -20,6 +20,7 @@ from tests.oracle import (
     Oracle,
     assert_same_storage,
     config_of,
+    jit,
     layer_step,
     padded,
     poisoned,
@@ -50,10 +51,6 @@ def able(implementation, cache, tokens):
     if reason := cannot_serve(cache, 1):
         pytest.skip(reason)
     return "reference" if cannot_serve(cache, tokens) else implementation
-
-
-# There are hundreds of small programs here, so they are compiled in haste.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.partial(jit, static_argnames=("options", "implementation"))

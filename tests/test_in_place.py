@@ -194,12 +194,12 @@ def test_a_cache_sharded_over_heads_stays_so(monkeypatch, codec, addressing):
     mesh = jax.make_mesh((8,), ("heads",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "heads"))
     config = jaxkv.KVCacheConfig(
-        2, 8192, 8, 4, batch_size=2, codec=CODECS[codec], addressing=ADDRESSINGS[addressing]
+        2, 32768, 8, 4, batch_size=2, codec=CODECS[codec], addressing=ADDRESSINGS[addressing]
     )
     keys = np.random.default_rng(0).standard_normal((2, 1, 8, 4), np.float32)
     plain, sharded = jaxkv.create(config), jaxkv.create(config, device=sharding)
     run, compiled = jax.jit(decode), compile_donating(decode, sharded, keys)
-    assert_in_place(compiled, sharded, temp_share=0.2)
+    assert_in_place(compiled, sharded, temp_share=0.1)
     assert "all-gather" not in compiled.as_text()
     for _ in range(3):
         plain, expected = run(plain, keys)

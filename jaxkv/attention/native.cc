@@ -17,6 +17,9 @@
 
 namespace ffi = xla::ffi;
 
+// In the two products, so that sums are kept in registers rather than in an array.
+#define UNROLL _Pragma("GCC unroll 16")
+
 namespace {
 
 constexpr int kLanes = 16;
@@ -28,15 +31,34 @@ typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2)));
-typedef _Float16 Halves __attribute__((vector_size(2 * kLanes), aligned(2)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1)));
+typedef int16_t SignedShorts __attribute__((vector_size(2 * kLanes)));
 
-// The element types of a cache; bfloat16 is stored as its bits.
-inline Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline Vec Load(const uint16_t* p) {
-  return (Vec)(__builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Words) << 16);
+// The element types of a cache. bfloat16 is stored as its bits; float16 and int8 are widened in
+// steps that compilers turn into vector instructions, which they do not for a plain conversion.
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+inline Words Bits(const void* p) {
+  return __builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Words);
 }
-inline Vec Load(const _Float16* p) {
-  return __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Vec);
+inline Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline Vec Load(const BFloat16* p) { return (Vec)(Bits(p) << 16); }
+inline Vec Load(const Float16* p) {
+  const Words half = Bits(p), magnitude = (half & 0x7fff) << 13;
+  const Words not_finite = (half & 0x7c00) == 0x7c00 ? Words{} + 0x7f800000 : Words{};
+  const Vec rebiased = (Vec)magnitude * 0x1p112f;  // from float16's exponent bias to float's
+  return (Vec)((Words)rebiased | not_finite | (half & 0x8000) << 16);
+}
+inline Vec Load(const int8_t* p) {
+  const auto wide = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), SignedShorts);
+  return __builtin_convertvector(__builtin_convertvector(wide, Ints), Vec);
+}
+inline float Widen(uint16_t bits) {  // one bfloat16
+  const uint32_t wide = (uint32_t)bits << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
 }
 inline void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 
@@ -62,8 +84,8 @@ inline Vec Fold(Vec a, Vec b) {
 // Lane i of the result is the sum of the lanes of v[i].
 inline Vec SumEach(const Vec (&v)[kLanes]) {
   Vec a[8], b[4];
-  for (int i = 0; i < 8; ++i) a[i] = Fold<8>(v[2 * i], v[2 * i + 1]);
-  for (int i = 0; i < 4; ++i) b[i] = Fold<4>(a[2 * i], a[2 * i + 1]);
+  UNROLL for (int i = 0; i < 8; ++i) a[i] = Fold<8>(v[2 * i], v[2 * i + 1]);
+  UNROLL for (int i = 0; i < 4; ++i) b[i] = Fold<4>(a[2 * i], a[2 * i + 1]);
   return Fold<1>(Fold<2>(b[0], b[1]), Fold<2>(b[2], b[3]));
 }
 
@@ -91,6 +113,7 @@ struct Softmax {
 // One call. Shared with the pool's threads, which may start after all work is done.
 struct Job {
   const void *keys, *values;  // of the layer: [slots, heads, head_dim]
+  const uint16_t *key_scales = nullptr, *value_scales = nullptr;  // bfloat16 [slots, heads], or none
   const float* queries;       // [batch, heads, group, head_dim], scaled
   const int32_t *positions, *lengths;
   const float* sinks;  // [heads, group]
@@ -128,10 +151,10 @@ void Score(const T* keys, int64_t stride, const float* queries, int64_t head_dim
     for (int i = 0; i < kTokens; ++i) key[i] = keys + std::min(t + i, count - 1) * stride;
     for (int64_t d = 0; d < head_dim; d += kLanes) {
       Vec query[G];
-      for (int g = 0; g < G; ++g) query[g] = Load(queries + g * head_dim + d);
-      for (int i = 0; i < kTokens; ++i) {
+      UNROLL for (int g = 0; g < G; ++g) query[g] = Load(queries + g * head_dim + d);
+      UNROLL for (int i = 0; i < kTokens; ++i) {
         const Vec k = Load(key[i] + d);
-        for (int g = 0; g < G; ++g) sums[g * kTokens + i] += k * query[g];
+        UNROLL for (int g = 0; g < G; ++g) sums[g * kTokens + i] += k * query[g];
       }
     }
     const Vec each = SumEach(sums);
@@ -145,30 +168,46 @@ template <typename T, int G, int N>
 void Mix(const T* values, int64_t stride, const float* weights, const float* keep,
          int64_t head_dim, int count, float* mix) {
   Vec sums[G][N];
-  for (int g = 0; g < G; ++g)
-    for (int j = 0; j < N; ++j) sums[g][j] = Load(mix + g * head_dim + j * kLanes) * keep[g];
+  UNROLL for (int g = 0; g < G; ++g)
+    UNROLL for (int j = 0; j < N; ++j) sums[g][j] = Load(mix + g * head_dim + j * kLanes) * keep[g];
   for (int t = 0; t < count; ++t)
-    for (int j = 0; j < N; ++j) {
+    UNROLL for (int j = 0; j < N; ++j) {
       const Vec v = Load(values + t * stride + j * kLanes);
-      for (int g = 0; g < G; ++g) sums[g][j] += weights[g * kBlock + t] * v;
+      UNROLL for (int g = 0; g < G; ++g) sums[g][j] += weights[g * kBlock + t] * v;
     }
-  for (int g = 0; g < G; ++g)
-    for (int j = 0; j < N; ++j) Store(mix + g * head_dim + j * kLanes, sums[g][j]);
+  UNROLL for (int g = 0; g < G; ++g)
+    UNROLL for (int j = 0; j < N; ++j) Store(mix + g * head_dim + j * kLanes, sums[g][j]);
 }
 
-// A block of slots for G query heads that share a KV head.
+// row[g * kBlock + t] *= scales[t], for codes whose scale is left out of the products.
+template <int G>
+void Scale(const uint16_t* scales, int64_t stride, int count, float* rows) {
+  for (int t = 0; t < count; ++t) {
+    const float scale = Widen(scales[t * stride]);
+    for (int g = 0; g < G; ++g) rows[g * kBlock + t] *= scale;
+  }
+}
+
+// `count` slots from `slot` on, for the G query heads from row `row` on, which share a KV head.
 template <typename T, int G>
-void Block(const Job& job, const T* keys, const T* values, const float* queries, int count,
+void Block(const Job& job, int64_t slot, int64_t row, int count, const float* queries,
            Softmax* softmax, float* mix) {
-  const int64_t stride = job.heads * job.head_dim;
+  const int64_t stride = job.heads * job.head_dim, head = row / job.group;
+  const T* keys = (const T*)job.keys + slot * stride + head * job.head_dim;
+  const T* values = (const T*)job.values + slot * stride + head * job.head_dim;
+  const int64_t first_scale = slot * job.heads + head;
   float scores[G * kBlock], keep[G];
   Score<T, G>(keys, stride, queries, job.head_dim, count, scores);
+  if (job.key_scales) Scale<G>(job.key_scales + first_scale, job.heads, count, scores);
   for (int g = 0; g < G; ++g) {
     float* s = scores + g * kBlock;
     if (job.softcap > 0)
       for (int t = 0; t < count; ++t) s[t] = job.softcap * std::tanh(s[t] / job.softcap);
     std::fill(s + count, s + kBlock, kLowest);
-    const float highest = std::max(softmax[g].highest, *std::max_element(s, s + kBlock));
+    Vec most = Load(s);
+    for (int t = kLanes; t < kBlock; t += kLanes) most = Load(s + t) > most ? Load(s + t) : most;
+    float highest = softmax[g].highest;
+    for (int i = 0; i < kLanes; ++i) highest = std::max(highest, most[i]);
     keep[g] = std::exp(softmax[g].highest - highest);
     Vec total{};
     for (int t = 0; t < kBlock; t += kLanes) {
@@ -180,6 +219,7 @@ void Block(const Job& job, const T* keys, const T* values, const float* queries,
     for (int i = 0; i < kLanes; ++i) softmax[g].total += total[i];
     softmax[g].highest = highest;
   }
+  if (job.value_scales) Scale<G>(job.value_scales + first_scale, job.heads, count, scores);
   constexpr int kWide = 4;  // vectors, whose sums stay in registers
   int64_t d = 0;
   for (; d + kWide * kLanes <= job.head_dim; d += kWide * kLanes)
@@ -194,31 +234,31 @@ void RunUnit(Job& job, int64_t unit) {
   const int64_t begin = job.Begin(b), span = job.End(b) - begin;
   const int64_t from = begin + span * chunk / job.chunks;
   const int64_t to = begin + span * (chunk + 1) / job.chunks;
-  const T* keys = (const T*)job.keys + b * job.capacity * stride;
-  const T* values = (const T*)job.values + b * job.capacity * stride;
+  const int64_t first = b * job.capacity;  // slot of the sequence
   for (int64_t t = from; t < to; t += kBlock) {
     const int count = std::min<int64_t>(kBlock, to - t);
     // The loop below jumps from head to head; the processor is told of the next block in order.
     const int64_t ahead = std::max<int64_t>(0, std::min<int64_t>(kBlock, to - t - kBlock));
     const int64_t ahead_bytes = ahead * stride * sizeof(T);
+    const char* next_keys = (const char*)((const T*)job.keys + (first + t + kBlock) * stride);
+    const char* next_values = (const char*)((const T*)job.values + (first + t + kBlock) * stride);
     const int64_t share = (ahead_bytes / job.heads + 63) / 64 * 64;
     for (int64_t h = 0; h < job.heads; ++h) {
       for (int64_t i = h * share; i < std::min(ahead_bytes, (h + 1) * share); i += 64) {
-        __builtin_prefetch((const char*)(keys + (t + kBlock) * stride) + i, 0, 2);
-        __builtin_prefetch((const char*)(values + (t + kBlock) * stride) + i, 0, 2);
+        __builtin_prefetch(next_keys + i, 0, 2);
+        __builtin_prefetch(next_values + i, 0, 2);
       }
-      const T *k = keys + t * stride + h * job.head_dim, *v = values + t * stride + h * job.head_dim;
       for (int64_t g = 0; g < job.group;) {
         const int64_t row = h * job.group + g, left = job.group - g;
-        const float* q = job.queries + (b * job.rows() + row) * job.head_dim;
+        const float* queries = job.queries + (b * job.rows() + row) * job.head_dim;
         Softmax* softmax = &job.softmax[unit * job.rows() + row];
         float* mix = &job.mix[(unit * job.rows() + row) * job.head_dim];
         if (left >= 4) {
-          Block<T, 4>(job, k, v, q, count, softmax, mix), g += 4;
+          Block<T, 4>(job, first + t, row, count, queries, softmax, mix), g += 4;
         } else if (left >= 2) {
-          Block<T, 2>(job, k, v, q, count, softmax, mix), g += 2;
+          Block<T, 2>(job, first + t, row, count, queries, softmax, mix), g += 2;
         } else {
-          Block<T, 1>(job, k, v, q, count, softmax, mix), g += 1;
+          Block<T, 1>(job, first + t, row, count, queries, softmax, mix), g += 1;
         }
       }
     }
@@ -276,21 +316,27 @@ void Attend(const std::shared_ptr<Job>& job, ffi::ThreadPool& pool) {
   Join(*job);
 }
 
-ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer cache, ffi::Buffer<ffi::S32> layer,
+ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer cache, ffi::Buffer<ffi::U16> scales,
+                  ffi::Buffer<ffi::S32> layer,
                   ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::S32> positions,
                   ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> sinks, int64_t capacity,
                   int64_t window, float softcap, ffi::ResultBuffer<ffi::F32> out) {
   const auto cache_shape = cache.dimensions();  // layers, 2, slots, heads, head_dim
   const auto shape = queries.dimensions();      // batch, heads, group, head_dim
   const auto type = cache.element_type();
-  const int64_t width = type == ffi::F32 ? 4 : 2;
-  const int64_t half_layer = cache_shape[2] * cache_shape[3] * cache_shape[4] * width;
+  const int64_t width = type == ffi::F32 ? 4 : type == ffi::S8 ? 1 : 2;
+  const int64_t vectors = cache_shape[2] * cache_shape[3];
+  const int64_t half_layer = vectors * cache_shape[4] * width;
   // Like XLA's own slices, a layer out of range is the nearest that exists.
   const int64_t number = std::clamp<int64_t>(layer.typed_data()[0], 0, cache_shape[0] - 1);
 
   auto job = std::make_shared<Job>();
   job->keys = (const char*)cache.untyped_data() + 2 * number * half_layer;
   job->values = (const char*)job->keys + half_layer;
+  if (scales.element_count() > 0) {
+    job->key_scales = scales.typed_data() + 2 * number * vectors;
+    job->value_scales = job->key_scales + vectors;
+  }
   job->queries = queries.typed_data();
   job->positions = positions.typed_data();
   job->lengths = lengths.typed_data();
@@ -301,9 +347,11 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer cache, ffi::Buffer<ffi::S
   if (type == ffi::F32) {
     Attend<float>(job, pool);
   } else if (type == ffi::U16) {
-    Attend<uint16_t>(job, pool);
+    Attend<BFloat16>(job, pool);
   } else if (type == ffi::F16) {
-    Attend<_Float16>(job, pool);
+    Attend<Float16>(job, pool);
+  } else if (type == ffi::S8) {
+    Attend<int8_t>(job, pool);
   } else {
     return ffi::Error::InvalidArgument("jaxkv: a cache of this element type is not supported");
   }
@@ -316,6 +364,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxkvDecode, Decode,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U16>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

@@ -25,7 +25,7 @@ from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.attention.blockwise import blockwise
 from jaxkv.attention.request import Grouped, Request
 from jaxkv.cache import KVCache
-from jaxkv.codecs import Dense
+from jaxkv.codecs import Dense, Int8
 
 _SOURCE = pathlib.Path(__file__).with_name("native.cc")
 _TARGET = "jaxkv_decode"
@@ -42,7 +42,7 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
         return f"it reads on a CPU, and the backend is {jax.default_backend()}"
     if tokens != 1:
         return f"it serves one token a sequence, and this call has {tokens}"
-    if not isinstance(config.codec, Dense):
+    if not isinstance(config.codec, Dense | Int8):
         return f"it cannot read {config.codec.name}"
     if not isinstance(cache.index, ContiguousIndex):
         return f"it cannot read {config.addressing.name} caches"
@@ -61,7 +61,7 @@ def should_not_serve(cache: KVCache, tokens: int) -> str | None:
 @jax.custom_jvp
 def native(request: Request) -> Grouped:
     """Attend with one query a sequence."""
-    (leaf,) = request.cache.storage.values()
+    codes, *scales = request.cache.storage.values()
     queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
     sinks = request.sinks
     if sinks is None:
@@ -69,7 +69,8 @@ def native(request: Request) -> Grouped:
     output = jax.ffi.ffi_call(
         _TARGET, jax.ShapeDtypeStruct(queries.shape, jnp.float32), vmap_method="sequential"
     )(
-        leaf,
+        codes,
+        scales[0] if scales else jnp.zeros(0, jnp.uint16),
         jnp.asarray(request.layer, jnp.int32),
         queries,
         request.positions[:, 0],

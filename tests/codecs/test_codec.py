@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxkv
 from jaxkv.codecs import CODECS, bitcast, bytes_per_vector, container_dtype, decode_stored
 
 # The largest error of one number, as a share of the largest number of its vector.
-TOLERANCES = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8}
+TOLERANCES = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 0.006, "float8": 0.065}
 
 codecs = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 head_dims = pytest.mark.parametrize("head_dim", [1, 64])
@@ -106,3 +107,16 @@ def test_a_container_keeps_the_bits(codec):
 )
 def test_container_dtype(dtype, platform, container):
     assert container_dtype(dtype, platform) == jnp.dtype(container)
+
+
+def test_a_gradient_that_a_container_would_lose_is_an_error():
+    """On a CPU bfloat16 is held as bits, which carry no gradient."""
+    cache = jaxkv.create(jaxkv.KVCacheConfig(1, 4, 1, 2))
+    queries = jnp.ones((1, 1, 2))
+
+    def loss(keys):
+        written = jaxkv.append(cache, keys, queries, layer=0)
+        return jaxkv.attend(written, queries, layer=0).sum()
+
+    with pytest.raises(TypeError, match=r'bits are stored as integers.*Dense\("float32"\)'):
+        jax.grad(loss)(queries)
