@@ -23,7 +23,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kBlock = 32;           // slots whose scores are held at once
+constexpr int kBlock = 64;           // slots whose scores are held at once
 constexpr int kSmallestUnit = 128;   // slots worth handing to another thread
 constexpr float kLowest = -1e30f;    // a finite "minus infinity"
 
@@ -88,6 +88,20 @@ inline Vec SumEach(const Vec (&v)[kLanes]) {
   UNROLL for (int i = 0; i < 4; ++i) b[i] = Fold<4>(a[2 * i], a[2 * i + 1]);
   return Fold<1>(Fold<2>(b[0], b[1]), Fold<2>(b[2], b[3]));
 }
+
+// One number of all lanes, in log2(kLanes) steps.
+template <typename Combine>
+inline float Reduce(Vec v, Combine combine) {
+#define TURN(...) v = combine(v, __builtin_shufflevector(v, v, __VA_ARGS__))
+  TURN(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  TURN(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  TURN(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  TURN(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#undef TURN
+  return v[0];
+}
+inline Vec Larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec Added(Vec a, Vec b) { return a + b; }
 
 // exp of each lane, to 2 ulp where x is in [-87, 88]; below, 1.6e-38; of NaN, NaN.
 // Range reduction and polynomial as in Cephes' expf (Moshier).
@@ -205,9 +219,8 @@ void Block(const Job& job, int64_t slot, int64_t row, int count, const float* qu
       for (int t = 0; t < count; ++t) s[t] = job.softcap * std::tanh(s[t] / job.softcap);
     std::fill(s + count, s + kBlock, kLowest);
     Vec most = Load(s);
-    for (int t = kLanes; t < kBlock; t += kLanes) most = Load(s + t) > most ? Load(s + t) : most;
-    float highest = softmax[g].highest;
-    for (int i = 0; i < kLanes; ++i) highest = std::max(highest, most[i]);
+    for (int t = kLanes; t < kBlock; t += kLanes) most = Larger(Load(s + t), most);
+    const float highest = std::max(softmax[g].highest, Reduce(most, Larger));
     keep[g] = std::exp(softmax[g].highest - highest);
     Vec total{};
     for (int t = 0; t < kBlock; t += kLanes) {
@@ -215,8 +228,7 @@ void Block(const Job& job, int64_t slot, int64_t row, int count, const float* qu
       Store(s + t, weights);
       total += weights;
     }
-    softmax[g].total *= keep[g];
-    for (int i = 0; i < kLanes; ++i) softmax[g].total += total[i];
+    softmax[g].total = softmax[g].total * keep[g] + Reduce(total, Added);
     softmax[g].highest = highest;
   }
   if (job.value_scales) Scale<G>(job.value_scales + first_scale, job.heads, count, scores);
