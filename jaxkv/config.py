@@ -163,10 +163,9 @@ def _hf_shape(config: Mapping[str, Any]) -> dict[str, Any]:
             "hidden_size (or GPT-2's n_layer, n_head and n_embd), got the keys "
             f"{', '.join(sorted(config)) or 'of an empty object'}."
         )
+    kv_heads = first("num_key_value_heads") or num_heads
     return {
         "num_layers": num_layers,
-        "num_kv_heads": 1
-        if config.get("multi_query")
-        else first("num_key_value_heads") or num_heads,
+        "num_kv_heads": 1 if config.get("multi_query") else kv_heads,
         "head_dim": first("head_dim") or width // num_heads,
     }

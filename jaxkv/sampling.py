@@ -13,7 +13,7 @@ class Sampling:
 
     Args:
       temperature: logits are divided by it; 0 is greedy, the most likely token.
-      top_k: keep the k most likely tokens; None keeps all.
+      top_k: keep the k most likely tokens, and those as likely as the last; None keeps all.
       top_p: keep the fewest tokens whose probabilities sum to at least this (Holtzman et al.
         2020, "nucleus sampling"); 1 keeps all.
       min_p: keep tokens at least this share as likely as the most likely (Nguyen et al. 2024).
@@ -56,6 +56,7 @@ def sample(
 
     Args:
       logits: of the next token.
+      sampling: how to draw.
       seeds: one a sequence.
       positions: of the token being drawn. The randomness of a draw is a function of its
         seed and position, so neither batch nor chunking changes a sequence.

@@ -72,3 +72,8 @@ def test_a_long_prefill_never_holds_all_scores(context):
     temp = compiled.memory_analysis().temp_size_in_bytes
     assert temp < 4 * block + 8 * inputs, "does not depend on the context"
     assert temp < all_scores / 8
+
+
+def test_no_tokens_give_no_outputs():
+    cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 16))
+    assert jaxkv.attend(cache, jnp.zeros((0, 2, 16)), layer=0).shape == (0, 2, 16)

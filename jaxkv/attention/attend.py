@@ -120,20 +120,21 @@ def attend(
     if reason := IMPLEMENTATIONS[name].cannot_serve(cache, tokens):
         raise ValueError(f"implementation {name!r} cannot serve this call: {reason}.")
 
-    grouped = queries.reshape(
-        -1, tokens, config.num_kv_heads, heads // config.num_kv_heads, head_dim
-    )
+    if tokens == 0:
+        return queries
+    batch, group = config.batch_size or 1, heads // config.num_kv_heads
+    grouped = queries.reshape(batch, tokens, config.num_kv_heads, group, head_dim)
     scaled = grouped.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)
     added = tokens if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
     request = Request(
         cache=cache,
         queries=jnp.moveaxis(scaled, 1, 2),
         layer=check_layer(cache, layer),
-        positions=token_positions(cache, tokens, num_tokens).reshape(-1, tokens),
-        lengths=(cache.lengths + added).reshape(-1),
+        positions=token_positions(cache, tokens, num_tokens).reshape(batch, tokens),
+        lengths=(cache.lengths + added).reshape(batch),
         softcap=softcap,
         window=window,
-        sinks=None if sinks is None else sinks.astype(jnp.float32).reshape(grouped.shape[2:4]),
+        sinks=None if sinks is None else sinks.astype(jnp.float32).reshape(-1, group),
     )
     output = IMPLEMENTATIONS[name].run(request)
     return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)

@@ -1,0 +1,119 @@
+"""The native kernel's ways in and out; its answers are in the product table of test_attention."""
+
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv.attention import native
+
+
+@pytest.fixture
+def fresh_start():
+    """As if this process had not looked for a compiler yet."""
+    native._register.cache_clear()
+    yield
+    native._register.cache_clear()
+
+
+@pytest.fixture
+def one_cpu(monkeypatch):
+    monkeypatch.setattr(jax, "local_device_count", lambda backend=None: 1)
+
+
+def cache_of(**fields):
+    config = {"codec": jaxkv.Dense("float32"), **fields}
+    return jaxkv.create(jaxkv.KVCacheConfig(2, 200, 2, 16, **config))
+
+
+def explained(cache, tokens=1):
+    return dict(line.split(": ", 1) for line in jaxkv.explain(cache, tokens=tokens).splitlines())
+
+
+def available():
+    if reason := native._register():
+        pytest.skip(reason)
+
+
+def test_it_is_chosen_for_decode_alone(one_cpu):
+    available()
+    assert explained(cache_of())["native"] == "used"
+    assert "this call has 5" in explained(cache_of(), tokens=5)["native"]
+    assert (
+        "head_dim 8 is not a multiple of 16"
+        in explained(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 8)))["native"]
+    )
+    assert "cannot read float8" in explained(cache_of(codec=jaxkv.Float8()))["native"]
+
+
+def test_several_devices_leave_it_to_others():
+    available()
+    assert "8 CPU devices" in explained(cache_of())["native"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"JAXKV_NATIVE": "0"}, "JAXKV_NATIVE=0 turns it off"),
+        ({"PATH": "", "CXX": ""}, "no C++ compiler was found"),
+        ({"CXX": "false"}, "it could not be built"),
+    ],
+)
+def test_without_a_compiler_there_is_another_way(
+    fresh_start, one_cpu, monkeypatch, environment, reason
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cache = cache_of()
+    assert reason in explained(cache)["native"]
+    assert jaxkv.attend(cache, jnp.ones((1, 2, 16)), layer=0).shape == (1, 2, 16)
+    with pytest.raises(ValueError, match=re.escape(f"'native' cannot serve this call: {reason}")):
+        jaxkv.attend(cache, jnp.ones((1, 2, 16)), layer=0, implementation="native")
+
+
+def test_it_is_built_once_into_the_cache_folder(monkeypatch, tmp_path):
+    available()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = shutil.which("c++") or shutil.which("g++")
+    library = native._built(compiler)
+    assert list((tmp_path / "jaxkv").iterdir()) == [library]
+    built = library.stat().st_mtime_ns
+    assert native._built(compiler) == library
+    assert library.stat().st_mtime_ns == built
+
+
+@pytest.mark.parametrize("codec", [jaxkv.Dense("float32"), jaxkv.Int8()])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("group", [1, 2, 3, 7])
+def test_long_contexts_of_every_grouping_equal_the_reference(codec, kv_heads, group):
+    """Many blocks and units, the last of each not full; groups of 4, 2 and 1 heads."""
+    available()
+    generator = np.random.default_rng(group)
+    lengths = jnp.asarray([1500, 1, 700])
+    config = jaxkv.KVCacheConfig(2, 1501, kv_heads, 80, batch_size=3, codec=codec)
+    keys = jnp.asarray(generator.standard_normal((3, 1500, kv_heads, 80), np.float32))
+    queries = jnp.asarray(generator.standard_normal((3, 1, kv_heads * group, 80), np.float32))
+    cache = jaxkv.append(jaxkv.create(config), keys, keys[::-1], layer=1, num_tokens=lengths)
+    cache = jaxkv.advance(cache, lengths - 1)
+    expected, got = (
+        jaxkv.attend(cache, queries, layer=1, window=900, implementation=name)
+        for name in ("reference", "native")
+    )
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+def test_under_vmap():
+    available()
+    keys = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 2, 16), np.float32))
+    caches = jax.vmap(lambda keys: jaxkv.append(cache_of(), keys, keys, layer=0))(keys)
+
+    def outputs(name):
+        return jax.vmap(
+            lambda cache, queries: jaxkv.attend(cache, queries, layer=0, implementation=name)
+        )(caches, keys)
+
+    np.testing.assert_allclose(outputs("native"), outputs("reference"), atol=1e-6)
