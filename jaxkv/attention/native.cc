@@ -154,15 +154,29 @@ struct Job {
   }
 };
 
+// What to fetch while a token is worked on: the next block, in memory order, a little a token.
+// (All at once would stall until it is there; left alone, the jumps from head to head are slow.)
+struct Ahead {
+  const char* start;
+  int64_t bytes;  // a token; 0 where there is no next block
+
+  void Fetch(int token) const {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(start + token * bytes + i, 0, 2);
+  }
+};
+
 // scores[g * kBlock + t] = queries[g] . keys[t], for the G query heads that share a KV head.
 template <typename T, int G>
 void Score(const T* keys, int64_t stride, const float* queries, int64_t head_dim, int count,
-           float* scores) {
+           Ahead ahead, float* scores) {
   constexpr int kTokens = kLanes / G;  // so that G x kTokens sums fill one vector
   for (int t = 0; t < count; t += kTokens) {
     Vec sums[kLanes] = {};
     const T* key[kTokens];
-    for (int i = 0; i < kTokens; ++i) key[i] = keys + std::min(t + i, count - 1) * stride;
+    for (int i = 0; i < kTokens; ++i) {
+      key[i] = keys + std::min(t + i, count - 1) * stride;
+      ahead.Fetch(t + i);
+    }
     for (int64_t d = 0; d < head_dim; d += kLanes) {
       Vec query[G];
       UNROLL for (int g = 0; g < G; ++g) query[g] = Load(queries + g * head_dim + d);
@@ -180,15 +194,17 @@ void Score(const T* keys, int64_t stride, const float* queries, int64_t head_dim
 // mix[g] = mix[g] * keep[g] + sum over t of weights[g * kBlock + t] * values[t], N vectors from d.
 template <typename T, int G, int N>
 void Mix(const T* values, int64_t stride, const float* weights, const float* keep,
-         int64_t head_dim, int count, float* mix) {
+         int64_t head_dim, int count, Ahead ahead, float* mix) {
   Vec sums[G][N];
   UNROLL for (int g = 0; g < G; ++g)
     UNROLL for (int j = 0; j < N; ++j) sums[g][j] = Load(mix + g * head_dim + j * kLanes) * keep[g];
-  for (int t = 0; t < count; ++t)
+  for (int t = 0; t < count; ++t) {
+    ahead.Fetch(t);
     UNROLL for (int j = 0; j < N; ++j) {
       const Vec v = Load(values + t * stride + j * kLanes);
       UNROLL for (int g = 0; g < G; ++g) sums[g][j] += weights[g * kBlock + t] * v;
     }
+  }
   UNROLL for (int g = 0; g < G; ++g)
     UNROLL for (int j = 0; j < N; ++j) Store(mix + g * head_dim + j * kLanes, sums[g][j]);
 }
@@ -204,14 +220,19 @@ void Scale(const uint16_t* scales, int64_t stride, int count, float* rows) {
 
 // `count` slots from `slot` on, for the G query heads from row `row` on, which share a KV head.
 template <typename T, int G>
-void Block(const Job& job, int64_t slot, int64_t row, int count, const float* queries,
-           Softmax* softmax, float* mix) {
+void Block(const Job& job, int64_t slot, int64_t row, int count, bool more,
+           const float* queries, Softmax* softmax, float* mix) {
   const int64_t stride = job.heads * job.head_dim, head = row / job.group;
   const T* keys = (const T*)job.keys + slot * stride + head * job.head_dim;
   const T* values = (const T*)job.values + slot * stride + head * job.head_dim;
   const int64_t first_scale = slot * job.heads + head;
   float scores[G * kBlock], keep[G];
-  Score<T, G>(keys, stride, queries, job.head_dim, count, scores);
+  // Of the next block, this head fetches the part that comes in its turn.
+  const int64_t turn = (slot + kBlock) * stride + head * kBlock * job.head_dim;
+  const int64_t bytes = more && row % job.group == 0 ? job.head_dim * sizeof(T) : 0;
+  const Ahead ahead_keys{(const char*)((const T*)job.keys + turn), bytes};
+  const Ahead ahead_values{(const char*)((const T*)job.values + turn), bytes};
+  Score<T, G>(keys, stride, queries, job.head_dim, count, ahead_keys, scores);
   if (job.key_scales) Scale<G>(job.key_scales + first_scale, job.heads, count, scores);
   for (int g = 0; g < G; ++g) {
     float* s = scores + g * kBlock;
@@ -235,42 +256,35 @@ void Block(const Job& job, int64_t slot, int64_t row, int count, const float* qu
   constexpr int kWide = 4;  // vectors, whose sums stay in registers
   int64_t d = 0;
   for (; d + kWide * kLanes <= job.head_dim; d += kWide * kLanes)
-    Mix<T, G, kWide>(values + d, stride, scores, keep, job.head_dim, count, mix + d);
+    Mix<T, G, kWide>(values + d, stride, scores, keep, job.head_dim, count,
+                     d == 0 ? ahead_values : Ahead{nullptr, 0}, mix + d);
   for (; d < job.head_dim; d += kLanes)
-    Mix<T, G, 1>(values + d, stride, scores, keep, job.head_dim, count, mix + d);
+    Mix<T, G, 1>(values + d, stride, scores, keep, job.head_dim, count,
+                 d == 0 ? ahead_values : Ahead{nullptr, 0}, mix + d);
 }
 
 template <typename T>
 void RunUnit(Job& job, int64_t unit) {
-  const int64_t b = unit / job.chunks, chunk = unit % job.chunks, stride = job.heads * job.head_dim;
+  const int64_t b = unit / job.chunks, chunk = unit % job.chunks;
   const int64_t begin = job.Begin(b), span = job.End(b) - begin;
   const int64_t from = begin + span * chunk / job.chunks;
   const int64_t to = begin + span * (chunk + 1) / job.chunks;
   const int64_t first = b * job.capacity;  // slot of the sequence
   for (int64_t t = from; t < to; t += kBlock) {
     const int count = std::min<int64_t>(kBlock, to - t);
-    // The loop below jumps from head to head; the processor is told of the next block in order.
-    const int64_t ahead = std::max<int64_t>(0, std::min<int64_t>(kBlock, to - t - kBlock));
-    const int64_t ahead_bytes = ahead * stride * sizeof(T);
-    const char* next_keys = (const char*)((const T*)job.keys + (first + t + kBlock) * stride);
-    const char* next_values = (const char*)((const T*)job.values + (first + t + kBlock) * stride);
-    const int64_t share = (ahead_bytes / job.heads + 63) / 64 * 64;
+    const bool more = t + kBlock < to;
     for (int64_t h = 0; h < job.heads; ++h) {
-      for (int64_t i = h * share; i < std::min(ahead_bytes, (h + 1) * share); i += 64) {
-        __builtin_prefetch(next_keys + i, 0, 2);
-        __builtin_prefetch(next_values + i, 0, 2);
-      }
       for (int64_t g = 0; g < job.group;) {
         const int64_t row = h * job.group + g, left = job.group - g;
         const float* queries = job.queries + (b * job.rows() + row) * job.head_dim;
         Softmax* softmax = &job.softmax[unit * job.rows() + row];
         float* mix = &job.mix[(unit * job.rows() + row) * job.head_dim];
         if (left >= 4) {
-          Block<T, 4>(job, first + t, row, count, queries, softmax, mix), g += 4;
+          Block<T, 4>(job, first + t, row, count, more, queries, softmax, mix), g += 4;
         } else if (left >= 2) {
-          Block<T, 2>(job, first + t, row, count, queries, softmax, mix), g += 2;
+          Block<T, 2>(job, first + t, row, count, more, queries, softmax, mix), g += 2;
         } else {
-          Block<T, 1>(job, first + t, row, count, queries, softmax, mix), g += 1;
+          Block<T, 1>(job, first + t, row, count, more, queries, softmax, mix), g += 1;
         }
       }
     }
