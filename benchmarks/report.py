@@ -1,6 +1,7 @@
 """What a run prints: tables, and a header that says where the figures come from."""
 
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -74,8 +75,15 @@ def environment(command: str) -> dict[str, str]:
         "python": platform.python_version(),
     }
     for package in ("jaxkv", "jax", "jaxlib", *PEERS):
-        facts[package] = "absent" if missing(package) else importlib.metadata.version(package)
+        facts[package] = "absent" if missing(package) else _version(package)
     return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return importlib.import_module(package).__version__
 
 
 def header(facts: dict[str, str]) -> str:

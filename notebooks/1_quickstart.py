@@ -1,3 +1,18 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # Quickstart
 #
@@ -18,7 +33,7 @@ except ImportError:
 
     source = ".." if Path("../jaxkv/__init__.py").exists() else "jaxkv"
     keep_jax = f"jax=={metadata.version('jax')}" if util.find_spec("jax") else "jax"
-    %pip install -q {source} {keep_jax}
+    # %pip install -q {source} {keep_jax}
 
 # %% [markdown]
 # ## A cache and its size
@@ -93,32 +108,28 @@ params = random_params(jax.random.key(0))
 # First the prompt in one step (prefill), then token by token (decode). `step` takes the cache
 # donated, so rebind it: the old one is gone, its buffer lives on in the new one.
 
-
 # %%
-def buffer_pointer(cache):
-    return cache.storage["data"].unsafe_buffer_pointer()
-
-
-pointer = buffer_pointer(cache)
 prompt = jnp.array([72, 101, 108, 108, 111, 44, 32])
+pointer = cache.storage["data"].unsafe_buffer_pointer()
 
 logits, cache = step(params, prompt, cache)
 print(cache)
 
-tokens = prompt
+new_tokens = []
 for _ in range(20):
-    next_token = logits[-1].argmax(keepdims=True)
-    tokens = jnp.concatenate([tokens, next_token])
+    next_token = logits[-1:].argmax(-1)  # greedy, [1]
+    new_tokens.append(next_token)
     logits, cache = step(params, next_token, cache)
 
 jaxkv.check(cache)  # raises if tokens were dropped because the cache was full
 print(cache)
-print("the same buffer all along:", buffer_pointer(cache) == pointer)
+print("the same buffer:", cache.storage["data"].unsafe_buffer_pointer() == pointer)
 
 # %% [markdown]
 # Decoding token by token gives the logits that one step over all tokens gives.
 
 # %%
+tokens = jnp.concatenate([prompt, *new_tokens])
 all_logits, _ = step(params, tokens, jaxkv.create(config))
 print("equal:", bool(jnp.allclose(logits[-1], all_logits[-1], atol=1e-4)))
 
@@ -144,8 +155,8 @@ print(f"after:  {tracker.total_usage('kv_cache'):,} bytes of KV cache")
 # ## Will it fit?
 #
 # `plan` allocates nothing. Here: Llama 3 8B on a card of 24 GB. Its weights take 16.1 GB as
-# bfloat16, which leaves 7.9 GB for the cache. Without a size, `plan` asks the device that is
-# here.
+# bfloat16, which leaves 7.9 GB for the cache. Two sequences of 32K tokens do not fit as bfloat16;
+# as int8 they do. Without a size, `plan` asks the device that is here.
 
 # %%
 llama3_8b = jaxkv.KVCacheConfig(
@@ -198,7 +209,6 @@ for sampling in [
     jaxkv.Sampling(),  # greedy: the most likely token
     jaxkv.Sampling(temperature=0.8, top_p=0.9),
     jaxkv.Sampling(temperature=1.0, top_k=5),
-    jaxkv.Sampling(temperature=1.0, min_p=0.1),
 ]:
     result = jaxkv.generate(model, prompts, max_new_tokens=60, sampling=sampling, seed=[1, 2])
     print(sampling)
