@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> None:
             print(f"\n{table}", flush=True)
             figures.append({"title": table.title, "rows": table.rows, "notes": table.notes})
         seconds, busy = time.monotonic() - started, others.share()
-        warning = ": do not trust these figures" if busy > _MOST_BUSY else ""
+        disturbed = busy > _MOST_BUSY and seconds > 1
+        warning = ": do not trust these figures" if disturbed else ""
         print(f"  ({part}: {seconds:.0f} s; other processes took {busy:.0%} of the cores{warning})")
     if options.json:
         options.json.write_text(json.dumps({"environment": facts, "tables": figures}, indent=2))

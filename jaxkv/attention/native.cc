@@ -25,6 +25,9 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kBlock = 64;           // slots whose scores are held at once
 constexpr int kSmallestUnit = 128;   // slots worth handing to another thread
+constexpr int kUnitsPerThread = 8;
+constexpr int64_t kWakeBytes = 1 << 20;
+constexpr int kSpins = 1 << 12;      // looks at a unit under way before sleeping until it is done
 constexpr float kLowest = -1e30f;    // a finite "minus infinity"
 
 typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4)));
@@ -141,7 +144,7 @@ struct Job {
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::condition_variable finished;
-  int64_t done = 0;
+  std::atomic<int64_t> done{0};
 
   int64_t rows() const { return heads * group; }
   // The slots [begin, end) that sequence b's query sees.
@@ -295,8 +298,10 @@ template <typename T>
 void Work(const std::shared_ptr<Job>& job) {
   for (int64_t unit; (unit = job->next.fetch_add(1)) < job->units;) {
     RunUnit<T>(*job, unit);
-    std::lock_guard<std::mutex> lock(job->mutex);
-    if (++job->done == job->units) job->finished.notify_all();
+    if (job->done.fetch_add(1) + 1 == job->units) {
+      std::lock_guard<std::mutex> lock(job->mutex);  // not between the waiter's look and its sleep
+      job->finished.notify_all();
+    }
   }
 }
 
@@ -325,17 +330,21 @@ void Attend(const std::shared_ptr<Job>& job, ffi::ThreadPool& pool) {
   int64_t longest = 0;
   for (int64_t b = 0; b < job->batch; ++b)
     longest = std::max(longest, job->End(b) - job->Begin(b));
-  // A few units a thread, so that sequences of different lengths even out.
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  job->chunks = std::clamp<int64_t>(longest / kSmallestUnit, 1,
-                                    std::max<int64_t>(1, 4 * threads / job->batch));
+  // Waking a thread takes as long as reading this much: less is not worth it.
+  const int64_t bytes = 2 * longest * job->batch * job->heads * job->head_dim * sizeof(T);
+  const int64_t threads = bytes < kWakeBytes ? 1 : std::max<int64_t>(1, pool.num_threads());
+  // Several units a thread, as some start late and sequences differ in length.
+  const int64_t most_chunks = threads == 1 ? 1 : kUnitsPerThread * threads / job->batch;
+  job->chunks = std::clamp<int64_t>(longest / kSmallestUnit, 1, std::max<int64_t>(1, most_chunks));
   job->units = job->batch * job->chunks;
   job->softmax.resize(job->units * job->rows());
   job->mix.assign(job->units * job->rows() * job->head_dim, 0.0f);
   for (int64_t i = 1; i < std::min(job->units, threads); ++i)
     pool.Schedule([job] { Work<T>(job); });
   Work<T>(job);  // this thread takes its part, so that waiting below is for started work only
-  {
+  for (int i = 0; i < kSpins && job->done < job->units; ++i) {
+  }
+  if (job->done < job->units) {
     std::unique_lock<std::mutex> lock(job->mutex);
     job->finished.wait(lock, [&] { return job->done == job->units; });
   }
