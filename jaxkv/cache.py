@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.addressing import Index
 from jaxkv.codecs import Dense, Leaves, bitcast, container_dtype, decode_stored
-from jaxkv.config import KVCacheConfig
+from jaxkv.config import KVCacheConfig, sequences
 from jaxkv.errors import CacheClosedError, CacheFullError
 
 # A static layer number, or a traced one inside a scan over layers.
@@ -62,7 +62,7 @@ class KVCache:
 
     def __repr__(self) -> str:
         config = self.config
-        batch = "" if config.batch_size is None else f"{config.batch_size} sequences, "
+        batch = "" if config.batch_size is None else f"{sequences(config.batch_size)}, "
         return (
             f"KVCache({config.num_layers} layers, {config.num_kv_heads} KV heads x "
             f"{config.head_dim}, {config.codec.name}, {config.addressing.name}, {batch}"

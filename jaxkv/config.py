@@ -124,7 +124,7 @@ class KVCacheConfig:
 
     def describe(self) -> str:
         """One line for messages: ``4096 tokens x 32 layers x 8 KV heads x 128, bfloat16``."""
-        batch = "" if self.batch_size is None else f"{self.batch_size} sequences x "
+        batch = "" if self.batch_size is None else f"{sequences(self.batch_size)} x "
         return (
             f"{batch}{self.max_context_length} tokens x {self.num_layers} layers x "
             f"{self.num_kv_heads} KV heads x {self.head_dim}, {self.codec.name}"
@@ -169,3 +169,8 @@ def _hf_shape(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_kv_heads": 1 if config.get("multi_query") else kv_heads,
         "head_dim": first("head_dim") or width // num_heads,
     }
+
+
+def sequences(count: int) -> str:
+    """``1 sequence``, ``2 sequences``."""
+    return f"{count:,} sequence{'' if count == 1 else 's'}"

@@ -80,8 +80,8 @@ class Plan:
     def _at_most(self) -> str:
         sequence = "" if self.config.batch_size is None else " a sequence"
         return (
-            f"{_count(self.max_context_length)} tokens{sequence}, or "
-            f"{_count(self.max_batch_size)} sequences of {self.config.max_context_length:,}"
+            f"{_count(self.max_context_length)} tokens{sequence}, or {_count(self.max_batch_size)} "
+            f"sequence{'' if self.max_batch_size == 1 else 's'} of {self.config.max_context_length:,}"
         )
 
     def _row(self, row: CodecPlan) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxkv.cache import KVCache, format_bytes
-from jaxkv.config import KVCacheConfig
+from jaxkv.config import KVCacheConfig, sequences
 from jaxkv.errors import CacheClosedError
 from jaxkv.memory.allocate import allocate, free
 from jaxkv.memory.device import Device, device_memory
@@ -118,7 +118,7 @@ class Session:
         if held.ndim == 0:
             return f"{int(held):,} of {each:,}"
         return (
-            f"{int(held.sum()):,} in {held.size} sequences, the longest {held.max():,} of {each:,}"
+            f"{int(held.sum()):,} in {sequences(held.size)}, the longest {held.max():,} of {each:,}"
         )
 
 
