@@ -79,9 +79,10 @@ class Plan:
 
     def _at_most(self) -> str:
         sequence = "" if self.config.batch_size is None else " a sequence"
+        plural = "" if self.max_batch_size == 1 else "s"
         return (
             f"{_count(self.max_context_length)} tokens{sequence}, or {_count(self.max_batch_size)} "
-            f"sequence{'' if self.max_batch_size == 1 else 's'} of {self.config.max_context_length:,}"
+            f"sequence{plural} of {self.config.max_context_length:,}"
         )
 
     def _row(self, row: CodecPlan) -> tuple[str, ...]:
