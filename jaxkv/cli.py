@@ -21,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[options.command].run(options)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}"
-    except (JaxkvError, ValueError) as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except (JaxkvError, ValueError, ImportError) as error:
         message = str(error)
     print(f"jaxkv {options.command}: {message}", file=sys.stderr)
     return 2

@@ -24,7 +24,14 @@ examples:
 
 exit status: 0 done, 2 the question was not understood or the model could not be loaded
 """
-_DEFAULT_PROMPT = "def read_lines(path):\n    "
+_DEFAULT_PROMPT = """\
+class Point:
+    def __init__(self, x, y):
+        self.x = x
+        self.y = y
+
+    def __repr__(self):
+"""
 # What a decoded text ends with while a character's last bytes are still to come.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -37,7 +44,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--context", type=argument_type(parse_tokens), metavar="TOKENS", help="4096 or 4k")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights")
     add("--codec", choices=CODECS, help="of the cache (default: the model's dtype)")
-    add("--temperature", type=float, default=0.0, help="0 for the most likely token (default)")
+    add("--temperature", type=float, default=0.6, help="0 for the most likely (default: 0.6)")
     add("--top-k", type=int, metavar="K", help="keep the K most likely tokens")
     add("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest that sum to P")
     add("--min-p", type=float, default=0.0, metavar="P", help="keep those P times the likeliest")
