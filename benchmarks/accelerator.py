@@ -12,10 +12,10 @@ from benchmarks.caches import filled
 from benchmarks.measure import interleaved
 from benchmarks.report import Row, Table
 from jaxkv.attention import IMPLEMENTATIONS
-from jaxkv.cache import format_bytes
 from jaxkv.decode import TOKENS_PER_DISPATCH
 from jaxkv.memory import device_memory
 from jaxkv.models import Decoder, DecoderConfig, load
+from jaxkv.text import format_bytes
 
 _LLAMA_3_8B = {"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}
 _QUERY_HEADS = 32

@@ -9,8 +9,8 @@ import numpy as np
 import jaxkv
 from benchmarks.measure import interleaved
 from benchmarks.report import Row, Table
-from jaxkv.cache import format_bytes
 from jaxkv.memory.machine import tightest_bound
+from jaxkv.text import format_bytes
 
 # Name, layers, KV heads, head_dim, context; bfloat16.
 _CACHES = (

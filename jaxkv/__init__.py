@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.attention import attend, explain
 from jaxkv.cache import (
-    KVCache,
     advance,
     append,
     check,
@@ -27,6 +26,7 @@ from jaxkv.errors import (
     JaxkvError,
 )
 from jaxkv.generation import Generation, Timings, generate
+from jaxkv.kv_cache import KVCache
 from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
 from jaxkv.sampling import Sampling, sample
 

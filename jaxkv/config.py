@@ -10,6 +10,7 @@ from typing import Any
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.codecs import Codec, Dense, bytes_per_vector
 from jaxkv.errors import ConfigError
+from jaxkv.text import sequences
 
 _COUNTS = ("num_layers", "max_context_length", "num_kv_heads", "head_dim")
 
@@ -169,8 +170,3 @@ def _hf_shape(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_kv_heads": 1 if config.get("multi_query") else kv_heads,
         "head_dim": first("head_dim") or width // num_heads,
     }
-
-
-def sequences(count: int) -> str:
-    """``1 sequence``, ``2 sequences``."""
-    return f"{count:,} sequence{'' if count == 1 else 's'}"

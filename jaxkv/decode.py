@@ -15,7 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxkv.cache import KVCache, truncate
+from jaxkv.cache import truncate
+from jaxkv.kv_cache import KVCache
 from jaxkv.sampling import Sampling, sample
 
 # ``model(tokens [batch, tokens], cache) -> (logits [batch, tokens, vocabulary], cache)``

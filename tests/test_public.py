@@ -17,9 +17,11 @@ PACKAGE = ROOT / "jaxkv"
 
 # From the bottom up, as in ARCHITECTURE.md. A file imports from its own floor or lower ones.
 FLOORS = [
-    {"errors", "display"},
+    {"errors", "display", "text"},
     {"codecs", "addressing"},
     {"config"},
+    {"kv_cache"},
+    {"checks"},
     {"cache"},
     {"attention"},
     {"memory", "sampling", "known_models"},

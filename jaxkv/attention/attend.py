@@ -14,16 +14,11 @@ from jaxkv.attention.native import native
 from jaxkv.attention.native import should_not_serve as native_should_not_serve
 from jaxkv.attention.reference import reference
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.cache import (
-    KVCache,
-    Layer,
-    NumTokens,
-    check_counts,
-    check_layer,
-    format_bytes,
-    token_positions,
-)
+from jaxkv.cache import token_positions
+from jaxkv.checks import check_counts, check_layer
 from jaxkv.codecs import Dense
+from jaxkv.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.text import format_bytes
 
 # Scores that the reference form may hold at once, in bytes.
 _REFERENCE_LIMIT = 64 << 20

@@ -24,8 +24,8 @@ import numpy as np
 from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.attention.blockwise import blockwise
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.cache import KVCache
 from jaxkv.codecs import Dense, Int8
+from jaxkv.kv_cache import KVCache
 
 _SOURCE = pathlib.Path(__file__).with_name("native.cc")
 _TARGET = "jaxkv_decode"

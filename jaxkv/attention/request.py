@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.attention.masks import visible
-from jaxkv.cache import KVCache, Layer, read
+from jaxkv.cache import read
+from jaxkv.kv_cache import KVCache, Layer
 
 # Query head h * group + g reads KV head h, so queries are kept grouped by what they read.
 Grouped = Float[Array, "batch kv_heads tokens group head_dim"]

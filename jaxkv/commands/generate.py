@@ -4,12 +4,12 @@ import argparse
 import json
 from typing import Any
 
-from jaxkv.cache import format_bytes
 from jaxkv.codecs import CODECS
 from jaxkv.commands.command import Command, argument_type
 from jaxkv.generation import Generation, generate
 from jaxkv.memory import MemoryTracker, Purpose, device_memory, parse_tokens
 from jaxkv.sampling import Sampling
+from jaxkv.text import format_bytes
 
 _EXAMPLES = """\
 examples:

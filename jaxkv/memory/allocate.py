@@ -5,11 +5,13 @@ import traceback
 import jax
 from jax.errors import JaxRuntimeError
 
-from jaxkv.cache import KVCache, create, format_bytes
+from jaxkv.cache import create
 from jaxkv.config import KVCacheConfig
 from jaxkv.errors import CacheAllocationError
+from jaxkv.kv_cache import KVCache
 from jaxkv.memory.device import Device, DeviceMemory, device_memory
 from jaxkv.memory.plan import needed_bytes, plan_within
+from jaxkv.text import format_bytes
 
 
 def allocate(config: KVCacheConfig, *, device: Device | None = None) -> KVCache:

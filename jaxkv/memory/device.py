@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import jax
 from jax.errors import JaxRuntimeError
 
-from jaxkv.cache import format_bytes
 from jaxkv.memory.machine import process_bytes, tightest_bound
 from jaxkv.memory.units import parse_bytes
+from jaxkv.text import format_bytes
 
 if TYPE_CHECKING:
     # An extension type without stubs, which a type checker takes for a variable.

@@ -4,11 +4,11 @@ import dataclasses
 import json
 from typing import Any
 
-from jaxkv.cache import format_bytes
 from jaxkv.codecs import CODECS, Codec
 from jaxkv.config import KVCacheConfig
 from jaxkv.memory.device import Device, DeviceMemory, device_memory
 from jaxkv.memory.text import pairs, table
+from jaxkv.text import format_bytes
 
 # Positions and lengths are int32: no sequence is longer, whatever the memory.
 MAX_COUNT = 2**31 - 1

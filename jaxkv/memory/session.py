@@ -8,15 +8,16 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxkv.cache import KVCache, format_bytes
-from jaxkv.config import KVCacheConfig, sequences
+from jaxkv.config import KVCacheConfig
 from jaxkv.errors import CacheClosedError
+from jaxkv.kv_cache import KVCache
 from jaxkv.memory.allocate import allocate, free
 from jaxkv.memory.device import Device, device_memory
 from jaxkv.memory.ledger import Purpose
 from jaxkv.memory.plan import needed_bytes
 from jaxkv.memory.text import pairs
 from jaxkv.memory.tracker import MemoryTracker
+from jaxkv.text import format_bytes, sequences
 
 
 class Session:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jaxkv.cache import format_bytes
+from jaxkv.text import format_bytes
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxkv.cache import format_bytes
 from jaxkv.memory.device import Device, bytes_by_device, default_device, device_memory
 from jaxkv.memory.ledger import Allocation, BytesByDevice, Event, Ledger, Purpose
 from jaxkv.memory.text import format_or_unknown, table
+from jaxkv.text import format_bytes
 
 # Allocations that a report names; the rest it counts.
 _NAMED = 10

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxkv.cache import KVCache, NumTokens, advance, next_positions
+from jaxkv.cache import advance, next_positions
+from jaxkv.kv_cache import KVCache, NumTokens
 from jaxkv.models.config import DecoderConfig
 from jaxkv.models.layers import (
     ACTIVATIONS,

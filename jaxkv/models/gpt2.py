@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxkv.cache import KVCache, NumTokens, advance, next_positions
+from jaxkv.cache import advance, next_positions
 from jaxkv.errors import CheckpointError, ConfigError
+from jaxkv.kv_cache import KVCache, NumTokens
 from jaxkv.models.config import (
     check_choice,
     check_counts,

@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxkv.attention import attend
-from jaxkv.cache import KVCache, Layer, NumTokens, append
+from jaxkv.cache import append
+from jaxkv.kv_cache import KVCache, Layer, NumTokens
 
 INIT_STD = 0.02  # of GPT-2; weights whose outputs add up over layers are given a smaller one
 
