@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxkv.checks import check_alive, check_counts, check_layer, check_room, check_vectors
@@ -39,7 +40,9 @@ def create(config: KVCacheConfig, *, device: Any = None) -> KVCache:
         for name, (shape, dtype) in config.codec.leaves(config.head_dim).items()
     }
     index = config.addressing.init(config.max_context_length, config.batch_size)
-    if isinstance(device, jax.Device):
+    if isinstance(device, NamedSharding):  # on all of the mesh, as a step will return it
+        index = jax.device_put(index, NamedSharding(device.mesh, PartitionSpec()))
+    elif isinstance(device, jax.Device):
         index = jax.device_put(index, device)
     return KVCache(storage, index, config)
 

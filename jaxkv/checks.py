@@ -1,6 +1,7 @@
 """What the verbs refuse, before anything changes."""
 
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,11 @@ def check_counts(
     """Refuse token counts that are not one for all sequences or one for each."""
     if counts is None:
         return
-    shape, batch_shape = jnp.shape(counts), cache.config.batch_shape
+    numbers: Any = counts if isinstance(counts, jax.Array) else np.asarray(counts)
+    shape, batch_shape = numbers.shape, cache.config.batch_shape
     allowed = "an int" + (f" or int32{list(batch_shape)}" if batch_shape else "")
-    if shape not in ((), batch_shape) or not jnp.issubdtype(jnp.result_type(counts), jnp.integer):
-        got = f"{jnp.result_type(counts)}{list(shape)}"
+    if shape not in ((), batch_shape) or not jnp.issubdtype(numbers.dtype, jnp.integer):
+        got = f"{numbers.dtype}{list(shape)}"
         raise ValueError(f"{what} must be {allowed}, got {got}.")
     if isinstance(counts, jax.core.Tracer):
         return
@@ -60,7 +62,8 @@ def check_vectors(
 
 def check_alive(cache: KVCache) -> None:
     leaves = jax.tree.leaves(cache)
-    if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves):
+    arrays = (leaf for leaf in leaves if isinstance(leaf, jax.Array))
+    if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in arrays):
         raise CacheClosedError(
             "This cache was donated or deleted: its buffers live on in the cache that the jitted "
             "function returned. Rebind it, as in `logits, cache = step(params, tokens, cache)`."

@@ -164,6 +164,11 @@ def _hf_shape(config: Mapping[str, Any]) -> dict[str, Any]:
             "hidden_size (or GPT-2's n_layer, n_head and n_embd), got the keys "
             f"{', '.join(sorted(config)) or 'of an empty object'}."
         )
+    if config.get("kv_lora_rank") is not None:
+        raise ConfigError(
+            "This model keeps a latent vector a token (kv_lora_rank, multi-head latent attention), "
+            "not keys and values: its cache is not one of these."
+        )
     kv_heads = first("num_key_value_heads") or num_heads
     return {
         "num_layers": num_layers,

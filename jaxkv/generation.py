@@ -79,18 +79,19 @@ def generate(
     """Continue a ragged batch of prompts.
 
     Args:
-      model: any ``model(tokens, cache) -> (logits, cache)``. One that is a pytree (an nnx or
-        equinox module) is passed to jit as arrays; a plain function closes over its own.
+      model: any ``model(tokens, cache) -> (logits, cache)``. One that is a pytree of arrays (an
+        nnx module) is passed to jit as such; a plain function closes over its own.
       prompts: token ids, at least one a prompt.
       max_new_tokens: tokens to add to each prompt, at most.
       sampling: how a token is drawn; greedy unless said.
-      seed: of the draws, one for all or one a prompt. A sequence's tokens depend on its own
-        seed and prompt, so equal prompts need different seeds to differ.
+      seed: of the draws, an int32, one for all or one a prompt. A sequence's tokens depend on
+        its own seed and prompt, so equal prompts need different seeds to differ.
       stop_tokens: ids that end a sequence.
       max_context_length: slots a sequence; the next power of two that holds the longest if
         None. Keep it the same over calls to compile once.
       codec: of the cache; the model's choice if None.
-      config: the whole cache config, for a model without a ``cache_config`` method.
+      config: the whole cache config, for a model without a ``cache_config`` method; instead of
+        ``max_context_length`` and ``codec``.
       on_tokens: called as ``on_tokens(prompt_number, new_tokens)`` as they arrive, some at a time.
       tracker: a ledger that the cache is entered in.
       device: where the cache lives.
@@ -152,9 +153,13 @@ def generate(
 def _start(prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[int]) -> State:
     # The last token of each prompt is the first that decode takes, for its logits.
     last = [prompt[-1] for prompt in prompts]
-    seeds = np.asarray([seed] * len(prompts) if isinstance(seed, int) else seed)
+    seeds = np.asarray([seed] * len(prompts) if np.ndim(seed) == 0 else seed)
     if seeds.shape != (len(prompts),):
         raise ValueError(f"generate: {len(prompts)} prompts need as many seeds, got {seeds.size}.")
+    limits = np.iinfo(np.int32)
+    whole = np.issubdtype(seeds.dtype, np.integer)
+    if not whole or seeds.min() < limits.min or seeds.max() > limits.max:
+        raise ValueError(f"generate: a seed must be an int32, got {seed!r}.")
     remaining = [max_new_tokens] * len(prompts)
     return State(*(jnp.asarray(values, jnp.int32) for values in (last, remaining, seeds)))
 
@@ -179,7 +184,7 @@ def _chunks(prompts: list[np.ndarray]) -> Iterator[Chunk]:
 
 def _checked_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     vocabulary = getattr(model, "vocab_size", None)
-    if not prompts:
+    if len(prompts) == 0:
         raise ValueError("generate: no prompts were given.")
     checked = []
     for number, prompt in enumerate(prompts):
@@ -211,10 +216,16 @@ def _cache_config(
     if config is None:
         if not hasattr(model, "cache_config"):
             raise ValueError("generate: this model has no cache_config method; pass config=.")
-        context = max_context_length or max(_SMALLEST_CONTEXT, 1 << (needed - 1).bit_length())
+        context = max_context_length
+        if context is None:
+            context = max(_SMALLEST_CONTEXT, 1 << (needed - 1).bit_length())
+            learned = getattr(getattr(model, "config", None), "max_positions", context)
+            context = min(context, max(learned, needed))
         config = model.cache_config(
             max_context_length=context, batch_size=len(prompts), codec=codec
         )
+    elif max_context_length is not None or codec is not None:
+        raise ValueError("generate: give config= alone, or max_context_length= and codec=.")
     if config.batch_size != len(prompts):
         raise ValueError(
             f"generate: {len(prompts)} prompts need a config with batch_size={len(prompts)}, got "

@@ -77,3 +77,48 @@ def test_a_long_prefill_never_holds_all_scores(context):
 def test_no_tokens_give_no_outputs():
     cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 16))
     assert jaxkv.attend(cache, jnp.zeros((0, 2, 16)), layer=0).shape == (0, 2, 16)
+
+
+def one_decode(codec, value, implementation, dtype=jnp.float32):
+    """A used slot that holds ``value``, and what a query that sees it gets."""
+    config = jaxkv.KVCacheConfig(1, 4, 1, 16, codec=codec)
+    vectors = jnp.full((1, 1, 16), value, dtype)
+    cache = jaxkv.append(jaxkv.create(config), vectors, vectors, layer=0)
+    return jaxkv.attend(cache, jnp.ones((1, 1, 16), dtype), layer=0, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("codec", [jaxkv.Dense("float32"), jaxkv.Dense("float16"), jaxkv.Int8()])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_blew_up_is_seen_to_have(implementation, codec, value):
+    assert jnp.isnan(one_decode(codec, value, implementation)).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_smallest_float16_numbers_are_read(implementation):
+    values = one_decode(jaxkv.Dense("float16"), 3e-5, implementation)
+    np.testing.assert_allclose(values, np.float16(3e-5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_in_double_precision_mode(implementation):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        output = one_decode(jaxkv.Dense("float32"), 0.5, implementation, jnp.float64)
+        assert output.dtype == jnp.float64
+        np.testing.assert_allclose(output, 0.5)
+
+
+def test_the_scores_of_all_query_heads_count():
+    cache = jaxkv.create(jaxkv.KVCacheConfig(1, 1024, num_kv_heads=1, head_dim=16))
+    assert "reference: used" in jaxkv.explain(cache, tokens=512, heads=8)
+    assert "scores would take 134.2 MB" in jaxkv.explain(cache, tokens=512, heads=64)
+
+
+def test_outside_jit_the_blocks_are_compiled_once(monkeypatch):
+    config = jaxkv.KVCacheConfig(1, 40, 1, 16, codec=jaxkv.Dense("float32"))
+    cache, queries = jaxkv.create(config), jnp.ones((5, 1, 16))
+    run = IMPLEMENTATIONS["blockwise"].run
+    run.clear_cache()
+    for _ in range(3):
+        jaxkv.attend(cache, queries, layer=0, implementation="blockwise")
+    assert run._cache_size() == 1

@@ -39,7 +39,9 @@ def next_logits(model):
 
 
 def run(model, prompts=PROMPTS, **options):
-    options = {"max_new_tokens": 20, "max_context_length": CONTEXT, **options}
+    options = {"max_new_tokens": 20, **options}
+    if "config" not in options:
+        options = {"max_context_length": CONTEXT, **options}
     return jaxkv.generate(model, prompts, **options)
 
 
@@ -158,6 +160,13 @@ def test_timings_add_up(model):
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ([[1] * 190], {}, "are 210 tokens, and the context holds 192"),
         ([[1]], {"seed": [1, 2]}, "1 prompts need as many seeds, got 2"),
+        ([[1]], {"seed": 2**32}, "a seed must be an int32, got 4294967296"),
+        ([[1]], {"seed": 0.5}, "a seed must be an int32, got 0.5"),
+        (
+            [[1]],
+            {"config": jaxkv.KVCacheConfig(2, 192, 2, 16, batch_size=1), "codec": jaxkv.Int8()},
+            "give config= alone",
+        ),
         (
             [[1]],
             {"config": jaxkv.KVCacheConfig(2, 192, 2, 16, batch_size=3)},

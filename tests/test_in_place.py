@@ -201,6 +201,8 @@ def test_a_cache_sharded_over_heads_stays_so(monkeypatch, codec, addressing):
     run, compiled = jax.jit(decode), compile_donating(decode, sharded, keys)
     assert_in_place(compiled, sharded, temp_share=0.1)
     assert "all-gather" not in compiled.as_text()
+    assert sharded.lengths.sharding.is_fully_replicated
+    assert len(sharded.lengths.sharding.device_set) == 8
     for _ in range(3):
         plain, expected = run(plain, keys)
         sharded, outputs = compiled(sharded, keys)

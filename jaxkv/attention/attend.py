@@ -30,23 +30,23 @@ class Implementation(NamedTuple):
     Attributes:
       run: the function.
       cannot_serve: why it cannot serve ``(cache, tokens)``, or None.
-      should_not_serve: why it is better left to the next, or None.
+      should_not_serve: why ``(cache, tokens, heads)`` is better left to the next, or None.
     """
 
     run: Callable[[Request], Grouped]
     cannot_serve: Callable[[KVCache, int], str | None]
-    should_not_serve: Callable[[KVCache, int], str | None]
+    should_not_serve: Callable[[KVCache, int, int], str | None]
 
 
-def _no_reason(cache: KVCache, tokens: int) -> str | None:
+def _no_reason(cache: KVCache, tokens: int, heads: int = 0) -> str | None:
     return None
 
 
-def _reference_is_wasteful(cache: KVCache, tokens: int) -> str | None:
+def _reference_is_wasteful(cache: KVCache, tokens: int, heads: int) -> str | None:
     capacity = cache.index.capacity
-    scores = 4 * math.prod(cache.config.batch_shape) * cache.config.num_kv_heads * tokens * capacity
+    scores = 4 * math.prod(cache.config.batch_shape) * heads * tokens * capacity
     if scores > _REFERENCE_LIMIT:
-        return f"its scores would take {format_bytes(scores)} for each query head of a group"
+        return f"its scores would take {format_bytes(scores)}"
     if not isinstance(cache.config.codec, Dense):
         return f"it would decode the whole {cache.config.codec.name} layer"
     if jax.default_backend() == "cpu" and capacity > KEY_BLOCK:
@@ -58,7 +58,8 @@ def _reference_is_wasteful(cache: KVCache, tokens: int) -> str | None:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "native": Implementation(native, native_cannot_serve, native_should_not_serve),
     "reference": Implementation(reference, _no_reason, _reference_is_wasteful),
-    "blockwise": Implementation(blockwise, _no_reason, _no_reason),
+    # Outside jit a scan is compiled anew on each call; under a jit of its own, once.
+    "blockwise": Implementation(jax.jit(blockwise), _no_reason, _no_reason),
 }
 
 
@@ -107,7 +108,7 @@ def attend(
     _check_call(cache, queries, window, softcap, sinks)
     *_, tokens, heads, head_dim = queries.shape
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
-    name = implementation or _choose(cache, tokens)
+    name = implementation or _choose(cache, tokens, heads)
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}."
@@ -135,11 +136,12 @@ def attend(
     return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
 
 
-def explain(cache: KVCache, *, tokens: int = 1) -> str:
+def explain(cache: KVCache, *, tokens: int = 1, heads: int | None = None) -> str:
     """Which implementation `attend` picks for a call of this shape, and why not each other one.
 
     Args:
       tokens: queries of each sequence: 1 for decode, more for prefill.
+      heads: query heads; as many as KV heads if None.
 
     >>> import jaxkv
     >>> print(jaxkv.explain(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), tokens=2))
@@ -147,12 +149,13 @@ def explain(cache: KVCache, *, tokens: int = 1) -> str:
     reference: used
     blockwise: not needed, reference comes first
     """
-    chosen = _choose(cache, tokens)
+    heads = heads or cache.config.num_kv_heads
+    chosen = _choose(cache, tokens, heads)
     lines = []
     for name, implementation in IMPLEMENTATIONS.items():
         if name == chosen:
             verdict = "used"
-        elif reason := _reason_against(implementation, cache, tokens):
+        elif reason := _reason_against(implementation, cache, tokens, heads):
             verdict = f"not used, {reason}"
         else:
             verdict = f"not needed, {chosen} comes first"
@@ -160,17 +163,19 @@ def explain(cache: KVCache, *, tokens: int = 1) -> str:
     return "\n".join(lines)
 
 
-def _choose(cache: KVCache, tokens: int) -> str:
+def _choose(cache: KVCache, tokens: int, heads: int) -> str:
     return next(
         name
         for name, implementation in IMPLEMENTATIONS.items()
-        if not _reason_against(implementation, cache, tokens)
+        if not _reason_against(implementation, cache, tokens, heads)
     )
 
 
-def _reason_against(implementation: Implementation, cache: KVCache, tokens: int) -> str | None:
+def _reason_against(
+    implementation: Implementation, cache: KVCache, tokens: int, heads: int
+) -> str | None:
     return implementation.cannot_serve(cache, tokens) or implementation.should_not_serve(
-        cache, tokens
+        cache, tokens, heads
     )
 
 
@@ -205,8 +210,8 @@ def _check_call(
             f"queries must be [{', '.join(axes)}] = [{', '.join(map(str, expected))}], "
             f"got {list(shape)}."
         )
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 token, got {window}.")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be an int of at least 1 token, got {window!r}.")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}.")
     if sinks is not None and sinks.shape != (shape[-2],):

@@ -68,7 +68,7 @@ def _one_query_block(request: Request) -> Grouped:
         return lax.cond(seen.any(), read, lambda state: state, state), None
 
     rows = request.queries.shape[:-1]
-    highest, total = jnp.full(rows, _LOWEST), jnp.zeros(rows)
+    highest, total = jnp.full(rows, _LOWEST, jnp.float32), jnp.zeros(rows, jnp.float32)
     if request.sinks is not None:  # as a slot that was read already and gave nothing
         sinks = jnp.broadcast_to(request.sinks[:, None, :], rows)
         highest = lax.stop_gradient(jnp.maximum(highest, sinks))

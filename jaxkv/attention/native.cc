@@ -48,10 +48,14 @@ inline Words Bits(const void* p) {
 inline Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline Vec Load(const BFloat16* p) { return (Vec)(Bits(p) << 16); }
 inline Vec Load(const Float16* p) {
-  const Words half = Bits(p), magnitude = (half & 0x7fff) << 13;
-  const Words not_finite = (half & 0x7c00) == 0x7c00 ? Words{} + 0x7f800000 : Words{};
-  const Vec rebiased = (Vec)magnitude * 0x1p112f;  // from float16's exponent bias to float's
-  return (Vec)((Words)rebiased | not_finite | (half & 0x8000) << 16);
+  const Words half = Bits(p), exponent = half & 0x7c00;
+  const Words normal = ((half & 0x7fff) << 13) + (112 << 23);  // float's exponent bias is larger
+  const Words not_finite = exponent == 0x7c00 ? Words{} + 0x7f800000 : Words{};
+  // A float16 too small for a normal number is one in float, and is never made from a denormal:
+  // XLA's threads may read those as zero.
+  const Vec small = __builtin_convertvector(Ints(half & 0x3ff), Vec) * 0x1p-24f;
+  const Words magnitude = exponent == 0 ? (Words)small : normal | not_finite;
+  return (Vec)(magnitude | (half & 0x8000) << 16);
 }
 inline Vec Load(const int8_t* p) {
   const auto wide = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), SignedShorts);
@@ -321,7 +325,7 @@ void Join(Job& job) {
       total += weight * job.softmax[at].total;
       for (int64_t d = 0; d < job.head_dim; ++d) out[d] += weight * job.mix[at * job.head_dim + d];
     }
-    for (int64_t d = 0; d < job.head_dim; ++d) out[d] = total > 0 ? out[d] / total : 0;
+    for (int64_t d = 0; d < job.head_dim; ++d) out[d] = total == 0 ? 0 : out[d] / total;
   }
 }
 

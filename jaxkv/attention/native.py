@@ -51,7 +51,7 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
     return _register()
 
 
-def should_not_serve(cache: KVCache, tokens: int) -> str | None:
+def should_not_serve(cache: KVCache, tokens: int, heads: int) -> str | None:
     """Why another implementation is the better choice, or None."""
     if (devices := jax.local_device_count("cpu")) > 1:
         return f"this process has {devices} CPU devices, and a sharded cache would be gathered"
@@ -65,7 +65,7 @@ def native(request: Request) -> Grouped:
     queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
     sinks = request.sinks
     if sinks is None:
-        sinks = jnp.full(queries.shape[1:3], _NO_SINK)
+        sinks = jnp.full(queries.shape[1:3], _NO_SINK, jnp.float32)
     output = jax.ffi.ffi_call(
         _TARGET, jax.ShapeDtypeStruct(queries.shape, jnp.float32), vmap_method="sequential"
     )(
