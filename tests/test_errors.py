@@ -170,7 +170,7 @@ MISUSES = {
     "advance by a fraction": (
         lambda: jaxkv.advance(jaxkv.create(SINGLE), 1.5),
         ValueError,
-        "num_tokens must be an int, got float32",
+        "num_tokens must be an int, got float",
     ),
     "truncate to a negative length": (
         lambda: jaxkv.truncate(jaxkv.create(SINGLE), -1),
