@@ -10,9 +10,14 @@ _PATIENCE_SECONDS = 2.0
 
 
 @contextlib.contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the units done. Quiet when stderr is not a terminal."""
-    if not sys.stderr.isatty():
+def progress_bar(
+    description: str, total: int, *, quiet: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Yields a function to call with the units done. Quiet when stderr is not a terminal.
+
+    Ask for ``quiet`` where the caller prints meanwhile: a bar redraws its line over theirs.
+    """
+    if quiet or not sys.stderr.isatty():
         yield lambda done: None
         return
     from rich.console import Console

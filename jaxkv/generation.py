@@ -92,7 +92,8 @@ def generate(
       codec: of the cache; the model's choice if None.
       config: the whole cache config, for a model without a ``cache_config`` method; instead of
         ``max_context_length`` and ``codec``.
-      on_tokens: called as ``on_tokens(prompt_number, new_tokens)`` as they arrive, some at a time.
+      on_tokens: called as ``on_tokens(prompt_number, new_tokens)`` as they arrive, some at a
+        time. No progress bar is shown then.
       tracker: a ledger that the cache is entered in.
       device: where the cache lives.
 
@@ -115,18 +116,20 @@ def generate(
     state = _start(checked, max_new_tokens, seed)
     chunks = list(_chunks(checked))
     answers = [_Answer([], []) for _ in checked]
+    streams = on_tokens is not None
 
     with session(config, tracker=tracker, device=device) as live:
         marks = [time.perf_counter()]
         program.compile(chunks, state, live.cache)
         marks.append(time.perf_counter())
         num_prefilled = sum(int(num_tokens.sum()) for _, num_tokens in chunks)
-        with progress_bar("prefill", num_prefilled) as advance_bar:
+        with progress_bar("prefill", num_prefilled, quiet=streams) as advance_bar:
             for chunk in chunks:
                 live.cache = jax.block_until_ready(program.prefill(chunk, live.cache))
                 advance_bar(int(chunk[1].sum()))
         marks.append(time.perf_counter())
-        with progress_bar("decode", len(checked) * max_new_tokens) as advance_bar:
+        num_wanted = len(checked) * max_new_tokens
+        with progress_bar("decode", num_wanted, quiet=streams) as advance_bar:
             while np.asarray(state.remaining).any():
                 state, live.cache, new = program.decode(state, live.cache)
                 for number, (tokens, logprobs) in enumerate(_arrived(new)):
