@@ -17,7 +17,6 @@ from jaxkv.models.layers import (
     RMSNorm,
     attend_causal,
     check_tokens,
-    matmul,
 )
 from jaxkv.models.model import Model
 from jaxkv.models.rope import rotate, rotation
@@ -156,13 +155,8 @@ class Decoder(Model):
             x, cache = block(x, angles, cache, number, num_tokens)
         if cache is not None:
             cache = advance(cache, length if num_tokens is None else num_tokens)
-        return self._logits(self.norm(x)), cache
+        return self._logits(self.norm(x), self.embed_tokens), cache
 
     @property
     def dtype(self) -> jnp.dtype:
         return self.embed_tokens.weight.dtype
-
-    def _logits(self, x: Hidden) -> Float[Array, "*batch tokens vocab"]:
-        if self.config.tie_word_embeddings:
-            return matmul(x, self.embed_tokens.weight[...], axis=1, dtype=jnp.float32)
-        return matmul(x, self.lm_head.weight[...], dtype=jnp.float32)

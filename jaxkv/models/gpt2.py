@@ -27,7 +27,6 @@ from jaxkv.models.layers import (
     Linear,
     attend_causal,
     check_tokens,
-    matmul,
 )
 from jaxkv.models.model import Model
 
@@ -229,13 +228,8 @@ class GPT2(Model):
             x, cache = block(x, cache, number, num_tokens)
         if cache is not None:
             cache = advance(cache, length if num_tokens is None else num_tokens)
-        return self._logits(self.ln_f(x)), cache
+        return self._logits(self.ln_f(x), self.wte), cache
 
     @property
     def dtype(self) -> jnp.dtype:
         return self.wte.weight.dtype
-
-    def _logits(self, x: Hidden) -> Float[Array, "*batch tokens vocab"]:
-        if self.config.tie_word_embeddings:
-            return matmul(x, self.wte.weight[...], axis=1, dtype=jnp.float32)
-        return matmul(x, self.lm_head.weight[...], dtype=jnp.float32)

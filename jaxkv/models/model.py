@@ -4,10 +4,12 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.codecs import Codec, Dense
 from jaxkv.config import KVCacheConfig
+from jaxkv.models.layers import Embedding, Linear, matmul
 
 
 class Model(nnx.Module):
@@ -19,6 +21,7 @@ class Model(nnx.Module):
     checkpoint_transposes: ClassVar[tuple[str, ...]]
 
     config: Any
+    lm_head: Linear  # only where the embedding is not the head too
 
     @property
     def vocab_size(self) -> int:
@@ -55,3 +58,11 @@ class Model(nnx.Module):
             codec=Dense(self.dtype.name) if codec is None else codec,
             addressing=Contiguous() if addressing is None else addressing,
         )
+
+    def _logits(
+        self, x: Float[Array, "*batch tokens hidden"], embedding: Embedding
+    ) -> Float[Array, "*batch tokens vocab"]:
+        """Through the head, or through the embedding where the two are one."""
+        if self.config.tie_word_embeddings:
+            return matmul(x, embedding.weight[...], axis=1, dtype=jnp.float32)
+        return matmul(x, self.lm_head.weight[...], dtype=jnp.float32)
