@@ -3,16 +3,19 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxkv.addressing import Addressing, Contiguous
+from jaxkv.addressing import Addressing, Contiguous, Paged, Ring
 from jaxkv.attention import attend, explain
 from jaxkv.cache import (
     advance,
     append,
     check,
+    copy_pages,
     create,
+    fork,
     layer,
     next_positions,
     reset,
+    select,
     truncate,
 )
 from jaxkv.codecs import Codec, Dense, Float8, Int8
@@ -26,6 +29,7 @@ from jaxkv.errors import (
     JaxkvError,
 )
 from jaxkv.generation import Generation, Timings, generate
+from jaxkv.hybrid import HybridCache, HybridConfig
 from jaxkv.kv_cache import KVCache
 from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
 from jaxkv.sampling import Sampling, sample
@@ -47,21 +51,27 @@ __all__ = [
     "Dense",
     "Float8",
     "Generation",
+    "HybridCache",
+    "HybridConfig",
     "Int8",
     "JaxkvError",
     "KVCache",
     "KVCacheConfig",
     "MemoryTracker",
+    "Paged",
     "Plan",
     "Purpose",
+    "Ring",
     "Sampling",
     "Timings",
     "advance",
     "append",
     "attend",
     "check",
+    "copy_pages",
     "create",
     "explain",
+    "fork",
     "generate",
     "layer",
     "models",
@@ -69,6 +79,7 @@ __all__ = [
     "plan",
     "reset",
     "sample",
+    "select",
     "session",
     "truncate",
 ]

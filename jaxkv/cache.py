@@ -5,6 +5,7 @@ copies, as for any immutable array.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,18 +15,36 @@ from jax.experimental import checkify
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxkv.checks import check_alive, check_counts, check_layer, check_room, check_vectors
+from jaxkv.addressing import PagedIndex
+from jaxkv.checks import (
+    check_alive,
+    check_chunk,
+    check_counts,
+    check_intact,
+    check_layer,
+    check_room,
+    check_rows,
+    check_vectors,
+)
 from jaxkv.codecs import Dense, bitcast, container_dtype, decode_stored
 from jaxkv.config import KVCacheConfig
 from jaxkv.errors import CacheFullError
+from jaxkv.hybrid import (
+    AnyCache,
+    AnyConfig,
+    HybridCache,
+    HybridConfig,
+    in_every_group,
+    in_its_group,
+)
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
 
 
-def create(config: KVCacheConfig, *, device: Any = None) -> KVCache:
+def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
     """An empty cache: every buffer preallocated and zero.
 
     Args:
-      config: its shape.
+      config: its shape; a `HybridConfig` gives a `HybridCache`.
       device: a `jax.Device` or `jax.sharding.Sharding` for the buffers; JAX's default if None.
 
     >>> import jaxkv
@@ -33,6 +52,13 @@ def create(config: KVCacheConfig, *, device: Any = None) -> KVCache:
     >>> cache.storage["data"].shape
     (2, 2, 16, 1, 4)
     """
+    if isinstance(config, HybridConfig):
+        groups = (_create(group, device) for group in config.groups)
+        return HybridCache(tuple(groups), config)
+    return _create(config, device)
+
+
+def _create(config: KVCacheConfig, device: Any) -> KVCache:
     platform = _platform(device)
     prefix = (config.num_layers, 2, config.num_slots, config.num_kv_heads)
     storage = {
@@ -47,6 +73,7 @@ def create(config: KVCacheConfig, *, device: Any = None) -> KVCache:
     return KVCache(storage, index, config)
 
 
+@in_its_group
 def append(
     cache: KVCache,
     keys: Float[Array, "*batch tokens kv_heads head_dim"],
@@ -73,6 +100,7 @@ def append(
     check_vectors(cache, "values", values, expected_shape=keys.shape)
     tokens = keys.shape[-3]
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
+    check_chunk(cache, tokens)
     check_room(cache, tokens if num_tokens is None else num_tokens)
 
     slots = cache.index.slots(token_positions(cache, tokens, num_tokens))
@@ -90,6 +118,7 @@ def append(
     return dataclasses.replace(cache, storage=storage)
 
 
+@in_every_group
 def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
     """Count the appended tokens, once a step, after the last layer.
 
@@ -104,7 +133,7 @@ def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
     return dataclasses.replace(cache, index=cache.index.with_lengths(lengths))
 
 
-def next_positions(cache: KVCache, num_tokens: int) -> Int[Array, "*batch tokens"]:
+def next_positions(cache: AnyCache, num_tokens: int) -> Int[Array, "*batch tokens"]:
     """The positions of the next ``num_tokens`` tokens, for rope or a position embedding.
 
     >>> import jaxkv
@@ -117,41 +146,53 @@ def next_positions(cache: KVCache, num_tokens: int) -> Int[Array, "*batch tokens
 
 
 def layer(
-    cache: KVCache, layer: Layer
+    cache: AnyCache, layer: Layer
 ) -> tuple[
     Float[Array, "*batch ctx kv_heads head_dim"], Float[Array, "*batch ctx kv_heads head_dim"]
 ]:
-    """The decoded keys and values of one layer, all slots, in logical order.
+    """The decoded keys and values of one layer, all slots of each sequence, in logical order.
 
     Slots at or past a sequence's length hold zeros or tokens that were rolled back: mask
-    them. `attend` does, and reads less.
+    them. `attend` does, and reads less. In a ring a position comes round again:
+    ``cache.index.key_positions`` says which one a slot holds.
 
     Raises:
       IndexError: no such layer.
     """
+    return _layer(cache, layer=layer)
+
+
+@in_its_group
+def _layer(cache: KVCache, *, layer: Layer) -> tuple[Array, Array]:
     number = check_layer(cache, layer)
-    keys, values = read(cache, number, 0, cache.index.capacity, _decoded_dtype(cache))
+    keys, values = read(cache, number, 0, cache.index.extent, _decoded_dtype(cache))
     return keys, values
 
 
+@in_every_group
 def truncate(cache: KVCache, length: NumTokens) -> KVCache:
     """Roll back to the first ``length`` tokens: the rest is forgotten and written over.
 
+    A ring can take back ``chunk`` tokens, or all.
+
     Raises:
-      ValueError: a bad shape of ``length`` or, outside jit, a negative one. One beyond the
-        cache's own changes nothing.
+      ValueError: a bad shape of ``length`` or, outside jit, a negative one or one that a ring
+        has lost (inside jit, `check` says so after). One beyond the cache's own changes nothing.
     """
     check_alive(cache)
     check_counts(cache, "length", length)
     lengths = jnp.minimum(cache.lengths, jnp.asarray(length, jnp.int32))
-    return dataclasses.replace(cache, index=cache.index.with_lengths(lengths))
+    rolled_back = dataclasses.replace(cache, index=cache.index.with_lengths(lengths))
+    check_intact(rolled_back)
+    return rolled_back
 
 
-def reset(cache: KVCache) -> KVCache:
+def reset(cache: AnyCache) -> AnyCache:
     """The same buffers, empty. Old tokens stay in memory until written over, never to be read."""
     return truncate(cache, 0)
 
 
+@in_every_group
 def check(cache: KVCache) -> KVCache:
     """Return the cache if it is sound.
 
@@ -160,18 +201,111 @@ def check(cache: KVCache) -> KVCache:
     Raises:
       CacheFullError: tokens were dropped inside jit because their sequence was full.
       CacheClosedError: the buffers were donated or deleted.
+      ValueError: a ring was rolled back inside jit to tokens that it had written over.
     """
     if isinstance(cache.lengths, jax.core.Tracer):
         checkify.debug_check(~cache.overflowed.any(), "KV cache full: tokens were dropped")
+        checkify.debug_check(jnp.all(cache.index.intact), "KV cache rolled back beyond its ring")
         return cache
     check_alive(cache)
     if cache.overflowed.any():
+        room = np.asarray(cache.index.room).tolist()
         raise CacheFullError(
             f"Tokens were dropped: sequences are {np.asarray(cache.lengths).tolist()} tokens long, "
-            f"and the cache holds {cache.index.capacity} each. The first {cache.index.capacity} "
-            "are intact; truncate to them, or create a cache with a larger max_context_length."
+            f"and the cache holds {room} each. The first {room} are intact; truncate to them, or "
+            "create a cache with a larger max_context_length."
         )
+    check_intact(cache)
     return cache
+
+
+@in_every_group
+def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache:
+    """A batch of these sequences of a cache: to reorder beams, drop finished ones, or repeat.
+
+    The new sequences are copies that go on independently. Only with a shared pool of pages
+    they keep the pages that they had: give those that go on pages of their own with
+    `jaxkv.paging`, which says what to copy.
+
+    Args:
+      rows: which sequence each row of the new batch is, ``int32[rows]``; may be traced. A
+        single sequence is row 0.
+
+    Raises:
+      IndexError: outside jit, a row that there is not.
+
+    >>> import jaxkv
+    >>> prompt = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
+    >>> jaxkv.select(prompt, [0, 0, 0]).lengths.tolist()
+    [5, 5, 5]
+    """
+    check_alive(cache)
+    chosen = jnp.asarray(rows, jnp.int32)
+    check_rows(cache, chosen)
+    index, slots = cache.index.select(chosen)
+    storage = cache.storage
+    if slots is not None:
+        storage = {name: jnp.take(leaf, slots, axis=2) for name, leaf in storage.items()}
+    return KVCache(storage, index, cache.config.replace(batch_size=chosen.size))
+
+
+def fork(cache: AnyCache, num_copies: int) -> AnyCache:
+    """Each sequence ``num_copies`` times, next to each other, as a batch.
+
+    For parallel samples of one prompt; see `select` for pages of a shared pool.
+
+    Args:
+      num_copies: of each sequence, at least 1.
+
+    >>> import jaxkv
+    >>> prompt = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
+    >>> fork(prompt, 4).lengths.tolist()
+    [5, 5, 5, 5]
+    """
+    sequences = np.arange(cache.config.batch_size or 1, dtype=np.int32)
+    return select(cache, np.repeat(sequences, num_copies))
+
+
+def copy_pages(
+    cache: KVCache, sources: Int[Array, " pages"], destinations: Int[Array, " pages"]
+) -> KVCache:
+    """Copy whole pages of a paged pool, in all layers, for sequences that part ways.
+
+    In place under donation: only the pages' own bytes move.
+
+    Args:
+      sources: pages of the pool, ``int32[pages]``.
+      destinations: as many pages, each named once; one below 0 or past the pool is skipped, so
+        that calls can be padded to one shape.
+
+    Raises:
+      TypeError: not a paged cache.
+
+    >>> import jax.numpy as jnp, jaxkv
+    >>> config = jaxkv.KVCacheConfig(1, 8, 1, 4, addressing=jaxkv.Paged(page_size=4))
+    >>> cache = jaxkv.create(config)
+    >>> cache = jaxkv.append(cache, jnp.ones((4, 1, 4)), jnp.ones((4, 1, 4)), layer=0)
+    >>> keys, values = jaxkv.layer(copy_pages(cache, jnp.array([0]), jnp.array([1])), 0)
+    >>> keys[4:, 0, 0].tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
+    if not isinstance(cache.index, PagedIndex):
+        raise TypeError(
+            f"copy_pages needs a paged cache, got a {cache.config.addressing.name} one."
+        )
+    page_size, num_slots = cache.index.page_size, cache.config.num_slots
+    within = jnp.arange(page_size, dtype=jnp.int32)
+    skipped = num_slots + jnp.arange(destinations.size * page_size, dtype=jnp.int32)
+    targets = (destinations[:, None] * page_size + within).reshape(-1)
+    targets = jnp.where((targets < 0) | (targets >= num_slots), skipped, targets)
+    origins = (jnp.maximum(sources, 0)[:, None] * page_size + within).reshape(-1)
+    storage = {
+        name: leaf.at[:, :, targets].set(
+            leaf.at[:, :, origins].get(mode="clip"), mode="drop", unique_indices=True
+        )
+        for name, leaf in cache.storage.items()
+    }
+    return dataclasses.replace(cache, storage=storage)
 
 
 def token_positions(

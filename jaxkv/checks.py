@@ -1,6 +1,5 @@
 """What the verbs refuse, before anything changes."""
 
-import operator
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxkv.errors import CacheClosedError, CacheFullError
+from jaxkv.hybrid import AnyCache, check_static_layer
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
 
 
@@ -17,14 +17,11 @@ def check_layer(cache: KVCache, layer: Layer) -> Layer:
     check_alive(cache)
     if isinstance(layer, jax.core.Tracer):
         return layer
-    number, count = operator.index(layer), cache.config.num_layers
-    if not 0 <= number < count:
-        raise IndexError(f"layer {number} is out of range: the cache has layers 0 to {count - 1}.")
-    return number
+    return check_static_layer(cache.config, layer)
 
 
 def check_counts(
-    cache: KVCache, what: str, counts: NumTokens | None, most: int | None = None
+    cache: AnyCache, what: str, counts: NumTokens | None, most: int | None = None
 ) -> None:
     """Refuse token counts that are not one for all sequences or one for each."""
     if counts is None:
@@ -41,6 +38,18 @@ def check_counts(
     if given.min() < 0 or (most is not None and given.max() > most):
         limits = "at least 0" if most is None else f"from 0 to {most}, the tokens given"
         raise ValueError(f"{what} must be {limits}, got {given.tolist()}.")
+
+
+def check_rows(cache: KVCache, rows: Array) -> None:
+    """Refuse rows of a batch that are not a list, or that do not exist."""
+    count = cache.config.batch_size or 1
+    if rows.ndim != 1 or rows.size == 0:
+        raise ValueError(f"rows must be int32[rows], at least one, got shape {list(rows.shape)}.")
+    if isinstance(rows, jax.core.Tracer):
+        return
+    given = np.asarray(rows)
+    if given.min() < 0 or given.max() >= count:
+        raise IndexError(f"rows must be from 0 to {count - 1}, got {given.tolist()}.")
 
 
 def check_vectors(
@@ -60,7 +69,7 @@ def check_vectors(
         )
 
 
-def check_alive(cache: KVCache) -> None:
+def check_alive(cache: AnyCache) -> None:
     leaves = jax.tree.leaves(cache)
     arrays = (leaf for leaf in leaves if isinstance(leaf, jax.Array))
     if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in arrays):
@@ -70,17 +79,45 @@ def check_alive(cache: KVCache) -> None:
         )
 
 
+def check_chunk(cache: KVCache, tokens: int) -> None:
+    """Refuse more tokens at once than the addressing was made for."""
+    chunk = cache.index.chunk
+    if chunk is not None and tokens > chunk:
+        raise ValueError(
+            f"this {cache.config.addressing.name} takes {chunk} tokens at a time, got {tokens}: "
+            f"later ones would write over what earlier ones still see. Prefill in chunks of "
+            f"{chunk}, or create the cache with a larger chunk."
+        )
+
+
 def check_room(cache: KVCache, num_tokens: NumTokens) -> None:
     """Outside jit, refuse tokens that do not fit, before anything changes."""
     if isinstance(cache.lengths, jax.core.Tracer) or isinstance(num_tokens, jax.core.Tracer):
         return
-    lengths, capacity = np.asarray(cache.lengths), cache.index.capacity
+    lengths = np.asarray(cache.lengths)
+    room = np.broadcast_to(np.asarray(cache.index.room), lengths.shape)
     after = lengths + np.asarray(num_tokens)
-    if (after > capacity).any():
-        sequence = "" if after.ndim == 0 else f"sequence {int(np.argmax(after))} "
-        fullest = lengths.ravel()[np.argmax(after)] if after.ndim else lengths
+    if (after > room).any():
+        worst = int(np.argmax(after - room))
+        sequence = "" if after.ndim == 0 else f"sequence {worst} "
+        held, most = lengths.ravel()[worst], room.ravel()[worst]
+        cure = "create one with a larger max_context_length"
+        if most < cache.index.capacity:
+            cure = "assign it more pages"
         raise CacheFullError(
-            f"KV cache full: {sequence}holds {fullest} of {capacity} tokens, and "
-            f"{int(after.max() - fullest)} more were given. Nothing was written. truncate or "
-            "reset the cache, or create one with a larger max_context_length."
+            f"KV cache full: {sequence}holds {held} of {most} tokens, and "
+            f"{int(after.ravel()[worst] - held)} more were given. Nothing was written. truncate "
+            f"or reset the cache, or {cure}."
         )
+
+
+def check_intact(cache: KVCache) -> None:
+    """Outside jit, refuse a rollback to tokens that a ring has written over."""
+    if isinstance(cache.lengths, jax.core.Tracer) or np.all(cache.index.intact):
+        return
+    raise ValueError(
+        f"cannot roll back to {np.asarray(cache.lengths).tolist()} tokens: the "
+        f"{cache.config.addressing.name} has written over tokens that the next query would see. It "
+        f"takes back {cache.index.chunk} tokens at most; create it with a larger chunk to "
+        "roll back further, or reset it."
+    )

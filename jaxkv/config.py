@@ -5,7 +5,7 @@ import json
 import operator
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.codecs import Codec, Dense, bytes_per_vector
@@ -97,6 +97,10 @@ class KVCacheConfig:
         shape: dict[str, Any] = _hf_shape(_read_hf(source))
         return cls(**shape, max_context_length=max_context_length, **fields)
 
+    def replace(self, **fields: Any) -> Self:
+        """The same config with other values in some fields, validated anew."""
+        return dataclasses.replace(self, **fields)
+
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """``()`` for a single sequence, ``(batch_size,)`` for a batch."""
@@ -122,6 +126,16 @@ class KVCacheConfig:
     def index_bytes(self) -> int:
         """Exact bytes of what stands beside them: lengths, and page tables where there are any."""
         return self.addressing.index_bytes(self.max_context_length, self.batch_size)
+
+    @property
+    def codec_name(self) -> str:
+        """Of the codec, for messages and tables."""
+        return self.codec.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields as plain values, codec and addressing by name."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"codec": self.codec.name, "addressing": self.addressing.name}
 
     def describe(self) -> str:
         """One line for messages: ``4096 tokens x 32 layers x 8 KV heads x 128, bfloat16``."""

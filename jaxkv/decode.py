@@ -16,11 +16,11 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxkv.cache import truncate
-from jaxkv.kv_cache import KVCache
+from jaxkv.hybrid import AnyCache
 from jaxkv.sampling import Sampling, sample
 
 # ``model(tokens [batch, tokens], cache) -> (logits [batch, tokens, vocabulary], cache)``
-Model = Callable[[Array, KVCache], tuple[Array, KVCache]]
+Model = Callable[[Array, AnyCache], tuple[Array, AnyCache]]
 # ``(tokens [batch, PREFILL_CHUNK], num_tokens [batch])``, padded on the right.
 Chunk = tuple[np.ndarray, np.ndarray]
 
@@ -42,7 +42,9 @@ class _Structure:
         is_function = jax.tree_util.treedef_is_leaf(treedef)
         return (cls(model), []) if is_function else (cls(treedef), leaves)
 
-    def __call__(self, leaves: list[Array], tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    def __call__(
+        self, leaves: list[Array], tokens: Array, cache: AnyCache
+    ) -> tuple[Array, AnyCache]:
         model = self.static.unflatten(leaves) if leaves else self.static
         return model(tokens, cache)
 
@@ -68,8 +70,8 @@ def _prefill(
     leaves: list[Array],
     tokens: Int[Array, "batch chunk"],
     num_tokens: Int[Array, " batch"],
-    cache: KVCache,
-) -> KVCache:
+    cache: AnyCache,
+) -> AnyCache:
     """Take one chunk of every prompt. Padding is appended too, then rolled back."""
     _, appended = model(leaves, tokens, cache)
     return truncate(appended, cache.lengths + num_tokens)
@@ -84,12 +86,12 @@ def _decode(
     model: _Structure,
     leaves: list[Array],
     state: State,
-    cache: KVCache,
+    cache: AnyCache,
     *,
     sampling: Sampling,
     stop_tokens: tuple[int, ...],
     num_steps: int,
-) -> tuple[State, KVCache, New]:
+) -> tuple[State, AnyCache, New]:
     """Up to ``num_steps`` tokens of each sequence that has any remaining."""
 
     def unfinished(carry):
@@ -130,16 +132,16 @@ class Program:
     def of(cls, model: Model, sampling: Sampling, stop_tokens: Sequence[int]) -> "Program":
         return cls(*_Structure.split(model), sampling, tuple(int(token) for token in stop_tokens))
 
-    def compile(self, chunks: list[Chunk], state: State, cache: KVCache) -> None:
+    def compile(self, chunks: list[Chunk], state: State, cache: AnyCache) -> None:
         """So that the timings of the steps are not those of XLA."""
         if chunks:
             _prefill.lower(self.model, self.leaves, *chunks[0], cache).compile()
         _decode.lower(self.model, self.leaves, state, cache, **self._options()).compile()
 
-    def prefill(self, chunk: Chunk, cache: KVCache) -> KVCache:
+    def prefill(self, chunk: Chunk, cache: AnyCache) -> AnyCache:
         return _prefill(self.model, self.leaves, *chunk, cache)
 
-    def decode(self, state: State, cache: KVCache) -> tuple[State, KVCache, New]:
+    def decode(self, state: State, cache: AnyCache) -> tuple[State, AnyCache, New]:
         return _decode(self.model, self.leaves, state, cache, **self._options())
 
     def _options(self) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.codecs import Codec
-from jaxkv.config import KVCacheConfig
 from jaxkv.decode import PREFILL_CHUNK, Chunk, Model, New, Program, State
 from jaxkv.display import progress_bar
+from jaxkv.hybrid import AnyConfig
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.sampling import Sampling
 
@@ -53,7 +53,7 @@ class Generation:
     logprobs: list[list[float]]
     finish_reasons: list[str]
     timings: Timings
-    config: KVCacheConfig
+    config: AnyConfig
 
 
 class _Answer(NamedTuple):
@@ -71,7 +71,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     max_context_length: int | None = None,
     codec: Codec | None = None,
-    config: KVCacheConfig | None = None,
+    config: AnyConfig | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     tracker: MemoryTracker | None = None,
     device: Any = None,
@@ -213,8 +213,8 @@ def _cache_config(
     max_new_tokens: int,
     max_context_length: int | None,
     codec: Codec | None,
-    config: KVCacheConfig | None,
-) -> KVCacheConfig:
+    config: AnyConfig | None,
+) -> AnyConfig:
     needed = max(len(prompt) for prompt in prompts) + max_new_tokens
     if config is None:
         if not hasattr(model, "cache_config"):

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from jaxkv.addressing import Index
+from jaxkv.addressing import Index, Layer
 from jaxkv.codecs import Leaves
 from jaxkv.config import KVCacheConfig
 from jaxkv.text import format_bytes, sequences
 
-# A static layer number, or a traced one inside a scan over layers.
-Layer = int | Int[Array, ""]
+__all__ = ["KVCache", "Layer", "NumTokens"]
+
 # Tokens processed: one number for all sequences, or one for each of a ragged batch.
 NumTokens = int | Int[Array, "*batch"]
 
@@ -45,7 +45,7 @@ class KVCache:
     @property
     def overflowed(self) -> Bool[Array, "*batch"]:
         """True for a sequence that was given more tokens than it can hold."""
-        return self.lengths > self.index.capacity
+        return self.lengths > self.index.room
 
     @property
     def size_bytes(self) -> int:

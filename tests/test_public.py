@@ -21,6 +21,7 @@ FLOORS = [
     {"codecs", "addressing"},
     {"config"},
     {"kv_cache"},
+    {"hybrid"},
     {"checks"},
     {"cache"},
     {"attention"},

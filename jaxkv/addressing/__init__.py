@@ -1,9 +1,24 @@
 """Which slot holds which token: one file an addressing, one row in `ADDRESSINGS`."""
 
-from jaxkv.addressing.addressing import Addressing, Index
+from jaxkv.addressing.addressing import Addressing, Index, Layer
 from jaxkv.addressing.contiguous import Contiguous
+from jaxkv.addressing.paged import Paged, PagedIndex
+from jaxkv.addressing.ring import Ring
 
 # What the command line and the test table know, by name.
-ADDRESSINGS: dict[str, Addressing] = {"contiguous": Contiguous()}
+ADDRESSINGS: dict[str, Addressing] = {
+    "contiguous": Contiguous(),
+    "ring": Ring(window=1024, sinks=4),
+    "paged": Paged(page_size=16),
+}
 
-__all__ = ["ADDRESSINGS", "Addressing", "Contiguous", "Index"]
+__all__ = [
+    "ADDRESSINGS",
+    "Addressing",
+    "Contiguous",
+    "Index",
+    "Layer",
+    "Paged",
+    "PagedIndex",
+    "Ring",
+]

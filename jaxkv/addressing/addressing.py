@@ -7,7 +7,10 @@ index reports, so a new addressing needs no change in attention.
 
 from typing import Protocol, Self, runtime_checkable
 
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
+
+# A static layer number, or a traced one inside a scan over layers.
+Layer = int | Int[Array, ""]
 
 
 @runtime_checkable
@@ -15,21 +18,51 @@ class Index(Protocol):
     """The arrays beside the buffer that say what its slots hold.
 
     Methods see one sequence (``*batch`` is empty) or a batch, as the config says. A
-    *logical* slot counts within its sequence, from 0; ``capacity`` is their number.
+    *logical* slot counts within its sequence, from 0; ``extent`` is their number.
     """
 
     @property
     def lengths(self) -> Int[Array, "*batch"]:
-        """Tokens in each sequence."""
+        """Tokens in each sequence so far: the position of the next one."""
         ...
 
     @property
     def capacity(self) -> int:
-        """Tokens that one sequence can hold."""
+        """Tokens that one sequence may ever be given."""
+        ...
+
+    @property
+    def extent(self) -> int:
+        """Logical slots of one sequence, which attention goes through."""
+        ...
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens that one append may bring; None for any number."""
+        ...
+
+    @property
+    def window(self) -> int | None:
+        """Newest tokens that a query sees, itself included; None for all."""
+        ...
+
+    @property
+    def sinks(self) -> int:
+        """First tokens that a query sees whatever the window is."""
+        ...
+
+    @property
+    def room(self) -> Int[Array, "*batch"] | int:
+        """Tokens that each sequence can hold as things stand."""
+        ...
+
+    @property
+    def intact(self) -> Bool[Array, "*batch"] | bool:
+        """False for a sequence that lost tokens which its next query would see."""
         ...
 
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
-        """The same index with other lengths."""
+        """The same index with other lengths: longer after an append, shorter after a rollback."""
         ...
 
     def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
@@ -37,18 +70,24 @@ class Index(Protocol):
         ...
 
     def key_positions(
-        self, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
-    ) -> Int[Array, "*batch size"]:
+        self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
+    ) -> Int[Array, "*batch size"] | Int[Array, "*batch kv_heads size"]:
         """The position that each of ``size`` logical slots holds; -1 where it is empty.
 
-        ``lengths`` are those after the tokens being processed, which are written already.
+        ``lengths`` are those after the tokens being processed, which are written already. With
+        an axis of KV heads where each head keeps tokens of its own.
         """
         ...
 
-    def read(
-        self, leaf: Array, layer: Int[Array, ""] | int, start: Int[Array, ""] | int, size: int
-    ) -> Array:
+    def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:
         """``size`` logical slots of one layer of a buffer: ``[2, *batch, size, kv_heads, ...]``."""
+        ...
+
+    def select(self, rows: Int[Array, " rows"]) -> tuple[Self, Int[Array, " ctx"] | None]:
+        """The index of a batch of these sequences, and the ctx slots whose content it takes along.
+
+        None where the new sequences go on in the slots that the old ones have.
+        """
         ...
 
 

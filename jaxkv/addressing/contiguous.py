@@ -2,17 +2,24 @@
 
 import dataclasses
 import functools
-from typing import Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Int
+
+from jaxkv.addressing.addressing import Layer
+from jaxkv.addressing.runs import first_slots, read_runs, slots_of_runs
 
 
 @dataclasses.dataclass(frozen=True)
 class Contiguous:
-    """Sequence ``b`` owns slots ``b * max_context_length`` and up; position p is slot p of them."""
+    """Sequence ``b`` owns slots ``b * max_context_length`` and up; position p is slot p of them.
+
+    >>> import jaxkv
+    >>> jaxkv.Contiguous().num_slots(max_context_length=1024, batch_size=4)
+    4096
+    """
 
     @property
     def name(self) -> str:
@@ -39,26 +46,37 @@ class ContiguousIndex:
     lengths: Int[Array, "*batch"]
     capacity: int
 
+    chunk: ClassVar[None] = None
+    window: ClassVar[None] = None
+    sinks: ClassVar[int] = 0
+    intact: ClassVar[bool] = True
+
+    @property
+    def extent(self) -> int:
+        return self.capacity
+
+    @property
+    def room(self) -> int:
+        return self.capacity
+
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
         return dataclasses.replace(self, lengths=lengths)
 
     def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
-        first = self.capacity * jnp.arange(self.lengths.size, dtype=jnp.int32)
         exists = (positions >= 0) & (positions < self.capacity)
-        return jnp.where(exists, first.reshape(*self.lengths.shape, 1) + positions, -1)
+        first = first_slots(self.lengths.shape, self.capacity)
+        return jnp.where(exists, first + positions, -1)
 
     def key_positions(
-        self, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
+        self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
     ) -> Int[Array, "*batch size"]:
         positions = start + jnp.arange(size, dtype=jnp.int32)
         return jnp.where(positions < lengths[..., None], positions, -1)
 
-    def read(
-        self, leaf: Array, layer: Int[Array, ""] | int, start: Int[Array, ""] | int, size: int
-    ) -> Array:
-        layers, _, _, *vector = leaf.shape
+    def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:
         batch = self.lengths.shape
-        per_sequence = leaf.reshape(layers, 2, *batch, self.capacity, *vector)
-        begin = [layer, 0, *(0 for _ in batch), start, *(0 for _ in vector)]
-        sizes = [1, 2, *batch, size, *vector]
-        return lax.dynamic_slice(per_sequence, begin, sizes)[0]
+        return read_runs(leaf, layer, start, size, batch=batch, extent=self.capacity)
+
+    def select(self, rows: Int[Array, " rows"]) -> tuple[Self, Int[Array, " ctx"]]:
+        selected = dataclasses.replace(self, lengths=self.lengths.reshape(-1)[rows])
+        return selected, slots_of_runs(rows, self.capacity)

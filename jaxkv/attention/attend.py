@@ -17,6 +17,7 @@ from jaxkv.attention.request import Grouped, Request
 from jaxkv.cache import token_positions
 from jaxkv.checks import check_counts, check_layer
 from jaxkv.codecs import Dense
+from jaxkv.hybrid import AnyCache, HybridCache, in_its_group
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
 from jaxkv.text import format_bytes
 
@@ -43,14 +44,14 @@ def _no_reason(cache: KVCache, tokens: int, heads: int = 0) -> str | None:
 
 
 def _reference_is_wasteful(cache: KVCache, tokens: int, heads: int) -> str | None:
-    capacity = cache.index.capacity
-    scores = 4 * math.prod(cache.config.batch_shape) * heads * tokens * capacity
+    extent = cache.index.extent
+    scores = 4 * math.prod(cache.config.batch_shape) * heads * tokens * extent
     if scores > _REFERENCE_LIMIT:
         return f"its scores would take {format_bytes(scores)}"
     if not isinstance(cache.config.codec, Dense):
         return f"it would decode the whole {cache.config.codec.name} layer"
-    if jax.default_backend() == "cpu" and capacity > KEY_BLOCK:
-        return f"on a CPU it reads all {capacity} slots, blockwise only those in use"
+    if jax.default_backend() == "cpu" and extent > KEY_BLOCK:
+        return f"on a CPU it reads all {extent} slots, blockwise only those in use"
     return None
 
 
@@ -63,6 +64,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 
+@in_its_group
 def attend(
     cache: KVCache,
     queries: Float[Array, "*batch tokens heads head_dim"],
@@ -136,7 +138,7 @@ def attend(
     return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
 
 
-def explain(cache: KVCache, *, tokens: int = 1, heads: int | None = None) -> str:
+def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> str:
     """Which implementation `attend` picks for a call of this shape, and why not each other one.
 
     Args:
@@ -149,6 +151,13 @@ def explain(cache: KVCache, *, tokens: int = 1, heads: int | None = None) -> str
     reference: used
     blockwise: not needed, reference comes first
     """
+    if isinstance(cache, HybridCache):
+        groups = (
+            f"group {number}, {group.config.addressing.name}:\n"
+            + explain(group, tokens=tokens, heads=heads)
+            for number, group in enumerate(cache.groups)
+        )
+        return "\n".join(groups)
     heads = heads or cache.config.num_kv_heads
     chosen = _choose(cache, tokens, heads)
     lines = []

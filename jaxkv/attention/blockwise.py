@@ -45,12 +45,12 @@ def blockwise(request: Request) -> Grouped:
 
 
 def _one_query_block(request: Request) -> Grouped:
-    capacity = request.cache.index.capacity
-    size = min(KEY_BLOCK, capacity)
+    extent = request.cache.index.extent
+    size = min(KEY_BLOCK, extent)
 
     def one_key_block(state, block):
         # The last block is moved back to end with the cache; slots seen before are masked.
-        start = jnp.minimum(block * size, capacity - size)
+        start = jnp.minimum(block * size, extent - size)
         fresh = start + jnp.arange(size) >= block * size
         seen = request.visible(start, size) & fresh
 
@@ -74,5 +74,5 @@ def _one_query_block(request: Request) -> Grouped:
         highest = lax.stop_gradient(jnp.maximum(highest, sinks))
         total = jnp.exp(sinks - highest)
     state = highest, total, jnp.zeros_like(request.queries)
-    (_, total, mix), _ = lax.scan(one_key_block, state, jnp.arange(-(-capacity // size)))
+    (_, total, mix), _ = lax.scan(one_key_block, state, jnp.arange(-(-extent // size)))
     return mix / jnp.where(total == 0, 1, total)[..., None]

@@ -8,9 +8,9 @@ from jaxkv.attention.request import Grouped, Request
 
 def reference(request: Request) -> Grouped:
     """Softmax over every slot of every sequence. Needs tokens x context scores a head."""
-    capacity = request.cache.index.capacity
-    keys, values = request.keys_and_values(0, capacity)
-    seen = request.visible(0, capacity)
+    extent = request.cache.index.extent
+    keys, values = request.keys_and_values(0, extent)
+    seen = request.visible(0, extent)
     scores = jnp.where(seen, request.capped(scores_of(request.queries, keys)), -jnp.inf)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     if request.sinks is not None:

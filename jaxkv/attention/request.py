@@ -50,21 +50,26 @@ class Request:
         """
         both = read(self.cache, self.layer, start, size, jnp.float32)
         both = both.reshape(2, len(self.lengths), *both.shape[-3:])
-        held = self._key_positions(start, size) >= 0
-        keys, values = jnp.where(held[:, :, None, None], both, 0)
+        held = jnp.swapaxes(self._key_positions(start, size) >= 0, 1, 2)
+        keys, values = jnp.where(held[..., None], both, 0)
         return keys, values
 
     def visible(
         self, start: Int[Array, ""] | int, size: int
-    ) -> Bool[Array, "batch 1 tokens 1 size"]:
+    ) -> Bool[Array, "batch #kv_heads tokens 1 size"]:
         """Which of those slots each query may read, shaped to mask `Scores`."""
-        seen = visible(self.positions, self._key_positions(start, size), self.window)
-        return seen[:, None, :, None, :]
+        index, positions = self.cache.index, self._key_positions(start, size)
+        seen = visible(self.positions[:, None], positions, index.window, index.sinks)
+        if self.window is not None:
+            seen &= visible(self.positions[:, None], positions, self.window)
+        return seen[:, :, :, None, :]
 
     def capped(self, scores: Scores) -> Scores:
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
-    def _key_positions(self, start: Int[Array, ""] | int, size: int) -> Int[Array, "batch size"]:
-        index = self.cache.index
+    def _key_positions(
+        self, start: Int[Array, ""] | int, size: int
+    ) -> Int[Array, "batch #kv_heads size"]:
+        index, batch = self.cache.index, len(self.lengths)
         lengths = self.lengths.reshape(index.lengths.shape)
-        return index.key_positions(lengths, start, size).reshape(-1, size)
+        return index.key_positions(self.layer, lengths, start, size).reshape(batch, -1, size)

@@ -6,15 +6,14 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from jaxkv.cache import create
-from jaxkv.config import KVCacheConfig
 from jaxkv.errors import CacheAllocationError
-from jaxkv.kv_cache import KVCache
+from jaxkv.hybrid import AnyCache, AnyConfig
 from jaxkv.memory.device import Device, DeviceMemory, device_memory
 from jaxkv.memory.plan import needed_bytes, plan_within
 from jaxkv.text import format_bytes
 
 
-def allocate(config: KVCacheConfig, *, device: Device | None = None) -> KVCache:
+def allocate(config: AnyConfig, *, device: Device | None = None) -> AnyCache:
     """`jaxkv.create`, refused before it touches memory when it cannot fit.
 
     Returns once the memory is really there.
@@ -63,7 +62,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _explain(config: KVCacheConfig, memory: DeviceMemory) -> str:
+def _explain(config: AnyConfig, memory: DeviceMemory) -> str:
     plan = plan_within(config, memory)
     failed = (
         f"Failed to allocate KV cache ({format_bytes(plan.needed_bytes)}: {config.describe()}) "

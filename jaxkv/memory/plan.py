@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from jaxkv.codecs import CODECS, Codec
-from jaxkv.config import KVCacheConfig
+from jaxkv.hybrid import AnyConfig
 from jaxkv.memory.device import Device, DeviceMemory, device_memory
 from jaxkv.memory.text import pairs, table
 from jaxkv.text import format_bytes
@@ -40,7 +40,7 @@ class Plan:
       codecs: the same for every codec in `jaxkv.codecs.CODECS`.
     """
 
-    config: KVCacheConfig
+    config: AnyConfig
     memory: DeviceMemory
     needed_bytes: int
     fits: bool
@@ -56,9 +56,7 @@ class Plan:
 
     def to_json(self) -> str:
         """All of it as a JSON object, the config as its fields with the codec by name."""
-        names = {"codec": self.config.codec.name, "addressing": self.config.addressing.name}
-        facts = dataclasses.asdict(self)
-        return json.dumps({**facts, "config": {**facts["config"], **names}}, indent=2)
+        return json.dumps({**dataclasses.asdict(self), "config": self.config.to_dict()}, indent=2)
 
     def __str__(self) -> str:
         facts = [
@@ -86,7 +84,7 @@ class Plan:
         )
 
     def _row(self, row: CodecPlan) -> tuple[str, ...]:
-        mark = " (chosen)" if row.codec == self.config.codec.name else ""
+        mark = " (chosen)" if row.codec == self.config.codec_name else ""
         return (
             row.codec + mark,
             format_bytes(row.needed_bytes),
@@ -96,7 +94,7 @@ class Plan:
         )
 
 
-def plan(config: KVCacheConfig, device: Device | int | str | None = None) -> Plan:
+def plan(config: AnyConfig, device: Device | int | str | None = None) -> Plan:
     """Will this cache fit, and what would? Allocates nothing.
 
     Args:
@@ -116,7 +114,7 @@ def plan(config: KVCacheConfig, device: Device | int | str | None = None) -> Pla
     return plan_within(config, device_memory(device))
 
 
-def plan_within(config: KVCacheConfig, memory: DeviceMemory) -> Plan:
+def plan_within(config: AnyConfig, memory: DeviceMemory) -> Plan:
     """`plan` against memory that was looked at already."""
     chosen = _codec_plan(config, memory.free_bytes)
     rows = {name: _other_codec_plan(config, codec, memory) for name, codec in CODECS.items()}
@@ -132,24 +130,22 @@ def plan_within(config: KVCacheConfig, memory: DeviceMemory) -> Plan:
     )
 
 
-def needed_bytes(config: KVCacheConfig) -> int:
+def needed_bytes(config: AnyConfig) -> int:
     """Exact bytes that `jaxkv.create` allocates for a config."""
     return config.size_bytes + config.index_bytes
 
 
-def _other_codec_plan(
-    config: KVCacheConfig, codec: Codec, memory: DeviceMemory
-) -> CodecPlan | None:
+def _other_codec_plan(config: AnyConfig, codec: Codec, memory: DeviceMemory) -> CodecPlan | None:
     try:
-        return _codec_plan(dataclasses.replace(config, codec=codec), memory.free_bytes)
+        return _codec_plan(config.replace(codec=codec), memory.free_bytes)
     except ValueError:  # it cannot store vectors of this head_dim: no choice
         return None
 
 
-def _codec_plan(config: KVCacheConfig, free: int | None) -> CodecPlan:
+def _codec_plan(config: AnyConfig, free: int | None) -> CodecPlan:
     needed = needed_bytes(config)
     return CodecPlan(
-        codec=config.codec.name,
+        codec=config.codec_name,
         needed_bytes=needed,
         fits=free is None or needed <= free,
         max_context_length=_largest(config, "max_context_length", free),
@@ -157,7 +153,7 @@ def _codec_plan(config: KVCacheConfig, free: int | None) -> CodecPlan:
     )
 
 
-def _largest(config: KVCacheConfig, field: str, free: int | None) -> int | None:
+def _largest(config: AnyConfig, field: str, free: int | None) -> int | None:
     """The largest value of a field that fits, by bisection: no addressing has to be linear."""
     if free is None:
         return None
@@ -165,7 +161,7 @@ def _largest(config: KVCacheConfig, field: str, free: int | None) -> int | None:
     while too_many - fitting > 1:
         middle = (fitting + too_many) // 2
         tried: dict[str, Any] = {field: middle}
-        if needed_bytes(dataclasses.replace(config, **tried)) <= free:
+        if needed_bytes(config.replace(**tried)) <= free:
             fitting = middle
         else:
             too_many = middle

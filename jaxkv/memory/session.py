@@ -8,9 +8,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxkv.config import KVCacheConfig
 from jaxkv.errors import CacheClosedError
-from jaxkv.kv_cache import KVCache
+from jaxkv.hybrid import AnyCache, AnyConfig
 from jaxkv.memory.allocate import allocate, free
 from jaxkv.memory.device import Device, device_memory
 from jaxkv.memory.ledger import Purpose
@@ -28,14 +27,14 @@ class Session:
       tracker: the ledger that counts it.
     """
 
-    def __init__(self, config: KVCacheConfig, tracker: MemoryTracker, cache: KVCache):
+    def __init__(self, config: AnyConfig, tracker: MemoryTracker, cache: AnyCache):
         self.config = config
         self.tracker = tracker
-        self._cache: KVCache | None = cache
+        self._cache: AnyCache | None = cache
         (self._device,) = cache.lengths.devices()
 
     @property
-    def cache(self) -> KVCache:
+    def cache(self) -> AnyCache:
         """The current cache. Set it to what a step that took it returned.
 
         Raises:
@@ -57,7 +56,7 @@ class Session:
         return self._cache
 
     @cache.setter
-    def cache(self, cache: KVCache) -> None:
+    def cache(self, cache: AnyCache) -> None:
         if self._cache is None:
             raise CacheClosedError(
                 "This session has ended: it cannot hold another KV cache. Open another session."
@@ -87,7 +86,7 @@ class Session:
         free(cache)
 
     def _check(self, cache: object) -> None:
-        if not isinstance(cache, KVCache):
+        if not isinstance(cache, AnyCache):
             raise TypeError(
                 f"session.cache must be a jaxkv.KVCache, got a {type(cache).__name__}. A step "
                 "that returns more is unpacked: `logits, session.cache = step(...)`."
@@ -125,7 +124,7 @@ class Session:
 
 @contextlib.contextmanager
 def session(
-    config: KVCacheConfig,
+    config: AnyConfig,
     *,
     tracker: MemoryTracker | None = None,
     device: Device | None = None,

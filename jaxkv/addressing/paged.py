@@ -1,0 +1,158 @@
+"""Pages of slots from one pool, in any order, that sequences may share."""
+
+import dataclasses
+import functools
+from typing import ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxkv.addressing.addressing import Layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Paged:
+    """Each ``page_size`` tokens of a sequence stand in one page of a pool; a table says which.
+
+    Kwon et al., "Efficient memory management for LLM serving with PagedAttention" (2023),
+    section 4.
+
+    Args:
+      page_size: slots of a page.
+      num_pages: pages of the pool. None for as many as all sequences need when full, each
+        with pages of its own from the start. With a number nothing is assigned: pages come
+        from an allocator (`jaxkv.paging`) through `PagedIndex.with_table`.
+
+    Raises:
+      ValueError: a number that is not one of slots or pages.
+
+    >>> import jaxkv
+    >>> jaxkv.Paged(page_size=16, num_pages=100).num_slots(max_context_length=4096, batch_size=8)
+    1600
+    """
+
+    page_size: int = 16
+    num_pages: int | None = None
+
+    def __post_init__(self):
+        for field in ("page_size", "num_pages"):
+            value = getattr(self, field)
+            if field == "num_pages" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Paged: {field} must be an int of at least 1, got {value!r}.")
+
+    @property
+    def name(self) -> str:
+        return "paged"
+
+    def pages_per_sequence(self, max_context_length: int) -> int:
+        """Entries of one sequence's row of the page table."""
+        return -(-max_context_length // self.page_size)
+
+    def num_slots(self, max_context_length: int, batch_size: int | None) -> int:
+        own = self.pages_per_sequence(max_context_length) * (batch_size or 1)
+        return self.page_size * (self.num_pages or own)
+
+    def index_bytes(self, max_context_length: int, batch_size: int | None) -> int:
+        return 4 * (batch_size or 1) * (1 + self.pages_per_sequence(max_context_length))
+
+    def init(self, max_context_length: int, batch_size: int | None) -> "PagedIndex":
+        batch = () if batch_size is None else (batch_size,)
+        shape = (*batch, self.pages_per_sequence(max_context_length))
+        if self.num_pages is None:
+            table = jnp.arange(np.prod(shape), dtype=jnp.int32).reshape(shape)
+        else:
+            table = jnp.full(shape, -1, jnp.int32)
+        shared = self.num_pages is not None
+        lengths = jnp.zeros(batch, jnp.int32)
+        return PagedIndex(lengths, table, self.page_size, max_context_length, shared)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["lengths", "table"],
+    meta_fields=["page_size", "capacity", "shared"],
+)
+@dataclasses.dataclass(frozen=True)
+class PagedIndex:
+    """Lengths, and the page of the pool that holds each page of each sequence; -1 for none.
+
+    ``shared`` says that the pages come from an allocator, and may stand in several rows.
+    """
+
+    lengths: Int[Array, "*batch"]
+    table: Int[Array, "*batch pages"]
+    page_size: int
+    capacity: int
+    shared: bool
+
+    chunk: ClassVar[None] = None
+    window: ClassVar[None] = None
+    sinks: ClassVar[int] = 0
+    intact: ClassVar[bool] = True
+
+    @property
+    def extent(self) -> int:
+        return self.table.shape[-1] * self.page_size
+
+    @property
+    def room(self) -> Int[Array, "*batch"]:
+        assigned = jnp.cumprod(self.table >= 0, axis=-1, dtype=jnp.int32).sum(-1)
+        return jnp.minimum(assigned * self.page_size, self.capacity)
+
+    def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
+        return dataclasses.replace(self, lengths=lengths)
+
+    def with_table(self, table: Int[Array, "*batch pages"]) -> Self:
+        """The same lengths with other pages.
+
+        Raises:
+          ValueError: a table of another shape or dtype.
+        """
+        table = jnp.asarray(table)
+        if table.shape != self.table.shape or table.dtype != jnp.int32:
+            raise ValueError(
+                f"a page table must be int32{list(self.table.shape)}, got "
+                f"{table.dtype}{list(table.shape)}."
+            )
+        return dataclasses.replace(self, table=table)
+
+    def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
+        pages = self._pages(positions // self.page_size)
+        exists = (positions >= 0) & (positions < self.capacity) & (pages >= 0)
+        return jnp.where(exists, pages * self.page_size + positions % self.page_size, -1)
+
+    def key_positions(
+        self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
+    ) -> Int[Array, "*batch size"]:
+        positions = start + jnp.arange(size, dtype=jnp.int32)
+        held = (positions < lengths[..., None]) & (self._pages(positions // self.page_size) >= 0)
+        return jnp.where(held, positions, -1)
+
+    def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:
+        layers, sides, ctx, *vector = leaf.shape
+        logical = start + jnp.arange(size, dtype=jnp.int32)
+        pages = self._pages(logical // self.page_size)
+        slots = jnp.maximum(pages, 0) * self.page_size + logical % self.page_size
+        # One gather of whole rows: an index for layers and sides too would put a transpose after.
+        half_layers = (layer * sides + jnp.arange(sides, dtype=jnp.int32)) * ctx
+        rows = half_layers.reshape(sides, *(1 for _ in slots.shape)) + slots
+        return leaf.reshape(layers * sides * ctx, *vector).at[rows].get(mode="clip")
+
+    def select(self, rows: Int[Array, " rows"]) -> tuple[Self, Int[Array, " ctx"] | None]:
+        lengths = self.lengths.reshape(-1)[rows]
+        table = self.table.reshape(-1, self.table.shape[-1])[rows]
+        if self.shared:
+            return dataclasses.replace(self, lengths=lengths, table=table), None
+        slots = table[..., None] * self.page_size + jnp.arange(self.page_size, dtype=jnp.int32)
+        own = jnp.arange(table.size, dtype=jnp.int32).reshape(table.shape)
+        return dataclasses.replace(self, lengths=lengths, table=own), slots.reshape(-1)
+
+    def _pages(self, logical_pages: Int[Array, "#*batch tokens"]) -> Int[Array, "*batch tokens"]:
+        """The page of the pool for each page of a sequence; any for one that does not exist."""
+        shape = (*self.lengths.shape, logical_pages.shape[-1])
+        inside = jnp.clip(logical_pages, 0, self.table.shape[-1] - 1)
+        return jnp.take_along_axis(self.table, jnp.broadcast_to(inside, shape), axis=-1)

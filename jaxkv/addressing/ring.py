@@ -1,0 +1,137 @@
+"""The newest tokens alone, in a ring of slots: constant memory at any length."""
+
+import dataclasses
+import functools
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxkv.addressing.addressing import Layer
+from jaxkv.addressing.runs import first_slots, read_runs, slots_of_runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """A query sees the ``window`` newest tokens, itself included, and the ``sinks`` first ones.
+
+    Sliding windows as in Mistral 7B (Jiang et al., 2023, section 2), and attention sinks as in
+    StreamingLLM (Xiao et al., 2024, section 3.2), with keys at their own positions.
+
+    A sequence takes ``sinks + window - 1 + chunk`` slots: a chunk's last token must not write
+    over what its first one still sees.
+
+    Args:
+      window: newest tokens that a query sees.
+      sinks: first tokens that are kept for good.
+      chunk: tokens that one `append` may bring, and that `truncate` can take back.
+
+    Raises:
+      ValueError: a number that is not one of tokens.
+
+    >>> import jaxkv
+    >>> jaxkv.Ring(window=1024, sinks=4).num_slots(max_context_length=1_000_000, batch_size=None)
+    1155
+    """
+
+    window: int
+    sinks: int = 0
+    chunk: int = 128
+
+    def __post_init__(self):
+        for field, least in (("window", 1), ("sinks", 0), ("chunk", 1)):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"Ring: {field} must be an int of at least {least}, got {value!r}."
+                )
+
+    @property
+    def name(self) -> str:
+        return "ring"
+
+    @property
+    def slots_per_sequence(self) -> int:
+        return self.sinks + self.window - 1 + self.chunk
+
+    def num_slots(self, max_context_length: int, batch_size: int | None) -> int:
+        return self.slots_per_sequence * (batch_size or 1)
+
+    def index_bytes(self, max_context_length: int, batch_size: int | None) -> int:
+        return 8 * (batch_size or 1)
+
+    def init(self, max_context_length: int, batch_size: int | None) -> "RingIndex":
+        shape = () if batch_size is None else (batch_size,)
+        lengths, written = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32)
+        return RingIndex(lengths, written, max_context_length, self.window, self.sinks, self.chunk)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["lengths", "written"],
+    meta_fields=["capacity", "window", "sinks", "chunk"],
+)
+@dataclasses.dataclass(frozen=True)
+class RingIndex:
+    """Lengths, and how far each sequence was ever written.
+
+    After a rollback the slots of the tokens taken back hold nothing: what they held before
+    those tokens is lost. ``written`` tells which slots these are.
+    """
+
+    lengths: Int[Array, "*batch"]
+    written: Int[Array, "*batch"]
+    capacity: int
+    window: int
+    sinks: int
+    chunk: int
+
+    @property
+    def _ring_slots(self) -> int:
+        return self.window - 1 + self.chunk
+
+    @property
+    def extent(self) -> int:
+        return self.sinks + self._ring_slots
+
+    @property
+    def room(self) -> int:
+        return self.capacity
+
+    @property
+    def intact(self) -> Bool[Array, "*batch"]:
+        oldest_seen = jnp.maximum(self.lengths - (self.window - 1), self.sinks)
+        return (oldest_seen >= self.written - self._ring_slots) | (oldest_seen >= self.lengths)
+
+    def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
+        written = jnp.where(lengths == 0, 0, jnp.maximum(self.written, lengths))
+        return dataclasses.replace(self, lengths=lengths, written=written)
+
+    def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
+        exists = (positions >= 0) & (positions < self.capacity)
+        round_the_ring = self.sinks + (positions - self.sinks) % self._ring_slots
+        slots = jnp.where(positions < self.sinks, positions, round_the_ring)
+        return jnp.where(exists, first_slots(self.lengths.shape, self.extent) + slots, -1)
+
+    def key_positions(
+        self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
+    ) -> Int[Array, "*batch size"]:
+        slots = start + jnp.arange(size, dtype=jnp.int32)
+        newest = lengths[..., None] - 1
+        # The newest position so far that a slot of the ring is the place of.
+        positions = newest - (newest - slots) % self._ring_slots
+        positions = jnp.where(slots < self.sinks, slots, positions)
+        written = jnp.maximum(self.written, lengths)[..., None]
+        ring_holds = (positions >= self.sinks) & (positions >= written - self._ring_slots)
+        held = jnp.where(slots < self.sinks, slots <= newest, ring_holds)
+        return jnp.where(held, positions, -1)
+
+    def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:
+        batch = self.lengths.shape
+        return read_runs(leaf, layer, start, size, batch=batch, extent=self.extent)
+
+    def select(self, rows: Int[Array, " rows"]) -> tuple[Self, Int[Array, " ctx"]]:
+        lengths, written = self.lengths.reshape(-1)[rows], self.written.reshape(-1)[rows]
+        selected = dataclasses.replace(self, lengths=lengths, written=written)
+        return selected, slots_of_runs(rows, self.extent)
