@@ -209,7 +209,8 @@ def check(cache: KVCache) -> KVCache:
         return cache
     check_alive(cache)
     if cache.overflowed.any():
-        room = np.asarray(cache.index.room).tolist()
+        each = np.unique(cache.index.room).tolist()
+        room = each[0] if len(each) == 1 else np.asarray(cache.index.room).tolist()
         raise CacheFullError(
             f"Tokens were dropped: sequences are {np.asarray(cache.lengths).tolist()} tokens long, "
             f"and the cache holds {room} each. The first {room} are intact; truncate to them, or "

@@ -14,6 +14,18 @@ import jaxkv
 from jaxkv.addressing import ADDRESSINGS
 from jaxkv.codecs import CODECS
 
+# Each addressing at a size at which it shows: the ring turns, pages end in the middle of a step.
+SMALL = {
+    "contiguous": jaxkv.Contiguous(),
+    "ring": jaxkv.Ring(window=3, sinks=1, chunk=5),
+    "paged": jaxkv.Paged(page_size=4),
+}
+assert SMALL.keys() == ADDRESSINGS.keys(), "give a new addressing its row here"
+
+# For what does not depend on the pair: every codec, and every addressing, at least once.
+EACH_ONCE = [(codec, "contiguous") for codec in CODECS]
+EACH_ONCE += [("int8", addressing) for addressing in ADDRESSINGS if addressing != "contiguous"]
+
 # Query heads and KV heads of the three kinds of attention.
 HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (3, 1)}
 
@@ -32,7 +44,7 @@ class Oracle:
     """The (key, value) of every token: a list for each layer and sequence."""
 
     def __init__(self, config):
-        self.codec = config.codec
+        self.codec, self.addressing = config.codec, config.addressing
         self.tokens = [
             [[] for _ in range(config.batch_size or 1)] for _ in range(config.num_layers)
         ]
@@ -48,9 +60,18 @@ class Oracle:
                 for token in range(count):
                     tokens.append((stored_keys[sequence, token], stored_values[sequence, token]))
                     query = np.reshape(queries[layer], shape)[sequence, token]
-                    output = attention(query, tokens, **options)
+                    seen = self._seen(tokens)
+                    output = attention(query, seen, **options)
                     outputs[layer].reshape(shape)[sequence, token] = output
         return outputs
+
+    def _seen(self, tokens):
+        """All so far or, of a ring, the first few and the newest."""
+        window = getattr(self.addressing, "window", None)
+        if window is None:
+            return tokens
+        newest = max(len(tokens) - window, 0)
+        return tokens[: min(self.addressing.sinks, newest)] + tokens[newest:]
 
     def truncate(self, length):
         for sequences in self.tokens:
@@ -105,10 +126,22 @@ run_step = functools.partial(step, run=jit(layer_step))  # with a traced layer
 
 
 def config_of(codec="float32", addressing="contiguous", **fields):
-    """A small config of a kind that the tables name."""
+    """A small config of a kind that the tables name, in which a query sees every token."""
     shape = {"num_layers": 3, "max_context_length": 8, "num_kv_heads": 2, "head_dim": 4}
-    kind = {"codec": CODECS[codec], "addressing": ADDRESSINGS[addressing]}
-    return jaxkv.KVCacheConfig(**(shape | kind | fields))
+    kind = {"codec": CODECS[codec], "addressing": SMALL[addressing]}
+    config = jaxkv.KVCacheConfig(**(shape | kind | fields))
+    if addressing != "ring":
+        return config
+    return config.replace(addressing=jaxkv.Ring(config.max_context_length, chunk=8))
+
+
+def shuffled(cache):
+    """The cache with the pages of its pool in another order, where it has pages."""
+    if not hasattr(cache.index, "table"):
+        return cache
+    table = np.random.default_rng(0).permutation(np.asarray(cache.index.table).ravel())
+    index = cache.index.with_table(table.reshape(cache.index.table.shape))
+    return jaxkv.KVCache(cache.storage, index, cache.config)
 
 
 def filled(config, tokens, seed=0):

@@ -1,5 +1,7 @@
 """The cache as a value: its shape, and its verbs under every transformation."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import jaxkv
 from jaxkv.addressing import ADDRESSINGS
 from jaxkv.codecs import CODECS
 from tests.oracle import (
+    EACH_ONCE,
     Oracle,
     assert_same_storage,
     config_of,
@@ -24,10 +27,10 @@ from tests.oracle import (
     step,
 )
 
-
-def over_the_product(test):
-    test = pytest.mark.parametrize("addressing", ADDRESSINGS)(test)
-    return pytest.mark.parametrize("codec", CODECS)(test)
+over_the_product = pytest.mark.parametrize(
+    ("codec", "addressing"), list(itertools.product(CODECS, ADDRESSINGS))
+)
+each_once = pytest.mark.parametrize(("codec", "addressing"), EACH_ONCE)
 
 
 # --- what a cache is -------------------------------------------------------------------------
@@ -44,7 +47,7 @@ def test_created_zero_in_few_leaves(codec, addressing, batch_size):
         assert not np.asarray(leaf).any()
     for layer in range(3):
         for vectors in jaxkv.layer(cache, layer):
-            assert vectors.shape == (*config.batch_shape, 8, 2, 4)
+            assert vectors.shape == (*config.batch_shape, cache.index.extent, 2, 4)
             assert not np.asarray(vectors).any()
     assert not np.asarray(cache.lengths).any()
     assert cache.lengths.shape == config.batch_shape
@@ -68,7 +71,7 @@ def test_size_bytes_equals_the_bytes_held(codec, addressing, sizes, batch_size):
     assert config.size_bytes + config.index_bytes == all_bytes
 
 
-@over_the_product
+@each_once
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_layers_keys_values_and_sequences_are_distinct(codec, addressing, batch_size):
     config = config_of(codec, addressing, batch_size=batch_size)
@@ -249,7 +252,7 @@ def test_truncate_rolls_back(rolled_back):
     assert jaxkv.reset(batch).lengths.tolist() == [0, 0, 0]
 
 
-@over_the_product
+@each_once
 def test_a_truncated_token_is_never_read_again(codec, addressing):
     config = config_of(codec, addressing)
     cache, oracle = filled(config, 2)

@@ -9,9 +9,8 @@ from jax import lax
 from jax.experimental import checkify
 
 import jaxkv
-from jaxkv.addressing import ADDRESSINGS
-from jaxkv.codecs import CODECS
 from tests.oracle import (
+    EACH_ONCE,
     Oracle,
     assert_same_storage,
     config_of,
@@ -46,8 +45,7 @@ def test_full_outside_jit_raises_before_anything_changes(verb, batch_size):
         assert jaxkv.check(jaxkv.advance(cache, room)).lengths.tolist() == [4, 8, 7]
 
 
-@pytest.mark.parametrize("addressing", ADDRESSINGS)
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("codec", "addressing"), EACH_ONCE)
 def test_full_inside_jit_drops_and_says_so(codec, addressing):
     config = config_of(codec, addressing, batch_size=3)
     cache, oracle = poisoned(jaxkv.create(config)), Oracle(config)

@@ -18,4 +18,4 @@ def test_slots_of_a_batch():
 
 def test_key_positions_stop_at_each_length():
     index = jaxkv.Contiguous().init(5, 2)
-    assert index.key_positions(jnp.array([2, 9]), 1, 3).tolist() == [[1, -1, -1], [1, 2, 3]]
+    assert index.key_positions(0, jnp.array([2, 9]), 1, 3).tolist() == [[1, -1, -1], [1, 2, 3]]
