@@ -40,9 +40,24 @@ class StoredTensor:
                 f"{self.file}: tensor {self.name} is stored as {self.stored_dtype}; "
                 f"expected one of {', '.join(_DTYPES)}. Quantized weights are not supported."
             )
-        dtype = jnp.dtype(_DTYPES[self.stored_dtype])
+        return self._read(_DTYPES[self.stored_dtype])
+
+    def read_bytes(self) -> np.ndarray:
+        """A tensor of bytes, as formats that pack numbers store them.
+
+        Raises:
+          CheckpointError: it is something else.
+        """
+        if self.stored_dtype != "U8":
+            raise CheckpointError(
+                f"{self.file}: tensor {self.name} is stored as {self.stored_dtype}; expected U8."
+            )
+        return self._read("uint8")
+
+    def _read(self, dtype: str) -> np.ndarray:
         count = int(np.prod(self.shape))
-        return np.fromfile(self.file, dtype, count, offset=self.offset).reshape(self.shape)
+        numbers = np.fromfile(self.file, jnp.dtype(dtype), count, offset=self.offset)
+        return numbers.reshape(self.shape)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -1,40 +1,50 @@
-"""What a model is: the shapes and options of a Hugging Face ``config.json``, validated."""
+"""What a decoder is: the shapes and options of a Hugging Face ``config.json``, validated."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.errors import CheckpointError, ConfigError
+from jaxkv.hf_config import layer_windows
+from jaxkv.models.families import FAMILIES, Family
+from jaxkv.models.hf_fields import (
+    check_choice,
+    check_counts,
+    check_positive,
+    eos_token_ids,
+    hf_decoder,
+    read_fields,
+    write_fields,
+)
 from jaxkv.models.layers import ACTIVATIONS
 from jaxkv.models.rope import RopeConfig
-
-# Architecture -> model_type, as a config.json names them.
-FAMILIES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "GPT2LMHeadModel": "gpt2",
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder of the Llama family. Frozen, hashable and validated when made.
+    """A decoder with rope and norms. Frozen, hashable and validated when made.
 
     Args:
       vocab_size: token ids that the model knows.
       hidden_size: numbers in a token's vector between layers.
-      intermediate_size: numbers in it inside an MLP.
+      intermediate_size: numbers in it inside an MLP, or inside an expert.
       num_layers, num_heads: of the decoder, of each layer.
       num_kv_heads: key/value heads a layer; ``num_heads`` if None.
       head_dim: numbers in one head's vector; ``hidden_size // num_heads`` if None.
-      architecture: ``LlamaForCausalLM``, ``Qwen2ForCausalLM`` (queries, keys and values have
-        biases) or ``Qwen3ForCausalLM`` (queries and keys are normalized a head).
+      architecture: a name in `jaxkv.models.families.FAMILIES`, which says what it brings.
       attention_bias, mlp_bias: biases in all projections of attention, of the MLP.
       tie_word_embeddings: logits come from the embedding table.
       rms_norm_eps: added to the mean square in norms.
-      activation: a name in `ACTIVATIONS`.
+      activation: a name in `ACTIVATIONS`. Experts have their own.
       rope: `RopeConfig`; the default one of ``head_dim`` if None.
+      local_rope: that of layers with a window; ``rope`` if None (Gemma 3).
+      windows: a layer's window, in tokens, the query itself counted; None for a layer that
+        sees all. One entry a layer, or none at all for no windows.
+      query_pre_attn_scalar: attention logits are divided by its root; ``head_dim`` if None.
+      attention_softcap, logit_softcap: caps on attention logits and on the model's own
+        (Gemma 2, section 2); no cap if None.
+      num_experts, experts_per_token: of a mixture of experts, and how many a token takes.
+      swiglu_alpha, swiglu_limit: of the experts' activation.
       eos_token_ids: the tokens that end a text.
 
     Raises:
@@ -59,6 +69,15 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-6
     activation: str = "silu"
     rope: RopeConfig = None  # type: ignore[assignment]
+    local_rope: RopeConfig = None  # type: ignore[assignment]
+    windows: tuple[int | None, ...] = ()
+    query_pre_attn_scalar: float = None  # type: ignore[assignment]
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    num_experts: int = 1
+    experts_per_token: int = 1
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -72,52 +91,108 @@ class DecoderConfig:
         check_counts(
             self, "vocab_size", "intermediate_size", "num_layers", "num_kv_heads", "head_dim"
         )
+        check_counts(self, "num_experts", "experts_per_token")
         default("rope", RopeConfig(head_dim=self.head_dim))
+        default("local_rope", self.rope)
+        default("query_pre_attn_scalar", self.head_dim)
+        object.__setattr__(self, "windows", tuple(self.windows) or (None,) * self.num_layers)
+        check_positive(
+            self, "query_pre_attn_scalar", "attention_softcap", "logit_softcap", "swiglu_limit"
+        )
         check_choice(self, "activation", ACTIVATIONS)
-        check_choice(self, "architecture", [name for name in FAMILIES if "GPT2" not in name])
+        check_choice(self, "architecture", FAMILIES)
+        self._check_windows()
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"DecoderConfig: num_heads must be a multiple of num_kv_heads, got "
                 f"{self.num_heads} and {self.num_kv_heads}."
             )
+        if self.experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"DecoderConfig: a token takes at most num_experts = {self.num_experts} experts, "
+                f"got experts_per_token = {self.experts_per_token}."
+            )
+
+    def _check_windows(self) -> None:
+        sizes = set(self.windows) - {None}
+        positive = all(isinstance(size, int) and size > 0 for size in sizes)
+        if len(self.windows) != self.num_layers or len(sizes) > 1 or not positive:
+            raise ConfigError(
+                f"DecoderConfig: windows must be {self.num_layers} entries, one a layer, each None "
+                f"or the one window of at least 1 token, got {self.windows!r}."
+            )
+        if sizes and not self.family.slides:
+            raise ConfigError(f"DecoderConfig: {self.architecture} has no windows, got {sizes}.")
 
     @property
-    def qkv_bias(self) -> bool:
-        return self.attention_bias or self.architecture == "Qwen2ForCausalLM"
+    def family(self) -> Family:
+        """What the architecture brings."""
+        return FAMILIES[self.architecture]
 
     @property
-    def qk_norm(self) -> bool:
-        return self.architecture == "Qwen3ForCausalLM"
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rope of each layer."""
+        return tuple(self.rope if window is None else self.local_rope for window in self.windows)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
-        """Read the contents of a Llama, Qwen2 or Qwen3 ``config.json``.
+        """Read the contents of the ``config.json`` of one of `FAMILIES`.
 
         Raises:
           CheckpointError: an architecture or a feature that is not supported, or a bad field.
         """
-        family = hf_architecture(config)
-        if family == "GPT2LMHeadModel":
+        architecture, flat = hf_decoder(config)
+        if architecture == "GPT2LMHeadModel":
             raise CheckpointError("config.json: GPT2LMHeadModel is read by GPT2Config, not here.")
-        given = read_fields(cls, config, _HF_FIELDS)
-        if family == "Qwen2ForCausalLM":
-            given.pop("attention_bias", None)
-        if family != "LlamaForCausalLM":
-            given.pop("mlp_bias", None)
+        given = read_fields(cls, flat, _hf_fields(architecture))
         try:
-            shape = cls(**given, architecture=family, eos_token_ids=eos_token_ids(config))
-            rope = RopeConfig.from_hf(config, shape.head_dim)
+            about = {"architecture": architecture, "eos_token_ids": eos_token_ids(flat)}
+            shape = cls(**given, **about)
+            rope, local_rope = _ropes(flat, shape.head_dim)
+            return dataclasses.replace(
+                shape, rope=rope, local_rope=local_rope, windows=layer_windows(flat)
+            )
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"config.json: {error}") from error
-        return dataclasses.replace(shape, rope=rope)
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a ``config.json`` that `from_hf` reads as this config."""
-        return write_fields(self, _HF_FIELDS, self.architecture) | self.rope.to_hf()
+        written = write_fields(self, _hf_fields(self.architecture), self.architecture)
+        if self.family.slides:
+            window = next(filter(None, self.windows), None)
+            types = ["full_attention" if w is None else "sliding_attention" for w in self.windows]
+            written |= {"sliding_window": window, "layer_types": types}
+        if self.architecture.startswith("Qwen"):
+            written["use_sliding_window"] = written["sliding_window"] is not None
+        if self.architecture == "MistralForCausalLM":
+            del written["layer_types"]  # all of its layers slide, or none
+        if self.architecture != "Gemma3ForCausalLM":
+            return written | self.rope.to_hf()
+        ropes = {"full_attention": self.rope, "sliding_attention": self.local_rope}
+        parameters = {kind: rope.parameters() for kind, rope in ropes.items()}
+        beside = {"max_position_embeddings": self.rope.max_position_embeddings}
+        return written | beside | {"rope_parameters": parameters}
 
 
-# Name in a config.json -> name here.
-_HF_FIELDS = {
+def _ropes(config: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig | None]:
+    """The rope of layers that see all, and of those with a window where that is another."""
+    nested = config.get("rope_parameters") or {}
+    if "full_attention" in nested or "sliding_attention" in nested:
+        full, local = nested.get("full_attention"), nested.get("sliding_attention")
+    elif config.get("rope_local_base_freq"):
+        full, local = config.get("rope_scaling"), None
+    else:
+        return RopeConfig.from_hf(config, head_dim), None
+    plain = {**config, "rope_scaling": None}
+    theta = {"rope_theta": config.get("rope_local_base_freq")}
+    return (
+        RopeConfig.from_hf(plain | {"rope_parameters": full}, head_dim),
+        RopeConfig.from_hf(plain | theta | {"rope_parameters": local}, head_dim),
+    )
+
+
+# Name in a config.json -> name here. All families have the first ones.
+_SHARED = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -125,86 +200,23 @@ _HF_FIELDS = {
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
     "head_dim": "head_dim",
-    "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
     "tie_word_embeddings": "tie_word_embeddings",
     "rms_norm_eps": "rms_norm_eps",
+}
+_OWN = {
     "hidden_act": "activation",
+    "hidden_activation": "activation",
+    "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+    "query_pre_attn_scalar": "query_pre_attn_scalar",
+    "attn_logit_softcapping": "attention_softcap",
+    "final_logit_softcapping": "logit_softcap",
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "swiglu_alpha": "swiglu_alpha",
+    "swiglu_limit": "swiglu_limit",
 }
 
 
-def hf_architecture(config: Mapping[str, Any]) -> str:
-    """The architecture that a ``config.json`` names, once it is sure to be supported.
-
-    Raises:
-      CheckpointError: it is not, or it uses a feature that is not.
-    """
-    by_type: dict[Any, str] = {model_type: name for name, model_type in FAMILIES.items()}
-    named = (config.get("architectures") or [by_type.get(config.get("model_type"))])[0]
-    if named not in FAMILIES:
-        raise CheckpointError(
-            f"config.json: architecture {named or config.get('model_type')!r} is not supported; "
-            f"known are {', '.join(FAMILIES)}."
-        )
-    layer_types = set(config.get("layer_types") or []) - {"full_attention"}
-    windows = config.get("use_sliding_window") and config.get("sliding_window")
-    refused = {
-        "quantization_config": config.get("quantization_config"),
-        "layer_types": sorted(layer_types),
-        "sliding_window": windows,
-        "add_cross_attention": config.get("add_cross_attention"),
-    }
-    for field, value in refused.items():
-        if value:
-            raise CheckpointError(
-                f"config.json: {field} = {value!r} is not supported; "
-                "the checkpoint must use full attention and unquantized weights."
-            )
-    return named
-
-
-def read_fields(kind: type, config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of a dataclass that a ``config.json`` gives, under the names they have here.
-
-    Raises:
-      CheckpointError: it lacks one that has no default.
-    """
-    given = {field: config[name] for name, field in names.items() if config.get(name) is not None}
-    needed = {
-        field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING
-    }
-    missing = [name for name, field in names.items() if field in needed - given.keys()]
-    if missing:
-        raise CheckpointError(f"config.json: {', '.join(missing)} is missing.")
-    return given
-
-
-def write_fields(config: Any, names: Mapping[str, str], architecture: str) -> dict[str, Any]:
-    """The other way round, with what says how to read them."""
-    fields = {name: getattr(config, field) for name, field in names.items()}
-    ends = list(config.eos_token_ids) or None
-    about = {"architectures": [architecture], "model_type": FAMILIES[architecture]}
-    return about | fields | {"eos_token_id": ends, "bos_token_id": None}
-
-
-def eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens that end a text: a ``config.json`` has none, one or a list."""
-    ends = config.get("eos_token_id")
-    return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
-
-
-def check_counts(config: Any, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(
-                f"{type(config).__name__}: {field} must be an int of at least 1, got {value!r}."
-            )
-
-
-def check_choice(config: Any, field: str, choices: Any) -> None:
-    value = getattr(config, field)
-    if value not in choices:
-        raise ConfigError(
-            f"{type(config).__name__}: {field} must be one of {', '.join(choices)}, got {value!r}."
-        )
+def _hf_fields(architecture: str) -> dict[str, str]:
+    return _SHARED | {name: _OWN[name] for name in FAMILIES[architecture].fields}

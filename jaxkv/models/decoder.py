@@ -1,4 +1,4 @@
-"""The decoder of the Llama family: Llama 1 to 3, Qwen2 and Qwen3."""
+"""One decoder for all with rope and norms: Llama, Mistral, Qwen, Gemma 2 and 3, gpt-oss."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from jaxkv.cache import advance, next_positions
 from jaxkv.kv_cache import KVCache, NumTokens
 from jaxkv.models.config import DecoderConfig
+from jaxkv.models.experts import MixtureOfExperts
 from jaxkv.models.layers import (
     ACTIVATIONS,
     INIT_STD,
@@ -27,34 +28,43 @@ Hidden = Float[Array, "*batch tokens hidden"]
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al., 2023) with rope, over the cache."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, out_std: float):
-        hidden, head_dim = config.hidden_size, config.head_dim
+    def __init__(
+        self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs, dtype: Any, out_std: float
+    ):
+        hidden, head_dim, family = config.hidden_size, config.head_dim, config.family
         queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        qkv_bias = config.attention_bias or family.qkv_bias
         shared = {"rngs": rngs, "dtype": dtype}
-        self.q_proj = Linear(hidden, queries, bias=config.qkv_bias, **shared)
-        self.k_proj = Linear(hidden, keys, bias=config.qkv_bias, **shared)
-        self.v_proj = Linear(hidden, keys, bias=config.qkv_bias, **shared)
+        self.q_proj = Linear(hidden, queries, bias=qkv_bias, **shared)
+        self.k_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
+        self.v_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
         self.o_proj = Linear(queries, hidden, bias=config.attention_bias, std=out_std, **shared)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype)
-        self.config = config
+        if family.qk_norm:
+            self.q_norm = _norm(head_dim, config, dtype)
+            self.k_norm = _norm(head_dim, config, dtype)
+        if family.has_sinks:
+            self.sinks = nnx.Param(jnp.zeros(config.num_heads, dtype))
+        self.config, self.layer = config, layer
 
-    def __call__(self, x: Hidden, rotation, cache, layer, num_tokens) -> tuple[Hidden, Any]:
+    def __call__(self, x: Hidden, rotation, cache, num_tokens) -> tuple[Hidden, Any]:
+        config = self.config
         queries, keys, values = (
-            projected.reshape(*x.shape[:-1], -1, self.config.head_dim)
+            projected.reshape(*x.shape[:-1], -1, config.head_dim)
             for projected in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
-        if self.config.qk_norm:
+        if config.family.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         mixed, cache = attend_causal(
             cache,
             rotate(queries, rotation),
             rotate(keys, rotation),
             values,
-            layer=layer,
-            scale=self.config.head_dim**-0.5,
+            layer=self.layer,
             num_tokens=num_tokens,
+            scale=config.query_pre_attn_scalar**-0.5,
+            window=config.windows[self.layer],
+            softcap=config.attention_softcap,
+            sinks=self.sinks[...] if config.family.has_sinks else None,
         )
         return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache
 
@@ -75,24 +85,37 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each normalized first and added to the stream."""
+    """One layer: attention and MLP, each normalized first and added to the stream.
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any):
-        eps, hidden = config.rms_norm_eps, config.hidden_size
+    Gemma normalizes what they give too, and so its names shift: what stands before the MLP
+    elsewhere, ``post_attention_layernorm``, stands after attention there.
+    """
+
+    def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs, dtype: Any):
         out_std = INIT_STD / (2 * config.num_layers) ** 0.5
-        self.input_layernorm = RMSNorm(hidden, eps=eps, dtype=dtype)
-        self.self_attn = Attention(config, rngs=rngs, dtype=dtype, out_std=out_std)
-        self.post_attention_layernorm = RMSNorm(hidden, eps=eps, dtype=dtype)
-        self.mlp = MLP(config, rngs=rngs, dtype=dtype, out_std=out_std)
+        shared = {"rngs": rngs, "dtype": dtype, "out_std": out_std}
+        mlp = MixtureOfExperts if config.family.has_experts else MLP
+        self.input_layernorm = _norm(config.hidden_size, config, dtype)
+        self.self_attn = Attention(config, layer, **shared)
+        self.post_attention_layernorm = _norm(config.hidden_size, config, dtype)
+        self.mlp = mlp(config, **shared)
+        if config.family.is_gemma:
+            self.pre_feedforward_layernorm = _norm(config.hidden_size, config, dtype)
+            self.post_feedforward_layernorm = _norm(config.hidden_size, config, dtype)
+        self.is_gemma = config.family.is_gemma
 
-    def __call__(self, x: Hidden, rotation, cache, layer, num_tokens) -> tuple[Hidden, Any]:
-        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, cache, layer, num_tokens)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+    def __call__(self, x: Hidden, rotation, cache, num_tokens) -> tuple[Hidden, Any]:
+        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, cache, num_tokens)
+        if not self.is_gemma:
+            x = x + mixed
+            return x + self.mlp(self.post_attention_layernorm(x)), cache
+        x = x + self.post_attention_layernorm(mixed)
+        fed = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(fed), cache
 
 
 class Decoder(Model):
-    """A decoder of the Llama family.
+    """A decoder of one of the families in `jaxkv.models.families.FAMILIES`.
 
     Args:
       config: its shape.
@@ -111,7 +134,7 @@ class Decoder(Model):
     checkpoint_prefix = "model."
     checkpoint_transposes = (
         *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj", "lm_head"),
+        *("gate_proj", "up_proj", "down_proj", "router", "lm_head"),
     )
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
@@ -119,9 +142,9 @@ class Decoder(Model):
         self.config = config
         self.embed_tokens = Embedding(vocab, hidden, rngs=rngs, dtype=dtype)
         self.layers = nnx.List(
-            [Block(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)]
+            [Block(config, layer, rngs=rngs, dtype=dtype) for layer in range(config.num_layers)]
         )
-        self.norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
+        self.norm = _norm(hidden, config, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(hidden, vocab, rngs=rngs, dtype=dtype)
 
@@ -149,14 +172,28 @@ class Decoder(Model):
         length = tokens.shape[-1]
         positions = jnp.arange(length) if cache is None else next_positions(cache, length)
         context = length if cache is None else cache.config.max_context_length
-        angles = rotation(self.config.rope, positions, context)
-        x = self.embed_tokens(tokens)
-        for number, block in enumerate(self.layers):
-            x, cache = block(x, angles, cache, number, num_tokens)
+        ropes = self.config.ropes
+        rotations = {rope: rotation(rope, positions, context) for rope in dict.fromkeys(ropes)}
+        x = self._embed(tokens)
+        for rope, block in zip(ropes, self.layers, strict=True):
+            x, cache = block(x, rotations[rope], cache, num_tokens)
         if cache is not None:
             cache = advance(cache, length if num_tokens is None else num_tokens)
-        return self._logits(self.norm(x), self.embed_tokens), cache
+        logits, cap = self._logits(self.norm(x), self.embed_tokens), self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap), cache
+
+    def _embed(self, tokens: Int[Array, "*batch tokens"]) -> Hidden:
+        embedded = self.embed_tokens(tokens)
+        if not self.config.family.is_gemma:
+            return embedded
+        return embedded * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
 
     @property
     def dtype(self) -> jnp.dtype:
         return self.embed_tokens.weight.dtype
+
+
+def _norm(features: int, config: DecoderConfig, dtype: Any) -> RMSNorm:
+    return RMSNorm(
+        features, eps=config.rms_norm_eps, dtype=dtype, plus_one=config.family.is_gemma
+    )

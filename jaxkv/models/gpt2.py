@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Int
 from jaxkv.cache import advance, next_positions
 from jaxkv.errors import CheckpointError, ConfigError
 from jaxkv.kv_cache import KVCache, NumTokens
-from jaxkv.models.config import (
+from jaxkv.models.hf_fields import (
     check_choice,
     check_counts,
     eos_token_ids,
-    hf_architecture,
+    hf_decoder,
     read_fields,
     write_fields,
 )
@@ -97,7 +97,7 @@ class GPT2Config:
         Raises:
           CheckpointError: another architecture, an unsupported feature or a bad field.
         """
-        family = hf_architecture(config)
+        family, config = hf_decoder(config)
         if family != "GPT2LMHeadModel":
             raise CheckpointError(f"config.json: {family} is read by DecoderConfig, not here.")
         given = read_fields(cls, config, _HF_FIELDS)

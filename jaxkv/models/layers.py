@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxkv.attention import attend
+from jaxkv.attention.masks import visible
 from jaxkv.cache import append
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
 
@@ -86,16 +87,21 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Zhang and Sennrich, "Root mean square layer normalization" (2019); in float32."""
+    """Zhang and Sennrich, "Root mean square layer normalization" (2019); in float32.
 
-    def __init__(self, features: int, *, eps: float, dtype: Any):
-        self.weight = nnx.Param(jnp.ones(features, dtype))
-        self.eps = eps
+    With ``plus_one`` vectors are multiplied by one plus the weight, and rounded after (Gemma).
+    """
+
+    def __init__(self, features: int, *, eps: float, dtype: Any, plus_one: bool = False):
+        self.weight = nnx.Param((jnp.zeros if plus_one else jnp.ones)(features, dtype))
+        self.eps, self.plus_one = eps, plus_one
 
     def __call__(self, x: Float[Array, "*shape features"]) -> Float[Array, "*shape features"]:
         wide = x.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.weight[...] * (wide * scale).astype(x.dtype)
+        unit = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        if self.plus_one:
+            return (unit * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+        return self.weight[...] * unit.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -121,24 +127,46 @@ def attend_causal(
     values: Float[Array, "*batch tokens kv_heads head_dim"],
     *,
     layer: Layer,
-    scale: float,
     num_tokens: NumTokens | None,
+    scale: float,
+    **options: Any,
 ) -> tuple[Float[Array, "*batch tokens heads head_dim"], KVCache | None]:
-    """Append to the cache and attend over it; without one, attend over the tokens given."""
-    if cache is not None:
-        cache = append(cache, keys, values, layer=layer, num_tokens=num_tokens)
-        return attend(cache, queries, layer=layer, num_tokens=num_tokens, scale=scale), cache
-    return _attend_uncached(queries, keys, values, scale), None
+    """Append to the cache and attend over it; without one, attend over the tokens given.
+
+    Args:
+      **options: ``window``, ``softcap`` and ``sinks``, as in `jaxkv.attend`.
+    """
+    if cache is None:
+        return _attend_uncached(queries, keys, values, scale, **options), None
+    cache = append(cache, keys, values, layer=layer, num_tokens=num_tokens)
+    return attend(cache, queries, layer=layer, num_tokens=num_tokens, scale=scale, **options), cache
 
 
-def _attend_uncached(queries: Array, keys: Array, values: Array, scale: float) -> Array:
+def _attend_uncached(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+) -> Array:
     """All tokens at once; scores and softmax in float32, gradients through both products."""
     *batch, tokens, kv_heads, head_dim = keys.shape
     grouped = queries.reshape(*batch, tokens, kv_heads, -1, head_dim)
     wide = {"preferred_element_type": jnp.float32}
     scores = jnp.einsum("...qkgd,...skd->...kgqs", grouped, keys, **wide) * scale
-    past = jnp.tril(jnp.ones((tokens, tokens), bool))
-    weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf), axis=-1)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    positions = jnp.arange(tokens)
+    scores = jnp.where(visible(positions, positions, window), scores, -jnp.inf)
+    if sinks is not None:  # as a token before all others, whose value is zero
+        sinks = sinks.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
+        column = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([column, scores], axis=-1), axis=-1)[..., 1:]
+    else:
+        weights = jax.nn.softmax(scores, axis=-1)
     mixed = jnp.einsum("...kgqs,...skd->...qkgd", weights.astype(values.dtype), values, **wide)
     return mixed.reshape(queries.shape).astype(queries.dtype)
 

@@ -15,16 +15,23 @@ from flax import nnx
 from jaxkv.display import progress_bar
 from jaxkv.errors import CheckpointError
 from jaxkv.models.checkpoint import SINGLE_FILE, StoredTensor, read_json, stored_tensors
-from jaxkv.models.config import DecoderConfig, hf_architecture
+from jaxkv.models.config import DecoderConfig
 from jaxkv.models.decoder import Decoder
 from jaxkv.models.gpt2 import GPT2, GPT2Config
+from jaxkv.models.hf_fields import hf_decoder
 from jaxkv.models.hub import local_folder
 from jaxkv.models.model import Model
+from jaxkv.models.mxfp4 import PackedTensor, with_packed
+
+Tensors = dict[str, StoredTensor | PackedTensor]
 
 EMBEDDED = Path(__file__).parent / "embedded"
 DTYPES = ("float32", "float16", "bfloat16")
 # Tensors that are no weights of their own: tables that follow from the config, a tied head.
 _NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^lm_head\.weight$")
+# What multimodal models have beside their text decoder, and what stands before its names.
+_NO_TEXT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+_TEXT = re.compile(r"^language_model\.(?:model\.)?|^model\.language_model\.")
 
 
 def load(folder: str | os.PathLike | None = None, *, dtype: Any = "float32") -> tuple[Model, Any]:
@@ -62,7 +69,7 @@ def load(folder: str | os.PathLike | None = None, *, dtype: Any = "float32") -> 
         raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {name}.")
     path = EMBEDDED if folder is None else local_folder(os.fspath(folder))
     model = nnx.eval_shape(lambda: _random_model(path, name))
-    _fill(model, stored_tensors(path), path)
+    _fill(model, with_packed(stored_tensors(path)), path)
     return model, _read_tokenizer(path / "tokenizer.json")
 
 
@@ -94,7 +101,7 @@ def save(model: Model, folder: str | os.PathLike) -> None:
 
 def _random_model(folder: Path, dtype: str) -> Model:
     config = read_json(folder / "config.json")
-    if hf_architecture(config) == "GPT2LMHeadModel":
+    if hf_decoder(config)[0] == "GPT2LMHeadModel":
         return GPT2(GPT2Config.from_hf(config), rngs=nnx.Rngs(0), dtype=dtype)
     return Decoder(DecoderConfig.from_hf(config), rngs=nnx.Rngs(0), dtype=dtype)
 
@@ -108,7 +115,7 @@ def _params(model: Model) -> Iterator[tuple[tuple, str, nnx.Param, bool]]:
         yield path, prefix + ".".join(map(str, path)), param, transposed
 
 
-def _fill(model: Model, stored: dict[str, StoredTensor], folder: Path) -> None:
+def _fill(model: Model, stored: Tensors, folder: Path) -> None:
     """Put every tensor of a checkpoint in its place in an abstract model."""
     params = list(_params(model))
     tensors = _matched(params, stored, model.checkpoint_prefix, folder)
@@ -122,13 +129,17 @@ def _fill(model: Model, stored: dict[str, StoredTensor], folder: Path) -> None:
 
 def _matched(
     params: list[tuple[tuple, str, nnx.Param, bool]],
-    stored: dict[str, StoredTensor],
+    stored: Tensors,
     prefix: str,
     folder: Path,
-) -> dict[str, StoredTensor]:
+) -> Tensors:
     """The tensor of each parameter, once all are there, of the right shape, and no other is."""
     # Files of a model without its head leave the prefix out.
-    short_names = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+    short_names = {
+        _TEXT.sub("", name).removeprefix(prefix): tensor
+        for name, tensor in stored.items()
+        if not _NO_TEXT.match(name)
+    }
     matched = {}
     for _, name, param, transposed in params:
         tensor = short_names.pop(name.removeprefix(prefix), None)

@@ -117,15 +117,22 @@ class RopeConfig:
             "partial_rotary_factor": self.partial_rotary_factor,
             "max_position_embeddings": self.max_position_embeddings,
         }
+        return beside | ({"rope_scaling": scaling} if (scaling := self._scaling()) else {})
+
+    def parameters(self) -> dict[str, Any]:
+        """The same as newer files write it, an entry of ``rope_parameters`` a kind of layer."""
+        beside = {"rope_theta": self.theta, "partial_rotary_factor": self.partial_rotary_factor}
+        return {"rope_type": self.rope_type} | beside | self._scaling()
+
+    def _scaling(self) -> dict[str, Any]:
         if self.rope_type == "default":
-            return beside
-        scaling = {
+            return {}
+        elsewhere = ("head_dim", "theta", "partial_rotary_factor", "max_position_embeddings")
+        return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("head_dim", "theta", *beside)
-            and getattr(self, field.name) != field.default
+            if field.name not in elsewhere and getattr(self, field.name) != field.default
         }
-        return beside | {"rope_scaling": scaling}
 
     @property
     def rotary_dim(self) -> int:

@@ -45,6 +45,53 @@ _GPT2 = {
     "n_positions": 32,
 }
 
+_MISTRAL = _LLAMA | {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": 7,
+}
+_SLIDING_QWEN = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+_GEMMA2 = _LLAMA | {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "hidden_act": None,
+    "tie_word_embeddings": None,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 10,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 8.0,
+    "sliding_window": 7,
+}
+_GEMMA3 = _GEMMA2 | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 3,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "rope_theta": 1000.0,
+    "rope_local_base_freq": 50.0,
+    "sliding_window_pattern": 3,
+}
+_GPT_OSS = _LLAMA | {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "head_dim": 16,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "swiglu_limit": 1.0,
+    "sliding_window": 7,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 16,
+    },
+}
+
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -105,6 +152,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3 tied": _QWEN3 | {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "qwen3 attention bias": _QWEN3 | {"attention_bias": True},
     "qwen3 yarn": _QWEN3 | {"rope_scaling": _YARN},
+    "qwen2 sliding": _QWEN2 | _SLIDING_QWEN,
+    "qwen3 sliding": _QWEN3
+    | _SLIDING_QWEN
+    | {"layer_types": ["sliding_attention", "full_attention"]},
+    "mistral": _MISTRAL,
+    "mistral default window": _MISTRAL | {"sliding_window": None, "head_dim": 12},
+    "gemma2": _GEMMA2,
+    "gemma2 defaults": _GEMMA2
+    | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "gemma2 attention bias": _GEMMA2 | {"attention_bias": True, "num_key_value_heads": 1},
+    "gemma2 layer types": _GEMMA2 | {"layer_types": ["full_attention", "sliding_attention"]},
+    "gemma3": _GEMMA3,
+    "gemma3 linear": _GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "gemma3 softcap": _GEMMA3 | {"final_logit_softcapping": 8.0},
+    "gemma3 rope_parameters": _GEMMA3
+    | {"rope_theta": None, "rope_local_base_freq": None}
+    | {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        }
+    },
+    "gemma3 layer types": _GEMMA3
+    | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "gpt_oss": _GPT_OSS,
+    "gpt_oss defaults": _GPT_OSS | {"swiglu_limit": None, "rope_scaling": None, "rope_theta": None},
+    "gpt_oss no bias": _GPT_OSS | {"attention_bias": False, "num_experts_per_tok": 1},
+    "gpt_oss layer types": _GPT_OSS | {"layer_types": ["full_attention", "sliding_attention"]},
     "gpt2": _GPT2,
     "gpt2 untied": _GPT2 | {"tie_word_embeddings": False},
     "gpt2 inner": _GPT2 | {"n_inner": 40, "layer_norm_epsilon": 1e-3},
@@ -138,7 +213,8 @@ def weights(variant: str) -> dict[str, np.ndarray]:
     for name, shape in shapes.items():
         noise = 0.3 * _generator(variant + name).standard_normal(shape)
         is_norm_weight = "norm.weight" in name or (".ln_" in name and name.endswith("weight"))
-        made[name] = (noise + is_norm_weight).astype(np.float32)
+        is_plus_one = config["model_type"].startswith("gemma")  # its norms add the one
+        made[name] = (noise + (is_norm_weight and not is_plus_one)).astype(np.float32)
     return made
 
 
@@ -164,7 +240,7 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     keys = config.get("num_key_value_heads", heads) * head_dim
     family = config["model_type"]
     biased = {"q": heads * head_dim, "k": keys, "v": keys} if family == "qwen2" else {}
-    if config.get("attention_bias"):
+    if config.get("attention_bias", family == "gpt_oss"):
         biased = {"q": heads * head_dim, "k": keys, "v": keys, "o": hidden}
 
     shapes = {"model.embed_tokens.weight": (VOCAB_SIZE, hidden), "model.norm.weight": (hidden,)}
@@ -180,16 +256,35 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             "input_layernorm.weight": (hidden,),
             "post_attention_layernorm.weight": (hidden,),
         }
+        if family == "gpt_oss":
+            block = {name: shape for name, shape in block.items() if not name.startswith("mlp.")}
+            block |= {"self_attn.sinks": (heads,)} | _expert_shapes(config)
+        if family.startswith("gemma"):
+            block |= {f"{name}_feedforward_layernorm.weight": (hidden,) for name in ("pre", "post")}
         block |= {f"self_attn.{name}_proj.bias": (size,) for name, size in biased.items()}
         if config.get("mlp_bias"):
             block |= {f"mlp.{name}_proj.bias": (inner,) for name in ("gate", "up")}
             block["mlp.down_proj.bias"] = (hidden,)
-        if family == "qwen3":
+        if family in ("qwen3", "gemma3_text"):
             block |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
-    if not config["tie_word_embeddings"]:
+    if not config.get("tie_word_embeddings", family.startswith("gemma")):
         shapes["lm_head.weight"] = (VOCAB_SIZE, hidden)
     return shapes
+
+
+def _expert_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, inner, experts = (
+        config[name] for name in ("hidden_size", "intermediate_size", "num_local_experts")
+    )
+    return {
+        "mlp.router.weight": (experts, hidden),
+        "mlp.router.bias": (experts,),
+        "mlp.experts.gate_up_proj": (experts, hidden, 2 * inner),
+        "mlp.experts.gate_up_proj_bias": (experts, 2 * inner),
+        "mlp.experts.down_proj": (experts, inner, hidden),
+        "mlp.experts.down_proj_bias": (experts, hidden),
+    }
 
 
 def _gpt2_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
