@@ -30,6 +30,7 @@ from jaxkv.errors import (
 )
 from jaxkv.generation import Generation, Timings, generate
 from jaxkv.hybrid import HybridCache, HybridConfig
+from jaxkv.known_models import cache_config
 from jaxkv.kv_cache import KVCache
 from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
 from jaxkv.sampling import Sampling, sample
@@ -67,6 +68,7 @@ __all__ = [
     "advance",
     "append",
     "attend",
+    "cache_config",
     "check",
     "copy_pages",
     "create",

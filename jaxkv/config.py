@@ -1,7 +1,6 @@
 """The shape of a cache and its exact bytes, known before any device is touched."""
 
 import dataclasses
-import json
 import operator
 import os
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any, Self
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.codecs import Codec, Dense, bytes_per_vector
 from jaxkv.errors import ConfigError
+from jaxkv.hf_config import hf_shape, read_hf, text_config
 from jaxkv.text import sequences
 
 _COUNTS = ("num_layers", "max_context_length", "num_kv_heads", "head_dim")
@@ -78,7 +78,9 @@ class KVCacheConfig:
     def from_hf(
         cls, source: str | os.PathLike | Mapping[str, Any], *, max_context_length: int, **fields
     ) -> "KVCacheConfig":
-        """The cache that a Hugging Face model needs.
+        """The cache that a Hugging Face model needs, with every token in every layer.
+
+        `jaxkv.cache_config` keeps only the newest tokens in layers that see only those.
 
         Args:
           source: a ``config.json``, the folder that holds it, or its contents as a dict.
@@ -94,7 +96,7 @@ class KVCacheConfig:
         >>> jaxkv.KVCacheConfig.from_hf(gpt2, max_context_length=1024).head_dim
         64
         """
-        shape: dict[str, Any] = _hf_shape(_read_hf(source))
+        shape: dict[str, Any] = hf_shape(text_config(read_hf(source)))
         return cls(**shape, max_context_length=max_context_length, **fields)
 
     def replace(self, **fields: Any) -> Self:
@@ -144,48 +146,3 @@ class KVCacheConfig:
             f"{batch}{self.max_context_length} tokens x {self.num_layers} layers x "
             f"{self.num_kv_heads} KV heads x {self.head_dim}, {self.codec.name}"
         )
-
-
-def _read_hf(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(source, Mapping):
-        return source
-    path = os.fspath(source)
-    if os.path.isdir(path):
-        path = os.path.join(path, "config.json")
-    with open(path, encoding="utf-8") as file:
-        try:
-            contents = json.load(file)
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(contents, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got a {type(contents).__name__}.")
-    return contents
-
-
-def _hf_shape(config: Mapping[str, Any]) -> dict[str, Any]:
-    """num_layers, num_kv_heads and head_dim under the names that families give them."""
-    config = config.get("text_config") or config  # multimodal models nest the decoder's
-
-    def first(*names: str) -> Any:
-        return next((config[name] for name in names if config.get(name) is not None), None)
-
-    num_layers = first("num_hidden_layers", "n_layer")
-    num_heads = first("num_attention_heads", "n_head")
-    width = first("hidden_size", "n_embd")
-    if not all(isinstance(number, int) and number > 0 for number in (num_layers, num_heads, width)):
-        raise ConfigError(
-            "Not the config of a decoder: expected num_hidden_layers, num_attention_heads and "
-            "hidden_size (or GPT-2's n_layer, n_head and n_embd), got the keys "
-            f"{', '.join(sorted(config)) or 'of an empty object'}."
-        )
-    if config.get("kv_lora_rank") is not None:
-        raise ConfigError(
-            "This model keeps a latent vector a token (kv_lora_rank, multi-head latent attention), "
-            "not keys and values: its cache is not one of these."
-        )
-    kv_heads = first("num_key_value_heads") or num_heads
-    return {
-        "num_layers": num_layers,
-        "num_kv_heads": 1 if config.get("multi_query") else kv_heads,
-        "head_dim": first("head_dim") or width // num_heads,
-    }

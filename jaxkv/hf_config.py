@@ -1,9 +1,14 @@
 """What a Hugging Face ``config.json`` says, with what transformers takes where it is silent."""
 
+import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.errors import ConfigError
+
+# A ``config.json``, the folder that holds it, or its contents.
+Source = str | os.PathLike | Mapping[str, Any]
 
 # By model_type. Public folders lean on these: gemma-3-4b-it's says neither heads nor head size.
 _DEFAULTS: dict[Any, dict[str, Any]] = {
@@ -90,9 +95,9 @@ def layer_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     >>> layer_windows(text_config(gemma2))
     (8, None, 8, None)
     """
-    num_layers, kind = config["num_hidden_layers"], config.get("model_type")
+    num_layers = config.get("num_hidden_layers") or config["n_layer"]
+    kind = config.get("model_type")
     window, types = config.get("sliding_window"), config.get("layer_types")
-    pattern = config.get("sliding_window_pattern")
     if window is None or not config.get("use_sliding_window", kind not in ("qwen2", "qwen3")):
         return (None,) * num_layers
     if kind == "mistral":
@@ -101,8 +106,9 @@ def layer_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
         slides = _slides(types, num_layers)
     elif kind in ("qwen2", "qwen3"):
         slides = [layer >= config["max_window_layers"] for layer in range(num_layers)]
-    else:  # all but every pattern-th
-        slides = [bool(pattern) and (layer + 1) % pattern > 0 for layer in range(num_layers)]
+    else:  # all but every so many-th
+        full_every = config.get("sliding_window_pattern") or 1
+        slides = [(layer + 1) % full_every > 0 for layer in range(num_layers)]
     return tuple(window if slide else None for slide in slides)
 
 
@@ -115,3 +121,57 @@ def _slides(layer_types: Any, num_layers: int) -> list[bool]:
             f"{len(layer_types)}{f' with {unknown[0]}' if unknown else ''}."
         )
     return [known[layer_type] for layer_type in layer_types]
+
+
+def read_hf(source: Source) -> Mapping[str, Any]:
+    """The contents of a ``config.json``: given as such, by its path, or by its folder.
+
+    Raises:
+      ConfigError: no JSON object.
+      FileNotFoundError: no such file.
+    """
+    if isinstance(source, Mapping):
+        return source
+    path = os.fspath(source)
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+    with open(path, encoding="utf-8") as file:
+        try:
+            contents = json.load(file)
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(contents, dict):
+        raise ConfigError(f"{path} must hold a JSON object, got a {type(contents).__name__}.")
+    return contents
+
+
+def hf_shape(config: Mapping[str, Any]) -> dict[str, Any]:
+    """num_layers, num_kv_heads and head_dim of a `text_config`, whatever a family calls them.
+
+    Raises:
+      ConfigError: not a decoder with keys and values.
+    """
+
+    def first(*names: str) -> Any:
+        return next((config[name] for name in names if config.get(name) is not None), None)
+
+    num_layers = first("num_hidden_layers", "n_layer")
+    num_heads = first("num_attention_heads", "n_head")
+    width = first("hidden_size", "n_embd")
+    if not all(isinstance(number, int) and number > 0 for number in (num_layers, num_heads, width)):
+        raise ConfigError(
+            "Not the config of a decoder: expected num_hidden_layers, num_attention_heads and "
+            "hidden_size (or GPT-2's n_layer, n_head and n_embd), got the keys "
+            f"{', '.join(sorted(config.keys() - {'model_type'})) or 'of an empty object'}."
+        )
+    if config.get("kv_lora_rank") is not None:
+        raise ConfigError(
+            "This model keeps a latent vector a token (kv_lora_rank, multi-head latent attention), "
+            "not keys and values: its cache is not one of these."
+        )
+    kv_heads = first("num_key_value_heads") or num_heads
+    return {
+        "num_layers": num_layers,
+        "num_kv_heads": 1 if config.get("multi_query") else kv_heads,
+        "head_dim": first("head_dim") or width // num_heads,
+    }

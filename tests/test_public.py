@@ -17,7 +17,7 @@ PACKAGE = ROOT / "jaxkv"
 
 # From the bottom up, as in ARCHITECTURE.md. A file imports from its own floor or lower ones.
 FLOORS = [
-    {"errors", "display", "text"},
+    {"errors", "display", "text", "hf_config"},
     {"codecs", "addressing"},
     {"config"},
     {"kv_cache"},
@@ -25,7 +25,7 @@ FLOORS = [
     {"checks"},
     {"cache"},
     {"attention"},
-    {"memory", "sampling", "known_models"},
+    {"memory", "sampling", "model_shape", "known_models"},
     {"decode"},
     {"generation"},
     {"models"},

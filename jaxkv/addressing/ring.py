@@ -19,8 +19,8 @@ class Ring:
     Sliding windows as in Mistral 7B (Jiang et al., 2023, section 2), and attention sinks as in
     StreamingLLM (Xiao et al., 2024, section 3.2), with keys at their own positions.
 
-    A sequence takes ``sinks + window - 1 + chunk`` slots: a chunk's last token must not write
-    over what its first one still sees.
+    A sequence takes ``sinks + window - 1 + chunk`` slots, or the context if that is less: a
+    chunk's last token must not write over what its first one still sees.
 
     Args:
       window: newest tokens that a query sees.
@@ -56,7 +56,7 @@ class Ring:
         return self.sinks + self.window - 1 + self.chunk
 
     def num_slots(self, max_context_length: int, batch_size: int | None) -> int:
-        return self.slots_per_sequence * (batch_size or 1)
+        return min(self.slots_per_sequence, max_context_length) * (batch_size or 1)
 
     def index_bytes(self, max_context_length: int, batch_size: int | None) -> int:
         return 8 * (batch_size or 1)
@@ -93,7 +93,7 @@ class RingIndex:
 
     @property
     def extent(self) -> int:
-        return self.sinks + self._ring_slots
+        return min(self.sinks + self._ring_slots, self.capacity)
 
     @property
     def room(self) -> int:

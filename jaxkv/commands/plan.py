@@ -1,12 +1,10 @@
 """``jaxkv plan``: will it fit?"""
 
 import argparse
-from pathlib import Path
 
 from jaxkv.codecs import CODECS
 from jaxkv.commands.command import Command, argument_type
-from jaxkv.config import KVCacheConfig
-from jaxkv.known_models import known_shape
+from jaxkv.known_models import cache_config
 from jaxkv.memory import parse_bytes, parse_tokens, plan
 
 _EXAMPLES = """\
@@ -41,15 +39,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    fields = {
-        "max_context_length": options.context,
-        "batch_size": options.batch,
-        "codec": CODECS[options.codec],
-    }
-    if Path(options.model).exists():
-        config = KVCacheConfig.from_hf(options.model, **fields)
-    else:
-        config = KVCacheConfig(**known_shape(options.model)._asdict(), **fields)
+    config = cache_config(
+        options.model,
+        max_context_length=options.context,
+        batch_size=options.batch,
+        codec=CODECS[options.codec],
+    )
     answer = plan(config, options.device)
     print(answer.to_json() if options.json else answer)
     return 0 if answer.fits else 1

@@ -146,8 +146,7 @@ class DecoderConfig:
             raise CheckpointError("config.json: GPT2LMHeadModel is read by GPT2Config, not here.")
         given = read_fields(cls, flat, _hf_fields(architecture))
         try:
-            about = {"architecture": architecture, "eos_token_ids": eos_token_ids(flat)}
-            shape = cls(**given, **about)
+            shape = cls(**given, architecture=architecture, eos_token_ids=eos_token_ids(flat))
             rope, local_rope = _ropes(flat, shape.head_dim)
             return dataclasses.replace(
                 shape, rope=rope, local_rope=local_rope, windows=layer_windows(flat)
@@ -174,15 +173,16 @@ class DecoderConfig:
         return written | beside | {"rope_parameters": parameters}
 
 
-def _ropes(config: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig | None]:
-    """The rope of layers that see all, and of those with a window where that is another."""
+def _ropes(config: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig]:
+    """The rope of layers that see all, and that of layers with a window."""
     nested = config.get("rope_parameters") or {}
     if "full_attention" in nested or "sliding_attention" in nested:
         full, local = nested.get("full_attention"), nested.get("sliding_attention")
     elif config.get("rope_local_base_freq"):
         full, local = config.get("rope_scaling"), None
     else:
-        return RopeConfig.from_hf(config, head_dim), None
+        rope = RopeConfig.from_hf(config, head_dim)
+        return rope, rope
     plain = {**config, "rope_scaling": None}
     theta = {"rope_theta": config.get("rope_local_base_freq")}
     return (

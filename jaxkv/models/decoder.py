@@ -7,7 +7,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxkv.cache import advance, next_positions
-from jaxkv.kv_cache import KVCache, NumTokens
+from jaxkv.hybrid import AnyCache
+from jaxkv.kv_cache import NumTokens
 from jaxkv.models.config import DecoderConfig
 from jaxkv.models.experts import MixtureOfExperts
 from jaxkv.models.layers import (
@@ -151,10 +152,10 @@ class Decoder(Model):
     def __call__(
         self,
         tokens: Int[Array, "*batch tokens"],
-        cache: KVCache | None = None,
+        cache: AnyCache | None = None,
         *,
         num_tokens: NumTokens | None = None,
-    ) -> tuple[Float[Array, "*batch tokens vocab"], KVCache | None]:
+    ) -> tuple[Float[Array, "*batch tokens vocab"], AnyCache | None]:
         """Logits of the token after each of these, and the cache with them counted.
 
         Args:
@@ -194,6 +195,4 @@ class Decoder(Model):
 
 
 def _norm(features: int, config: DecoderConfig, dtype: Any) -> RMSNorm:
-    return RMSNorm(
-        features, eps=config.rms_norm_eps, dtype=dtype, plus_one=config.family.is_gemma
-    )
+    return RMSNorm(features, eps=config.rms_norm_eps, dtype=dtype, plus_one=config.family.is_gemma)

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.cache import advance, next_positions
 from jaxkv.errors import CheckpointError, ConfigError
-from jaxkv.kv_cache import KVCache, NumTokens
+from jaxkv.hybrid import AnyCache
+from jaxkv.kv_cache import NumTokens
 from jaxkv.models.hf_fields import (
     check_choice,
     check_counts,
@@ -214,10 +215,10 @@ class GPT2(Model):
     def __call__(
         self,
         tokens: Int[Array, "*batch tokens"],
-        cache: KVCache | None = None,
+        cache: AnyCache | None = None,
         *,
         num_tokens: NumTokens | None = None,
-    ) -> tuple[Float[Array, "*batch tokens vocab"], KVCache | None]:
+    ) -> tuple[Float[Array, "*batch tokens vocab"], AnyCache | None]:
         """As `Decoder.__call__`; a context beyond ``max_positions`` is a `ValueError`."""
         check_tokens(tokens, cache, self.config.max_positions)
         length = tokens.shape[-1]

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 from jaxkv.attention import attend
 from jaxkv.attention.masks import visible
 from jaxkv.cache import append
-from jaxkv.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.hybrid import AnyCache
+from jaxkv.kv_cache import Layer, NumTokens
 
 INIT_STD = 0.02  # of GPT-2; weights whose outputs add up over layers are given a smaller one
 
@@ -121,7 +122,7 @@ class LayerNorm(nnx.Module):
 
 
 def attend_causal(
-    cache: KVCache | None,
+    cache: AnyCache | None,
     queries: Float[Array, "*batch tokens heads head_dim"],
     keys: Float[Array, "*batch tokens kv_heads head_dim"],
     values: Float[Array, "*batch tokens kv_heads head_dim"],
@@ -130,7 +131,7 @@ def attend_causal(
     num_tokens: NumTokens | None,
     scale: float,
     **options: Any,
-) -> tuple[Float[Array, "*batch tokens heads head_dim"], KVCache | None]:
+) -> tuple[Float[Array, "*batch tokens heads head_dim"], AnyCache | None]:
     """Append to the cache and attend over it; without one, attend over the tokens given.
 
     Args:
@@ -172,7 +173,7 @@ def _attend_uncached(
 
 
 def check_tokens(
-    tokens: Int[Array, "*batch tokens"], cache: KVCache | None, max_positions: int | None = None
+    tokens: Int[Array, "*batch tokens"], cache: AnyCache | None, max_positions: int | None = None
 ) -> None:
     """Refuse what a model cannot read.
 

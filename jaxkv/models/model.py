@@ -1,5 +1,6 @@
 """What all models here share: they know the cache that fits them."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ from jaxtyping import Array, Float
 
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.codecs import Codec, Dense
-from jaxkv.config import KVCacheConfig
+from jaxkv.hybrid import AnyConfig
+from jaxkv.model_shape import RING_CHUNK, Shape
 from jaxkv.models.layers import Embedding, Linear, matmul
 
 
@@ -38,25 +40,29 @@ class Model(nnx.Module):
         *,
         max_context_length: int,
         batch_size: int | None = None,
-        codec: Codec | None = None,
-        addressing: Addressing | None = None,
-    ) -> KVCacheConfig:
+        codec: Codec | Sequence[Codec] | None = None,
+        addressing: Addressing = Contiguous(),
+        chunk: int | None = RING_CHUNK,
+    ) -> AnyConfig:
         """The cache that fits this model.
 
         Args:
           max_context_length: tokens that one sequence may hold.
           batch_size: sequences, or None for one sequence and arrays without a batch axis.
-          codec: how a vector is stored; `Dense` of the model's dtype if None.
-          addressing: which slot holds which token; `Contiguous` if None.
+          codec: how a vector is stored, one or one a layer; `Dense` of the model's dtype if None.
+          addressing: which slot holds which token, in layers that see all tokens.
+          chunk: the most tokens that a call brings. Layers with a window keep ``window - 1 +
+            chunk`` tokens. None for calls of any size: then all layers keep all tokens, in
+            ``addressing``.
         """
-        return KVCacheConfig(
-            num_layers=self.config.num_layers,
+        config = self.config
+        windows = getattr(config, "windows", ())
+        return Shape(config.num_layers, config.num_kv_heads, config.head_dim, windows).cache_config(
             max_context_length=max_context_length,
-            num_kv_heads=self.config.num_kv_heads,
-            head_dim=self.config.head_dim,
             batch_size=batch_size,
             codec=Dense(self.dtype.name) if codec is None else codec,
-            addressing=Contiguous() if addressing is None else addressing,
+            addressing=addressing,
+            chunk=chunk,
         )
 
     def _logits(

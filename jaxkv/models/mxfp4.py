@@ -52,8 +52,9 @@ def with_packed(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor | Pac
             raise CheckpointError(f"{blocks.file}: {blocks_name} has no {name}_scales beside it.")
         if len(scales.shape) != 3 or blocks.shape != (*scales.shape, _BLOCK // 2):
             raise CheckpointError(
-                f"{blocks.file}: {blocks_name} has shape {list(blocks.shape)} and {name}_scales "
-                f"{list(scales.shape)}; MXFP4 is [experts, out, blocks, 16] and the same without 16."
+                f"{blocks.file}: {blocks_name} and {name}_scales have shapes {list(blocks.shape)} "
+                f"and {list(scales.shape)}; expected [experts, out, blocks, 16] and the same "
+                "without the 16."
             )
         del tensors[blocks_name], tensors[scales.name]
         tensors[name] = PackedTensor(name, blocks, scales)

@@ -159,8 +159,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mistral": _MISTRAL,
     "mistral default window": _MISTRAL | {"sliding_window": None, "head_dim": 12},
     "gemma2": _GEMMA2,
-    "gemma2 defaults": _GEMMA2
-    | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "gemma2 defaults": _GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
     "gemma2 attention bias": _GEMMA2 | {"attention_bias": True, "num_key_value_heads": 1},
     "gemma2 layer types": _GEMMA2 | {"layer_types": ["full_attention", "sliding_attention"]},
     "gemma3": _GEMMA3,
