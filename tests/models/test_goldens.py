@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from flax import nnx
 import jaxkv
 from jaxkv.models import RopeConfig, load
 from tests.models.variants import GOLDENS, NUM_TOKENS, VARIANTS, token_ids, write_checkpoint
+from tests.oracle import jit
 
 TOLERANCE = 2e-4
 
@@ -45,12 +45,17 @@ def for_each(*variants):
 
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+SLIDING = ("mistral", "qwen3 sliding", "gemma2", "gemma3", "gpt_oss")
 # Biases, activations and widths do not meet the cache; these do.
 HEADS_AND_SCALES = ("llama mha", "llama mqa", "gpt2 unscaled", "gpt2 by layer")
-SCALED_ROPES = tuple(v for v in VARIANTS if {"rope_scaling", "rope_parameters"} & set(VARIANTS[v]))
+SCALED_ROPES = tuple(
+    v
+    for v in VARIANTS
+    if {"rope_scaling", "rope_parameters"} & set(VARIANTS[v]) and "gpt_oss" not in v
+)
 
 
-@jax.jit
+@jit
 def step(model, tokens, cache, num_tokens=None):
     return model(tokens, cache, num_tokens=num_tokens)
 
@@ -67,10 +72,11 @@ def test_uncached_logits_equal_transformers(variant, model):
     assert_golden(logits, variant)
 
 
-@for_each(*FAMILIES, *HEADS_AND_SCALES, *SCALED_ROPES)
+@for_each(*FAMILIES, *SLIDING, *HEADS_AND_SCALES, *SCALED_ROPES)
 def test_logits_of_chunks_equal_transformers(variant, model):
+    """Where layers slide, 24 tokens go round a ring of 7 - 1 + 8 slots."""
     tokens = jnp.asarray(token_ids(variant))
-    cache = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS))
+    cache = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS, chunk=8))
     for start in range(0, NUM_TOKENS, 8):
         chunk = slice(start, start + 8)
         logits, cache = model(tokens[chunk], cache)
@@ -78,20 +84,20 @@ def test_logits_of_chunks_equal_transformers(variant, model):
     assert cache.lengths == NUM_TOKENS
 
 
-@for_each("llama", "qwen3", "gpt2")
+@for_each("llama", "qwen3", "gpt2", "gemma3", "gpt_oss")
 def test_one_shot_and_one_token_at_a_time(variant, model):
     tokens = jnp.asarray(token_ids(variant))
-    empty = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS))
+    empty = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS, chunk=None))
     one_shot, cache = step(model, tokens, empty)
     assert_golden(one_shot, variant)
     assert cache.lengths == NUM_TOKENS
-    cache = empty
+    cache = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS, chunk=1))
     for position, token in enumerate(tokens):
         logits, cache = step(model, token[None], cache)
         assert_golden(logits[0], variant, position)
 
 
-@for_each("llama", "gpt2")
+@for_each("llama", "gpt2", "gemma2", "gpt_oss")
 @pytest.mark.parametrize("padding", ["dropped", "truncated"])
 def test_ragged_batch_equals_single(variant, model, padding):
     """A prompt padded on the right, then one token more, whatever the neighbours are."""
@@ -129,3 +135,53 @@ def test_goldens_tell_scalings_apart(variant, model_of):
     logits, _ = changed(jnp.asarray(token_ids(variant)))
     off = np.abs(logits - goldens()[variant]).max()
     assert off < TOLERANCE if variant == "llama dynamic short" else off > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        ("mistral", {"windows": ()}),
+        ("qwen2 sliding", {"windows": (7, 7)}),
+        ("gemma2", {"windows": (None, 7)}),
+        ("gemma2", {"attention_softcap": None}),
+        ("gemma2", {"logit_softcap": None}),
+        ("gemma2", {"query_pre_attn_scalar": 16}),
+        ("gemma3", {"windows": (7, 7, 7)}),
+        ("gemma3", {"local_rope": RopeConfig(16, theta=1000.0)}),
+        ("gemma3", {"rope": RopeConfig(16, theta=50.0)}),
+        ("gpt_oss", {"windows": ()}),
+        ("gpt_oss", {"swiglu_limit": 7.0}),
+        ("gpt_oss", {"swiglu_alpha": 1.0}),
+    ],
+)
+def test_goldens_tell_options_apart(variant, changes, model_of):
+    changed = nnx.clone(model_of(variant))
+    config = dataclasses.replace(changed.config, **changes)
+    for _, module in nnx.iter_modules(changed):
+        if hasattr(module, "config"):
+            module.config = config
+    logits, _ = changed(jnp.asarray(token_ids(variant)))
+    assert np.abs(logits - goldens()[variant]).max() > 100 * TOLERANCE
+
+
+@for_each("gpt_oss")
+def test_sinks_take_attention(variant, model):
+    changed = nnx.clone(model)
+    for layer in changed.layers:
+        layer.self_attn.sinks[...] -= 30.0
+    logits, _ = changed(jnp.asarray(token_ids(variant)))
+    assert np.abs(logits - goldens()[variant]).max() > 100 * TOLERANCE
+
+
+@for_each("gemma2")
+def test_generate_goes_round_the_rings(variant, model):
+    """Greedy tokens are those of the uncached model, far past the window and the ring."""
+    prompts = [np.resize(token_ids(variant), length).tolist() for length in (150, 3)]
+    result = jaxkv.generate(model, prompts, max_new_tokens=8, max_context_length=160)
+    ring, full = result.config.groups
+    assert (ring.num_slots, full.num_slots) == (2 * (7 - 1 + 128), 2 * 160)
+    for prompt, tokens in zip(prompts, result.tokens, strict=True):
+        padded = np.resize(np.array(prompt + tokens, np.int32), 160)
+        logits, _ = step(model, padded, None)
+        seen = logits[len(prompt) - 1 : len(prompt) + len(tokens) - 1]
+        assert jnp.argmax(seen, axis=-1).tolist() == tokens
