@@ -13,11 +13,17 @@ def golden_logits(variant: str) -> np.ndarray:
     """Teacher-forced logits ``[tokens, vocab]`` of a variant, by transformers in float32."""
     import torch
     import transformers
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     fields = hf_config(variant)
+    fields.pop("quantization_config", None)  # its weights are given dequantized
     config = transformers.AutoConfig.for_model(**fields)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     tensors = {name: torch.from_numpy(tensor) for name, tensor in weights(variant).items()}
+    for blocks in [name for name in tensors if name.endswith("_blocks")]:
+        name = blocks.removesuffix("_blocks")
+        packed = tensors.pop(blocks), tensors.pop(f"{name}_scales")
+        tensors[name] = convert_moe_packed_tensors(*packed, dtype=torch.float32)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise SystemExit(f"{variant}: transformers misses {missing}, does not know {unexpected}")

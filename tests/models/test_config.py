@@ -49,12 +49,50 @@ def test_architecture_may_be_told_by_model_type():
         ({"hidden_size": None}, "config.json: hidden_size is missing"),
         ({"num_hidden_layers": "two"}, "num_layers must be an int of at least 1, got 'two'"),
         ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supp"),
         ({"hidden_act": "snake"}, "activation must be one of silu, .*, got 'snake'"),
     ],
 )
 def test_bad_llama_configs_are_refused_by_name(changes, message):
     with pytest.raises(CheckpointError, match=message):
         read(**changes)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "message"),
+    [
+        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types must be 2 of sliding"),
+        ("gemma2", {"layer_types": ["linear_attention"] * 2}, "got 2 with linear_attention"),
+        ("gemma2", {"sliding_window": 0}, r"windows must be 2 entries.* got \(0, None\)"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, "attention_softcap must be a positive"),
+        ("gemma3", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping = 5.0 is not supp"),
+        (
+            "gpt_oss",
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantization_config = .*awq",
+        ),
+        ("gpt_oss", {"num_experts_per_tok": 7}, "at most num_experts = 6 experts, got .* = 7"),
+    ],
+)
+def test_bad_configs_of_sliding_families_are_refused_by_name(variant, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        read(variant, **changes)
+
+
+def test_gemma3_of_the_hub_leaves_most_to_the_defaults():
+    """As gemma-3-4b-it says what it is."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    text |= {"model_type": "gemma3_text", "sliding_window": 1024}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+    config = DecoderConfig.from_hf(outer | {"eos_token_id": [1, 106], "text_config": text})
+    assert config.architecture == "Gemma3ForCausalLM"
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (8, 4, 256)
+    assert config.windows == ((1024,) * 5 + (None,)) * 5 + (1024,) * 4
+    assert (config.rope.theta, config.rope.factor, config.local_rope.theta) == (1e6, 8.0, 1e4)
+    assert config.local_rope.rope_type == "default"
+    assert config.tie_word_embeddings
+    assert config.eos_token_ids == (1, 106)
 
 
 @pytest.mark.parametrize(
@@ -83,3 +121,5 @@ def test_bad_fields_of_a_config_made_by_hand():
         DecoderConfig(True, 8, 8, 1, 1)
     with pytest.raises(ConfigError, match="architecture must be one of LlamaForCausalLM"):
         DecoderConfig(8, 8, 8, 1, 1, architecture="GPT2LMHeadModel")
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no windows"):
+        DecoderConfig(8, 8, 8, 1, 1, windows=(4,))

@@ -11,10 +11,19 @@ from flax import nnx
 
 import jaxkv
 from jaxkv.models import GPT2, Decoder, DecoderConfig, GPT2Config
+from tests.oracle import jit
 
 # Few different shapes: each costs a compilation of the random generator.
 LLAMA = DecoderConfig(64, 64, 64, num_layers=1, num_heads=4, num_kv_heads=2)
 TIED = DecoderConfig(64, 64, 64, 1, 4, 2, tie_word_embeddings=True)
+GEMMA2 = DecoderConfig(
+    *(64, 64, 64, 2, 4, 2), architecture="Gemma2ForCausalLM", windows=(4, None),
+    attention_softcap=2.0, logit_softcap=4.0, tie_word_embeddings=True,
+)  # fmt: skip
+GPT_OSS = DecoderConfig(
+    *(64, 64, 64, 1, 4, 2), architecture="GptOssForCausalLM", windows=(4,),
+    num_experts=4, experts_per_token=2,
+)  # fmt: skip
 SMALL_GPT2 = GPT2Config(64, 64, 1, num_heads=4, max_positions=16, intermediate_size=64)
 
 
@@ -67,14 +76,20 @@ def test_an_unknown_token_is_not_read_as_another():
     assert jnp.isnan(logits[1, 1]).all()
 
 
-@pytest.mark.parametrize("config", [TIED, SMALL_GPT2], ids=["llama", "gpt2"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        *((TIED, "float32"), (SMALL_GPT2, "float32")),
+        *((config, "bfloat16") for config in (TIED, SMALL_GPT2, GEMMA2, GPT_OSS)),
+    ],
+    ids=lambda value: getattr(value, "architecture", None),
+)
 def test_random_model_starts_near_uniform_and_every_weight_learns(config, dtype):
     model = make(config, dtype)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (8, 16)))
 
-    @nnx.jit
-    @nnx.value_and_grad
+    @jit
+    @jax.value_and_grad
     def loss(model):
         logits, _ = model(tokens[:, :-1])
         log_probs = jax.nn.log_softmax(logits)
@@ -82,7 +97,7 @@ def test_random_model_starts_near_uniform_and_every_weight_learns(config, dtype)
 
     value, grads = loss(model)
     assert value == pytest.approx(math.log(64), rel=0.02)
-    for path, grad in nnx.to_flat_state(grads):
+    for path, grad in nnx.to_flat_state(nnx.state(grads)):
         assert jnp.isfinite(grad[...]).all(), path
         # A key's bias moves all logits of a query alike, and softmax does not see it.
         assert "c_attn" in path or jnp.abs(grad[...]).max() > 0, path

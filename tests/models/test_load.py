@@ -70,7 +70,14 @@ def test_every_stored_dtype_into_every_other(tmp_path, stored, dtype):
 
 
 @pytest.mark.parametrize(
-    ("variant", "kind"), [("qwen3", Decoder), ("gpt2", GPT2), ("gpt2 untied", GPT2)]
+    ("variant", "kind"),
+    [
+        ("qwen3", Decoder),
+        ("gemma3 rope_parameters", Decoder),
+        ("gpt_oss", Decoder),
+        ("gpt2", GPT2),
+        ("gpt2 untied", GPT2),
+    ],
 )
 def test_save_then_load_gives_the_same_model(tmp_path, variant, kind):
     (tmp_path / "first").mkdir()
@@ -107,6 +114,44 @@ def test_names_without_prefix_and_tensors_that_are_no_weights(tmp_path):
         save_file(tensors | dict.fromkeys(extra, np.zeros((3, 3))), folder / "model.safetensors")
         got, _ = load(folder)
         np.testing.assert_array_equal(logits_of(got), logits_of(expected))
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_text_decoder_of_a_multimodal_folder(tmp_path, prefix):
+    """Under the names of the Hub, and under those of transformers 5 in memory."""
+    expected, _ = load(write_checkpoint("gemma3", tmp_path))
+    tensors = {
+        name.replace("model.", prefix, 1): tensor for name, tensor in weights("gemma3").items()
+    }
+    others = ("vision_tower.post_layernorm.bias", "multi_modal_projector.mm_soft_emb_norm.weight")
+    before = prefix.removeprefix("language_model.model.").removesuffix("language_model.")
+    tensors |= {before + name: np.zeros(3, np.float32) for name in others}
+    save_file(tensors, tmp_path / "model.safetensors")
+    text = hf_config("gemma3")
+    del text["architectures"]
+    about = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+    (tmp_path / "config.json").write_text(json.dumps(about | {"text_config": text}))
+    got, _ = load(tmp_path)
+    assert got.config == expected.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(got), nnx.state(expected))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"down_proj_scales": None}, ["down_proj_blocks has no", "down_proj_scales beside it"]),
+        ({"down_proj_scales": np.zeros((6, 32), np.uint8)}, ["[6, 32, 1, 16]", "and [6, 32]"]),
+        ({"down_proj_scales": np.zeros((6, 32, 1), np.int8)}, ["stored as I8; expected U8"]),
+        ({"down_proj_blocks": None}, ["down_proj is missing"]),
+    ],
+)
+def test_mxfp4_that_does_not_go_together(tmp_path, changes, words):
+    write_checkpoint("gpt_oss mxfp4", tmp_path)
+    named = {f"model.layers.1.mlp.experts.{name}": new for name, new in changes.items()}
+    tensors = weights("gpt_oss mxfp4") | named
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, tmp_path / "model.safetensors")
+    refused(tmp_path, *words)
 
 
 def test_tokenizer_comes_with_the_folder(folder):

@@ -179,6 +179,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt_oss defaults": _GPT_OSS | {"swiglu_limit": None, "rope_scaling": None, "rope_theta": None},
     "gpt_oss no bias": _GPT_OSS | {"attention_bias": False, "num_experts_per_tok": 1},
     "gpt_oss layer types": _GPT_OSS | {"layer_types": ["full_attention", "sliding_attention"]},
+    "gpt_oss mxfp4": _GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}},
     "gpt2": _GPT2,
     "gpt2 untied": _GPT2 | {"tie_word_embeddings": False},
     "gpt2 inner": _GPT2 | {"n_inner": 40, "layer_norm_epsilon": 1e-3},
@@ -210,6 +211,10 @@ def weights(variant: str) -> dict[str, np.ndarray]:
     shapes = _gpt2_shapes(config) if config["model_type"] == "gpt2" else _llama_shapes(config)
     made = {}
     for name, shape in shapes.items():
+        if name.endswith(("_blocks", "_scales")):  # scales of 1/32 to 1/8
+            low, high = (0, 256) if name.endswith("_blocks") else (122, 125)
+            made[name] = _generator(variant + name).integers(low, high, shape, dtype=np.uint8)
+            continue
         noise = 0.3 * _generator(variant + name).standard_normal(shape)
         is_norm_weight = "norm.weight" in name or (".ln_" in name and name.endswith("weight"))
         is_plus_one = config["model_type"].startswith("gemma")  # its norms add the one
@@ -219,7 +224,10 @@ def weights(variant: str) -> dict[str, np.ndarray]:
 
 def write_checkpoint(variant: str, folder: Path, dtype: str = "float32") -> Path:
     """The variant as a Hugging Face folder."""
-    tensors = {name: tensor.astype(_DTYPES[dtype]) for name, tensor in weights(variant).items()}
+    tensors = {
+        name: tensor.astype(_DTYPES[dtype]) if tensor.dtype == np.float32 else tensor
+        for name, tensor in weights(variant).items()
+    }
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(hf_config(variant)))
     return folder
@@ -276,14 +284,19 @@ def _expert_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, inner, experts = (
         config[name] for name in ("hidden_size", "intermediate_size", "num_local_experts")
     )
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         "mlp.router.weight": (experts, hidden),
         "mlp.router.bias": (experts,),
-        "mlp.experts.gate_up_proj": (experts, hidden, 2 * inner),
-        "mlp.experts.gate_up_proj_bias": (experts, 2 * inner),
-        "mlp.experts.down_proj": (experts, inner, hidden),
-        "mlp.experts.down_proj_bias": (experts, hidden),
     }
+    for name, rows, columns in (("gate_up", hidden, 2 * inner), ("down", inner, hidden)):
+        matrix = f"mlp.experts.{name}_proj"
+        shapes[f"{matrix}_bias"] = (experts, columns)
+        if "quantization_config" in config:
+            shapes[f"{matrix}_blocks"] = (experts, columns, rows // 32, 16)
+            shapes[f"{matrix}_scales"] = (experts, columns, rows // 32)
+        else:
+            shapes[matrix] = (experts, rows, columns)
+    return shapes
 
 
 def _gpt2_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
