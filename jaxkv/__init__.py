@@ -27,6 +27,8 @@ from jaxkv.errors import (
     CheckpointError,
     ConfigError,
     JaxkvError,
+    PoolFullError,
+    UnknownRequestError,
 )
 from jaxkv.generation import Generation, Timings, generate
 from jaxkv.hybrid import HybridCache, HybridConfig
@@ -61,10 +63,12 @@ __all__ = [
     "MemoryTracker",
     "Paged",
     "Plan",
+    "PoolFullError",
     "Purpose",
     "Ring",
     "Sampling",
     "Timings",
+    "UnknownRequestError",
     "advance",
     "append",
     "attend",

@@ -23,3 +23,15 @@ class CacheAllocationError(JaxkvError, MemoryError):
 
 class CheckpointError(JaxkvError, ValueError):
     """A model folder that cannot be loaded; the message names the file and the tensor."""
+
+
+class PoolFullError(JaxkvError, RuntimeError):
+    """Not enough pages of a paged pool are free now. Nothing changed; try when others are done."""
+
+
+class UnknownRequestError(JaxkvError, LookupError):
+    """A request that was never admitted, or has ended. Nothing changed."""
+
+
+class BookkeepingError(JaxkvError, AssertionError):
+    """The books of a page pool contradict themselves: a bug, or somebody changed them."""

@@ -227,6 +227,8 @@ BASES = {
     jaxkv.CacheClosedError: RuntimeError,
     jaxkv.CacheAllocationError: MemoryError,
     jaxkv.CheckpointError: ValueError,
+    jaxkv.PoolFullError: RuntimeError,
+    jaxkv.UnknownRequestError: LookupError,
 }
 
 

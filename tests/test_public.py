@@ -17,18 +17,21 @@ PACKAGE = ROOT / "jaxkv"
 
 # From the bottom up, as in ARCHITECTURE.md. A file imports from its own floor or lower ones.
 FLOORS = [
-    {"errors", "display", "text", "hf_config"},
-    {"codecs", "addressing"},
+    {"errors", "display", "text", "hf_config", "native"},
+    {"codecs", "addressing", "paging"},
     {"config"},
     {"kv_cache"},
     {"hybrid"},
+    {"model_shape"},
     {"checks"},
     {"cache"},
     {"attention"},
-    {"memory", "sampling", "model_shape", "known_models"},
+    {"policies"},
+    {"compression"},
+    {"memory", "sampling", "known_models", "snapshot"},
     {"decode"},
     {"generation"},
-    {"models"},
+    {"models", "integrations"},
     {"commands", "cli"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
