@@ -29,6 +29,7 @@ from jaxkv.errors import (
     JaxkvError,
     PoolFullError,
     UnknownRequestError,
+    SnapshotError,
 )
 from jaxkv.generation import Generation, Timings, generate
 from jaxkv.hybrid import HybridCache, HybridConfig
@@ -36,6 +37,7 @@ from jaxkv.known_models import cache_config
 from jaxkv.kv_cache import KVCache
 from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
 from jaxkv.sampling import Sampling, sample
+from jaxkv.snapshot import load, save
 
 if TYPE_CHECKING:
     from jaxkv import models
@@ -67,6 +69,7 @@ __all__ = [
     "Purpose",
     "Ring",
     "Sampling",
+    "SnapshotError",
     "Timings",
     "UnknownRequestError",
     "advance",
@@ -80,11 +83,13 @@ __all__ = [
     "fork",
     "generate",
     "layer",
+    "load",
     "models",
     "next_positions",
     "plan",
     "reset",
     "sample",
+    "save",
     "select",
     "session",
     "truncate",

@@ -1,0 +1,8 @@
+"""A cache as a file: `save` and `load`, and what a file says of itself."""
+
+from jaxkv.snapshot.fingerprint import fingerprint
+from jaxkv.snapshot.load import inspect, load
+from jaxkv.snapshot.manifest import Manifest
+from jaxkv.snapshot.save import save
+
+__all__ = ["Manifest", "fingerprint", "inspect", "load", "save"]

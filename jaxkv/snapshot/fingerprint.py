@@ -20,7 +20,7 @@ def fingerprint(model: Any) -> Fingerprint:
     Args:
       model: a pytree of arrays, such as a model of `jaxkv.models`: its ``config``'s fields and a
         checksum of all weights. Or, for a model that is a function, a name of your own choice;
-        or a mapping of facts.
+        or facts by name, all text.
 
     Returns:
       Facts by name. Two fingerprints are of one model when they are equal.
@@ -33,13 +33,13 @@ def fingerprint(model: Any) -> Fingerprint:
     """
     if isinstance(model, str):
         return {"name": model}
-    if isinstance(model, Mapping):
-        return {str(name): str(fact) for name, fact in model.items()}
+    if isinstance(model, Mapping) and all(isinstance(fact, str) for fact in model.values()):
+        return dict(model)
     paths, _ = jax.tree_util.tree_flatten_with_path(model)
     weights = [(jax.tree_util.keystr(path), leaf) for path, leaf in paths if _is_weight(leaf)]
     if not weights:
         raise TypeError(
-            f"model must be a pytree of arrays, a name or a mapping of facts, got {model!r}. "
+            f"model must be a pytree of arrays, a name, or facts by name, got {model!r}. "
             "Name a model that is a function, as in model='my-model, step 1000'."
         )
     config = getattr(model, "config", None)

@@ -1,0 +1,110 @@
+"""From the tensors of a file to the slots of a cache, whatever addressing either has."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxkv.addressing import Index
+from jaxkv.codecs import Leaves
+from jaxkv.errors import CacheFullError, SnapshotError
+from jaxkv.kv_cache import KVCache
+from jaxkv.snapshot.manifest import Group, Manifest
+from jaxkv.snapshot.places import places_of
+
+# Tokens that are on their way to the device at once, and so in its memory beside the cache.
+_TOKENS_AT_ONCE = 512
+
+
+class Fill:
+    """The tokens of a file, and the places of a cache that they go to. Made, it has checked all."""
+
+    def __init__(
+        self,
+        file: Path,
+        saved: Manifest,
+        number: int,
+        cache: KVCache,
+        rows: Sequence[int],
+        tensors: dict[str, np.ndarray],
+    ):
+        group = saved.groups[number]
+        self._cache = cache
+        self._index = _index(cache.index, group, saved.lengths, rows)
+        places = places_of(self._index)
+        room = np.broadcast_to(self._index.room, self._index.lengths.shape).reshape(-1)
+        self._moves = []
+        for sequence, (row, length) in enumerate(zip(rows, saved.lengths, strict=True)):
+            if length > room[row]:
+                raise CacheFullError(
+                    f"{file} holds {length} tokens, and the cache has room for {room[row]}. Give a "
+                    "larger max_context_length=, or assign more pages to the sequence."
+                )
+            stored = tensors.get(f"{number}.{sequence}.positions", np.arange(length))
+            positions, slots = places[row]
+            found = np.searchsorted(stored, positions)
+            if not _holds(stored, found, positions):
+                raise SnapshotError(
+                    f"{file} holds {len(stored)} of the {length} tokens of sequence {sequence}, "
+                    f"which its {group.config.addressing.name} addressing had kept; "
+                    f"{cache.config.addressing.name} needs tokens that are not among them. Load it "
+                    "with the addressing that it was saved with."
+                )
+            leaves = {name: tensors[f"{number}.{sequence}.{name}"] for name in cache.storage}
+            self._moves.append((leaves, found, slots))
+
+    def __call__(self) -> KVCache:
+        storage, config = self._cache.storage, self._cache.config
+        at_once = min(_TOKENS_AT_ONCE, self._index.extent)
+        # Tokens that fill up the last portion go nowhere, each to a place of its own.
+        nowhere = config.num_slots + np.arange(at_once, dtype=np.int32)
+        for leaves, found, slots in self._moves:
+            for start in range(0, len(slots), at_once):
+                part = found[start : start + at_once]
+                targets = nowhere.copy()
+                targets[: len(part)] = slots[start : start + at_once]
+                portions = {
+                    name: _portion(storage[name], leaves[name], part, at_once) for name in leaves
+                }
+                storage = _put(storage, targets, portions)
+        return KVCache(storage, self._index, config)
+
+
+@functools.partial(jax.jit, donate_argnames="storage")
+def _put(storage: Leaves, slots: Int[Array, " tokens"], portions: Leaves) -> Leaves:
+    return {
+        name: leaf.at[:, :, slots].set(portions[name], mode="drop", unique_indices=True)
+        for name, leaf in storage.items()
+    }
+
+
+def _portion(leaf: Array, stored: np.ndarray, found: np.ndarray, size: int) -> Array:
+    """Some tokens of a file, filled up to ``size``, where the leaf is and cut as it is cut."""
+    portion = np.zeros((*stored.shape[:2], size, *stored.shape[3:]), leaf.dtype)
+    portion[:, :, : len(found)] = stored[:, :, found].view(leaf.dtype)
+    try:
+        leaf.sharding.shard_shape(portion.shape)
+    except ValueError:  # cut along its slots: each device gets all, and keeps its own
+        return jnp.asarray(portion)
+    return jax.device_put(portion, leaf.sharding)
+
+
+def _index(index: Index, group: Group, lengths: Sequence[int], rows: Sequence[int]) -> Index:
+    """The index of a cache whose ``rows`` are as long, and as far written, as they were."""
+    new = np.array(index.lengths).reshape(-1)
+    for values in (0, group.written, lengths):
+        new[list(rows)] = values
+        shaped = new.reshape(index.lengths.shape).copy()
+        index = index.with_lengths(jax.device_put(shaped, index.lengths.sharding))
+    return index
+
+
+def _holds(stored: np.ndarray, found: np.ndarray, positions: np.ndarray) -> bool:
+    """Whether stored positions rise, and ``found`` is where the wanted ones are among them."""
+    if (np.diff(stored) <= 0).any() or (len(found) and found[-1] >= len(stored)):
+        return False
+    return bool((stored[found] == positions).all())

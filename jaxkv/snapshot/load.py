@@ -1,0 +1,171 @@
+"""Going on from a saved cache."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Sharding
+
+from jaxkv.addressing import Addressing
+from jaxkv.cache import create
+from jaxkv.codecs import Codec
+from jaxkv.errors import CacheFullError, SnapshotError
+from jaxkv.hybrid import AnyCache, HybridCache
+from jaxkv.memory.allocate import allocate
+from jaxkv.snapshot import container, manifest
+from jaxkv.snapshot.fill import Fill
+from jaxkv.snapshot.fingerprint import differences, fingerprint
+from jaxkv.snapshot.manifest import Manifest
+from jaxkv.snapshot.places import caches_of
+from jaxkv.snapshot.save import Tokens, token_ids
+
+
+def inspect(
+    path: str | os.PathLike, *, codec: Codec | None = None, addressing: Addressing | None = None
+) -> Manifest:
+    """What a saved cache is: config, lengths, model. Reads the header alone.
+
+    Args:
+      path: the file.
+      codec, addressing: those that it was saved with, if they are not jaxkv's own.
+
+    Raises:
+      OSError: no such file.
+      SnapshotError: not a file that `save` wrote.
+    """
+    file = Path(path)
+    return manifest.read(file, container.read_manifest(file), codec, addressing)
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    tokens: Tokens | None = None,
+    model: Any = None,
+    max_context_length: int | None = None,
+    addressing: Addressing | None = None,
+    codec: Codec | None = None,
+    device: Any = None,
+    into: AnyCache | None = None,
+    rows: Sequence[int] | None = None,
+) -> AnyCache:
+    """The cache that `save` wrote: what comes after is bitwise what it would have been.
+
+    The whole file is checked before any memory of the device is touched. It is mapped, and goes
+    to the device (each shard to its own) some hundred tokens at a time.
+
+    Args:
+      path: the file.
+      tokens: the ids that it must have been filled with.
+      model: the model that must have written it: what `save` was given.
+      max_context_length: of the new cache; as it was if None. Say it for a file that you do not
+        trust, which could ask for all memory there is.
+      addressing: of the new cache; as it was if None. A ring keeps the newest tokens alone, so
+        what it saved fits no larger window.
+      codec: the one that it was saved with, if it is not one of jaxkv's own.
+      device: where the new cache lives: a `jax.Device` or `jax.sharding.Sharding`.
+      into: a cache to load into instead of a new one, of the same layers, heads and codec. It is
+        donated: use the one that is returned. Pages of a pool must be assigned before.
+      rows: which sequences of ``into`` the file's are; all if None.
+
+    Raises:
+      OSError: no such file.
+      SnapshotError: a file that is damaged, or of another model, prompt or kind of cache.
+      CacheFullError: longer than the context, or than the pages assigned.
+      CacheAllocationError: the new cache does not fit in memory.
+      ValueError: rows that ``into`` has not, or not as many as the file's sequences.
+    """
+    file = Path(path)
+
+    def layout_of(json: Any) -> container.Layout:
+        return manifest.read(file, json, codec, addressing).layout()
+
+    with container.opened(file, layout_of) as (json, tensors):
+        saved = manifest.read(file, json, codec, addressing)
+        if model is not None:
+            _check_model(file, saved, fingerprint(model))
+        if tokens is not None:
+            _check_tokens(file, saved, tensors, tokens)
+        if into is None:
+            cache = _new(saved, max_context_length, addressing, device)
+            rows = range(len(saved.lengths))
+        else:
+            cache, rows = into, _checked_rows(file, saved, into, rows)
+        fills = [
+            Fill(file, saved, number, group, rows, tensors)
+            for number, group in enumerate(caches_of(cache))
+        ]
+        filled = tuple(fill() for fill in fills)  # once all of them are known to fit
+    return HybridCache(filled, cache.config) if isinstance(cache, HybridCache) else filled[0]
+
+
+def _new(
+    saved: Manifest, max_context_length: int | None, addressing: Addressing | None, device: Any
+) -> AnyCache:
+    fields = {"max_context_length": max_context_length, "addressing": addressing}
+    config = saved.config.replace(**{name: value for name, value in fields.items() if value})
+    longest = max(saved.lengths)
+    if longest > config.max_context_length:
+        raise CacheFullError(
+            f"The saved cache holds {longest} tokens, more than max_context_length="
+            f"{config.max_context_length}."
+        )
+    if isinstance(device, Sharding):
+        return create(config, device=device)
+    return allocate(config, device=device)
+
+
+def _checked_rows(
+    file: Path, saved: Manifest, into: AnyCache, rows: Sequence[int] | None
+) -> list[int]:
+    """The rows of ``into`` that the file's sequences go to."""
+    theirs = [group.config for group in saved.groups]
+    ours = [cache.config for cache in caches_of(into)]
+    for field in ("num_layers", "num_kv_heads", "head_dim", "codec"):
+        saved_as, wanted = ([getattr(c, field) for c in configs] for configs in (theirs, ours))
+        if saved_as != wanted:
+            raise SnapshotError(
+                f"{file} has {field} {saved_as}, and the cache to load it into {wanted}."
+            )
+    count = into.config.batch_size or 1
+    chosen = list(range(count)) if rows is None else [int(row) for row in rows]
+    if len(chosen) != len(saved.lengths) or len(set(chosen)) != len(chosen):
+        raise ValueError(
+            f"load: the file has {len(saved.lengths)} sequences, each for a row of its own; got "
+            f"rows {chosen}."
+        )
+    if any(not 0 <= row < count for row in chosen):
+        raise ValueError(f"load: rows must be from 0 to {count - 1}, got {chosen}.")
+    return chosen
+
+
+def _check_model(file: Path, saved: Manifest, given: dict[str, str]) -> None:
+    if saved.model is None:
+        raise SnapshotError(
+            f"{file} does not say which model wrote it. Save it with model=, or load it without."
+        )
+    if different := differences(saved.model, given):
+        raise SnapshotError(f"{file} is of another model: {'; '.join(different)}.")
+
+
+def _check_tokens(
+    file: Path, saved: Manifest, tensors: dict[str, np.ndarray], tokens: Tokens
+) -> None:
+    if not saved.has_tokens:
+        raise SnapshotError(
+            f"{file} does not say which tokens it holds. Save it with tokens=, or load it without."
+        )
+    try:
+        given = token_ids(tokens, saved.config.batch_size, saved.lengths)
+    except ValueError as error:
+        raise SnapshotError(f"{file} is of another prompt: {error}") from error
+    for sequence, ids in enumerate(given):
+        held = tensors[f"{sequence}.tokens"]
+        if (different := np.flatnonzero(held != ids)).size:
+            place = int(different[0])
+            raise SnapshotError(
+                f"{file} is of another prompt: token {place} of sequence {sequence} is "
+                f"{held[place]} in the file and {ids[place]} here."
+            )

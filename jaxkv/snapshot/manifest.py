@@ -1,0 +1,229 @@
+"""What a snapshot says of itself: plain JSON, of which every field is checked when read."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxkv.addressing import ADDRESSINGS, Addressing
+from jaxkv.codecs import CODECS, Codec
+from jaxkv.config import KVCacheConfig
+from jaxkv.errors import SnapshotError
+from jaxkv.hybrid import AnyConfig, HybridConfig
+from jaxkv.snapshot.container import Layout, Spec
+from jaxkv.snapshot.fingerprint import Fingerprint
+
+FORMAT = 1
+_LARGEST = 2**31 - 1
+_SHAPE = ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One `KVCache` of the file: all of it, or a hybrid cache's layers of one kind.
+
+    Attributes:
+      written: how far each sequence was ever written; more than its length after a rollback.
+      held: tokens of each sequence that are in the file; fewer than its length for a ring.
+    """
+
+    config: KVCacheConfig
+    written: tuple[int, ...]
+    held: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `jaxkv.snapshot.inspect` shows.
+
+    Attributes:
+      saved_by: the version of jaxkv.
+      lengths: tokens of each sequence.
+      model: the fingerprint of the model that wrote the cache, or None.
+      has_tokens: whether the token ids are in the file too.
+      groups: one, or for a hybrid cache one a kind of layer.
+      group_of_layer: as in `HybridConfig`; None for a plain cache.
+    """
+
+    saved_by: str
+    lengths: tuple[int, ...]
+    model: Fingerprint | None
+    has_tokens: bool
+    groups: tuple[Group, ...]
+    group_of_layer: tuple[int, ...] | None
+
+    @property
+    def config(self) -> AnyConfig:
+        """Of the cache that was saved."""
+        configs = tuple(group.config for group in self.groups)
+        return configs[0] if self.group_of_layer is None else HybridConfig(
+            configs, self.group_of_layer
+        )  # fmt: skip
+
+    def layout(self) -> Layout:
+        """The tensors that such a file has: ``group.sequence.leaf``, and ``sequence.tokens``."""
+        layout = dict(self._vectors())
+        if self.has_tokens:
+            for sequence, length in enumerate(self.lengths):
+                layout[f"{sequence}.tokens"] = Spec("int32", (length,))
+        return layout
+
+    def _vectors(self) -> Iterator[tuple[str, Spec]]:
+        for number, group in enumerate(self.groups):
+            config = group.config
+            for sequence, (held, length) in enumerate(zip(group.held, self.lengths, strict=True)):
+                prefix = (config.num_layers, 2, held, config.num_kv_heads)
+                for leaf, (shape, dtype) in config.codec.leaves(config.head_dim).items():
+                    yield f"{number}.{sequence}.{leaf}", Spec(dtype, (*prefix, *shape))
+                if held != length:
+                    yield f"{number}.{sequence}.positions", Spec("int32", (held,))
+
+    def to_json(self) -> dict[str, Any]:
+        groups = [
+            {"config": _config_json(group.config), "written": group.written, "held": group.held}
+            for group in self.groups
+        ]
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"format": FORMAT, **fields, "groups": groups}
+
+
+def read(
+    path: Path, json: Any, codec: Codec | None = None, addressing: Addressing | None = None
+) -> Manifest:
+    """The manifest in a file's header.
+
+    Args:
+      path: for messages.
+      json: what the header says.
+      codec, addressing: those of the saved cache, where jaxkv does not know them by name.
+
+    Raises:
+      SnapshotError: a field that is missing, not there in this format, or out of its range.
+    """
+    reader = _Reader(path, codec, addressing)
+    if isinstance(json, dict) and json.get("format") != FORMAT:
+        raise SnapshotError(
+            f"{path} has format {json.get('format')!r}; this version of jaxkv reads {FORMAT}. "
+            f"It was saved by {json.get('saved_by')!r}."
+        )
+    try:
+        return reader.manifest(json)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        if isinstance(error, SnapshotError):
+            raise
+        raise SnapshotError(f"{path} does not describe a cache: {error}") from error
+
+
+class _Reader:
+    def __init__(self, path: Path, codec: Codec | None, addressing: Addressing | None):
+        self._path = path
+        self._given = {"codec": codec, "addressing": addressing}
+
+    def manifest(self, json: Any) -> Manifest:
+        saved_by, lengths, model, has_tokens, groups, group_of_layer = self._fields(
+            json, "saved_by lengths model has_tokens groups group_of_layer", also=("format",)
+        )
+        if not isinstance(saved_by, str) or not isinstance(has_tokens, bool):
+            raise ValueError("saved_by must be text and has_tokens true or false.")
+        if not isinstance(groups, list) or not groups:
+            raise ValueError("groups must be a list of at least one.")
+        manifest = Manifest(
+            saved_by,
+            self._counts("lengths", lengths),
+            self._model(model),
+            has_tokens,
+            tuple(self._group(group, lengths) for group in groups),
+            None if group_of_layer is None else self._counts("group_of_layer", group_of_layer),
+        )
+        if group_of_layer is None and len(groups) > 1:
+            raise ValueError("several groups need a group_of_layer.")
+        sequences = manifest.config.batch_size or 1  # a HybridConfig checks what it is made of
+        if len(lengths) != sequences:
+            raise ValueError(f"{len(lengths)} lengths for {sequences} sequences.")
+        return manifest
+
+    def _group(self, json: Any, lengths: list[int]) -> Group:
+        config_json, written, held = self._fields(json, "config written held")
+        config = self._config(config_json)
+        written, held = self._counts("written", written), self._counts("held", held)
+        if not len(written) == len(held) == len(lengths):
+            raise ValueError("lengths, written and held must be one a sequence.")
+        for length, reach, count in zip(lengths, written, held, strict=True):
+            if not count <= length <= min(reach, config.max_context_length):
+                raise ValueError(
+                    f"a sequence of {length} tokens cannot hold {count}, have been written up to "
+                    f"{reach}, and stand in a context of {config.max_context_length}."
+                )
+        return Group(config, written, held)
+
+    def _config(self, json: Any) -> KVCacheConfig:
+        *shape, codec, addressing = self._fields(json, " ".join((*_SHAPE, "codec", "addressing")))
+        self._counts("the shape of a cache", [1 if count is None else count for count in shape])
+        config = KVCacheConfig(
+            **dict(zip(_SHAPE, shape, strict=True)),
+            codec=self._known("codec", codec, CODECS),
+            addressing=self._known("addressing", addressing, ADDRESSINGS),
+        )
+        if config.num_slots > _LARGEST or config.size_bytes > _LARGEST**2:
+            raise ValueError(f"{config.describe()} is larger than any memory.")
+        return config
+
+    def _known(self, what: str, json: Any, table: Mapping[str, Any]) -> Any:
+        """The codec or addressing that a file names: of the table's kinds, or the one given."""
+        given = self._given[what]
+        if given is not None and _kind_json(given) == json:
+            return given
+        kinds = {type(row).__name__: type(row) for row in table.values()}
+        name, fields = self._fields(json, "kind fields")
+        if not isinstance(name, str) or name not in kinds or not isinstance(fields, dict):
+            raise SnapshotError(
+                f"{self._path} was saved with the {what} {name!r}, which jaxkv does not know: give "
+                f"the one that it was saved with as {what}=."
+            )
+        value = kinds[name](**{field: _as_tuples(value) for field, value in fields.items()})
+        if _kind_json(value) != json:
+            raise ValueError(f"{what} {json!r} is not {value!r}.")
+        return value
+
+    def _model(self, json: Any) -> Fingerprint | None:
+        if json is None:
+            return None
+        if not isinstance(json, dict) or not all(isinstance(fact, str) for fact in json.values()):
+            raise ValueError("model must be facts by name.")
+        return json
+
+    def _counts(self, what: str, json: Any) -> tuple[int, ...]:
+        if not isinstance(json, list) or not all(
+            type(count) is int and 0 <= count <= _LARGEST for count in json
+        ):
+            raise ValueError(f"{what} must be ints from 0 to {_LARGEST}.")
+        return tuple(json)
+
+    def _fields(self, json: Any, names: str, also: tuple[str, ...] = ()) -> list[Any]:
+        wanted = names.split()
+        if not isinstance(json, dict) or json.keys() != {*wanted, *also}:
+            raise ValueError(f"expected an object with {names}.")
+        return [json[name] for name in wanted]
+
+
+def _config_json(config: KVCacheConfig) -> dict[str, Any]:
+    shape = {field: getattr(config, field) for field in _SHAPE}
+    kinds = {"codec": _kind_json(config.codec), "addressing": _kind_json(config.addressing)}
+    return {**shape, **kinds}
+
+
+def _kind_json(value: Any) -> dict[str, Any]:
+    """A codec or an addressing: its class and its fields."""
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    plain = {field.name: _as_lists(getattr(value, field.name)) for field in fields if field.init}
+    return {"kind": type(value).__name__, "fields": plain}
+
+
+def _as_lists(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_as_lists(item) for item in value]
+    return value if isinstance(value, str | int | float | None) else repr(value)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value

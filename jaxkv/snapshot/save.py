@@ -1,0 +1,132 @@
+"""Saving a cache to a file."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxkv.cache import check
+from jaxkv.hybrid import AnyCache
+from jaxkv.kv_cache import KVCache
+from jaxkv.snapshot import container
+from jaxkv.snapshot.fingerprint import fingerprint
+from jaxkv.snapshot.manifest import Group, Manifest
+from jaxkv.snapshot.places import Places, caches_of, places_of, written_of
+
+Tokens = Sequence[int] | Sequence[Sequence[int]] | Int[Array, "*batch tokens"]
+
+
+def save(
+    cache: AnyCache, path: str | os.PathLike, *, tokens: Tokens | None = None, model: Any = None
+) -> None:
+    """Write a cache's tokens to a file that `load` goes on from, bit for bit.
+
+    A safetensors file with what the codec stores of each token and no more: free slots and
+    other sequences' pages are left out. It appears under its name when all of it is on disk, so
+    a crash leaves the old file or the new one; every byte is under a checksum.
+
+    Args:
+      cache: of any codec and addressing, single, batched or hybrid.
+      path: the file; replaced if there is one.
+      tokens: the ids that the cache was filled with, as many as it is long (a list a sequence for
+        a batch), to be compared on `load` and to enter a prefix cache.
+      model: what wrote the cache, to be compared on `load`; see `jaxkv.snapshot.fingerprint`.
+
+    Raises:
+      CacheFullError, CacheClosedError: the cache is not sound.
+      ValueError: tokens that are not as many as the cache holds.
+      OSError: the file cannot be written. What was there before is as it was.
+
+    >>> import tempfile, jaxkv
+    >>> cache = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 16, 1, 4)), 3)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jaxkv.save(cache, f"{folder}/prompt", tokens=[7, 8, 9], model="my-model")
+    ...     jaxkv.load(f"{folder}/prompt", tokens=[7, 8, 9], model="my-model").lengths.item()
+    3
+    """
+    from jaxkv import __version__
+
+    check(cache)
+    sources = [_Source.of(group) for group in caches_of(cache)]
+    lengths = tuple(np.asarray(cache.lengths).reshape(-1).tolist())
+    ids = None if tokens is None else token_ids(tokens, cache.config.batch_size, lengths)
+    manifest = Manifest(
+        saved_by=f"jaxkv {__version__}",
+        lengths=lengths,
+        model=None if model is None else fingerprint(model),
+        has_tokens=ids is not None,
+        groups=tuple(source.described for source in sources),
+        group_of_layer=getattr(cache.config, "group_of_layer", None),
+    )
+
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        first, *rest = name.split(".", 2)
+        if ids is not None and rest == ["tokens"]:
+            return iter([ids[int(first)]])
+        return sources[int(first)].pieces(int(rest[0]), rest[1])
+
+    container.write(Path(path), manifest.to_json(), manifest.layout(), pieces)
+
+
+def token_ids(tokens: Tokens, batch_size: int | None, lengths: Sequence[int]) -> list[np.ndarray]:
+    """The ids of each sequence, int32.
+
+    Raises:
+      ValueError: not ints, or not as many as ``lengths`` says.
+    """
+    rows = [tokens] if batch_size is None else list(tokens)
+    ids = [np.asarray(row) for row in rows]
+    ids = [row.astype(np.int32) if row.size == 0 else row for row in ids]  # [] is of no ints
+    if any(row.ndim != 1 or not np.issubdtype(row.dtype, np.integer) for row in ids):
+        each = "" if batch_size is None else ", a list a sequence"
+        raise ValueError(f"tokens must be token ids, ints{each}.")
+    if [len(row) for row in ids] != list(lengths):
+        raise ValueError(
+            f"tokens must be those that the cache holds, {list(lengths)} a sequence, got "
+            f"{[len(row) for row in ids]}. Truncate the cache to the tokens that you have."
+        )
+    return [row.astype(np.int32) for row in ids]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A cache, and where its tokens are."""
+
+    cache: KVCache
+    places: list[Places]
+
+    @classmethod
+    def of(cls, cache: KVCache) -> "_Source":
+        return cls(cache, places_of(cache.index))
+
+    @property
+    def described(self) -> Group:
+        written = tuple(written_of(self.cache.index).tolist())
+        return Group(self.cache.config, written, tuple(len(p.slots) for p in self.places))
+
+    def pieces(self, sequence: int, leaf: str) -> Iterator[np.ndarray]:
+        """Of one sequence's positions, or of what the codec stores under a name: by layers."""
+        positions, slots = self.places[sequence]
+        if leaf == "positions":
+            yield positions
+            return
+        config, stored = self.cache.config, self.cache.storage[leaf]
+        _, dtype = config.codec.leaves(config.head_dim)[leaf]
+        buffer: Any = np.asarray(stored) if _is_in_host_memory(stored) else stored
+        for layer in range(config.num_layers):
+            # Gathered where the buffer is: a pool may be larger than the memory here.
+            rows = buffer[layer][:, slots]
+            yield np.asarray(rows).view(jnp.dtype(dtype))
+
+
+def _is_in_host_memory(buffer: Array) -> bool:
+    """Whether numpy can see it without a copy."""
+    devices: list[Any] = list(buffer.sharding.device_set)
+    return len(devices) == 1 and (
+        devices[0].platform == "cpu" or "host" in (buffer.sharding.memory_kind or "")
+    )
