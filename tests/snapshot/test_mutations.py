@@ -1,0 +1,206 @@
+"""Files that chance or malice has changed: refused without a trace, or loaded exactly.
+
+A few hundred by default, 10,000 with ``--hypothesis-profile=nightly``.
+"""
+
+import copy
+import importlib
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jaxkv
+from jaxkv.errors import JaxkvError
+from jaxkv.snapshot import container, load, manifest
+from tests.snapshot.test_snapshot import filled, small_config
+
+load_module = importlib.import_module("jaxkv.snapshot.load")
+FIELDS = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 4}
+CACHES = {
+    "int8": small_config("int8", **FIELDS),
+    "ring": small_config("bfloat16", "ring", batch_size=2, **FIELDS),
+}
+kinds = st.sampled_from(sorted(CACHES))
+many = settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Kind -> (bytes of a file, what is loaded from it)."""
+    folder, found = tmp_path_factory.mktemp("saved"), {}
+    for kind, config in CACHES.items():
+        cache = filled(config, 9 if kind == "int8" else np.array([12, 3]))
+        ids = np.arange(9) if kind == "int8" else [range(12), range(3)]
+        jaxkv.save(cache, folder / kind, tokens=ids, model="tiny")
+        found[kind] = (folder / kind).read_bytes(), contents_of(load(folder / kind))
+    return found
+
+
+def contents_of(cache):
+    return [(leaf.dtype, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(cache)]
+
+
+def assert_refused_or_exact(path, contents, kind, expected):
+    path.write_bytes(contents)
+    created = []
+
+    def allocate(config, device):
+        created.append(config)
+        return jaxkv.create(config, device=device)
+
+    # What a careful caller says: the file has no say in how much is allocated.
+    options = {"max_context_length": 16, "addressing": CACHES[kind].addressing}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_module, "allocate", allocate)
+        cache, error = outcome(path, model="tiny", **options)
+    if error is None:
+        assert contents_of(cache) == expected
+    else:
+        assert str(path) in error
+        assert not created
+
+
+def outcome(path, **options):
+    """The cache, or what the error says."""
+    try:
+        return load(path, **options), None
+    except JaxkvError as error:
+        return None, str(error)
+
+
+# --- any bytes ---------------------------------------------------------------------------------
+
+places = st.floats(0, 1)
+byte_edits = st.one_of(
+    st.tuples(st.just("flip"), places, st.integers(1, 255)),
+    st.tuples(st.just("write"), places, st.binary(min_size=1, max_size=40)),
+    st.tuples(st.just("insert"), places, st.binary(min_size=1, max_size=40)),
+    st.tuples(st.just("delete"), places, st.integers(1, 200)),
+    st.tuples(st.just("double"), places, st.integers(1, 200)),
+    st.tuples(st.just("cut"), places, st.none()),
+)
+
+
+def edited(contents, edits):
+    contents = bytearray(contents)
+    for what, where, value in edits:
+        place = int(where * max(len(contents) - 1, 0))
+        if what == "flip" and contents:
+            contents[place] ^= value
+        elif what == "write":
+            contents[place : place + len(value)] = value
+        elif what == "insert":
+            contents[place:place] = value
+        elif what == "delete":
+            del contents[place : place + value]
+        elif what == "double":
+            contents[place:place] = contents[place : place + value]
+        elif what == "cut":
+            del contents[place:]
+    return bytes(contents)
+
+
+@many
+@given(kind=kinds, edits=st.lists(byte_edits, min_size=1, max_size=3))
+def test_changed_bytes(tmp_path, saved, kind, edits):
+    contents, expected = saved[kind]
+    assert_refused_or_exact(tmp_path / "file", edited(contents, edits), kind, expected)
+
+
+# --- headers with a valid seal -----------------------------------------------------------------
+
+DEEP = json.loads("[" * 400 + "]" * 400)
+hostile = st.sampled_from(
+    [None, True, False, 0, 1, -1, 2, 9, 2**31, 2**63, 10**40, 0.5, float("nan"), "", "F64", "I8",
+     "Rotated", "a" * 300, [], [0], [[0]], [3, 9], [2**40] * 5, {}, {"kind": "Dense"}, DEEP]
+)  # fmt: skip
+
+
+def paths_in(value, prefix=()):
+    yield prefix
+    children = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    for key, child in children:
+        yield from paths_in(child, (*prefix, key))
+
+
+def changed(document, choose, value, how):
+    """The document with one of its parts replaced, removed, or doubled under another name."""
+    document = copy.deepcopy(document)
+    paths = [path for path in paths_in(document) if path]
+    *parents, last = paths[int(choose * (len(paths) - 1))]
+    parent = document
+    for key in parents:
+        parent = parent[key]
+    if how == "replace":
+        parent[last] = value
+    elif how == "remove":
+        del parent[last]
+    elif isinstance(parent, dict):
+        parent[f"{last}2"] = value
+    else:
+        parent.append(value)
+    return document
+
+
+@many
+@given(
+    kind=kinds,
+    part=st.sampled_from(["manifest", "checksums", "tensors"]),
+    changes=st.lists(
+        st.tuples(places, hostile, st.sampled_from(["replace", "remove", "add"])),
+        min_size=1, max_size=2,
+    ),
+)  # fmt: skip
+def test_hostile_headers(tmp_path, saved, kind, part, changes):
+    contents, expected = saved[kind]
+    length = int.from_bytes(contents[:8], "little")
+    table = json.loads(contents[8 : 8 + length])
+    metadata = table.pop("__metadata__")
+    documents = {
+        "manifest": json.loads(metadata["jaxkv"]),
+        "checksums": json.loads(metadata["sha256"]),
+        "tensors": table,
+    }
+    for choose, value, how in changes:
+        if documents[part]:
+            documents[part] = changed(documents[part], choose, value, how)
+    texts = [container._canonical(documents[name]) for name in ("manifest", "checksums")]
+    sealed = {"jaxkv": texts[0], "sha256": texts[1], "seal": container._seal(*texts)}
+    header = container._canonical({"__metadata__": sealed, **documents["tensors"]}).encode()
+    header += b" " * (-len(header) % 8)
+    forged = len(header).to_bytes(8, "little") + header + contents[8 + length :]
+    assert_refused_or_exact(tmp_path / "file", forged, kind, expected)
+
+
+@many
+@given(kind=kinds, choose=places, value=hostile, how=st.sampled_from(["replace", "remove", "add"]))
+def test_hostile_files_that_agree_with_themselves(tmp_path, saved, kind, choose, value, how):
+    """Another manifest with the tensors that it describes: refused, or a cache without a crash."""
+    contents, _ = saved[kind]
+    path = tmp_path / "file"
+    path.write_bytes(contents)
+    forged = changed(container.read_manifest(path), choose, value, how)
+    try:
+        layout = manifest.read(path, forged).layout()
+    except jaxkv.SnapshotError:
+        return
+    if sum(spec.size_bytes for spec in layout.values()) > 1 << 20:
+        return
+
+    def garbage(name):
+        return [np.zeros(layout[name].size_bytes, np.uint8)]
+
+    container.write(path, forged, layout, garbage)
+    outcome(path, max_context_length=64, addressing=jaxkv.Contiguous())  # any JaxkvError is fine
