@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxkv.addressing import Addressing, Contiguous, Paged, Ring
-from jaxkv.attention import attend, explain
+from jaxkv.attention import attend, explain, observed
 from jaxkv.cache import (
     advance,
     append,
@@ -36,6 +36,7 @@ from jaxkv.hybrid import HybridCache, HybridConfig
 from jaxkv.known_models import cache_config
 from jaxkv.kv_cache import KVCache
 from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
+from jaxkv.policies import reconstruction_scores
 from jaxkv.sampling import Sampling, sample
 from jaxkv.snapshot import load, save
 
@@ -86,7 +87,9 @@ __all__ = [
     "load",
     "models",
     "next_positions",
+    "observed",
     "plan",
+    "reconstruction_scores",
     "reset",
     "sample",
     "save",

@@ -1,5 +1,6 @@
 """Reading the cache: masks, and a file an implementation."""
 
 from jaxkv.attention.attend import IMPLEMENTATIONS, attend, explain
+from jaxkv.attention.observed import observed, watch
 
-__all__ = ["IMPLEMENTATIONS", "attend", "explain"]
+__all__ = ["IMPLEMENTATIONS", "attend", "explain", "observed", "watch"]

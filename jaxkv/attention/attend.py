@@ -12,6 +12,7 @@ from jaxkv.attention.blockwise import KEY_BLOCK, blockwise
 from jaxkv.attention.native import cannot_serve as native_cannot_serve
 from jaxkv.attention.native import native
 from jaxkv.attention.native import should_not_serve as native_should_not_serve
+from jaxkv.attention.observed import Call, notify
 from jaxkv.attention.reference import reference
 from jaxkv.attention.request import Grouped, Request
 from jaxkv.cache import token_positions
@@ -118,6 +119,7 @@ def attend(
     if reason := IMPLEMENTATIONS[name].cannot_serve(cache, tokens):
         raise ValueError(f"implementation {name!r} cannot serve this call: {reason}.")
 
+    notify(Call(cache, queries, layer, num_tokens))
     if tokens == 0:
         return queries
     batch, group = config.batch_size or 1, heads // config.num_kv_heads

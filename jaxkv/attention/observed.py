@@ -1,0 +1,99 @@
+"""A model's queries, for policies that score tokens by them: seen where it calls `attend`."""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxkv.kv_cache import KVCache, Layer, NumTokens
+
+
+class Call(NamedTuple):
+    """One call of `attend`: its cache holds the keys and values of the same tokens."""
+
+    cache: KVCache
+    queries: Float[Array, "*batch tokens heads head_dim"]
+    layer: Layer
+    num_tokens: NumTokens | None
+
+
+_calls: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("calls", default=None)
+
+
+def notify(call: Call) -> None:
+    """Add a call to those that are being watched for, if any are."""
+    if (calls := _calls.get()) is not None:
+        if isinstance(call.layer, jax.core.Tracer):
+            raise TypeError(
+                "The queries of a model that scans over its layers cannot be observed: attend was "
+                "called with a traced layer. Give the policy its queries yourself, as "
+                "[layers, *batch, window, heads, head_dim]."
+            )
+        calls.append(call)
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[Call]]:
+    """The calls of `attend` inside the block, in order. Use it inside what is jitted."""
+    calls: list[Call] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+def observed(
+    model: Callable[..., tuple[Array, KVCache]], *, window: int | None = None
+) -> Callable[..., tuple[Array, KVCache, Float[Array, "layers *batch window heads head_dim"]]]:
+    """The same model, which returns its queries too: ``(logits, cache, queries)``.
+
+    Args:
+      model: ``model(tokens, cache, ...) -> (logits, cache)`` that calls `attend` once a layer,
+        with a static layer. Jit the result rather than the model.
+      window: how many queries to return, the newest ones; as many as tokens if None. All of a
+        long prompt's are larger than its keys and values.
+
+    Returns:
+      A function whose third output is ``[layers, *batch, window, heads, head_dim]``, float32; in
+      a batch padded on the right (``num_tokens``) each sequence's last query is its last token's.
+
+    >>> import jax.numpy as jnp, jaxkv
+    >>> def model(tokens, cache):
+    ...     vectors = jnp.ones((len(tokens), 1, 4))
+    ...     cache = jaxkv.append(cache, vectors, vectors, layer=0)
+    ...     return jaxkv.attend(cache, vectors, layer=0), jaxkv.advance(cache, len(tokens))
+    >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, num_kv_heads=1, head_dim=4))
+    >>> _, cache, queries = observed(model, window=2)(jnp.arange(3), cache)
+    >>> queries.shape
+    (1, 2, 1, 4)
+    """
+
+    def run(*arguments: Any, **options: Any) -> tuple[Array, KVCache, Array]:
+        with watch() as calls:
+            logits, cache = model(*arguments, **options)
+        newest = {call.layer: _newest(call, window) for call in calls}
+        if sorted(newest) != list(range(len(calls))):
+            layers = [call.layer for call in calls]
+            raise ValueError(
+                f"observed: expected one call of attend a layer, in any order, got layers {layers}."
+            )
+        return logits, cache, jnp.stack([newest[number] for number in range(len(calls))])
+
+    return run
+
+
+def _newest(call: Call, window: int | None) -> Array:
+    queries = call.queries.astype(jnp.float32)
+    tokens = queries.shape[-3]
+    if call.num_tokens is not None:  # the newest real one to the end
+        padding = tokens - jnp.broadcast_to(
+            jnp.asarray(call.num_tokens), call.cache.config.batch_shape
+        )
+        roll = lambda rows, shift: jnp.roll(rows, shift, axis=0)  # noqa: E731
+        queries = (jax.vmap(roll) if padding.ndim else roll)(queries, padding)
+    return queries[..., tokens - min(window or tokens, tokens) :, :, :]

@@ -1,0 +1,39 @@
+"""Which tokens are worth keeping: one file a policy, one row in `POLICIES`."""
+
+from jaxkv.policies.controls import Oracle, Random
+from jaxkv.policies.expected_attention import ExpectedAttention
+from jaxkv.policies.heavy_hitters import HeavyHitters
+from jaxkv.policies.key_diff import KeyDiff
+from jaxkv.policies.policy import Policy, attention_weights
+from jaxkv.policies.query_window import QueryWindow
+from jaxkv.policies.recent import SinksAndRecent
+from jaxkv.policies.reconstruction import reconstruction_scores
+from jaxkv.policies.select import select
+
+# By the names of the papers; the test table walks them. KVzip gives scores too, but has to run
+# the model for them: `jaxkv.reconstruction_scores`.
+POLICIES: dict[str, Policy] = {
+    "streaming_llm": SinksAndRecent(),
+    "snapkv": QueryWindow(),
+    "tova": QueryWindow(window=1, pool=1, per_head=False),
+    "keydiff": KeyDiff(),
+    "expected_attention": ExpectedAttention(),
+    "h2o": HeavyHitters(),
+    "random": Random(),
+    "oracle": Oracle(),
+}
+
+__all__ = [
+    "POLICIES",
+    "ExpectedAttention",
+    "HeavyHitters",
+    "KeyDiff",
+    "Oracle",
+    "Policy",
+    "QueryWindow",
+    "Random",
+    "SinksAndRecent",
+    "attention_weights",
+    "reconstruction_scores",
+    "select",
+]

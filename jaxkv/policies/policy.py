@@ -1,0 +1,109 @@
+"""The policy contract: which tokens of one layer of one sequence are worth keeping.
+
+A policy is any function ``policy(keys, values, queries, positions) -> scores``: one number for
+each KV head and token, higher for what should stay. It sees no cache, no batch and no layer, so
+one of a user's own is a few lines. Those here are frozen dataclasses, one file a paper.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+Vectors = Float[Array, "tokens kv_heads head_dim"]
+Queries = Float[Array, "window heads head_dim"]
+Positions = Int[Array, "kv_heads tokens"]
+Scores = Float[Array, "kv_heads tokens"]
+
+QUERY_BLOCK = 128  # queries whose weights are in memory at once
+
+
+class Policy(Protocol):
+    """What `jaxkv.compress` and `jaxkv.evict` call, for each layer and sequence."""
+
+    def __call__(
+        self, keys: Vectors, values: Vectors, queries: Queries | None, positions: Positions
+    ) -> Scores:
+        """Score the tokens that a layer holds of one sequence.
+
+        Args:
+          keys: float32, as attention sees them (after rope).
+          values: float32.
+          queries: float32, of the newest tokens, the last one's last; None if none were given.
+          positions: of each head's tokens, -1 for a slot that holds none. Heads of a cache that
+            was compressed before hold different tokens. The score of an empty slot means nothing.
+
+        Returns:
+          Higher for what should stay. Infinity for what must; NaN counts as lowest.
+        """
+        ...
+
+
+def next_position(positions: Positions) -> Int[Array, ""]:
+    """The position of the next token: the newest one is always held when a policy is asked."""
+    return positions.max() + 1
+
+
+def query_positions(queries: Queries, positions: Positions) -> Int[Array, " window"]:
+    """Those of the newest tokens, the last one's last."""
+    window = len(queries)
+    return next_position(positions) - window + jnp.arange(window, dtype=jnp.int32)
+
+
+def needed(queries: Queries | None, who: str) -> Queries:
+    """The queries, or an error that says how to get them.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if queries is None:
+        raise ValueError(
+            f"{who} scores tokens by queries, and none were given. Pass queries=[layers, *batch, "
+            "window, heads, head_dim], those of the newest tokens; jaxkv.observed(model) returns "
+            "them with the logits."
+        )
+    return queries
+
+
+def attention_weights(
+    queries: Queries,
+    keys: Vectors,
+    query_positions: Int[Array, " window"],
+    positions: Positions,
+    scale: float | None = None,
+) -> Float[Array, "kv_heads group window tokens"]:
+    """The softmax of attention: what each query gives to each token not after it.
+
+    Args:
+      query_positions: of the queries; one of -1 sees nothing and gives zeros.
+      positions: of the keys; one of -1 is not seen.
+      scale: of the logits; ``head_dim ** -0.5`` if None.
+    """
+    window, _, head_dim = queries.shape
+    grouped = queries.reshape(window, keys.shape[1], -1, head_dim)
+    logits = jnp.einsum("wkgd,tkd->kgwt", grouped, keys)
+    logits = logits * (head_dim**-0.5 if scale is None else scale)
+    held = positions[:, None, None, :]
+    seen = (held >= 0) & (held <= query_positions[:, None])
+    return jax.nn.softmax(logits, axis=-1, where=seen)
+
+
+def fold_queries(
+    step: Callable[[Array, Queries, Int[Array, " block"]], Array],
+    start: Array,
+    queries: Queries,
+    query_positions: Int[Array, " window"],
+) -> Array:
+    """``step(state, queries, query_positions)`` over blocks of queries: few weights are held.
+
+    The first block may begin with padding of position -1.
+    """
+    blocks = max(1, -(-len(queries) // QUERY_BLOCK))
+    size = -(-len(queries) // blocks)
+    padding = (blocks * size - len(queries), 0)
+    padded = jnp.pad(queries, (padding, (0, 0), (0, 0))).reshape(blocks, size, *queries.shape[1:])
+    at = jnp.pad(query_positions, padding, constant_values=-1).reshape(blocks, size)
+    return lax.scan(lambda state, block: (step(state, *block), None), start, (padded, at))[0]
