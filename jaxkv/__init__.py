@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxkv.addressing import Addressing, Contiguous, Paged, Ring
+from jaxkv.addressing import Addressing, Contiguous, Kept, Paged, Ring
 from jaxkv.attention import attend, explain, observed
 from jaxkv.cache import (
     advance,
@@ -19,6 +19,7 @@ from jaxkv.cache import (
     truncate,
 )
 from jaxkv.codecs import Codec, Dense, Float8, Int8
+from jaxkv.compression import compress, evict, evicting
 from jaxkv.config import KVCacheConfig
 from jaxkv.errors import (
     CacheAllocationError,
@@ -63,6 +64,7 @@ __all__ = [
     "JaxkvError",
     "KVCache",
     "KVCacheConfig",
+    "Kept",
     "MemoryTracker",
     "Paged",
     "Plan",
@@ -78,8 +80,11 @@ __all__ = [
     "attend",
     "cache_config",
     "check",
+    "compress",
     "copy_pages",
     "create",
+    "evict",
+    "evicting",
     "explain",
     "fork",
     "generate",

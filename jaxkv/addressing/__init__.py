@@ -2,6 +2,7 @@
 
 from jaxkv.addressing.addressing import Addressing, Index, Layer
 from jaxkv.addressing.contiguous import Contiguous
+from jaxkv.addressing.kept import Kept, KeptIndex, Sums
 from jaxkv.addressing.paged import Paged, PagedIndex
 from jaxkv.addressing.ring import Ring
 
@@ -17,8 +18,11 @@ __all__ = [
     "Addressing",
     "Contiguous",
     "Index",
+    "Kept",
+    "KeptIndex",
     "Layer",
     "Paged",
     "PagedIndex",
     "Ring",
+    "Sums",
 ]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxkv.hybrid import AnyCache, HybridConfig
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
 
 
@@ -48,8 +49,8 @@ def watch() -> Iterator[list[Call]]:
 
 
 def observed(
-    model: Callable[..., tuple[Array, KVCache]], *, window: int | None = None
-) -> Callable[..., tuple[Array, KVCache, Float[Array, "layers *batch window heads head_dim"]]]:
+    model: Callable[..., tuple[Array, AnyCache]], *, window: int | None = None
+) -> Callable[..., tuple[Array, AnyCache, Float[Array, "layers *batch window heads head_dim"]]]:
     """The same model, which returns its queries too: ``(logits, cache, queries)``.
 
     Args:
@@ -59,8 +60,9 @@ def observed(
         long prompt's are larger than its keys and values.
 
     Returns:
-      A function whose third output is ``[layers, *batch, window, heads, head_dim]``, float32; in
-      a batch padded on the right (``num_tokens``) each sequence's last query is its last token's.
+      A function whose third output is ``[layers, *batch, window, heads, head_dim]``, float32, or
+      a list of layers if these differ in heads. In a batch padded on the right (``num_tokens``)
+      each sequence's last query is its last token's.
 
     >>> import jax.numpy as jnp, jaxkv
     >>> def model(tokens, cache):
@@ -73,18 +75,28 @@ def observed(
     (1, 2, 1, 4)
     """
 
-    def run(*arguments: Any, **options: Any) -> tuple[Array, KVCache, Array]:
+    def run(*arguments: Any, **options: Any) -> tuple[Array, AnyCache, Any]:
         with watch() as calls:
             logits, cache = model(*arguments, **options)
-        newest = {call.layer: _newest(call, window) for call in calls}
-        if sorted(newest) != list(range(len(calls))):
-            layers = [call.layer for call in calls]
-            raise ValueError(
-                f"observed: expected one call of attend a layer, in any order, got layers {layers}."
-            )
-        return logits, cache, jnp.stack([newest[number] for number in range(len(calls))])
+        _check_order(calls, cache)
+        newest = [_newest(call, window) for call in calls]
+        alike = len({queries.shape for queries in newest}) == 1
+        return logits, cache, jnp.stack(newest) if alike else newest
 
     return run
+
+
+def _check_order(calls: list[Call], cache: AnyCache) -> None:
+    """Layers one after the other, each once; those of a hybrid cache count within their group."""
+    config, layers = cache.config, [call.layer for call in calls]
+    expected = list(range(config.num_layers))
+    if isinstance(config, HybridConfig):
+        expected = [config.locate(layer)[1] for layer in expected]
+    if layers != expected:
+        raise ValueError(
+            f"observed: expected one call of attend a layer, in order, got layers {layers} of "
+            f"{config.num_layers}."
+        )
 
 
 def _newest(call: Call, window: int | None) -> Array:

@@ -1,0 +1,218 @@
+"""Chosen tokens, others in each layer and head, and slots for new ones: a compressed cache."""
+
+import dataclasses
+import functools
+from typing import ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxkv.addressing.addressing import Index, Layer
+from jaxkv.addressing.contiguous import Contiguous
+from jaxkv.addressing.paged import Paged
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Each KV head holds ``tokens`` tokens of its own choice, and ``new`` that came since.
+
+    Made by `jaxkv.compress`, or given to a config for a cache that evicts from its first token
+    on (`jaxkv.evicting`). A sequence takes ``new + tokens`` logical slots, the new tokens' first.
+    A kept key stays at the rope position that it has, so the next position is not the number of
+    tokens held.
+
+    Args:
+      tokens: kept a layer, sequence and head.
+      new: tokens that fit beside them, until `jaxkv.evict` chooses again.
+      num_layers, num_kv_heads: of the config; there is a position for each of their tokens.
+      sums: also holds what each token was attended to so far (`jaxkv.policies.HeavyHitters`).
+      within: where the logical slots are, `Contiguous` or `Paged` without a shared pool.
+
+    Raises:
+      ValueError: a number that is not one of tokens, layers or heads.
+
+    >>> import jaxkv
+    >>> kept = Kept(tokens=1000, new=24, num_layers=32, num_kv_heads=8)
+    >>> config = jaxkv.KVCacheConfig(32, 1_000_000, num_kv_heads=8, head_dim=128, addressing=kept)
+    >>> config.num_slots, config.index_bytes
+    (1024, 1024008)
+    """
+
+    tokens: int
+    new: int
+    num_layers: int
+    num_kv_heads: int
+    sums: bool = False
+    within: Contiguous | Paged = Contiguous()
+
+    def __post_init__(self):
+        for field in ("tokens", "new", "num_layers", "num_kv_heads"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Kept: {field} must be an int of at least 1, got {value!r}.")
+        if isinstance(self.within, Paged) and self.within.num_pages is not None:
+            raise ValueError("Kept: within must be Paged() without num_pages, a pool of its own.")
+
+    @property
+    def name(self) -> str:
+        return "kept"
+
+    @property
+    def slots_per_sequence(self) -> int:
+        return self.new + self.tokens
+
+    def num_slots(self, max_context_length: int, batch_size: int | None) -> int:
+        return self.within.num_slots(self.slots_per_sequence, batch_size)
+
+    def index_bytes(self, max_context_length: int, batch_size: int | None) -> int:
+        batch = batch_size or 1
+        held = batch * self.num_layers * self.num_kv_heads * self.tokens
+        summed = 4 * (held + batch * self.num_layers * self.num_kv_heads * self.new + batch)
+        slots = self.within.index_bytes(self.slots_per_sequence, batch_size)
+        return 4 * batch + 4 * held + slots + (summed if self.sums else 0)
+
+    def init(self, max_context_length: int, batch_size: int | None) -> "KeptIndex":
+        batch = () if batch_size is None else (batch_size,)
+        shape = (self.num_layers, *batch, self.num_kv_heads)
+        lengths = jnp.zeros(batch, jnp.int32)
+        sums = None
+        if self.sums:
+            sums = Sums(
+                jnp.zeros((*shape, self.slots_per_sequence), jnp.float32), jnp.zeros_like(lengths)
+            )
+        return KeptIndex(
+            lengths,
+            jnp.full((*shape, self.tokens), -1, jnp.int32),
+            self.within.init(self.slots_per_sequence, batch_size),
+            sums,
+            max_context_length,
+            self.new,
+        )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["attention", "since"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What each token was given by all queries from position ``since`` on.
+
+    Attributes:
+      attention: of each logical slot's token.
+      since: of each sequence.
+    """
+
+    attention: Float[Array, "layers *batch kv_heads slots"]
+    since: Int[Array, "*batch"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["lengths", "positions", "within", "sums"],
+    meta_fields=["capacity", "new"],
+)
+@dataclasses.dataclass(frozen=True)
+class KeptIndex:
+    """The positions of kept tokens.
+
+    Attributes:
+      lengths: the next position of each sequence.
+      positions: of the kept tokens, in any order; -1 for none.
+      within: which ctx slot is which logical slot. Its lengths count the new tokens.
+      sums: attention that tokens have drawn, where a policy adds that up.
+      capacity, new: static, see `Index` and `Kept`.
+    """
+
+    lengths: Int[Array, "*batch"]
+    positions: Int[Array, "layers *batch kv_heads tokens"]
+    within: Index
+    sums: Sums | None
+    capacity: int
+    new: int
+
+    chunk: ClassVar[None] = None
+    window: ClassVar[None] = None
+    sinks: ClassVar[int] = 0
+    intact: ClassVar[bool] = True
+
+    @property
+    def extent(self) -> int:
+        return self.new + self.positions.shape[-1]
+
+    @property
+    def first_new(self) -> Int[Array, "*batch"]:
+        """The position of the first token after the last choice; kept ones are before it."""
+        return self.lengths - self.within.lengths
+
+    @property
+    def room(self) -> Int[Array, "*batch"]:
+        return jnp.minimum(self.first_new + self.new, self.capacity)
+
+    def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
+        # Rolled back beyond the last choice, kept tokens from there on are gone for good: the
+        # first new token is then the next one.
+        since = jnp.maximum(lengths - self.first_new, 0)
+        return dataclasses.replace(self, lengths=lengths, within=self.within.with_lengths(since))
+
+    def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
+        place = positions - self.first_new[..., None]
+        exists = (positions >= 0) & (positions < self.capacity) & (place >= 0) & (place < self.new)
+        return self.within.slots(jnp.where(exists, place, -1))
+
+    def key_positions(
+        self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
+    ) -> Int[Array, "*batch kv_heads size"]:
+        slots = start + jnp.arange(size, dtype=jnp.int32)
+        first, end = self.first_new[..., None, None], lengths[..., None, None]
+        kept = jnp.take(self.positions[layer], slots - self.new, axis=-1, mode="clip")
+        kept = jnp.where(kept < first, kept, -1)
+        new = jnp.where(first + slots < end, first + slots, -1)
+        return jnp.where(slots < self.new, new, kept)
+
+    def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:
+        return self.within.read(leaf, layer, start, size)
+
+    def head_slots(
+        self, layer: Layer, logical: Int[Array, "*batch kv_heads slots"]
+    ) -> Int[Array, "*batch kv_heads slots"]:
+        """Where vectors stand when the ctx and KV head axes are one; -1 for no such slot."""
+        kv_heads = logical.shape[-2]
+        slots = self.within.slots(logical.reshape(*logical.shape[:-2], -1)).reshape(logical.shape)
+        heads = jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
+        return jnp.where(slots < 0, -1, slots * kv_heads + heads)
+
+    def with_kept(self, layer: Layer, positions: Int[Array, "*batch kv_heads tokens"]) -> Self:
+        """The same index with other kept tokens in a layer."""
+        return dataclasses.replace(self, positions=self.positions.at[layer].set(positions))
+
+    def with_new_slots_free(self, full: Bool[Array, "*batch"]) -> Self:
+        """After a choice: in these sequences every token held is a kept one."""
+        since = jnp.where(full, 0, self.within.lengths)
+        return dataclasses.replace(self, within=self.within.with_lengths(since))
+
+    def with_sums(self, sums: Sums) -> Self:
+        """The same index with other sums of attention."""
+        return dataclasses.replace(self, sums=sums)
+
+    def limits(self, layer: Layer) -> Int[Array, "*batch kv_heads"]:
+        """Tokens that each head may keep."""
+        return jnp.full(self.positions.shape[1:-1], self.positions.shape[-1], jnp.int32)
+
+    def select(self, rows: Int[Array, " rows"]) -> tuple[Self, Int[Array, " ctx"] | None]:
+        def of_rows(array: Array, axis: int) -> Array:
+            batched = array if self.lengths.ndim else jnp.expand_dims(array, axis)
+            return jnp.take(batched, rows, axis=axis)
+
+        within, slots = self.within.select(rows)
+        sums = self.sums
+        if sums is not None:
+            sums = Sums(of_rows(sums.attention, 1), of_rows(sums.since, 0))
+        selected = dataclasses.replace(
+            self,
+            lengths=of_rows(self.lengths, 0),
+            positions=of_rows(self.positions, 1),
+            within=within,
+            sums=sums,
+        )
+        return selected, slots

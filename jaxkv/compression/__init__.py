@@ -1,0 +1,7 @@
+"""Caches that hold fewer tokens: after prefill (`compress`) and while decoding (`evict`)."""
+
+from jaxkv.compression.compress import compress
+from jaxkv.compression.evict import evict, evicting
+from jaxkv.compression.scoring import score
+
+__all__ = ["compress", "evict", "evicting", "score"]

@@ -1,0 +1,220 @@
+"""While decoding: choose again whenever the slots for new tokens are used up."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from jaxkv.addressing import KeptIndex, Sums
+from jaxkv.attention import observed
+from jaxkv.checks import check_alive
+from jaxkv.compression.compress import of_layers, picked, write_heads
+from jaxkv.compression.scoring import (
+    LayerQueries,
+    held,
+    held_positions,
+    map_layers,
+    per_sequence,
+    summed,
+)
+from jaxkv.hybrid import AnyCache, HybridCache
+from jaxkv.kv_cache import KVCache
+from jaxkv.policies import HeavyHitters, Policy, select
+from jaxkv.policies.policy import Positions, Scores
+
+
+def evict(
+    cache: AnyCache,
+    policy: Policy,
+    *,
+    tokens: int = 1,
+    queries: LayerQueries | Sequence[Array] | None = None,
+    sinks: int = 4,
+    recent: int = 0,
+) -> AnyCache:
+    """Drop the tokens that score lowest wherever there is no room for the next ones.
+
+    For caches of `compress`, or with an addressing `Kept` from the start. Sequences that have
+    room stay as they are. One that has none keeps as many of its kept and new tokens as it has
+    places for kept ones, in each layer and head; surviving new tokens move to the places of those
+    dropped, and all slots for new ones are free again. In place under donation, and of the same
+    shapes: nothing is compiled again.
+
+    Args:
+      policy: see `jaxkv.policies`.
+      tokens: how many are to come next, at most ``cache.index.new``.
+      queries: of the newest tokens, ``[layers, *batch, window, heads, head_dim]``, for policies
+        that look at them. With `HeavyHitters` those of each token once, in every call.
+      sinks: first tokens of a sequence that stay whatever their score.
+      recent: newest tokens of a sequence that stay whatever their score.
+
+    Raises:
+      TypeError: a cache of another addressing.
+      ValueError: more tokens than there are slots for new ones, or no queries for a policy that
+        needs them.
+    """
+    check_alive(cache)
+    if not isinstance(cache, HybridCache):
+        return _evict(cache, policy, tokens, queries, sinks, recent)
+    groups = []
+    for number, group in enumerate(cache.groups):
+        if isinstance(group.index, KeptIndex):
+            layers = np.flatnonzero(np.equal(cache.config.group_of_layer, number))
+            own = None if queries is None else of_layers(queries, layers)
+            group = _evict(group, policy, tokens, own, sinks, recent)
+        groups.append(group)
+    return dataclasses.replace(cache, groups=tuple(groups))
+
+
+def evicting(
+    model: Callable[..., tuple[Array, AnyCache]],
+    policy: Policy,
+    *,
+    sinks: int = 4,
+    recent: int = 0,
+) -> Callable[..., tuple[Array, AnyCache]]:
+    """The same model, whose cache never fills up: it evicts after each step.
+
+    Args:
+      model: ``model(tokens, cache, ...) -> (logits, cache)``; see `jaxkv.observed`.
+      policy: see `evict`.
+      sinks, recent: see `evict`.
+
+    Returns:
+      A function of the same kind, for steps of one number of tokens. Not for prompts that are
+      padded and rolled back after: padding would count as the newest tokens.
+    """
+
+    def run(tokens: Array, cache: AnyCache, **options: Any) -> tuple[Array, AnyCache]:
+        logits, cache, queries = observed(model)(tokens, cache, **options)
+        count = tokens.shape[-1]
+        kept = evict(cache, policy, tokens=count, queries=queries, sinks=sinks, recent=recent)
+        return logits, kept
+
+    return run
+
+
+def _evict(
+    cache: KVCache, policy: Policy, tokens: int, queries: Any, sinks: int, recent: int
+) -> KVCache:
+    index = _index_of(cache)
+    if tokens > index.new:
+        raise ValueError(
+            f"evict: {tokens} tokens are to come, and there are slots for {index.new} new ones. "
+            "Give the model fewer at a time, or create the cache with a larger new."
+        )
+    if isinstance(policy, HeavyHitters):
+        cache = _with_more_sums(cache, policy, queries)
+    full = index.within.lengths + tokens > index.new
+    choose_again = functools.partial(
+        _chosen_again, policy=policy, queries=queries, full=full, sinks=sinks, recent=recent
+    )
+    return lax.cond(full.any(), choose_again, lambda cache: cache, cache)
+
+
+def _index_of(cache: KVCache) -> KeptIndex:
+    if not isinstance(cache.index, KeptIndex):
+        raise TypeError(
+            f"evict needs a cache of jaxkv.compress, or one with addressing=jaxkv.Kept(...); this "
+            f"one is {cache.config.addressing.name}."
+        )
+    return cache.index
+
+
+def _with_more_sums(cache: KVCache, policy: HeavyHitters, queries: LayerQueries | None) -> KVCache:
+    """With what the queries of the newest tokens give to all tokens."""
+    index = _index_of(cache)
+    if index.sums is None:
+        raise ValueError(
+            "HeavyHitters needs a cache that adds up attention: one that jaxkv.compress made with "
+            "HeavyHitters, or one with addressing=jaxkv.Kept(..., sums=True)."
+        )
+    more = summed(cache, policy, queries)
+    first_query = more.since[..., None, None]
+
+    def one_layer(layer: Array, before: Array, added: Array) -> Array:
+        # A slot of a new token may hold the sum of one that was rolled back.
+        was_there = held_positions(cache, layer) < first_query
+        return jnp.where(was_there, before, 0) + added
+
+    attention = map_layers(cache, one_layer, index.sums.attention, more.attention)
+    return dataclasses.replace(cache, index=index.with_sums(Sums(attention, index.sums.since)))
+
+
+def _chosen_again(
+    cache: KVCache, policy: Policy, queries: Any, full: Array, sinks: int, recent: int
+) -> KVCache:
+    """Full sequences with the best of their kept and new tokens at the places of kept ones."""
+    new = _index_of(cache).new
+    moves = functools.partial(_moves, new=new, sinks=sinks, recent=recent)
+
+    def one_layer(state: KVCache, job: tuple[Array, Array | None]) -> tuple[KVCache, None]:
+        layer, index = job[0], _index_of(state)
+        keys, values, queries, positions = held(state, *job)
+        if isinstance(policy, HeavyHitters) and index.sums is not None:
+            drawn = index.sums.attention[layer]
+            scores = per_sequence(state, policy.scores)(drawn, positions, index.sums.since)
+        else:
+            scores = per_sequence(state, policy)(keys, values, queries, positions)
+        origins, targets, stays = per_sequence(state, moves)(
+            scores, positions, index.limits(layer), full
+        )
+        move = per_sequence(state, _move)
+        remaining = move(jnp.where(stays, positions, -1), origins, targets)
+        places = index.head_slots(layer, targets)
+        storage = {
+            name: write_heads(leaf, layer, places, picked(state, leaf, layer, origins, new))
+            for name, leaf in state.storage.items()
+        }
+        if index.sums is not None:
+            sums = jnp.where(stays, index.sums.attention[layer], 0)
+            attention = index.sums.attention.at[layer].set(move(sums, origins, targets))
+            index = index.with_sums(Sums(attention, index.sums.since))
+        index = index.with_kept(layer, remaining[..., new:])
+        return dataclasses.replace(state, storage=storage, index=index), None
+
+    layers = jnp.arange(cache.config.num_layers, dtype=jnp.int32)
+    state, _ = lax.scan(one_layer, cache, (layers, queries))
+    return dataclasses.replace(state, index=_index_of(state).with_new_slots_free(full))
+
+
+def _moves(
+    scores: Scores,
+    positions: Positions,
+    limits: Array,
+    full: Array,
+    *,
+    new: int,
+    sinks: int,
+    recent: int,
+) -> tuple[Array, Array, Array]:
+    """Which new tokens of one sequence go to the place of which kept one.
+
+    Returns:
+      Logical slots to move from and to ``[kv_heads, moves]``, -1 for no move; and which tokens
+      stay, ``[kv_heads, slots]``.
+    """
+    keep = positions.shape[1] - new
+    slots, kept = select(scores, positions, keep, most=limits, sinks=sinks, recent=recent)
+    heads = jnp.arange(len(slots))[:, None]
+    stays = jnp.zeros(positions.shape, bool).at[heads, slots].set(kept >= 0)
+    survivor = stays[:, :new]
+    free = ~stays[:, new:] & (jnp.arange(keep) < limits[:, None])
+    count = min(new, keep)
+    origins = jnp.argsort(~survivor, axis=1)[:, :count].astype(jnp.int32)
+    places = jnp.argsort(~free, axis=1)[:, :count].astype(jnp.int32)
+    moves = jnp.take_along_axis(survivor, origins, axis=1) & full
+    return origins, jnp.where(moves, new + places, -1), stays | ~full
+
+
+def _move(values: Array, origins: Array, targets: Array) -> Array:
+    """One sequence's ``[kv_heads, slots]`` with some also at other places."""
+    heads = jnp.arange(len(values))[:, None]
+    moved = jnp.take_along_axis(values, origins, axis=1)
+    places = jnp.where(targets < 0, values.shape[1], targets)
+    return values.at[heads, places].set(moved, mode="drop")

@@ -1,0 +1,89 @@
+"""A policy's scores for a whole cache, a layer at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxkv.addressing import Sums
+from jaxkv.cache import read
+from jaxkv.kv_cache import KVCache, Layer
+from jaxkv.policies import HeavyHitters, Policy
+from jaxkv.policies.policy import needed
+
+LayerScores = Float[Array, "layers *batch kv_heads slots"]
+LayerQueries = Float[Array, "layers *batch window heads head_dim"]
+
+
+def score(cache: KVCache, policy: Policy, queries: LayerQueries | None = None) -> LayerScores:
+    """What a policy says of every logical slot of a cache. Of empty ones it means nothing.
+
+    Args:
+      policy: see `jaxkv.policies`.
+      queries: of the newest tokens, for policies that look at them.
+
+    >>> import jaxkv
+    >>> cache = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(2, 4, 1, 8)), 3)
+    >>> jaxkv.compression.score(cache, jaxkv.policies.SinksAndRecent(sinks=1)).shape
+    (2, 1, 4)
+    """
+
+    def one_layer(layer: Layer, queries: Array | None) -> Array:
+        return per_sequence(cache, policy)(*held(cache, layer, queries))
+
+    return map_layers(cache, one_layer, queries)
+
+
+def summed(cache: KVCache, policy: HeavyHitters, queries: LayerQueries | None) -> Sums:
+    """The attention that each token drew from these queries."""
+    given = needed(queries, "HeavyHitters (H2O)")
+
+    def one_layer(layer: Layer, queries: Array) -> Array:
+        keys, _, _, positions = held(cache, layer, queries)
+        return per_sequence(cache, policy.accumulate)(keys, queries, positions)
+
+    return Sums(map_layers(cache, one_layer, given), cache.lengths - given.shape[-3])
+
+
+def averaged(cache: KVCache, policy: HeavyHitters, sums: Sums) -> LayerScores:
+    """Scores from what has been summed up."""
+
+    def one_layer(layer: Layer, attention: Array) -> Array:
+        positions = held_positions(cache, layer)
+        return per_sequence(cache, policy.scores)(attention, positions, sums.since)
+
+    return map_layers(cache, one_layer, sums.attention)
+
+
+def held(
+    cache: KVCache, layer: Layer, queries: Array | None
+) -> tuple[Array, Array, Array | None, Int[Array, "*batch kv_heads slots"]]:
+    """What a policy is given of a layer: keys and values are zero in empty slots."""
+    positions = held_positions(cache, layer)
+    both = read(cache, layer, 0, cache.index.extent, jnp.float32)
+    keys, values = jnp.where(jnp.swapaxes(positions >= 0, -1, -2)[..., None], both, 0)
+    return keys, values, queries, positions
+
+
+def held_positions(cache: KVCache, layer: Layer) -> Int[Array, "*batch kv_heads slots"]:
+    """The positions of the tokens in each head's logical slots, -1 for none."""
+    index, config = cache.index, cache.config
+    positions = index.key_positions(layer, index.lengths, 0, index.extent)
+    shape = (*config.batch_shape, config.num_kv_heads, index.extent)
+    if positions.ndim < len(shape):  # all heads hold the same tokens
+        positions = positions[..., None, :]
+    return jnp.broadcast_to(positions, shape)
+
+
+def per_sequence(cache: KVCache, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of one sequence's arrays as one of the whole batch's."""
+    return jax.vmap(function) if cache.config.batch_shape else function
+
+
+def map_layers(cache: KVCache, function: Callable[..., Any], *arrays: Any) -> Any:
+    """``function(layer, *arrays of the layer)``, one after the other: one layer is decoded."""
+    layers = jnp.arange(cache.config.num_layers, dtype=jnp.int32)
+    return lax.map(lambda one: function(*one), (layers, *arrays))
