@@ -1,0 +1,118 @@
+"""What the hooks of both Flax libraries do with a call: check it, append, attend, advance."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxkv.attention import attend
+from jaxkv.cache import advance, append, create
+from jaxkv.checks import check_alive, check_counts, check_room
+from jaxkv.codecs import Codec, Dense
+from jaxkv.config import KVCacheConfig
+from jaxkv.kv_cache import KVCache, NumTokens
+
+
+def one_layer(config: KVCacheConfig) -> KVCache:
+    """An empty cache of one layer, whatever the config's number of them."""
+    return cast(KVCache, create(dataclasses.replace(config, num_layers=1)))
+
+
+def layer_config(
+    batch: tuple[int, ...], max_context_length: int, kv_heads: int, head_dim: int,
+    dtype: Any, codec: Codec | None, **fields: Any,
+) -> KVCacheConfig:  # fmt: skip
+    """The cache that one attention module needs, in its own dtype if no codec is named."""
+    return KVCacheConfig(
+        1, max_context_length, kv_heads, head_dim,
+        batch_size=math.prod(batch) if batch else None,
+        codec=codec or Dense(jnp.dtype(dtype).name), **fields,
+    )  # fmt: skip
+
+
+def cached_attention(
+    cache: KVCache,
+    query: Float[Array, "*batch tokens heads head_dim"],
+    key: Float[Array, "*batch tokens kv_heads head_dim"],
+    value: Float[Array, "*batch tokens kv_heads head_dim"],
+    *,
+    mask: Array | None = None,
+    num_tokens: NumTokens | None = None,
+    **options: Any,
+) -> tuple[Float[Array, "*batch tokens heads head_dim"], KVCache]:
+    """One layer's attention over its own cache, which has counted the tokens when it returns.
+
+    Flax allows any number of batch axes. They are one for the cache, whose ``batch_size`` is
+    their product. ``options`` are those of `jaxkv.attend`.
+    """
+    *batch, tokens, _, _ = query.shape
+    sound = None
+    if mask is not None:
+        if num_tokens is not None:
+            raise ValueError("Both mask and num_tokens were given. Say once which tokens are real.")
+        num_tokens, sound = _real_tokens(mask, tuple(batch), tokens)
+    if cache.config.batch_size is not None and math.prod(batch) == cache.config.batch_size:
+        query, key, value = (
+            vectors.reshape(-1, *vectors.shape[-3:]) for vectors in (query, key, value)
+        )
+        if num_tokens is not None and jnp.ndim(num_tokens) > 1:
+            num_tokens = jnp.reshape(num_tokens, -1)
+    check_alive(cache)
+    check_counts(cache, "num_tokens", num_tokens, most=tokens)
+    check_room(cache, tokens if num_tokens is None else num_tokens)
+    output, cache = _step(cache, query, key, value, num_tokens, **options)
+    output = output.reshape(*batch, *output.shape[-3:])
+    if sound is not None:
+        output = jnp.where(sound[..., None, None, None], output, jnp.nan)
+    return output, cache
+
+
+# Outside jit each operation would be compiled by itself, some sixty for every new shape.
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "window"))
+def _step(cache, query, key, value, num_tokens, **options):
+    cache = append(cache, key, value, layer=0, num_tokens=num_tokens)
+    output = attend(cache, query, layer=0, num_tokens=num_tokens, **options)
+    return output, advance(cache, key.shape[-3] if num_tokens is None else num_tokens)
+
+
+def _real_tokens(
+    mask: Array, batch: tuple[int, ...], tokens: int
+) -> tuple[Int[Array, "*batch"], Bool[Array, "*batch"]]:
+    """How many tokens a mask leaves, and whether it is causal and padded on the right."""
+    if mask.ndim < 3 or mask.shape[-2:] != (tokens, tokens):
+        raise ValueError(
+            f"mask must be over the {tokens} new tokens, [batch, heads or 1, {tokens}, {tokens}], "
+            f"got {list(mask.shape)}. The tokens before them are known to the cache: leave the "
+            "mask out, or pass one that says which of the new tokens are padding."
+        )
+    seen = jnp.broadcast_to(mask, (*batch, *mask.shape[-3:])).astype(bool)
+    count = seen.any((-3, -2)).sum(-1, dtype=jnp.int32)
+    queries, keys = jnp.arange(tokens)[:, None], jnp.arange(tokens)
+    needed = (keys <= queries) & (queries < count[..., None, None])
+    sound = (seen | ~needed[..., None, :, :]).all((-3, -2, -1))
+    if not isinstance(sound, jax.core.Tracer) and not np.asarray(sound).all():
+        raise ValueError(
+            "A cache attends causally, and pads on the right: this mask hides a token from a "
+            "later one, or has padding before a token. Inside jit the output would be NaN."
+        )
+    return count, sound
+
+
+def refuse_unserved(
+    bias: Array | None, dropout_rate: float, deterministic: bool | None, sow_weights: bool
+) -> None:
+    """Refuse what Flax's attention can do and a cache cannot, rather than leave it out."""
+    if bias is not None:
+        raise ValueError("A cache attends without a bias, got one. Leave bias out.")
+    if dropout_rate > 0 and not deterministic:
+        raise ValueError(
+            f"There is no dropout over a cache, got dropout_rate={dropout_rate} and "
+            f"deterministic={deterministic}. Pass deterministic=True."
+        )
+    if sow_weights:
+        raise ValueError("Attention over a cache has no weights to sow. Leave sow_weights out.")

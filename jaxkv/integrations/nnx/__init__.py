@@ -1,0 +1,23 @@
+"""jaxkv in Flax nnx: a hook for attention modules, a drop-in one, and caches in modules.
+
+Importing this registers the caches with nnx as data, so that a module may hold one as a plain
+attribute.
+"""
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError(
+        "jaxkv.integrations.nnx needs Flax, which is not installed: pip install 'flax>=0.12.8'"
+    ) from error
+
+from jaxkv.hybrid import HybridCache
+from jaxkv.integrations.nnx.drop_in import MultiHeadAttention
+from jaxkv.integrations.nnx.hook import CachedAttention
+from jaxkv.integrations.nnx.models import add_caches, map_caches
+from jaxkv.kv_cache import KVCache
+
+__all__ = ["CachedAttention", "MultiHeadAttention", "add_caches", "map_caches"]
+
+nnx.register_data_type(KVCache)
+nnx.register_data_type(HybridCache)
