@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv.attention import native
+from jaxkv.native import cannot_multiply, library, products
 
 
 @pytest.fixture
 def fresh_start():
     """As if this process had not looked for a compiler yet."""
-    native._register.cache_clear()
+    library.unavailable.cache_clear()
     yield
-    native._register.cache_clear()
+    library.unavailable.cache_clear()
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def explained(cache, tokens=1):
 
 
 def available():
-    if reason := native._register():
+    if reason := library.unavailable():
         pytest.skip(reason)
 
 
@@ -79,11 +79,11 @@ def test_it_is_built_once_into_the_cache_folder(monkeypatch, tmp_path):
     available()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiler = shutil.which("c++") or shutil.which("g++")
-    library = native._built(compiler)
-    assert list((tmp_path / "jaxkv").iterdir()) == [library]
-    built = library.stat().st_mtime_ns
-    assert native._built(compiler) == library
-    assert library.stat().st_mtime_ns == built
+    path = library.built(compiler)
+    assert list((tmp_path / "jaxkv").iterdir()) == [path]
+    built = path.stat().st_mtime_ns
+    assert library.built(compiler) == path
+    assert path.stat().st_mtime_ns == built
 
 
 @pytest.mark.parametrize("codec", [jaxkv.Dense("float32"), jaxkv.Int8()])
@@ -117,3 +117,50 @@ def test_under_vmap():
         )(caches, keys)
 
     np.testing.assert_allclose(outputs("native"), outputs("reference"), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_products_equal_xlas(one_cpu, dtype, axis, rows):
+    """Sizes that leave units, runs and strips not full; several weights of unlike width."""
+    available()
+    generator = np.random.default_rng(rows)
+    x = jnp.asarray(generator.standard_normal((rows, 1, 352), np.float32), dtype)
+    weights = tuple(
+        jnp.asarray(generator.standard_normal((352, width)[:: 1 - 2 * axis], np.float32), dtype)
+        for width in (352, 1184)
+    )
+    assert cannot_multiply(x, weights, axis) is None
+    got = jax.jit(products, static_argnums=2)(x, weights, axis)
+    exact = [np.float64(x) @ np.float64(weight if axis == 0 else weight.T) for weight in weights]
+    for result, expected in zip(got, exact, strict=True):
+        assert result.dtype == jnp.float32
+        np.testing.assert_allclose(result, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_products_under_vmap_and_derivatives_are_xlas(one_cpu):
+    available()
+    x, weight = (
+        jnp.asarray(np.random.default_rng(0).standard_normal(s, np.float32))
+        for s in ((4, 1, 128), (128, 160))
+    )
+
+    def total(x, weight):
+        return jnp.sin(products(x, (weight,), 0)[0]).sum()
+
+    def expected(x, weight):
+        return jnp.sin(x @ weight).sum()
+
+    np.testing.assert_allclose(
+        jax.vmap(total, (0, None))(x, weight), jax.vmap(expected, (0, None))(x, weight), rtol=1e-5
+    )
+    for got, true in zip(
+        jax.grad(total, (0, 1))(x, weight), jax.grad(expected, (0, 1))(x, weight), strict=True
+    ):
+        np.testing.assert_allclose(got, true, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(total), (0, None))(x, weight),
+        jax.vmap(jax.grad(expected), (0, None))(x, weight),
+        atol=1e-5,
+    )

@@ -50,7 +50,7 @@ class Request:
         """
         both = read(self.cache, self.layer, start, size, jnp.float32)
         both = both.reshape(2, len(self.lengths), *both.shape[-3:])
-        held = jnp.swapaxes(self._key_positions(start, size) >= 0, 1, 2)
+        held = jnp.swapaxes(self.key_positions(start, size) >= 0, 1, 2)
         keys, values = jnp.where(held[..., None], both, 0)
         return keys, values
 
@@ -58,7 +58,7 @@ class Request:
         self, start: Int[Array, ""] | int, size: int
     ) -> Bool[Array, "batch #kv_heads tokens 1 size"]:
         """Which of those slots each query may read, shaped to mask `Scores`."""
-        index, positions = self.cache.index, self._key_positions(start, size)
+        index, positions = self.cache.index, self.key_positions(start, size)
         seen = visible(self.positions[:, None], positions, index.window, index.sinks)
         if self.window is not None:
             seen &= visible(self.positions[:, None], positions, self.window)
@@ -67,7 +67,7 @@ class Request:
     def capped(self, scores: Scores) -> Scores:
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
-    def _key_positions(
+    def key_positions(
         self, start: Int[Array, ""] | int, size: int
     ) -> Int[Array, "batch #kv_heads size"]:
         index, batch = self.cache.index, len(self.lengths)

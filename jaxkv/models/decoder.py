@@ -19,6 +19,7 @@ from jaxkv.models.layers import (
     RMSNorm,
     attend_causal,
     check_tokens,
+    linears,
 )
 from jaxkv.models.model import Model
 from jaxkv.models.rope import rotate, rotation
@@ -51,7 +52,7 @@ class Attention(nnx.Module):
         config = self.config
         queries, keys, values = (
             projected.reshape(*x.shape[:-1], -1, config.head_dim)
-            for projected in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+            for projected in linears(x, self.q_proj, self.k_proj, self.v_proj)
         )
         if config.family.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
@@ -82,7 +83,8 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: Hidden) -> Hidden:
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linears(x, self.gate_proj, self.up_proj)
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
 
 
 class Block(nnx.Module):

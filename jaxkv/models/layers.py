@@ -5,7 +5,7 @@ tensor's name says where it goes.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jaxkv.attention.masks import visible
 from jaxkv.cache import append
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import Layer, NumTokens
+from jaxkv.native import cannot_multiply, products
 
 INIT_STD = 0.02  # of GPT-2; weights whose outputs add up over layers are given a smaller one
 
@@ -36,7 +37,26 @@ def matmul(
       axis: 0 for a weight ``[features, out]``, 1 for a table ``[out, features]``.
       dtype: of the result; that of ``x`` if None.
     """
+    return matmuls(x, [weight], axis=axis, dtype=dtype)[0]
+
+
+def matmuls(
+    x: Float[Array, "*batch tokens features"],
+    weights: Sequence[Float[Array, "_ _"]],
+    *,
+    axis: int = 0,
+    dtype: Any = None,
+) -> list[Float[Array, "*batch tokens out"]]:
+    """`matmul` with each of several weights: in decode on a CPU, one call instead of as many."""
     dtype = dtype or x.dtype
+    if cannot_multiply(x, weights, axis) is None:
+        results = products(x, tuple(weights), axis)
+    else:
+        results = [_matmul_by_xla(x, weight, axis, dtype) for weight in weights]
+    return [result.astype(dtype) for result in results]
+
+
+def _matmul_by_xla(x: Array, weight: Array, axis: int, dtype: Any) -> Array:
     on_cpu = jax.default_backend() == "cpu"
     # For a single row of bfloat16 XLA's CPU backend converts the whole weight to float32, in
     # every call; for two it has a kernel that reads bfloat16 (measured: 5x faster, no copy).
@@ -48,7 +68,7 @@ def matmul(
         (((x.ndim - 1,), (axis,)), ((), ())),
         preferred_element_type=jnp.float32 if on_cpu else dtype,
     )
-    return (product[..., :1, :] if single else product).astype(dtype)
+    return product[..., :1, :] if single else product
 
 
 class Linear(nnx.Module):
@@ -71,8 +91,18 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "*shape in_features"]
     ) -> Float[Array, "*shape out_features"]:
-        product = matmul(x, self.weight[...])
-        return product if self.bias is None else product + self.bias[...]
+        return linears(x, self)[0]
+
+
+def linears(
+    x: Float[Array, "*shape in_features"], *layers: Linear
+) -> list[Float[Array, "*shape out_features"]]:
+    """What each of several layers makes of the same input."""
+    results = matmuls(x, [layer.weight[...] for layer in layers])
+    return [
+        result if layer.bias is None else result + layer.bias[...]
+        for result, layer in zip(results, layers, strict=True)
+    ]
 
 
 class Embedding(nnx.Module):

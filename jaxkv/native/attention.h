@@ -1,0 +1,78 @@
+// One decode step's attention over one layer of a cache. Each visible slot is read once, in memory
+// order, by all threads; nothing is copied out of the cache. Units of slots are handed out, and
+// joined at the end.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "pool.h"
+#include "unit.h"
+
+namespace jaxkv {
+
+constexpr int64_t kSmallestUnit = 64 << 10;  // bytes
+constexpr int64_t kUnitsPerThread = 8;  // sequences differ in length, and threads in speed
+constexpr int64_t kWorthWaking = 256 << 10;  // bytes that are read while a thread wakes up
+
+// Joins the chunks of one query head, and gives its sink its share.
+template <typename T>
+void Join(Attention& job, int64_t row) {
+  const float sink = job.sinks[row % job.rows()];
+  const float* highest = &job.highest[row * job.chunks];
+  const float* total = &job.total[row * job.chunks];
+  const float most = std::max(sink, *std::max_element(highest, highest + job.chunks));
+  float everything = std::exp(sink - most);
+  static thread_local std::vector<float> sum;
+  sum.assign(job.head_dim, 0.0f);
+  for (int64_t chunk = 0; chunk < job.chunks; ++chunk) {
+    const float* mix = job.MixOf(row / job.rows(), chunk, row % job.rows());
+    const float weight = Exp(Vec{} + (highest[chunk] - most))[0];
+    everything += weight * total[chunk];
+    for (int64_t d = 0; d < job.head_dim; d += kLanes)
+      Store(&sum[d], Load(&sum[d]) + Load(mix + d) * weight);
+  }
+  for (float& one : sum) one = everything == 0 ? 0 : one / everything;
+  Restore<T>(sum.data(), job.out + row * job.head_dim, job.head_dim);
+}
+
+template <typename T>
+void RunUnit(Attention& job, int64_t unit) {
+  const Slots& slots = job.slots;
+  const int64_t chunk = unit % job.chunks, list = unit / job.chunks % slots.lists;
+  const int64_t b = unit / job.chunks / slots.lists;
+  const int64_t begin = slots.Begin(b), span = slots.End(b) - begin;
+  const int64_t from = begin + span * chunk / job.chunks;
+  const int64_t to = begin + span * (chunk + 1) / job.chunks;
+  const int64_t heads = job.heads / slots.lists;
+  if (job.group == 1)
+    Unit<T, kLanes>(job, b, list * heads, (list + 1) * heads, chunk).Run(list, from, to);
+  else
+    Unit<T, 4>(job, b, list * heads, (list + 1) * heads, chunk).Run(list, from, to);
+}
+
+template <typename T>
+void Attend(Attention& job, int64_t threads) {
+  const Slots& slots = job.slots;
+  int64_t longest = 0, all = 0;
+  for (int64_t b = 0; b < slots.batch; ++b) {
+    const int64_t span = slots.End(b) - slots.Begin(b);
+    longest = std::max(longest, span), all += span;
+  }
+  const int64_t slot_bytes = 2 * job.heads * job.head_dim * sizeof(T);
+  const int64_t most_chunks = std::max<int64_t>(1, kUnitsPerThread * threads / slots.batch);
+  const int64_t smallest = std::max<int64_t>(kBlock, kSmallestUnit / slot_bytes);
+  job.chunks = std::clamp<int64_t>(longest / smallest, 1, most_chunks);
+  const int64_t rows = slots.batch * job.rows();
+  job.arranged.resize(rows * job.head_dim);
+  for (int64_t row = 0; row < rows; ++row)
+    Arrange<T>(job.queries + row * job.head_dim, &job.arranged[row * job.head_dim], job.head_dim);
+  job.highest.resize(rows * job.chunks), job.total.resize(rows * job.chunks);
+  job.mix.resize(rows * job.chunks * job.head_dim);
+  Pool::Get().Run(slots.batch * slots.lists * job.chunks, threads, all * slot_bytes > kWorthWaking,
+                  [&](int64_t unit) { RunUnit<T>(job, unit); });
+  for (int64_t row = 0; row < rows; ++row) Join<T>(job, row);
+}
+
+}  // namespace jaxkv

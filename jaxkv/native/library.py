@@ -1,0 +1,92 @@
+"""The native library: the sources beside this file, compiled once for this very processor.
+
+It is kept in the user's cache folder. Where no C++ compiler is found, its users take another
+way, and say so (`jaxkv.explain`). ``JAXKV_NATIVE=0`` in the environment turns it off.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+
+import jax
+import jaxlib
+
+_SOURCE = pathlib.Path(__file__).with_name("native.cc")
+# Custom call targets of XLA -> symbols of the library.
+_TARGETS = {"jaxkv_decode": "JaxkvDecode", "jaxkv_products": "JaxkvProducts"}
+# Not -ffast-math: linked into a library, it changes how the whole process rounds denormals.
+_FLAGS = (
+    *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-shared", "-fPIC", "-pthread", "-w"),
+)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """What stands in the way of the library's use, or None once XLA knows it."""
+    if os.environ.get("JAXKV_NATIVE") == "0":
+        return "JAXKV_NATIVE=0 turns it off"
+    candidates = (os.environ.get("CXX") or "c++", "g++", "clang++")
+    compiler = next(filter(None, map(shutil.which, candidates)), None)
+    if compiler is None:
+        return "no C++ compiler was found (c++, g++ or $CXX), which it is built with once"
+    try:
+        library = ctypes.CDLL(os.fspath(built(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"it could not be built: {_summary(error)}"
+    for target, symbol in _TARGETS.items():
+        handler = jax.ffi.pycapsule(getattr(library, symbol))
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    return None
+
+
+def built(compiler: str) -> pathlib.Path:
+    """The compiled library, named by all that it depends on."""
+    native_flag = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    command = [compiler, *_FLAGS, native_flag, f"-I{jax.ffi.include_dir()}"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    sources = [_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))]
+    contents = [source.read_bytes() for source in sources]
+    depends_on = [contents, version, command, jaxlib.__version__, _processor()]
+    digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
+    folder = _cache_folder()
+    library = folder / f"native-{digest[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Built beside its place and moved there whole: two processes may do this at once.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            new = os.path.join(scratch, "native.so")
+            subprocess.run(
+                [*command, os.fspath(_SOURCE), "-o", new],
+                capture_output=True,
+                check=True,
+                timeout=120,
+            )
+            os.replace(new, library)
+    return library
+
+
+def _cache_folder() -> pathlib.Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return pathlib.Path(root) / "jaxkv"
+
+
+def _processor() -> str:
+    """What "native" means here: a cache folder may be shared by unlike machines."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _summary(error: Exception) -> str:
+    output = getattr(error, "stderr", None)
+    lines = output.decode(errors="replace").strip().splitlines() if output else []
+    return lines[0] if lines else str(error)

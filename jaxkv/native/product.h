@@ -1,0 +1,181 @@
+// A few rows times matrices of weights, at the rate at which the weights can be read. All weights
+// of a call share the rows, and are one job for the threads.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "pool.h"
+#include "vectors.h"
+
+namespace jaxkv {
+
+constexpr int kRuns = 8;  // runs of a weight's rows that are read at once; see slots.h
+// Rows of one unit's part of a weight [in, out], whose parts are summed at the end: fewer make more
+// to sum, more leave too few units.
+constexpr int64_t kUnitRows = 128;
+constexpr int64_t kUnitBytes = 128 << 10;
+constexpr int64_t kProductWorthWaking = 256 << 10;
+
+// y[m] = x[m] W for a weight [in, out], or x[m] W^T for a table [out, in].
+struct Weight {
+  const void* data;
+  int64_t in, out;
+  bool table;
+  float* y;  // [rows, out]
+
+  int64_t parts, strips, width;  // of [in, out]: along in; along out, and their columns
+  float* sums;                   // [parts, rows, out]
+  int64_t first_unit, units;
+};
+
+struct Product {
+  const float* x;  // [rows, in]
+  int64_t rows, in;
+  std::vector<Weight> weights;
+  std::vector<float> arranged;  // x, in the order in which a table's elements are loaded
+};
+
+// sums[m] = x[m] W for `count` rows and `width` columns of a weight. x and sums have strides.
+template <typename T, int M>
+void Columns(const T* weight, int64_t stride, int64_t count, int64_t width, const float* x,
+             int64_t in, float* sums, int64_t out) {
+  const int64_t steps = count / kRuns;
+  // Of R rows, added to what is there if `more`.
+  auto add = [&](auto number, int64_t first, int64_t next, bool more) {
+    constexpr int R = decltype(number)::value;
+    const T* rows[R];
+    float factor[M][R];
+    UNROLL for (int r = 0; r < R; ++r) rows[r] = weight + (first + r * next) * stride;
+    UNROLL for (int m = 0; m < M; ++m)
+      UNROLL for (int r = 0; r < R; ++r) factor[m][r] = x[m * in + first + r * next];
+    for (int64_t c = 0; c < width; c += 2 * kLanes) {
+      Vec sum[M][2] = {};
+      if (more)
+        UNROLL for (int m = 0; m < M; ++m) LoadMany(sums + m * out + c, sum[m]);
+      UNROLL for (int r = 0; r < R; ++r) {
+        Vec row[2];
+        LoadMany(rows[r] + c, row);
+        UNROLL for (int m = 0; m < M; ++m)
+          UNROLL for (int n = 0; n < 2; ++n) sum[m][n] += factor[m][r] * row[n];
+      }
+      UNROLL for (int m = 0; m < M; ++m)
+        UNROLL for (int n = 0; n < 2; ++n) Store(sums + m * out + c + n * kLanes, sum[m][n]);
+    }
+  };
+  for (int64_t step = 0; step < steps; ++step)
+    add(std::integral_constant<int, kRuns>{}, step, steps, step > 0);
+  for (int64_t row = steps * kRuns; row < count; ++row)
+    add(std::integral_constant<int, 1>{}, row, 0, row > 0);
+}
+
+// y[r] = table[r] . x for `count` rows of a table. x is arranged.
+template <typename T>
+void Dots(const T* table, int64_t in, int64_t count, const float* x, float* y) {
+  for (int64_t first = 0; first < count; first += kLanes) {
+    Vec sums[kLanes] = {};
+    const T* rows[kLanes];
+    for (int64_t r = 0; r < kLanes; ++r) rows[r] = table + std::min(first + r, count - 1) * in;
+    for (int64_t d = 0; d < in; d += 2 * kLanes) {
+      Vec factor[2];
+      LoadMany(x + d, factor);
+      UNROLL for (int r = 0; r < kLanes; ++r) {
+        Vec row[2];
+        LoadMany(rows[r] + d, row);
+        sums[r] += row[0] * factor[0];
+        sums[r] += row[1] * factor[1];
+      }
+    }
+    const Vec each = SumEach(sums);
+    std::memcpy(y + first, &each, 4 * std::min<int64_t>(kLanes, count - first));
+  }
+}
+
+// Up to four rows at a time: with more, sums leave the registers. The unit stays in a near cache.
+template <typename T>
+void ColumnsOfRows(const T* weight, int64_t stride, int64_t count, int64_t width, const float* x,
+                   int64_t in, float* sums, int64_t out, int64_t rows) {
+  for (; rows >= 4; rows -= 4, x += 4 * in, sums += 4 * out)
+    Columns<T, 4>(weight, stride, count, width, x, in, sums, out);
+  for (; rows >= 1; rows -= 1, x += in, sums += out)
+    Columns<T, 1>(weight, stride, count, width, x, in, sums, out);
+}
+
+template <typename T>
+void RunProductUnit(const Product& job, int64_t unit) {
+  size_t number = 0;
+  while (unit >= job.weights[number].first_unit + job.weights[number].units) ++number;
+  const Weight& weight = job.weights[number];
+  unit -= weight.first_unit;
+  const T* data = (const T*)weight.data;
+  if (weight.table) {
+    const int64_t first = unit * weight.width;
+    const int64_t count = std::min(weight.width, weight.out - first);
+    for (int64_t m = 0; m < job.rows; ++m)
+      Dots(data + first * weight.in, weight.in, count, &job.arranged[m * weight.in],
+           weight.y + m * weight.out + first);
+  } else {
+    const int64_t part = unit / weight.strips, column = unit % weight.strips * weight.width;
+    const int64_t row = part * kUnitRows;
+    ColumnsOfRows(data + row * weight.out + column, weight.out,
+                  std::min(kUnitRows, weight.in - row),
+                  std::min(weight.width, weight.out - column), job.x + row, weight.in,
+                  weight.sums + part * job.rows * weight.out + column, weight.out, job.rows);
+  }
+}
+
+// Adds the parts up.
+template <typename T>
+void Finish(const Weight& weight, int64_t rows) {
+  if (weight.table) return;
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t c = 0; c < weight.out; c += 2 * kLanes) {
+      Vec sum[2] = {};
+      for (int64_t part = 0; part < weight.parts; ++part) {
+        const float* of_part = weight.sums + (part * rows + m) * weight.out + c;
+        sum[0] += Load(of_part), sum[1] += Load(of_part + kLanes);
+      }
+      Restore<T>((const float*)sum, weight.y + m * weight.out + c, 2 * kLanes);
+    }
+}
+
+template <typename T>
+void Multiply(Product& job, int64_t threads) {
+  static thread_local std::vector<float> sums;
+  int64_t units = 0, size = 0, bytes = 0;
+  for (Weight& weight : job.weights) {
+    const int64_t row_bytes = weight.in * sizeof(T);
+    if (weight.table) {
+      weight.width = std::max<int64_t>(1, kUnitBytes / row_bytes / kLanes) * kLanes;
+      weight.units = (weight.out + weight.width - 1) / weight.width;
+    } else {
+      weight.parts = (weight.in + kUnitRows - 1) / kUnitRows;
+      const int64_t most = kUnitBytes / sizeof(T) / std::min(kUnitRows, weight.in);
+      weight.strips = (weight.out + most - 1) / most;
+      weight.width = (weight.out / weight.strips + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+      weight.strips = (weight.out + weight.width - 1) / weight.width;
+      weight.units = weight.parts * weight.strips;
+      size += weight.parts * job.rows * weight.out;
+    }
+    weight.first_unit = units;
+    units += weight.units, bytes += weight.in * weight.out * sizeof(T);
+  }
+  if ((int64_t)sums.size() < size) sums.resize(size);
+  float* next = sums.data();
+  bool tables = false;
+  for (Weight& weight : job.weights) {
+    weight.sums = next;
+    if (!weight.table) next += weight.parts * job.rows * weight.out;
+    tables |= weight.table;
+  }
+  if (tables) {
+    job.arranged.resize(job.rows * job.in);
+    for (int64_t m = 0; m < job.rows; ++m)
+      Arrange<T>(job.x + m * job.in, &job.arranged[m * job.in], job.in);
+  }
+  Pool::Get().Run(units, threads, bytes > kProductWorthWaking,
+                  [&](int64_t unit) { RunProductUnit<T>(job, unit); });
+  for (const Weight& weight : job.weights) Finish<T>(weight, job.rows);
+}
+
+}  // namespace jaxkv

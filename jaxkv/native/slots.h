@@ -1,0 +1,82 @@
+// Which slots of a cache one query of each sequence sees, whatever the addressing.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+namespace jaxkv {
+
+constexpr int kBlock = 64;  // slots that are worked on together
+
+// Up to kBlock visible slots, taken K at a time: of K runs, each in memory order, the next one.
+// (The processor fetches ahead in each run by itself, and keeps up with many at once.)
+struct Block {
+  int64_t slots[kBlock];
+  int count = 0;
+
+  template <int K>
+  int Steps() const { return (count + K - 1) / K; }
+  // The i-th slot of a step. Past the last one, which a step may reach, the last again.
+  template <int K>
+  int64_t Slot(int step, int i) const {
+    return slots[std::min(step + i * Steps<K>(), count - 1)];
+  }
+};
+
+// One layer's slots. Sequence b has `extent` logical ones; by default logical slot p is slot
+// b * extent + p and holds position p.
+struct Slots {
+  int64_t batch, extent, num_slots;
+  const int32_t *query_positions, *lengths;  // [batch]
+  int64_t window = 0;                        // newest positions that are visible; 0 for all
+  // Pages: logical slot p is slot table[b, p / page_size] * page_size + p % page_size.
+  const int32_t* table = nullptr;  // [batch, pages]; -1 for no page
+  int64_t pages = 0, page_size = 1;
+  // What each logical slot holds; -1 for nothing.
+  const int32_t* key_positions = nullptr;  // [batch, lists, extent]
+  int64_t lists = 1;                       // as many as KV heads, if each keeps its own tokens
+  int64_t kept_window = 0, kept_sinks = 0;  // of the cache itself: newest and first positions
+
+  // The logical slots [begin, end) among which are all that sequence b's query sees.
+  int64_t End(int64_t b) const {
+    if (key_positions) return query_positions[b] < 0 ? 0 : extent;
+    return std::max<int64_t>(
+        0, std::min({extent, (int64_t)lengths[b], (int64_t)query_positions[b] + 1}));
+  }
+  int64_t Begin(int64_t b) const {
+    if (key_positions || window == 0) return 0;
+    return std::clamp<int64_t>(query_positions[b] + 1 - window, 0, End(b));
+  }
+
+  // Fills a block with the next visible slots in [cursor, end). False if there are no more.
+  bool Collect(int64_t b, int64_t list, int64_t& cursor, int64_t end, Block& block) const {
+    block.count = 0;
+    while (cursor < end && block.count < kBlock) {
+      int64_t run_end = end, first = b * extent;  // slot of the run's logical slot 0
+      if (table) {
+        const int64_t page = cursor / page_size;
+        const int64_t place = (int64_t)table[b * pages + page] * page_size;
+        run_end = std::min(end, (page + 1) * page_size);
+        if (place < 0 || place + page_size > num_slots) {
+          cursor = run_end;
+          continue;
+        }
+        first = place - page * page_size;
+      }
+      const int32_t* held =
+          key_positions ? key_positions + (b * lists + list) * extent : nullptr;
+      for (; cursor < run_end && block.count < kBlock; ++cursor)
+        if (!held || Sees(query_positions[b], held[cursor]))
+          block.slots[block.count++] = first + cursor;
+    }
+    return block.count > 0;
+  }
+
+ private:
+  bool Sees(int64_t query, int64_t key) const {
+    if (key < 0 || key > query) return false;
+    if (window > 0 && key <= query - window) return false;
+    return kept_window == 0 || key > query - kept_window || key < kept_sinks;
+  }
+};
+
+}  // namespace jaxkv

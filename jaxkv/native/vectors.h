@@ -1,0 +1,187 @@
+// Vectors of 16 floats: loads of every element type of a cache, sums over lanes, exp and tanh.
+// GCC's and Clang's vector extensions, so one source serves every processor; where these make poor
+// code of a widening, the processor's own instruction.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+// In the products, so that sums are kept in registers rather than in an array.
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace jaxkv {
+
+constexpr int kLanes = 16;
+
+typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1)));
+typedef int16_t SignedShorts __attribute__((vector_size(2 * kLanes)));
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+inline Words Bits(const void* p) {
+  return __builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Words);
+}
+inline Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline Vec Load(const BFloat16* p) { return (Vec)(Bits(p) << 16); }
+inline Vec Load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  Vec wide;
+  const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
+  std::memcpy(&wide, &low, 32), std::memcpy((float*)&wide + 8, &high, 32);
+  return wide;
+#else
+  const Words half = Bits(p), exponent = half & 0x7c00;
+  const Words normal = ((half & 0x7fff) << 13) + (112 << 23);  // float's exponent bias is larger
+  const Words not_finite = exponent == 0x7c00 ? Words{} + 0x7f800000 : Words{};
+  // A float16 too small for a normal number is one in float, and is never made from a denormal:
+  // XLA's threads may read those as zero.
+  const Vec small = __builtin_convertvector(Ints(half & 0x3ff), Vec) * 0x1p-24f;
+  const Words magnitude = exponent == 0 ? (Words)small : normal | not_finite;
+  return (Vec)(magnitude | (half & 0x8000) << 16);
+#endif
+}
+inline Vec Load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+  const auto wide = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), SignedShorts);
+  return __builtin_convertvector(__builtin_convertvector(wide, Ints), Vec);
+#endif
+}
+inline float Widen(uint16_t bits) {  // one bfloat16
+  const uint32_t wide = (uint32_t)bits << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+inline void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+
+// N vectors. bfloat16 comes in the order in which it is widened with one instruction a vector: of
+// each 32 elements first the even ones, then the odd. Whoever meets them is put in that order by
+// `Arrange`, once, and back by `Restore`.
+template <int N, typename T>
+inline void LoadMany(const T* p, Vec (&v)[N]) {
+  UNROLL for (int i = 0; i < N; ++i) v[i] = Load(p + i * kLanes);
+}
+template <int N>
+inline void LoadMany(const BFloat16* p, Vec (&v)[N]) {
+  if constexpr (N == 1) {
+    v[0] = Load(p);
+  } else {
+    UNROLL for (int i = 0; i < N; i += 2) {
+      const Words pairs = *reinterpret_cast<const Words*>(p + i * kLanes);
+      v[i] = (Vec)(pairs << 16);
+      v[i + 1] = (Vec)(pairs & 0xffff0000);
+    }
+  }
+}
+template <typename T>
+void Arrange(const float* from, float* to, int64_t size) {
+  std::memcpy(to, from, 4 * size);
+}
+template <>
+inline void Arrange<BFloat16>(const float* from, float* to, int64_t size) {
+  const int64_t paired = size / (2 * kLanes) * (2 * kLanes);
+  for (int64_t i = 0; i < paired; i += 2 * kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      to[i + lane] = from[i + 2 * lane];
+      to[i + kLanes + lane] = from[i + 2 * lane + 1];
+    }
+  std::memcpy(to + paired, from + paired, 4 * (size - paired));
+}
+template <typename T>
+void Restore(const float* from, float* to, int64_t size) {
+  std::memcpy(to, from, 4 * size);
+}
+template <>
+inline void Restore<BFloat16>(const float* from, float* to, int64_t size) {
+  const int64_t paired = size / (2 * kLanes) * (2 * kLanes);
+  for (int64_t i = 0; i < paired; i += 2 * kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      to[i + 2 * lane] = from[i + lane];
+      to[i + 2 * lane + 1] = from[i + kLanes + lane];
+    }
+  std::memcpy(to + paired, from + paired, 4 * (size - paired));
+}
+
+// Folds two vectors of partial sums, each in groups of 2 * W lanes, into one of groups of W.
+template <int W>
+inline Vec Fold(Vec a, Vec b) {
+#define FOLD(...) __builtin_shufflevector(a, b, __VA_ARGS__)
+  if constexpr (W == 8)
+    return FOLD(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           FOLD(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  else if constexpr (W == 4)
+    return FOLD(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           FOLD(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  else if constexpr (W == 2)
+    return FOLD(0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+           FOLD(2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+  else
+    return FOLD(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           FOLD(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#undef FOLD
+}
+
+// Lane i of the result is the sum of the lanes of v[i].
+inline Vec SumEach(const Vec (&v)[kLanes]) {
+  Vec a[8], b[4];
+  UNROLL for (int i = 0; i < 8; ++i) a[i] = Fold<8>(v[2 * i], v[2 * i + 1]);
+  UNROLL for (int i = 0; i < 4; ++i) b[i] = Fold<4>(a[2 * i], a[2 * i + 1]);
+  return Fold<1>(Fold<2>(b[0], b[1]), Fold<2>(b[2], b[3]));
+}
+
+// In each lane what all lanes of its group of `Size` neighbours make together.
+template <int Size, typename Combine>
+inline Vec Together(Vec v, Combine combine) {
+#define TURN(...) v = combine(v, __builtin_shufflevector(v, v, __VA_ARGS__))
+  if constexpr (Size > 8) TURN(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  if constexpr (Size > 4) TURN(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  if constexpr (Size > 2) TURN(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  TURN(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#undef TURN
+  return v;
+}
+inline Vec Larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec Added(Vec a, Vec b) { return a + b; }
+
+// exp of each lane, to 2 ulp where x is in [-87, 88]; below, 1.6e-38; of NaN, NaN.
+// Range reduction and polynomial as in Cephes' expf (Moshier).
+inline Vec Exp(Vec x) {
+  const Vec lowest = Vec{} - 87.0f;
+  x = x < lowest ? lowest : x;
+  const Vec n = x * 1.44269504f;
+  const Ints k = __builtin_convertvector(n + (n > 0 ? Vec{} + 0.5f : Vec{} - 0.5f), Ints);
+  const Vec whole = __builtin_convertvector(k, Vec);
+  const Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return (p * r * r + r + 1.0f) * (Vec)((k + 127) << 23);
+}
+
+// tanh of each lane, to 2 ulp; Cephes' tanhf: a polynomial near 0, where 1 - ... would cancel.
+inline Vec Tanh(Vec x) {
+  const Vec size = x < 0 ? -x : x, square = x * x;
+  Vec p = -5.70498872745e-3f * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const Vec ceiling = Vec{} + 9.0f;  // from here on it is 1
+  const Vec far = 1.0f - 2.0f / (Exp(2.0f * (size > ceiling ? ceiling : size)) + 1.0f);
+  return size < 0.625f ? p * square * x + x : (x < 0 ? -far : far);
+}
+
+}  // namespace jaxkv
