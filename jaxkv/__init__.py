@@ -29,8 +29,8 @@ from jaxkv.errors import (
     ConfigError,
     JaxkvError,
     PoolFullError,
-    UnknownRequestError,
     SnapshotError,
+    UnknownRequestError,
 )
 from jaxkv.generation import Generation, Timings, generate
 from jaxkv.hybrid import HybridCache, HybridConfig

@@ -35,5 +35,7 @@ class UnknownRequestError(JaxkvError, LookupError):
 
 class BookkeepingError(JaxkvError, AssertionError):
     """The books of a page pool contradict themselves: a bug, or somebody changed them."""
+
+
 class SnapshotError(JaxkvError, ValueError):
     """A saved cache that cannot be used: damaged, or of another model, prompt or kind of cache."""
