@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv.attention import IMPLEMENTATIONS
+from jaxkv.attention import IMPLEMENTATIONS, products
 from jaxkv.attention.blockwise import KEY_BLOCK, QUERY_BLOCK
 from tests.oracle import Oracle, config_of, layer_step, random_step, step
 
@@ -122,3 +122,16 @@ def test_outside_jit_the_blocks_are_compiled_once(monkeypatch):
     for _ in range(3):
         jaxkv.attend(cache, queries, layer=0, implementation="blockwise")
     assert run._cache_size() == 1
+
+
+def test_the_products_of_one_cpu_device_are_those_of_several(monkeypatch):
+    """All heads in one product, most of it zeros, is the form for a process with one device."""
+    rng = np.random.default_rng(0)
+    queries = rng.standard_normal((2, 3, 2, 2, 16), np.float32)
+    keys = rng.standard_normal((2, 8, 3, 16), np.float32)
+    plain = products.scores_of(queries, keys)
+    plain_mix = products.mix_of(plain, keys)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    packed = products.scores_of(queries, keys)
+    np.testing.assert_allclose(packed, plain, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(products.mix_of(plain, keys), plain_mix, rtol=1e-5, atol=1e-4)

@@ -1,5 +1,7 @@
 """Every update is in place, proved from the compiled program, for every kind of cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from jaxkv.addressing import ADDRESSINGS
 from jaxkv.attention import IMPLEMENTATIONS
 from jaxkv.codecs import CODECS
 from tests.compiled import assert_in_place, compile_donating
-from tests.oracle import EACH_ONCE, random_step, step
+from tests.oracle import EACH_ONCE, SMALL, layer_step, random_step, step
 
 LAYERS, KV_HEADS, HEAD_DIM, SLOTS = 3, 2, 16, 1 << 20
 
@@ -195,9 +197,7 @@ def test_the_proof_fails_for_a_bfloat16_buffer_on_a_cpu():
 
 
 @pytest.mark.parametrize(("codec", "addressing"), EACH_ONCE)
-def test_a_cache_sharded_over_heads_stays_so(monkeypatch, codec, addressing):
-    # The form of the products for one CPU mixes the heads; accelerators use the other.
-    monkeypatch.setattr("jaxkv.attention.products._PACKED_ROWS", 0)
+def test_a_cache_sharded_over_heads_stays_so(codec, addressing):
     mesh = jax.make_mesh((8,), ("heads",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "heads"))
     config = jaxkv.KVCacheConfig(
@@ -220,3 +220,25 @@ def test_a_cache_sharded_over_heads_stays_so(monkeypatch, codec, addressing):
         np.testing.assert_allclose(
             leaf.astype(jnp.float32), plain.storage[name].astype(jnp.float32), rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("addressing", ADDRESSINGS)
+def test_in_a_mesh_with_explicit_axes_too(monkeypatch, addressing, implementation):
+    monkeypatch.setattr("jaxkv.attention.blockwise.KEY_BLOCK", 8)
+    mesh = jax.make_mesh((8,), ("heads",), axis_types=(AxisType.Explicit,))
+    config = jaxkv.KVCacheConfig(
+        2, 32, 8, 4, batch_size=2, codec=CODECS["float32"], addressing=SMALL[addressing]
+    )
+    arrays = [each[0] for each in random_step(config, 3, heads=16)]
+    _, expected = layer_step(jaxkv.create(config), 1, *arrays)
+    with jax.set_mesh(mesh):
+        by_head = NamedSharding(mesh, PartitionSpec(None, None, "heads"))
+        of_cache = NamedSharding(mesh, PartitionSpec(None, None, None, "heads"))
+        cache = jaxkv.create(config, device=of_cache)
+        sharded = [jax.device_put(each, by_head) for each in arrays]
+        run = functools.partial(layer_step, implementation=implementation)
+        cache, output = jax.jit(run, static_argnums=1)(cache, 1, *sharded)
+        assert cache.storage["data"].sharding.spec[3] == "heads"
+        assert output.sharding.spec[2] == "heads"
+        np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)

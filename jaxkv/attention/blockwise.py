@@ -67,10 +67,10 @@ def _one_query_block(request: Request) -> Grouped:
 
         return lax.cond(seen.any(), read, lambda state: state, state), None
 
-    rows = request.queries.shape[:-1]
-    highest, total = jnp.full(rows, _LOWEST, jnp.float32), jnp.zeros(rows, jnp.float32)
+    rows = request.queries[..., 0]  # like it, so that in an Explicit mesh they are sharded like it
+    highest, total = jnp.full_like(rows, _LOWEST), jnp.zeros_like(rows)
     if request.sinks is not None:  # as a slot that was read already and gave nothing
-        sinks = jnp.broadcast_to(request.sinks[:, None, :], rows)
+        sinks = jnp.broadcast_to(request.sinks[:, None, :], rows.shape)
         highest = lax.stop_gradient(jnp.maximum(highest, sinks))
         total = jnp.exp(sinks - highest)
     state = highest, total, jnp.zeros_like(request.queries)

@@ -12,7 +12,9 @@ _PACKED_ROWS = 48
 
 
 def _packs(kv_heads: int, tokens: int, group: int) -> bool:
-    return jax.default_backend() == "cpu" and kv_heads * tokens * group <= _PACKED_ROWS
+    # With several devices the heads may be sharded, and mixing them would gather the cache.
+    alone = jax.default_backend() == "cpu" and jax.local_device_count() == 1
+    return alone and kv_heads * tokens * group <= _PACKED_ROWS
 
 
 def scores_of(queries: Grouped, keys: Vectors) -> Scores:
