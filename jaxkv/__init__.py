@@ -37,6 +37,7 @@ from jaxkv.hybrid import HybridCache, HybridConfig
 from jaxkv.known_models import cache_config
 from jaxkv.kv_cache import KVCache
 from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
+from jaxkv.model_shape import wide_at_the_ends
 from jaxkv.policies import reconstruction_scores
 from jaxkv.sampling import Sampling, sample
 from jaxkv.snapshot import load, save
@@ -101,6 +102,7 @@ __all__ = [
     "select",
     "session",
     "truncate",
+    "wide_at_the_ends",
 ]
 
 

@@ -140,9 +140,13 @@ class KVCacheConfig:
         return fields | {"codec": self.codec.name, "addressing": self.addressing.name}
 
     def describe(self) -> str:
-        """One line for messages: ``4096 tokens x 32 layers x 8 KV heads x 128, bfloat16``."""
+        """One line for messages: ``4096 tokens x 32 layers x 8 KV heads x 128, bfloat16, ring``.
+
+        Contiguous addressing goes without saying.
+        """
         batch = "" if self.batch_size is None else f"{sequences(self.batch_size)} x "
         return (
             f"{batch}{self.max_context_length} tokens x {self.num_layers} layers x "
             f"{self.num_kv_heads} KV heads x {self.head_dim}, {self.codec.name}"
+            f"{'' if isinstance(self.addressing, Contiguous) else f', {self.addressing.name}'}"
         )

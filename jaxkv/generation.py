@@ -70,7 +70,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop_tokens: Sequence[int] = (),
     max_context_length: int | None = None,
-    codec: Codec | None = None,
+    codec: Codec | Sequence[Codec] | None = None,
     config: AnyConfig | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     tracker: MemoryTracker | None = None,
@@ -89,7 +89,7 @@ def generate(
       stop_tokens: ids that end a sequence.
       max_context_length: slots a sequence; the next power of two that holds the longest if
         None. Keep it the same over calls to compile once.
-      codec: of the cache; the model's choice if None.
+      codec: of the cache, one or one a layer; the model's choice if None.
       config: the whole cache config, for a model without a ``cache_config`` method; instead of
         ``max_context_length`` and ``codec``.
       on_tokens: called as ``on_tokens(prompt_number, new_tokens)`` as they arrive, some at a
@@ -212,7 +212,7 @@ def _cache_config(
     prompts: list[np.ndarray],
     max_new_tokens: int,
     max_context_length: int | None,
-    codec: Codec | None,
+    codec: Codec | Sequence[Codec] | None,
     config: AnyConfig | None,
 ) -> AnyConfig:
     needed = max(len(prompt) for prompt in prompts) + max_new_tokens

@@ -101,7 +101,7 @@ class HybridConfig:
 
     def describe(self) -> str:
         """One line for messages."""
-        return " + ".join(f"({group.describe()}, {group.addressing.name})" for group in self.groups)
+        return " + ".join(f"({group.describe()})" for group in self.groups)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["groups"], meta_fields=["config"])

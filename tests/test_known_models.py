@@ -1,6 +1,9 @@
+import json
+
 import pytest
 
 import jaxkv
+from jaxkv.hf_config import layer_windows, text_config
 from jaxkv.known_models import KNOWN_MODELS, known_shape
 
 
@@ -63,3 +66,44 @@ def test_every_shape_makes_a_config():
     for name, shape in KNOWN_MODELS.items():
         config = shape.cache_config(max_context_length=1)
         assert config.size_bytes == 4 * shape[0] * shape[1] * shape[2], name
+
+
+def test_a_configs_windows_become_rings(tmp_path):
+    """By dict and by folder; with steps of any size, every layer keeps every token."""
+    text = {"model_type": "gemma3_text", "num_hidden_layers": 12, "sliding_window": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    hybrid = jaxkv.cache_config(tmp_path, max_context_length=4096, batch_size=2, chunk=16)
+    assert hybrid == jaxkv.cache_config(text, max_context_length=4096, batch_size=2, chunk=16)
+    ring, full = hybrid.groups
+    assert ring == jaxkv.KVCacheConfig(10, 4096, 4, 256, 2, addressing=jaxkv.Ring(64, chunk=16))
+    assert full == jaxkv.KVCacheConfig(2, 4096, 4, 256, 2)
+    paged = jaxkv.cache_config(text, max_context_length=4096, addressing=jaxkv.Paged(), chunk=None)
+    assert paged == jaxkv.KVCacheConfig(12, 4096, 4, 256, addressing=jaxkv.Paged())
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        ({"model_type": "mistral"}, (4096,) * 4),
+        ({"model_type": "mistral", "sliding_window": None}, (None,) * 4),
+        ({"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 2}, (None,) * 4),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
+            (None, None, 4096, 4096),
+        ),
+        ({"model_type": "gpt_oss"}, (128, None, 128, None)),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 3}, (4096, 4096, None, 4096)),
+        ({"model_type": "starcoder2", "sliding_window": 8}, (None,) * 4),
+        (
+            {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            (8, None, 8, None),
+        ),
+    ],
+)
+def test_windows_by_family(config, windows):
+    assert layer_windows(text_config({"num_hidden_layers": 4} | config)) == windows
+
+
+def test_codecs_that_are_not_one_a_layer():
+    with pytest.raises(jaxkv.ConfigError, match="one for each of 12 layers, got 1"):
+        jaxkv.cache_config("gpt2", max_context_length=8, codec=[jaxkv.Int8()])

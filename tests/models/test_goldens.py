@@ -185,3 +185,18 @@ def test_generate_goes_round_the_rings(variant, model):
         logits, _ = step(model, padded, None)
         seen = logits[len(prompt) - 1 : len(prompt) + len(tokens) - 1]
         assert jnp.argmax(seen, axis=-1).tolist() == tokens
+
+
+@for_each("gemma3")
+def test_a_codec_a_layer(variant, model):
+    """Rings in two codecs and a full layer: three groups, each as large as its own kind."""
+    codecs = jaxkv.wide_at_the_ends(3, jaxkv.Int8(), jaxkv.Dense("float32"))
+    config = model.cache_config(max_context_length=NUM_TOKENS, chunk=8, codec=codecs)
+    assert config.group_of_layer == (0, 1, 2)
+    per_token = 2 * 2 * 4 * 16  # keys and values, KV heads, bytes, head_dim
+    assert config.size_bytes == 14 * per_token + 14 * 2 * 2 * (16 + 2) + NUM_TOKENS * per_token
+    cache, tokens = jaxkv.create(config), jnp.asarray(token_ids(variant))
+    for start in range(0, NUM_TOKENS, 8):
+        chunk = slice(start, start + 8)
+        logits, cache = model(tokens[chunk], cache)
+        np.testing.assert_allclose(logits, goldens()[variant][chunk], atol=0.3)
