@@ -39,7 +39,8 @@ def load(folder: str | os.PathLike | None = None, *, dtype: Any = "float32") -> 
 
     Reads ``config.json``, ``model.safetensors`` (or the shards that its index lists) and
     ``tokenizer.json``. Tensors go to the device one at a time: beside the model, memory holds
-    one tensor.
+    one tensor. Experts in MXFP4, as gpt-oss is released, are read as floats; of a multimodal
+    Gemma 3 the text decoder.
 
     Args:
       folder: the folder, or a name such as ``Qwen/Qwen2.5-0.5B`` that is fetched from the

@@ -5,7 +5,7 @@ Every scaling is a choice of frequencies, and for some a factor on the rotated v
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,8 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxkv.errors import ConfigError
-
-Frequencies = Float[np.ndarray, " pairs"]
+from jaxkv.models.rope_types import ROPE_TYPES, Frequencies, temperature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +159,8 @@ class RopeConfig:
             original = math.log(self.original_max_position_embeddings)
             return math.sqrt(1 + math.log(stretch) / original)
         if self.mscale and self.mscale_all_dim:
-            return _temperature(stretch, self.mscale) / _temperature(stretch, self.mscale_all_dim)
-        return _temperature(stretch, 1.0)
+            return temperature(stretch, self.mscale) / temperature(stretch, self.mscale_all_dim)
+        return temperature(stretch, 1.0)
 
 
 def rotation(
@@ -192,83 +191,3 @@ def rotate(
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate([part.astype(vectors.dtype) for part in (*turned, rest)], axis=-1)
-
-
-def _default(rope: RopeConfig, context: int) -> Frequencies:
-    return _geometric(rope, rope.theta)
-
-
-def _linear(rope: RopeConfig, context: int) -> Frequencies:
-    """Position interpolation (Chen et al., 2023)."""
-    return _geometric(rope, rope.theta) / rope.factor
-
-
-def _dynamic(rope: RopeConfig, context: int) -> Frequencies:
-    """NTK-aware scaling: the base grows with the context once that is beyond the trained one.
-
-    transformers grows it anew at every step, and leaves cached keys turned by older bases. Here
-    one base serves a whole sequence: that of the context it may grow to.
-    """
-    stretch = rope.factor * max(context, rope.max_position_embeddings)
-    ratio = stretch / rope.max_position_embeddings - (rope.factor - 1)
-    return _geometric(rope, rope.theta * ratio ** (rope.rotary_dim / (rope.rotary_dim - 2)))
-
-
-def _llama3(rope: RopeConfig, context: int) -> Frequencies:
-    """Llama 3.1: long wavelengths are stretched, short ones kept, those between mixed."""
-    frequencies = _geometric(rope, rope.theta)
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 - kept) * frequencies / rope.factor + kept * frequencies
-
-
-def _yarn(rope: RopeConfig, context: int) -> Frequencies:
-    """YaRN (Peng et al., 2023): a ramp over pairs between kept and stretched frequencies."""
-    frequencies, dim = _geometric(rope, rope.theta), rope.rotary_dim
-
-    def pair_that_turns(times: float) -> float:
-        wavelengths = rope.original_max_position_embeddings / (times * 2 * math.pi)
-        return dim * math.log(wavelengths) / (2 * math.log(rope.theta))
-
-    first, last = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
-    if rope.truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dim - 1)
-    if first == last:
-        last += 0.001
-    stretched = np.clip((np.arange(dim // 2) - first) / (last - first), 0, 1)
-    return frequencies / rope.factor * stretched + frequencies * (1 - stretched)
-
-
-def _longrope(rope: RopeConfig, context: int) -> Frequencies:
-    """LongRoPE (Ding et al., 2024): a searched divisor a pair; one set for short contexts.
-
-    transformers changes the set when a sequence outgrows the original context. Here one set
-    serves a whole sequence: that of the context it may grow to.
-    """
-    is_long = context > rope.original_max_position_embeddings
-    divisors = np.asarray(rope.long_factor if is_long else rope.short_factor)
-    return _geometric(rope, rope.theta) / divisors
-
-
-def _geometric(rope: RopeConfig, theta: float) -> Frequencies:
-    return theta ** -(np.arange(0, rope.rotary_dim, 2) / rope.rotary_dim)
-
-
-def _temperature(stretch: float, mscale: float) -> float:
-    return 0.1 * mscale * math.log(stretch) + 1.0
-
-
-# Type -> (its frequencies, the fields that it cannot do without).
-ROPE_TYPES: dict[str, tuple[Callable[[RopeConfig, int], Frequencies], tuple[str, ...]]] = {
-    "default": (_default, ()),
-    "linear": (_linear, ("factor",)),
-    "dynamic": (_dynamic, ("factor", "max_position_embeddings")),
-    "llama3": (
-        _llama3,
-        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    ),
-    "yarn": (_yarn, ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")),
-    "longrope": (_longrope, ("short_factor", "long_factor", "original_max_position_embeddings")),
-}

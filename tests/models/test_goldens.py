@@ -187,6 +187,23 @@ def test_generate_goes_round_the_rings(variant, model):
         assert jnp.argmax(seen, axis=-1).tolist() == tokens
 
 
+@for_each("gemma2", "gpt_oss")
+@pytest.mark.parametrize("chunk", [8, None])
+def test_windows_beside_pages_and_in_them(variant, model, chunk):
+    """Full layers in pages beside rings; or all layers in pages, where windows only mask."""
+    addressing = jaxkv.Paged(page_size=4)
+    config = model.cache_config(
+        max_context_length=NUM_TOKENS, batch_size=1, addressing=addressing, chunk=chunk
+    )
+    groups = [config] if chunk is None else list(config.groups)
+    rings = [] if chunk is None else [jaxkv.Ring(7, chunk=8)]
+    assert [group.addressing for group in groups] == [*rings, addressing]
+    cache, tokens = jaxkv.create(config), jnp.asarray(token_ids(variant))[None]
+    for start in range(0, NUM_TOKENS, 8):
+        logits, cache = step(model, tokens[:, start : start + 8], cache)
+        assert_golden(logits[0], variant, slice(start, start + 8))
+
+
 @for_each("gemma3")
 def test_a_codec_a_layer(variant, model):
     """Rings in two codecs and a full layer: three groups, each as large as its own kind."""
