@@ -21,6 +21,7 @@ from jaxkv.cache import (
 from jaxkv.codecs import Codec, Dense, Float8, Int8
 from jaxkv.compression import compress, evict, evicting
 from jaxkv.config import KVCacheConfig
+from jaxkv.engine import Engine
 from jaxkv.errors import (
     CacheAllocationError,
     CacheClosedError,
@@ -57,6 +58,7 @@ __all__ = [
     "ConfigError",
     "Contiguous",
     "Dense",
+    "Engine",
     "Float8",
     "Generation",
     "HybridCache",

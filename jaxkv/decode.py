@@ -31,13 +31,13 @@ TOKENS_PER_DISPATCH = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class _Structure:
+class Structure:
     """What jit compares of a model: its treedef, or the function itself where it has no arrays."""
 
     static: Any
 
     @classmethod
-    def split(cls, model: Model) -> tuple["_Structure", list[Array]]:
+    def split(cls, model: Model) -> tuple["Structure", list[Array]]:
         leaves, treedef = jax.tree.flatten(model)
         is_function = jax.tree_util.treedef_is_leaf(treedef)
         return (cls(model), []) if is_function else (cls(treedef), leaves)
@@ -66,7 +66,7 @@ class New(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def _prefill(
-    model: _Structure,
+    model: Structure,
     leaves: list[Array],
     tokens: Int[Array, "batch chunk"],
     num_tokens: Int[Array, " batch"],
@@ -83,7 +83,7 @@ def _prefill(
     donate_argnames=("state", "cache"),
 )
 def _decode(
-    model: _Structure,
+    model: Structure,
     leaves: list[Array],
     state: State,
     cache: AnyCache,
@@ -123,14 +123,14 @@ def _decode(
 class Program:
     """The two compiled functions of a generation, with what stays the same over it."""
 
-    model: _Structure
+    model: Structure
     leaves: list[Array]
     sampling: Sampling
     stop_tokens: tuple[int, ...]
 
     @classmethod
     def of(cls, model: Model, sampling: Sampling, stop_tokens: Sequence[int]) -> "Program":
-        return cls(*_Structure.split(model), sampling, tuple(int(token) for token in stop_tokens))
+        return cls(*Structure.split(model), sampling, tuple(int(token) for token in stop_tokens))
 
     def compile(self, chunks: list[Chunk], state: State, cache: AnyCache) -> None:
         """So that the timings of the steps are not those of XLA."""

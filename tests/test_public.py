@@ -30,7 +30,7 @@ FLOORS = [
     {"compression"},
     {"memory", "sampling", "known_models", "snapshot"},
     {"decode"},
-    {"generation"},
+    {"generation", "engine"},
     {"models", "integrations"},
     {"commands", "cli"},
 ]

@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Int
 
 from jaxkv.addressing.addressing import Layer
@@ -24,6 +25,8 @@ class Paged:
       num_pages: pages of the pool. None for as many as all sequences need when full, each
         with pages of its own from the start. With a number nothing is assigned: pages come
         from an allocator (`jaxkv.paging`) through `PagedIndex.with_table`.
+      window: newest tokens that a query sees, itself included; all if None. The allocator
+        takes back the pages before it, whose entries are -1 then.
 
     Raises:
       ValueError: a number that is not one of slots or pages.
@@ -35,11 +38,12 @@ class Paged:
 
     page_size: int = 16
     num_pages: int | None = None
+    window: int | None = None
 
     def __post_init__(self):
-        for field in ("page_size", "num_pages"):
+        for field in ("page_size", "num_pages", "window"):
             value = getattr(self, field)
-            if field == "num_pages" and value is None:
+            if field != "page_size" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Paged: {field} must be an int of at least 1, got {value!r}.")
@@ -68,13 +72,13 @@ class Paged:
             table = jnp.full(shape, -1, jnp.int32)
         shared = self.num_pages is not None
         lengths = jnp.zeros(batch, jnp.int32)
-        return PagedIndex(lengths, table, self.page_size, max_context_length, shared)
+        return PagedIndex(lengths, table, self.page_size, max_context_length, shared, self.window)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["lengths", "table"],
-    meta_fields=["page_size", "capacity", "shared"],
+    meta_fields=["page_size", "capacity", "shared", "window"],
 )
 @dataclasses.dataclass(frozen=True)
 class PagedIndex:
@@ -88,9 +92,9 @@ class PagedIndex:
     page_size: int
     capacity: int
     shared: bool
+    window: int | None = None
 
     chunk: ClassVar[None] = None
-    window: ClassVar[None] = None
     sinks: ClassVar[int] = 0
     intact: ClassVar[bool] = True
 
@@ -100,7 +104,10 @@ class PagedIndex:
 
     @property
     def room(self) -> Int[Array, "*batch"]:
-        assigned = jnp.cumprod(self.table >= 0, axis=-1, dtype=jnp.int32).sum(-1)
+        assigned = self.table >= 0
+        if self.window is not None:  # the pages before the window were there
+            assigned = lax.cummax(assigned.astype(jnp.int32), axis=assigned.ndim - 1, reverse=True)
+        assigned = jnp.cumprod(assigned, axis=-1, dtype=jnp.int32).sum(-1)
         return jnp.minimum(assigned * self.page_size, self.capacity)
 
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:

@@ -98,8 +98,13 @@ class PageAllocator:
         """How many tokens of a prompt need not be computed, if it is admitted now."""
         return next(PrefixSearch(self.groups, prompt, self.chunk).hits())
 
-    def admit(self, request: Request, prompt: Prompt) -> Admission:
+    def admit(self, request: Request, prompt: Prompt, *, ahead: int = 0) -> Admission:
         """Give a request pages for its whole prompt: those that hold a part of it, and free ones.
+
+        Args:
+          request: any hashable name that no admitted request has.
+          prompt: see `prompt`.
+          ahead: tokens to follow the prompt for which there must be pages too.
 
         Raises:
           PoolFullError: not enough pages are free now.
@@ -109,8 +114,8 @@ class PageAllocator:
         self._check_new(request)
         if prompt.page_size != self.page_size:
             raise ValueError(f"a prompt of pages of {prompt.page_size}, a pool of {self.page_size}")
-        check_fits(self.groups, len(prompt))
-        search = PrefixSearch(self.groups, prompt, self.chunk)
+        check_fits(self.groups, len(prompt) + ahead)
+        search = PrefixSearch(self.groups, prompt, self.chunk, ahead)
         hit = search.longest_that_fits(self.reserve if self.sequences else 0)
         if hit is None:
             raise PoolFullError(f"{how_full(self.groups)}: no room for {len(prompt)} tokens now.")

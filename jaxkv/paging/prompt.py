@@ -95,6 +95,13 @@ class Prompt:
         """All tokens but the last."""
         return len(self.tokens) - 1
 
+    def num_common(self, other: "Prompt") -> int:
+        """Shareable tokens that two prompts have in common at their start; 0 if salts differ."""
+        length = min(self.num_shareable, other.num_shareable)
+        if self.root != other.root:
+            return 0
+        return num_common(self.tokens[:length].tobytes(), other.tokens[:length].tobytes())
+
     def content(self, number: int) -> Content:
         """What a page of this prompt holds; the last one may be partly filled, or hold nothing."""
         start, full = number * self.page_size, number < len(self.digests)

@@ -13,9 +13,9 @@ class PrefixSearch:
     A hit is a number of tokens: all but the last, or a multiple of ``chunk``.
     """
 
-    def __init__(self, groups: Sequence[GroupPages], prompt: Prompt, chunk: int):
+    def __init__(self, groups: Sequence[GroupPages], prompt: Prompt, chunk: int, ahead: int = 0):
         self.prompt, self._chunk = prompt, chunk
-        self.groups = [GroupSearch(group, prompt) for group in groups]
+        self.groups = [GroupSearch(group, prompt, ahead) for group in groups]
 
     def hits(self) -> Iterator[int]:
         """The lengths that every group can serve, the longest first; 0 at last."""
@@ -43,8 +43,9 @@ class PrefixSearch:
 class GroupSearch:
     """Which pages of a prompt one group still holds."""
 
-    def __init__(self, group: GroupPages, prompt: Prompt):
+    def __init__(self, group: GroupPages, prompt: Prompt, ahead: int):
         self._group, self._prompt, self._index = group, prompt, group.pool.index
+        self._length = len(prompt) + ahead
         self._pages: list[int | None] = []
         for number in range(len(prompt.digests) if prompt.reuse else 0):
             page = self._index.find(prompt.content(number))
@@ -88,7 +89,7 @@ class GroupSearch:
         """Pages that would be free still, were the prompt admitted with this hit."""
         group, source = self._group, self.source(hit)
         used = self.pages(hit) + ([] if source is None else [source])
-        num_new = group.end(hit, len(self._prompt)) - hit // group.page_size
+        num_new = group.end(hit, self._length) - hit // group.page_size
         return group.pool.num_free - group.num_with(0, used) - num_new
 
     def claim(self, hit: int) -> tuple[list[int], int | None]:
@@ -97,7 +98,7 @@ class GroupSearch:
         found = self.pages(hit)
         for page in found if source is None else [*found, source]:
             group.pool.hold(page)
-        num_new = group.end(hit, len(self._prompt)) - hit // group.page_size
+        num_new = group.end(hit, self._length) - hit // group.page_size
         new = [group.pool.take() for _ in range(num_new)]
         if source is not None:
             group.pool.drop(source)

@@ -1,0 +1,206 @@
+"""The requests that run: their rows, their pages, and the steps that move them on."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxkv.decode import Model, Structure
+from jaxkv.engine import steps
+from jaxkv.engine.figures import Figures
+from jaxkv.engine.request import MOST_STOP_TOKENS, Request
+from jaxkv.errors import PoolFullError
+from jaxkv.memory.session import Session
+from jaxkv.paging import Copy, PageAllocator
+from jaxkv.sampling import Sampling
+
+Arrived = list[tuple[Request, list[int]]]
+
+
+class Batch:
+    """A row of the cache for each request that runs.
+
+    Args:
+      model, sampling: of every step.
+      session: holds the cache.
+      pages: its books.
+      prefill_chunk, decode_steps: tokens that a step takes.
+      on_preempt: given each request that had to make room for another.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        session: Session,
+        pages: PageAllocator,
+        *,
+        prefill_chunk: int,
+        decode_steps: int,
+        on_preempt: Callable[[Request], None],
+    ):
+        self.rows: list[Request | None] = [None] * (session.config.batch_size or 1)
+        self.pages, self.figures = pages, Figures()
+        self._structure, self._leaves = Structure.split(model)
+        self._sampling, self._session, self._on_preempt = sampling, session, on_preempt
+        self._chunk, self._decode_steps = prefill_chunk, decode_steps
+
+    @property
+    def running(self) -> list[Request]:
+        """The requests that have rows, those admitted first first."""
+        rows: dict[Any, Request] = {row.number: row for row in self.rows if row is not None}
+        return [rows[number] for number in self.pages.sequences]
+
+    @property
+    def prefilling(self) -> list[Request]:
+        """Those of them whose prompts are not all computed yet."""
+        return [request for request in self.running if request.is_prefilling]
+
+    def admit(self, request: Request) -> None:
+        """Give a request a free row, and pages for its prompt and for what it answered before.
+
+        Raises:
+          PoolFullError: not enough pages are free.
+        """
+        admission = self.pages.admit(request.number, request.prompt, ahead=len(request.tokens))
+        self._copy(admission.copies)
+        request.length = admission.num_cached
+        if request.num_cached is None:
+            request.num_cached = admission.num_cached
+        self.rows[self.rows.index(None)] = request
+
+    def fork(self, request: Request, child: Request) -> None:
+        """Give a request a free row, and the tokens of one that runs.
+
+        Raises:
+          PoolFullError: not enough pages are free.
+        """
+        self._copy(self.pages.fork(request.number, child.number))
+        child.length = request.length
+        child.num_cached = child.prompt.num_shareable
+        self.rows[self.rows.index(None)] = child
+
+    def leave(self, request: Request) -> None:
+        """Take the row and the pages of a request."""
+        self.rows[self.rows.index(request)] = None
+        self.pages.release(request.number)
+
+    def prefill(self, num_chunks: int) -> None:
+        """Compute so many chunks of prompts, those admitted first first."""
+        for request in self.prefilling:
+            while num_chunks and request in self.rows and request.is_prefilling:
+                self._prefill_chunk(request)
+                num_chunks -= 1
+
+    def _prefill_chunk(self, request: Request) -> None:
+        end = min(request.length + self._chunk, request.prompt.num_shareable)
+        if not self._make_room(request, end):
+            return
+        chunk = request.prompt.tokens[request.length : end]
+        tokens = np.zeros((1, self._chunk), np.int32)
+        tokens[0, : len(chunk)] = chunk
+        start, tables = np.array([request.length], np.int32), self._tables([request])
+        self._session.cache = steps.prefill(
+            self._structure, self._leaves, tokens, start, tables, self._session.cache
+        )
+        request.length = end
+        self.pages.advance(request.number, request.length)
+        self.figures.prefilled_tokens += len(chunk)
+
+    def decode(self) -> Arrived:
+        """Find the next tokens of all requests whose prompts are computed."""
+        for request in self.running:
+            if request in self.rows and not request.is_prefilling:  # not preempted meanwhile
+                ahead = min(self._decode_steps, request.max_new_tokens - request.num_decoded)
+                self._make_room(request, request.length + ahead)
+        rows = [None if r is None or r.is_prefilling else r for r in self.rows]
+        if not any(rows):
+            return []
+        self._session.cache, new = steps.decode(
+            self._structure,
+            self._leaves,
+            self._dispatch(rows),
+            self._session.cache,
+            sampling=self._sampling,
+            num_steps=self._decode_steps,
+        )
+        tokens, logprobs = jax.device_get(new)
+        arrived = []
+        for row, decoded in enumerate(rows):
+            if decoded is not None:
+                count = int((tokens[:, row] >= 0).sum())
+                fresh = decoded.take(tokens[:count, row].tolist(), logprobs[:count, row].tolist())
+                self.pages.advance(decoded.number, decoded.length)
+                self.figures.generated_tokens += len(fresh)
+                self.figures.repeated_tokens += count - len(fresh)
+                arrived.append((decoded, fresh))
+        self.figures.look(self.pages.usage())
+        for decoded, _ in arrived:
+            if decoded.done:
+                self.leave(decoded)
+        return [(decoded, fresh) for decoded, fresh in arrived if fresh]
+
+    def _dispatch(self, rows: list[Request | None]) -> steps.Rows:
+        def column(value: Any) -> np.ndarray:
+            return np.array([0 if r is None else value(r) for r in rows], np.int32)
+
+        def padded(values: Iterable[Sequence[int]], width: int) -> np.ndarray:
+            array = np.full((len(rows), width), -1, np.int32)
+            for row, some in zip(array, values, strict=True):
+                row[: len(some)] = some[:width]
+            return array
+
+        known = [() if r is None else r.tokens[r.num_decoded :][: self._decode_steps] for r in rows]
+        return steps.Rows(
+            last=column(lambda r: r.next_input),
+            remaining=column(lambda r: r.max_new_tokens - r.num_decoded),
+            seeds=column(lambda r: r.seed),
+            lengths=column(lambda r: r.length),
+            stop_tokens=padded(
+                (() if r is None else r.stop_tokens for r in rows), MOST_STOP_TOKENS
+            ),
+            known=padded(known, self._decode_steps),
+            tables=self._tables(rows),
+        )
+
+    def _tables(self, rows: Sequence[Request | None]) -> steps.Tables:
+        """The page tables of these rows, a table a group; rows that rest have no pages."""
+        tables = []
+        for number, group in enumerate(steps.groups_of(self._session.cache)):
+            table = np.full((len(rows), steps.paged_index(group).table.shape[-1]), -1, np.int32)
+            for row, request in zip(table, rows, strict=True):
+                if request is not None:
+                    pages = self.pages.table(request.number, number)
+                    row[: len(pages)] = pages
+            tables.append(table)
+        return tuple(tables)
+
+    def _make_room(self, request: Request, length: int) -> bool:
+        """Pages for so many tokens, if need be from those admitted last; False if from itself."""
+        while True:
+            try:
+                self.pages.extend(request.number, length)
+                return True
+            except PoolFullError:
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is request:
+                    return False
+
+    def _preempt(self, request: Request) -> None:
+        """Take its pages. It will be computed again, in the same way, so its bits are the same."""
+        self.leave(request)
+        request.length = 0
+        request.num_preemptions += 1
+        self.figures.preemptions += 1
+        self._on_preempt(request)
+
+    def _copy(self, copies: list[Copy]) -> None:
+        """Before the next step; padded to one shape."""
+        if not copies:
+            return
+        pairs = np.full((2, len(self.pages.groups), 1), -1, np.int32)
+        for copy in copies:
+            pairs[:, copy.group, 0] = copy.source, copy.destination
+        self._session.cache = steps.copy(tuple(pairs[0]), tuple(pairs[1]), self._session.cache)

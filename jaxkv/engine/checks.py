@@ -1,0 +1,81 @@
+"""What an engine refuses, before anything changes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxkv.addressing import Paged
+from jaxkv.engine.request import MOST_STOP_TOKENS
+from jaxkv.errors import CacheFullError, ConfigError
+from jaxkv.hybrid import AnyConfig, HybridConfig
+from jaxkv.paging import Group, PageAllocator
+
+
+def check_config(
+    config: AnyConfig, prefill_chunk: int, decode_steps: int, token_budget: int
+) -> tuple[list[Group], int]:
+    """The groups of pages that a cache is made of, and their page size."""
+    configs = config.groups if isinstance(config, HybridConfig) else (config,)
+    addressings = [group.addressing for group in configs]
+    groups = [
+        Group(paged.num_pages, paged.window)
+        for paged in addressings
+        if isinstance(paged, Paged) and paged.num_pages is not None
+    ]
+    if len(groups) < len(addressings) or config.batch_size is None:
+        raise ConfigError(
+            "Engine needs a cache with a shared pool of pages and a batch_size, as in "
+            "model.cache_config(max_context_length=4096, batch_size=8, "
+            f"addressing=jaxkv.Paged(num_pages=1024)), got {addressings} and batch_size "
+            f"{config.batch_size}."
+        )
+    sizes = {paged.page_size for paged in addressings if isinstance(paged, Paged)}
+    if len(sizes) > 1:
+        raise ConfigError(f"Engine: all groups need the same page_size, got {sorted(sizes)}.")
+    for name, number in (
+        ("prefill_chunk", prefill_chunk),
+        ("decode_steps", decode_steps),
+        ("token_budget", token_budget),
+    ):
+        if number < 1:
+            raise ConfigError(f"Engine: {name} must be at least 1, got {number}.")
+    return groups, sizes.pop()
+
+
+def checked_prompt(prompt: Sequence[int], vocabulary: int | None) -> np.ndarray:
+    """The ids of a prompt, all of them in the vocabulary."""
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+        got = "an empty one" if ids.size == 0 else f"{ids.dtype} of shape {ids.shape}"
+        raise ValueError(f"a prompt must be a list of at least one token id, got {got}.")
+    bad = ids[(ids < 0) | (ids >= (vocabulary or np.iinfo(np.int32).max))]
+    if bad.size:
+        raise ValueError(
+            f"the prompt has token {bad[0]}, outside the vocabulary of {vocabulary} tokens."
+        )
+    return ids
+
+
+def check_request(
+    config: AnyConfig,
+    pages: PageAllocator,
+    prompt_length: int,
+    max_new_tokens: int,
+    seed: int,
+    stop_tokens: tuple[int, ...],
+) -> None:
+    """Refuse what could never run."""
+    limits = np.iinfo(np.int32)
+    if not isinstance(seed, int) or not limits.min <= seed <= limits.max:
+        raise ValueError(f"a seed must be an int32, got {seed!r}.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if len(stop_tokens) > MOST_STOP_TOKENS:
+        raise ValueError(f"at most {MOST_STOP_TOKENS} stop tokens, got {len(stop_tokens)}.")
+    needed, context = prompt_length + max_new_tokens, config.max_context_length
+    if needed > context:
+        raise CacheFullError(
+            f"the prompt and {max_new_tokens} new tokens are {needed} tokens, and the context "
+            f"holds {context}. Ask for fewer new tokens or a larger max_context_length."
+        )
+    pages.check_fits(needed)

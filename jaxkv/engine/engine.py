@@ -1,0 +1,252 @@
+"""Continuous batching over one paged pool: many requests, each as if it were alone."""
+
+import collections
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+from jaxkv.decode import PREFILL_CHUNK, Model
+from jaxkv.engine.batch import Arrived, Batch
+from jaxkv.engine.checks import check_config, check_request, checked_prompt
+from jaxkv.engine.figures import Figures
+from jaxkv.engine.request import Request
+from jaxkv.errors import PoolFullError, UnknownRequestError
+from jaxkv.hybrid import AnyCache, AnyConfig
+from jaxkv.memory import MemoryTracker, session
+from jaxkv.paging import PageAllocator, Prompt
+from jaxkv.sampling import Sampling
+
+
+class Engine:
+    """Runs requests together on one paged cache; Yu et al., "Orca" (2022), Kwon et al. (2023).
+
+    A round (`step`) admits waiting requests in their order while rows and pages last, computes
+    chunks of their prompts within a token budget, and decodes a few tokens of all that are ready.
+    When the pool runs dry, the request admitted last gives its pages back and waits; later it is
+    computed again, and its answer goes on where it was.
+
+    What a request answers depends on its prompt and its seed. Pages that prompts have in
+    common are computed once; a page found holds the same bits as a page computed.
+
+    Args:
+      model: any ``model(tokens, cache) -> (logits, cache)``, as for `generate`.
+      config: of the cache: ``batch_size`` is how many requests run at once, ``addressing`` a
+        `Paged` with ``num_pages``.
+      sampling: how tokens are drawn; greedy unless said.
+      stop_tokens: ids that end any request.
+      prefill_chunk: tokens of a prompt that a step takes.
+      decode_steps: tokens of an answer between two looks of the host.
+      token_budget: tokens, prefilled and decoded, that a round is to stay within; at least one
+        chunk is prefilled.
+      sharing: False to compute every prompt anew.
+      tracker: a ledger that the cache is entered in.
+      device: where the cache lives.
+
+    Raises:
+      ConfigError: a cache that is no shared paged pool.
+      CacheAllocationError: it does not fit.
+
+    >>> import jax, jaxkv
+    >>> def count_up(tokens, cache):  # a "model" that answers token + 1
+    ...     return jax.nn.one_hot(tokens + 1, 64), jaxkv.advance(cache, tokens.shape[-1])
+    >>> pool = jaxkv.Paged(page_size=4, num_pages=16)
+    >>> config = jaxkv.KVCacheConfig(1, 32, 1, 4, batch_size=2, addressing=pool)
+    >>> with jaxkv.Engine(count_up, config) as engine:
+    ...     one, two, three = (engine.submit([n], max_new_tokens=3) for n in (5, 20, 40))
+    ...     list(engine.stream(three)), two.tokens
+    ([41, 42, 43], [21, 22, 23])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: AnyConfig,
+        *,
+        sampling: Sampling = Sampling(),
+        stop_tokens: Sequence[int] = (),
+        prefill_chunk: int = PREFILL_CHUNK,
+        decode_steps: int = 8,
+        token_budget: int = 512,
+        sharing: bool = True,
+        tracker: MemoryTracker | None = None,
+        device: Any = None,
+    ):
+        groups, page_size = check_config(config, prefill_chunk, decode_steps, token_budget)
+        self.config = config
+        self._vocabulary = getattr(model, "vocab_size", None)
+        self._stop_tokens, self._budget = tuple(stop_tokens), token_budget
+        self._chunk, self._decode_steps = prefill_chunk, decode_steps
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._num_submitted = 0
+        self.pages = PageAllocator(
+            groups,
+            page_size=page_size,
+            chunk=prefill_chunk,
+            # For the tokens that each running request will need next.
+            reserve=min(config.batch_size or 1, min(group.num_pages for group in groups) // 8),
+            fingerprint=f"{type(model).__qualname__} {config}".encode(),
+            sharing=sharing,
+        )
+        self._stack = contextlib.ExitStack()
+        self._held = self._stack.enter_context(session(config, tracker=tracker, device=device))
+        self._batch = Batch(
+            model,
+            sampling,
+            self._held,
+            self.pages,
+            prefill_chunk=prefill_chunk,
+            decode_steps=decode_steps,
+            on_preempt=self._waiting.appendleft,
+        )
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        seed: int = 0,
+        stop_tokens: Sequence[int] = (),
+        salt: bytes | str = b"",
+    ) -> Request:
+        """Put a prompt in the queue.
+
+        Args:
+          prompt: token ids, at least one.
+          max_new_tokens: of the answer, at most.
+          seed: of its draws, an int32.
+          stop_tokens: ids that end it, besides the engine's.
+          salt: requests share pages with those of the same salt only. Give each tenant one of
+            its own, chosen by the server, or one could learn from timing what others asked.
+
+        Raises:
+          CacheFullError: prompt and answer can never fit.
+          ValueError: an empty prompt, a token outside the vocabulary, a bad limit or seed.
+        """
+        ids = checked_prompt(prompt, self._vocabulary)
+        named = self.pages.prompt(ids, salt=salt)
+        stops = (*self._stop_tokens, *stop_tokens)
+        request = self._new_request(named, max_new_tokens, seed, stops)
+        self._waiting.append(request)
+        return request
+
+    def fork(self, request: Request, *, seed: int) -> Request:
+        """Another request that goes on from where this one is, with draws of its own.
+
+        It shares all full pages from the start if a row and pages for it are free; else it waits.
+
+        Raises:
+          UnknownRequestError: not a request of this engine, or one that has ended.
+          ValueError: a bad seed.
+        """
+        self._check_alive(request)
+        child = self._new_request(request.prompt, request.max_new_tokens, seed, request.stop_tokens)
+        child.tokens, child.logprobs = list(request.tokens), list(request.logprobs)
+        if request in self._batch.rows and None in self._batch.rows and not self._waiting:
+            with contextlib.suppress(PoolFullError):
+                self._batch.fork(request, child)
+                return child
+        self._waiting.append(child)
+        return child
+
+    def cancel(self, request: Request) -> None:
+        """End a request now; what it answered so far stays in it. One that has ended stays so.
+
+        Raises:
+          UnknownRequestError: not a request of this engine.
+        """
+        if request.done:
+            return
+        self._check_alive(request)
+        request.finish_reason = "cancelled"
+        if request in self._batch.rows:
+            self._batch.leave(request)
+        else:
+            self._waiting.remove(request)
+
+    @property
+    def busy(self) -> bool:
+        """Is any request not over?"""
+        return bool(self._waiting or self._batch.running)
+
+    def step(self) -> Arrived:
+        """One round. Returns the new tokens of each request that got any."""
+        self._admit()
+        num_decoding = len(self._batch.running) - len(self._batch.prefilling)
+        budget = self._budget - num_decoding * self._decode_steps
+        self._batch.prefill(max(1, budget // self._chunk))
+        return self._batch.decode()
+
+    def stream(self, request: Request) -> Iterator[int]:
+        """The tokens of a request as they come. Runs the engine, for all requests, meanwhile."""
+        sent = 0
+        while True:
+            while sent < len(request.tokens):
+                yield request.tokens[sent]
+                sent += 1
+            if request.done:
+                return
+            self._check_alive(request)
+            self.step()
+
+    def run(self) -> None:
+        """Run until every request is over."""
+        while self.busy:
+            self.step()
+
+    @property
+    def figures(self) -> Figures:
+        """What the engine did so far."""
+        return self._batch.figures
+
+    def close(self) -> None:
+        """Cancel what runs and free the cache."""
+        for request in [*self._waiting, *self._batch.running]:
+            self.cancel(request)
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def cache(self) -> AnyCache:
+        """The pool, for those who want to look. Tables and lengths are the last dispatch's."""
+        return self._held.cache
+
+    def _new_request(
+        self, prompt: Prompt, max_new_tokens: int, seed: int, stop_tokens: Sequence[int]
+    ) -> Request:
+        stops = tuple(dict.fromkeys(map(int, stop_tokens)))
+        check_request(self.config, self.pages, len(prompt), max_new_tokens, seed, stops)
+        request = Request(self._num_submitted, prompt, max_new_tokens, seed, stops)
+        self._num_submitted += 1
+        return request
+
+    def _check_alive(self, request: Request) -> None:
+        if request not in self._batch.rows and request not in self._waiting:
+            raise UnknownRequestError(
+                f"request {request.number} is not in this engine: it has ended "
+                f"({request.finish_reason}), or belongs to another."
+            )
+
+    def _admit(self) -> None:
+        """Give waiting requests rows and pages, in their order."""
+        with contextlib.suppress(PoolFullError):
+            while self._waiting and None in self._batch.rows:
+                if self._is_being_computed(self._waiting[0]):
+                    return
+                self._batch.admit(self._waiting[0])
+                self._waiting.popleft()
+
+    def _is_being_computed(self, request: Request) -> bool:
+        """Will a running prefill leave more of this prompt in the pool than there is now?"""
+        prompt = request.prompt
+        if not prompt.reuse:
+            return False
+        others = self._batch.prefilling
+        ahead = max((other.prompt.num_common(prompt) for other in others), default=0)
+        if ahead < prompt.num_shareable:
+            ahead -= ahead % self._chunk
+        return ahead > 0 and ahead > self.pages.find(prompt)

@@ -1,0 +1,44 @@
+"""What an engine did so far."""
+
+import dataclasses
+
+from jaxkv.paging import Usage
+
+
+@dataclasses.dataclass
+class Figures:
+    """Counts over the life of an engine, and the pool as the ends of its dispatches found it.
+
+    Attributes:
+      prefilled_tokens: prompt tokens that were computed; what was found is not among them.
+      generated_tokens: tokens of answers.
+      repeated_tokens: of answers, that were computed again after a preemption.
+      preemptions: requests that gave their pages back to wait.
+      dispatches: of decode.
+    """
+
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
+    repeated_tokens: int = 0
+    preemptions: int = 0
+    dispatches: int = 0
+    _held_slots: int = 0
+    _wasted_slots: int = 0
+    _occupancy: float = 0.0
+
+    def look(self, usage: Usage) -> None:
+        """Count a dispatch, with the pool as it is."""
+        self.dispatches += 1
+        self._held_slots += usage.held_pages * usage.page_size
+        self._wasted_slots += usage.wasted_slots
+        self._occupancy += usage.occupancy
+
+    @property
+    def waste(self) -> float:
+        """The mean share of held slots that hold no token."""
+        return self._wasted_slots / self._held_slots if self._held_slots else 0.0
+
+    @property
+    def occupancy(self) -> float:
+        """The mean share of the pool's pages that requests hold."""
+        return self._occupancy / self.dispatches if self.dispatches else 0.0

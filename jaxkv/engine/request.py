@@ -1,0 +1,78 @@
+"""What a user holds of a request: its answer so far, and how it ended."""
+
+import dataclasses
+import time
+
+from jaxkv.paging import Prompt
+
+# Tokens that end a request, those of the engine and its own together: a fixed shape to compile.
+MOST_STOP_TOKENS = 16
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One prompt on its way through an `Engine`. Made by `Engine.submit`; read it at any time.
+
+    Attributes:
+      number: of the request, counted from 0 by its engine.
+      prompt: with the names of its pages.
+      max_new_tokens: at most so many come.
+      seed: of its draws.
+      stop_tokens: ids that end it, the engine's included.
+      tokens: the answer so far, a stop token included.
+      logprobs: of each, under the model before temperature and filters.
+      finish_reason: ``"stop"``, ``"length"`` or ``"cancelled"``; None while it is not over.
+      num_cached: prompt tokens that were in the pool when it first ran.
+      num_preemptions: times that its pages were taken from it, to be computed again later.
+      submitted, first_token: times by `time.perf_counter`, the second None until it came.
+    """
+
+    number: int
+    prompt: Prompt
+    max_new_tokens: int
+    seed: int
+    stop_tokens: tuple[int, ...]
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    num_cached: int | None = None
+    num_preemptions: int = 0
+    submitted: float = dataclasses.field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    # Tokens whose keys and values are in its pages; those of the answer follow the prompt's.
+    length: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Are tokens of the prompt to be computed yet, the last one aside?"""
+        return self.length < self.prompt.num_shareable
+
+    @property
+    def num_decoded(self) -> int:
+        """Tokens of the answer that have been found, or found again since a preemption."""
+        return max(0, self.length - self.prompt.num_shareable)
+
+    @property
+    def next_input(self) -> int:
+        """The token that the next decode step takes."""
+        decoded = self.num_decoded
+        return self.tokens[decoded - 1] if decoded else int(self.prompt.tokens[-1])
+
+    def take(self, tokens: list[int], logprobs: list[float]) -> list[int]:
+        """Enter what a dispatch found, and return what of it is new."""
+        known = len(self.tokens) - self.num_decoded
+        new = tokens[known:]
+        self.length += len(tokens)
+        self.tokens += new
+        self.logprobs += logprobs[known:]
+        if new and self.first_token is None:
+            self.first_token = time.perf_counter()
+        if new and new[-1] in self.stop_tokens:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.max_new_tokens:
+            self.finish_reason = "length"
+        return new

@@ -1,0 +1,148 @@
+"""The three compiled programs of an engine: prefill a chunk, decode a few tokens, copy pages.
+
+Each takes the cache donated, and the page tables from the host, which keeps the books. Shapes
+depend on the engine alone, so it compiles each once in its life.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from jaxkv.addressing import PagedIndex
+from jaxkv.cache import copy_pages, select, truncate
+from jaxkv.decode import New, Structure
+from jaxkv.hybrid import AnyCache, HybridCache
+from jaxkv.kv_cache import KVCache
+from jaxkv.sampling import Sampling, sample
+
+# From the host, or traced.
+Ints = Array | np.ndarray
+# A page table for each group of layers.
+Tables = tuple[Int[Ints, "rows pages"], ...]
+
+
+class Rows(NamedTuple):
+    """What a dispatch of decode starts from; rows without a request have no pages and no tokens."""
+
+    last: Int[Ints, " batch"]  # token, whose successor is next
+    remaining: Int[Ints, " batch"]  # tokens that may still come; 0 for a row that rests
+    seeds: Int[Ints, " batch"]
+    lengths: Int[Ints, " batch"]
+    stop_tokens: Int[Ints, "batch stops"]  # -1 for none
+    known: Int[Ints, "batch steps"]  # tokens that came before a preemption; -1 where not known
+    tables: Tables
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def prefill(
+    model: Structure,
+    leaves: list[Array],
+    tokens: Int[Ints, "1 chunk"],
+    start: Int[Ints, "1"],
+    tables: Tables,
+    cache: AnyCache,
+) -> AnyCache:
+    """Compute one chunk of one prompt, padding included, which later tokens write over.
+
+    One sequence a step, from a multiple of the chunk: so a page's bits depend on the tokens up
+    to it and on nothing else, and a page found is a page computed.
+    """
+    row = _placed(select(cache, [0]), tables, start)
+    _, row = model(leaves, jnp.asarray(tokens), row)
+    groups = [
+        dataclasses.replace(group, storage=written.storage)
+        for group, written in zip(groups_of(cache), groups_of(row), strict=True)
+    ]
+    return _with_groups(cache, groups)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "sampling", "num_steps"), donate_argnames="cache"
+)
+def decode(
+    model: Structure,
+    leaves: list[Array],
+    rows: Rows,
+    cache: AnyCache,
+    *,
+    sampling: Sampling,
+    num_steps: int,
+) -> tuple[AnyCache, New]:
+    """Up to ``num_steps`` tokens of each row that has any remaining."""
+
+    seeds = jnp.asarray(rows.seeds)
+
+    def unfinished(carry):
+        step, _, remaining, *_ = carry
+        return (step < num_steps) & (remaining > 0).any()
+
+    def one_step(carry):
+        step, last, remaining, cache, new = carry
+        active = remaining > 0
+        logits, appended = model(leaves, last[:, None], cache)
+        # A row that rests goes through the model with the others, and writes where it will write
+        # again, or nowhere if it has no pages.
+        cache = truncate(appended, cache.lengths + active.astype(jnp.int32))
+        token, logprob = sample(logits[:, -1], sampling, seeds=seeds, positions=cache.lengths)
+        known = rows.known[:, step]
+        token = jnp.where(known >= 0, known, token)
+        stopped = (token[:, None] == rows.stop_tokens).any(axis=-1)
+        new = New(
+            new.tokens.at[step].set(jnp.where(active, token, -1)),
+            new.logprobs.at[step].set(logprob),
+        )
+        remaining = jnp.where(active & ~stopped, remaining - 1, 0)
+        return step + 1, jnp.where(active, token, last), remaining, cache, new
+
+    shape = (num_steps, len(rows.last))
+    new = New(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    placed = _placed(cache, rows.tables, rows.lengths)
+    *_, cache, new = lax.while_loop(unfinished, one_step, (0, *rows[:2], placed, new))
+    return cache, new
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy(
+    sources: Sequence[Int[Ints, " copies"]],
+    destinations: Sequence[Int[Ints, " copies"]],
+    cache: AnyCache,
+) -> AnyCache:
+    """Copy pages within the pool of each group; a destination of -1 is skipped."""
+    groups = [
+        copy_pages(group, *map(jnp.asarray, pages))
+        for group, *pages in zip(groups_of(cache), sources, destinations, strict=True)
+    ]
+    return _with_groups(cache, groups)
+
+
+def groups_of(cache: AnyCache) -> tuple[KVCache, ...]:
+    """The groups of layers of any cache: one, unless it is hybrid."""
+    return cache.groups if isinstance(cache, HybridCache) else (cache,)
+
+
+def paged_index(group: KVCache) -> PagedIndex:
+    """The index of a group of an engine's cache, which `check_config` saw to be paged."""
+    assert isinstance(group.index, PagedIndex)
+    return group.index
+
+
+def _with_groups(cache: AnyCache, groups: Sequence[KVCache]) -> AnyCache:
+    if isinstance(cache, HybridCache):
+        return dataclasses.replace(cache, groups=tuple(groups))
+    return groups[0]
+
+
+def _placed(cache: AnyCache, tables: Tables, lengths: Int[Ints, " rows"]) -> AnyCache:
+    """The cache with the sequences that the host says."""
+    groups = []
+    for group, table in zip(groups_of(cache), tables, strict=True):
+        index = paged_index(group).with_table(jnp.asarray(table))
+        groups.append(dataclasses.replace(group, index=index.with_lengths(jnp.asarray(lengths))))
+    return _with_groups(cache, groups)

@@ -1,0 +1,394 @@
+"""An engine that shares one pool among many requests, against each request run alone."""
+
+import contextlib
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxkv
+from jaxkv import decode
+from jaxkv.engine import steps
+from jaxkv.models import Decoder, DecoderConfig
+
+CONTEXT, PAGE, CHUNK, ROWS = 112, 8, 16, 4
+START = [7, 3, 9, 1, 8] * 8  # 40 tokens that several prompts share
+PROMPTS = [
+    [5],
+    [*START, 11, 12, 13],
+    [1, 2, 3, 4, 5, 6, 7],
+    [*START, 21],
+    [9] * 33,
+    [*START, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21],
+    [2, 4],
+    [*START, 11, 12, 13],
+]
+NEW = 24
+HOT = jaxkv.Sampling(temperature=1.5, top_k=20)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = DecoderConfig(64, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    # Sharper than at the start of training, so that the most likely token is never a near tie.
+    model.embed_tokens.weight[...] = model.embed_tokens.weight[...] * 30
+    return model
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """Tokens of each prompt by `generate`, one at a time, greedy and seeded."""
+
+    def run(sampling):
+        return [
+            jaxkv.generate(
+                model,
+                [prompt],
+                max_new_tokens=NEW,
+                sampling=sampling,
+                seed=seed,
+                max_context_length=CONTEXT,
+            ).tokens[0]
+            for seed, prompt in enumerate(PROMPTS)
+        ]
+
+    return {sampling: run(sampling) for sampling in (jaxkv.Sampling(), HOT)}
+
+
+def engine(model, num_pages=64, codec="float32", **options):
+    config = model.cache_config(
+        max_context_length=CONTEXT,
+        batch_size=ROWS,
+        codec=jaxkv.codecs.CODECS[codec],
+        addressing=jaxkv.Paged(PAGE, num_pages),
+    )
+    options = {"prefill_chunk": CHUNK, "decode_steps": 4, "token_budget": 48} | options
+    return jaxkv.Engine(model, config, **options)
+
+
+def submit_all(running, new=NEW):
+    return [
+        running.submit(prompt, max_new_tokens=new, seed=seed) for seed, prompt in enumerate(PROMPTS)
+    ]
+
+
+def poison_blank(running):
+    """NaN in every page that nobody holds and nothing can find."""
+    for number, group in enumerate(running.pages.groups):
+        free = [page for page, count in enumerate(group.pool.references) if not count]
+        blank = [page for page in free if page not in group.pool.index.contents]
+        pages = np.zeros(group.pool.num_pages, bool)
+        pages[blank] = True
+        cache = steps.groups_of(running.cache)[number]
+        storage = {
+            name: jnp.where(
+                np.repeat(pages, PAGE)[:, None, None],
+                jnp.asarray(np.nan if leaf.dtype == jnp.float32 else 127).astype(leaf.dtype),
+                leaf,
+            )
+            for name, leaf in cache.storage.items()
+        }
+        poisoned = dataclasses.replace(cache, storage=storage)
+        whole = running.cache
+        hybrid = isinstance(whole, jaxkv.HybridCache)
+        running._held.cache = whole.with_group(number, poisoned) if hybrid else poisoned
+
+
+def run(running):
+    """To the end, the books proved and the free pages poisoned before each round."""
+    while running.busy:
+        poison_blank(running)
+        running.step()
+        running.pages.check()
+    usage = running.pages.usage()
+    assert (usage.held_pages, usage.num_requests) == (0, 0)
+
+
+@pytest.mark.parametrize("sampling", [jaxkv.Sampling(), HOT], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("num_pages", [12, 64], ids=["preempted", "roomy"])
+def test_tokens_are_those_of_each_request_alone(model, alone, sampling, num_pages):
+    with engine(model, num_pages, sampling=sampling) as running:
+        requests = submit_all(running)
+        run(running)
+        assert [request.tokens for request in requests] == alone[sampling]
+        assert all(request.finish_reason == "length" for request in requests)
+        figures, usage = running.figures, running.pages.usage()
+        assert (figures.preemptions > 0) == (num_pages == 12)
+        assert (figures.repeated_tokens > 0) == (num_pages == 12)
+        assert figures.generated_tokens == NEW * len(PROMPTS)
+        assert sum(request.num_preemptions for request in requests) == figures.preemptions
+        assert np.isfinite(np.concatenate([request.logprobs for request in requests])).all()
+        assert usage.hit_tokens > 0
+        assert usage.evictions > 0 or num_pages == 64
+
+
+def contents(running, request, length):
+    """The stored keys and values of a request's tokens, whatever pages they are in, as bytes."""
+    pages = running.pages.table(request.number)
+    slots = (pages[:, None] * PAGE + np.arange(PAGE)).reshape(-1)[:length]
+    return {name: np.asarray(leaf)[:, :, slots] for name, leaf in running.cache.storage.items()}
+
+
+def outcome(running, prompt, seed):
+    """What a request leaves: its tokens, log-probabilities and stored prompt, bit for bit."""
+    request = running.submit(prompt, max_new_tokens=9, seed=seed)
+    stored = None
+    while not request.done:
+        running.step()
+        running.pages.check()
+        if request.tokens and not request.done:
+            stored = contents(running, request, len(prompt) - 1)
+    return request, (request.tokens, request.logprobs, stored)
+
+
+@pytest.mark.parametrize("codec", ["float32", "int8"])
+def test_a_hit_equals_a_miss_bit_for_bit(model, codec):
+    misses = {}
+    for number in (1, 3, 5):
+        with engine(model, 12, codec=codec, sampling=HOT, sharing=False) as fresh:
+            request, misses[number] = outcome(fresh, PROMPTS[number], number)
+            assert request.num_cached == 0
+    with engine(model, 12, codec=codec, sampling=HOT) as used:
+        hits = []
+        # The same prompt again, one that goes on, one that parts early; then others take its
+        # pages, a fork shares them, and it comes once more.
+        for number in (1, 1, 5, 3, 4, 5, 1):
+            if number == 4:
+                parent = used.submit(PROMPTS[4], max_new_tokens=30)
+                used.step()
+                used.step()
+                used.fork(parent, seed=8)
+                used.run()
+                continue
+            request, got = outcome(used, PROMPTS[number], number)
+            hits.append(request.num_cached)
+            assert got[:2] == misses[number][:2]
+            for name, leaf in misses[number][2].items():
+                assert got[2][name].tobytes() == leaf.tobytes()
+        assert hits[:4] == [0, 42, 32, 40]
+        assert used.pages.usage().evictions > 0
+
+
+def test_equal_prompts_at_once_are_computed_once(model):
+    with engine(model) as running:
+        requests = [running.submit(PROMPTS[1], max_new_tokens=4, seed=n) for n in range(4)]
+        running.run()
+        assert [request.num_cached for request in requests] == [0, 42, 42, 42]
+        assert running.figures.prefilled_tokens == 42
+
+
+def test_forks_go_on_from_where_they_parted(model, alone):
+    with engine(model, sampling=HOT) as running:
+        parent = running.submit(PROMPTS[1], max_new_tokens=NEW, seed=1)
+        while len(parent.tokens) < 8:
+            running.step()
+        held = running.pages.usage().held_pages
+        forks = [running.fork(parent, seed=seed) for seed in (1, 2, 3)]
+        assert running.pages.usage().held_pages - held <= 2 * len(forks)
+        late = running.fork(parent, seed=4)  # no row is free: it waits, and is computed again
+        run(running)
+        assert parent.tokens == forks[0].tokens == alone[HOT][1]
+        assert all(fork.tokens[:8] == parent.tokens[:8] for fork in (*forks, late))
+        assert len({tuple(request.tokens) for request in (*forks, late)}) == 4
+
+
+def test_salts_keep_tenants_apart(model, alone):
+    with engine(model) as running:
+        for salt, cached in (("one", 0), ("two", 0), ("one", 42)):
+            request = running.submit(PROMPTS[1], max_new_tokens=NEW, salt=salt)
+            running.run()
+            assert request.num_cached == cached
+            assert request.tokens == alone[jaxkv.Sampling()][1]
+
+
+def test_stop_tokens_limits_and_order_of_a_stream(model, alone):
+    expected = alone[jaxkv.Sampling()][2]
+    stop = next(token for token in expected if token != expected[0])
+    end = expected.index(stop) + 1
+    engines = next(token for token in range(64) if token not in expected)
+    with engine(model, stop_tokens=[engines]) as running:
+        stopped = running.submit(PROMPTS[2], max_new_tokens=NEW, stop_tokens=[stop])
+        limited = running.submit(PROMPTS[2], max_new_tokens=3)
+        free = running.submit(PROMPTS[2], max_new_tokens=NEW)
+        assert list(running.stream(free)) == expected
+        assert (stopped.tokens, stopped.finish_reason) == (expected[:end], "stop")
+        assert (limited.tokens, limited.finish_reason) == (expected[:3], "length")
+        assert list(running.stream(free)) == expected, "a stream may begin late"
+
+
+def test_cancelling_one_leaves_the_others(model, alone):
+    with engine(model) as running:
+        requests = submit_all(running)
+        running.step()
+        running.step()
+        for number in (0, 3, 7):  # running, running, waiting
+            running.cancel(requests[number])
+        running.cancel(requests[0])  # it has ended: nothing to do
+        run(running)
+        for number, request in enumerate(requests):
+            expected = alone[jaxkv.Sampling()][number]
+            if number in (0, 3, 7):
+                assert request.finish_reason == "cancelled"
+                assert request.tokens == expected[: len(request.tokens)]
+            else:
+                assert request.tokens == expected
+
+
+def test_three_compilations_for_its_life(model, caplog):
+    with (
+        jax.log_compiles(),
+        caplog.at_level(logging.WARNING),
+        engine(model, 13, decode_steps=5) as running,  # a shape that no other test has
+    ):
+        requests = submit_all(running)
+        running.step()
+        running.fork(requests[0], seed=5)
+        running.run()
+        running.submit(PROMPTS[1], max_new_tokens=2)
+        running.run()
+    compiled = [record.message for record in caplog.records if "Compiling jit(" in record.message]
+    counts = {
+        name: sum(f"jit({name})" in message for message in compiled)
+        for name in ("prefill", "decode", "copy")
+    }
+    assert counts == {"prefill": 1, "decode": 1, "copy": 1}, compiled
+
+
+def test_steps_are_in_place(model):
+    config = model.cache_config(
+        max_context_length=1024, batch_size=2, addressing=jaxkv.Paged(16, 1024)
+    )
+    cache = jaxkv.create(config)
+    structure, leaves = decode.Structure.split(model)
+    one, table = np.ones(1, np.int32), np.full((1, 64), -1, np.int32)
+    two = np.ones(2, np.int32)
+    rows = steps.Rows(
+        two, two, two, two, two[:, None], np.full((2, 4), -1, np.int32), (np.repeat(table, 2, 0),)
+    )
+    tokens = np.zeros((1, 32), np.int32)
+    lowered = [
+        steps.prefill.lower(structure, leaves, tokens, one, (table,), cache),
+        steps.decode.lower(structure, leaves, rows, cache, sampling=HOT, num_steps=4),
+        steps.copy.lower((one,), (one,), cache),
+    ]
+    for step in lowered:
+        memory = step.compile({"xla_backend_optimization_level": 0}).memory_analysis()
+        assert memory.alias_size_in_bytes >= config.size_bytes
+        assert memory.temp_size_in_bytes < 0.2 * config.size_bytes
+
+
+REFUSALS = {
+    "an empty prompt": ({"prompt": []}, ValueError, "at least one token id, got an empty one"),
+    "no integers": ({"prompt": [0.5]}, ValueError, "got float64"),
+    "outside the vocabulary": (
+        {"prompt": [1, 64]},
+        ValueError,
+        "token 64, outside the vocabulary of 64 tokens",
+    ),
+    "longer than the context": (
+        {"prompt": [1] * 110},
+        jaxkv.CacheFullError,
+        "are 118 tokens, and the context holds 112",
+    ),
+    "longer than the pool": (
+        {"prompt": [1] * 92},
+        jaxkv.CacheFullError,
+        "100 tokens need 13 pages of 8, and the whole pool has 12",
+    ),
+    "no new tokens": ({"max_new_tokens": 0}, ValueError, "at least 1, got 0"),
+    "a bad seed": ({"seed": 2**31}, ValueError, "must be an int32, got 2147483648"),
+    "many stops": ({"stop_tokens": range(17)}, ValueError, "at most 16 stop tokens, got 17"),
+}
+
+
+def test_bad_requests_leave_the_others_alone(model, alone):
+    with engine(model, 12) as running:
+        good = running.submit(PROMPTS[4], max_new_tokens=NEW)
+        for change, error, message in REFUSALS.values():
+            with pytest.raises(error, match=message):
+                running.submit(**({"prompt": [1], "max_new_tokens": 8} | change))
+            running.step()
+        run(running)
+        assert good.tokens == alone[jaxkv.Sampling()][4]
+        with pytest.raises(jaxkv.UnknownRequestError, match=r"has ended \(length\)"):
+            running.fork(good, seed=1)
+    with engine(model, 12) as running, engine(model, 12) as other:
+        stranger = other.submit([1], max_new_tokens=1)
+        with pytest.raises(jaxkv.UnknownRequestError, match="belongs to another"):
+            running.cancel(stranger)
+        with pytest.raises(jaxkv.UnknownRequestError, match="belongs to another"):
+            next(running.stream(stranger))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"addressing": jaxkv.Contiguous()}, "needs a cache with a shared pool of pages"),
+        ({"addressing": jaxkv.Paged()}, "needs a cache with a shared pool of pages"),
+        ({"batch_size": None}, "and batch_size None"),
+    ],
+)
+def test_what_is_no_pool_is_refused(model, fields, message):
+    fields = {"batch_size": 2, "addressing": jaxkv.Paged(8, 16)} | fields
+    with pytest.raises(jaxkv.ConfigError, match=message):
+        jaxkv.Engine(model, model.cache_config(max_context_length=32, **fields))
+
+
+def test_it_leaves_nothing_behind(model):
+    tracker = jaxkv.MemoryTracker()
+    with contextlib.suppress(RuntimeError), engine(model, tracker=tracker) as running:
+        config = running.config
+        assert tracker.total_usage() == config.size_bytes + config.index_bytes
+        submit_all(running)
+        running.step()
+        raise RuntimeError("the server is stopped")
+    assert tracker.total_usage() == 0
+    assert running.pages.usage().held_pages == 0
+    with pytest.raises(jaxkv.CacheClosedError):
+        _ = running.cache
+
+
+def test_layers_with_windows_have_pools_of_their_own():
+    """The second layer sees 20 tokens, from a pool that could not hold the prompts."""
+    rng = np.random.default_rng(0)
+    embedding = jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)
+
+    def model(tokens, cache):
+        x = embedding[tokens]
+        for layer in range(2):
+            heads = x.reshape(*x.shape[:-1], 2, 8)
+            cache = jaxkv.append(cache, heads, heads, layer=layer)
+            x = x + 0.5 * jaxkv.attend(cache, heads, layer=layer).reshape(x.shape)
+        return 2 * x @ embedding.T, jaxkv.advance(cache, tokens.shape[-1])
+
+    def config(batch_size, *addressings):
+        return jaxkv.HybridConfig(
+            tuple(
+                jaxkv.KVCacheConfig(
+                    1, CONTEXT, 2, 8, batch_size, jaxkv.Dense("float32"), addressing=addressing
+                )
+                for addressing in addressings
+            ),
+            group_of_layer=(0, 1),
+        )
+
+    reference = config(len(PROMPTS), jaxkv.Contiguous(), jaxkv.Ring(20, chunk=128))
+    pools = config(ROWS, jaxkv.Paged(PAGE, 24), jaxkv.Paged(PAGE, 16, window=20))
+    seeds = list(range(len(PROMPTS)))
+    options = {"max_new_tokens": NEW, "sampling": HOT, "seed": seeds, "config": reference}
+    expected = jaxkv.generate(model, PROMPTS, **options).tokens
+    with jaxkv.Engine(
+        model, pools, sampling=HOT, prefill_chunk=CHUNK, decode_steps=4, token_budget=48
+    ) as running:
+        requests = submit_all(running)
+        run(running)
+        assert [request.tokens for request in requests] == expected
+        again = running.submit(PROMPTS[1], max_new_tokens=NEW, seed=1)
+        run(running)
+        assert again.tokens == expected[1]
+        assert sum(request.num_cached for request in (*requests, again)) > 0
