@@ -76,7 +76,6 @@ def decode(
     num_steps: int,
 ) -> tuple[AnyCache, New]:
     """Up to ``num_steps`` tokens of each row that has any remaining."""
-
     seeds = jnp.asarray(rows.seeds)
 
     def unfinished(carry):
