@@ -3,6 +3,7 @@
 from jaxkv.addressing.addressing import Addressing, Index, Layer
 from jaxkv.addressing.contiguous import Contiguous
 from jaxkv.addressing.kept import Kept, KeptIndex, Sums
+from jaxkv.addressing.kept_by_head import KeptByHead
 from jaxkv.addressing.paged import Paged, PagedIndex
 from jaxkv.addressing.ring import Ring
 
@@ -19,6 +20,7 @@ __all__ = [
     "Contiguous",
     "Index",
     "Kept",
+    "KeptByHead",
     "KeptIndex",
     "Layer",
     "Paged",

@@ -2,29 +2,81 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
+from jaxkv.compression.scoring import LayerScores, held_positions
 from jaxkv.kv_cache import KVCache
 
-# One number, or one a layer; a float is a share of each sequence's tokens.
-Keep = int | float | Sequence[int] | Sequence[float]
+# One number, one a layer, or one a layer, sequence and head; a float is a share of tokens.
+Keep = int | float | Sequence[int] | Sequence[float] | np.ndarray
+
+
+def is_by_head(keep: Keep) -> bool:
+    """Whether heads keep different numbers of tokens."""
+    return np.ndim(keep) > 1
 
 
 def limits_of(cache: KVCache, keep: Keep) -> np.ndarray:
-    """Tokens that each head of each sequence may keep, ``int32[layers, sequences]``.
+    """Tokens that each head may keep, ``int32[layers, *batch, kv_heads]``.
 
     Raises:
-      ValueError: numbers of tokens or layers that do not fit the cache.
+      ValueError: numbers of tokens, layers or heads that do not fit the cache.
       TypeError: a share of lengths that are traced.
     """
-    layers = cache.config.num_layers
-    budgets = list(keep) if isinstance(keep, Sequence | np.ndarray) else [keep] * layers
-    if len(budgets) != layers:
-        raise ValueError(f"keep must be one number or {layers}, one a layer, got {len(budgets)}.")
-    rows = [_of_sequences(cache, budget) for budget in budgets]
-    return np.asarray(rows, np.int32)
+    config = cache.config
+    layers, batch, kv_heads = config.num_layers, config.batch_shape, config.num_kv_heads
+    if is_by_head(keep):
+        limits = np.asarray(keep)
+        if limits.shape not in ((layers, kv_heads), (layers, *batch, kv_heads)):
+            raise ValueError(
+                f"keep for each head must be [layers, kv_heads] = {[layers, kv_heads]}"
+                f"{' or [layers, batch, kv_heads]' * len(batch)}, got {list(limits.shape)}."
+            )
+        for count in limits.ravel():
+            _check_count(cache, count)
+        limits = limits.reshape(layers, *limits.shape[1:-1] or (1,) * len(batch), kv_heads)
+    else:
+        budgets = list(keep) if isinstance(keep, Sequence | np.ndarray) else [keep] * layers
+        if len(budgets) != layers:
+            raise ValueError(
+                f"keep must be one number, or {layers} for layers, got {len(budgets)}."
+            )
+        limits = np.stack([_of_sequences(cache, budget) for budget in budgets])
+        limits = limits.reshape(layers, *batch, 1)
+    return np.ascontiguousarray(np.broadcast_to(limits, (layers, *batch, kv_heads)), np.int32)
+
+
+def adaptive(
+    cache: KVCache, scores: LayerScores, keep: int, *, least: float = 0.2
+) -> Int[np.ndarray, "layers *batch kv_heads"]:
+    """Budgets for `jaxkv.compress` that give heads with many high scores more tokens.
+
+    Feng et al., "Ada-KV: optimizing KV cache eviction by adaptive budget allocation for efficient
+    LLM inference" (2024), section 3.3: the heads of a layer share ``kv_heads * keep`` tokens, which
+    go to the highest scores wherever they are. They depend on the content, so a step is compiled
+    anew for each new longest run.
+
+    Args:
+      cache: that was scored.
+      scores: of `score`, comparable between heads (attention weights are).
+      keep: tokens a head, on average.
+      least: share of ``keep`` that every head has.
+    """
+    positions = np.stack(
+        [np.asarray(held_positions(cache, layer)) for layer in range(cache.config.num_layers)]
+    )
+    ranked = np.where(positions >= 0, np.nan_to_num(np.asarray(scores), nan=-np.inf), -np.inf)
+    *outer, kv_heads, slots = ranked.shape
+    sure = min(max(1, int(least * keep)), slots)
+    best_first = np.argsort(-ranked, axis=-1, kind="stable")
+    np.put_along_axis(ranked, best_first[..., :sure], np.inf, axis=-1)
+    pooled = np.argsort(-ranked.reshape(*outer, -1), axis=-1, kind="stable")
+    heads = pooled[..., : kv_heads * keep] // slots
+    return (heads[..., None] == np.arange(kv_heads)).sum(axis=-2).astype(np.int32)
 
 
 def host_lengths(cache: KVCache, why: str) -> np.ndarray:
@@ -71,9 +123,13 @@ def _of_sequences(cache: KVCache, budget: int | float) -> np.ndarray:
             raise ValueError(f"keep as a share of tokens must be in (0, 1], got {budget}.")
         lengths = host_lengths(cache, "keep cannot be a share of them")
         return np.maximum(np.ceil(budget * lengths), 1).astype(np.int32)
+    return np.full(sequences, _check_count(cache, budget), np.int32)
+
+
+def _check_count(cache: KVCache, budget: Any) -> int:
     count = operator.index(budget)
     if not 1 <= count <= cache.index.extent:
         raise ValueError(
             f"keep must be from 1 to the {cache.index.extent} slots of a sequence, got {count}."
         )
-    return np.full(sequences, count, np.int32)
+    return count

@@ -11,9 +11,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import Contiguous, Kept, Paged, Ring, Sums
+from jaxkv.addressing import Contiguous, Kept, KeptByHead, KeptIndex, Paged, Ring, Sums
+from jaxkv.addressing.kept_by_head import KeptByHeadIndex
 from jaxkv.checks import check_alive
-from jaxkv.compression.budgets import Keep, host_lengths, limits_of
+from jaxkv.compression.budgets import Keep, host_lengths, is_by_head, limits_of
 from jaxkv.compression.scoring import (
     LayerQueries,
     LayerScores,
@@ -50,7 +51,9 @@ def compress(
         a hybrid cache, which are bounded already, stay as they are.
       policy: see `jaxkv.policies`, or scores ``[layers, *batch, kv_heads, slots]`` of one's own.
       keep: tokens that each head keeps; a float is a share of each sequence's tokens. One
-        number, or one a layer (`jaxkv.policies.pyramid`), which gives a hybrid cache.
+        number; or one a layer, such as of `jaxkv.compression.pyramid`, which gives a hybrid cache;
+        or one a head, ints ``[layers, kv_heads]`` or ``[layers, batch, kv_heads]``, such as of
+        `jaxkv.compression.adaptive`, which are packed.
       new: tokens that fit beside those kept; as many as before if None.
       queries: of the newest tokens, for policies that look at them; `jaxkv.observed` gives them.
       sinks: first tokens of a sequence that stay whatever their score.
@@ -80,7 +83,7 @@ def compress(
             parts.append((layers, group))
             continue
         own_policy = policy if callable(policy) else of_layers(policy, layers)
-        own_keep = [keep[int(n)] for n in layers] if isinstance(keep, Sequence) else keep
+        own_keep = np.asarray(keep)[layers] if np.ndim(keep) else keep
         own_queries = None if queries is None else of_layers(queries, layers)
         parts += _compressed(group, layers, own_policy, own_keep, own_queries, options)
     return _joined(parts)
@@ -99,30 +102,31 @@ def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[
         new = max(1, config.max_context_length - host_lengths(cache, "new must be given").max())
     limits = limits_of(cache, keep)
     sums = None
-    if isinstance(policy, HeavyHitters):
+    if isinstance(policy, HeavyHitters) and not is_by_head(keep):
         sums = summed(cache, policy, queries)
         policy = averaged(cache, policy, sums)
     scores = score(cache, policy, queries) if callable(policy) else policy
     _check_scores(cache, scores)
 
-    sizes = limits.max(axis=1)
+    by_head = is_by_head(keep)
+    per_layer = limits.reshape(len(limits), -1)
+    sizes = per_layer.sum(axis=1) if by_head else per_layer.max(axis=1)
     parts = []
     for size in dict.fromkeys(sizes.tolist()):
         chosen = np.flatnonzero(sizes == size)
-        addressing = Kept(
-            tokens=size,
-            new=int(new),
-            num_layers=len(chosen),
-            num_kv_heads=config.num_kv_heads,
-            sums=sums is not None,
-            within=_like(config.addressing),
-        )
+        shape = {"new": int(new), "num_layers": len(chosen), "num_kv_heads": config.num_kv_heads}
+        addressing: Kept | KeptByHead
+        if by_head:
+            addressing = KeptByHead(places=size, longest=int(limits[chosen].max()), **shape)
+        else:
+            within = _like(config.addressing)
+            addressing = Kept(tokens=size, sums=sums is not None, within=within, **shape)
         smaller = _gathered(
             cache,
             scores,
             sums,
             jnp.asarray(chosen, jnp.int32),
-            jnp.asarray(limits[chosen]).reshape(len(chosen), *config.batch_shape),
+            jnp.asarray(limits[chosen]),
             config=config.replace(num_layers=len(chosen), addressing=addressing),
             addressing=addressing,
             sinks=options["sinks"],
@@ -147,17 +151,19 @@ def _gathered(
     scores: LayerScores,
     sums: Sums | None,
     layers: Int[Array, " kept_layers"],
-    limits: Int[Array, "kept_layers *batch"],
+    limits: Int[Array, "kept_layers *batch kv_heads"],
     *,
     config: KVCacheConfig,
-    addressing: Kept,
+    addressing: Kept | KeptByHead,
     sinks: int,
     recent: int,
 ) -> KVCache:
     """A cache of ``config`` that holds the best tokens of these layers of another."""
-    index = addressing.init(config.max_context_length, config.batch_size)
+    index: KeptIndex = addressing.init(config.max_context_length, config.batch_size)
     index = dataclasses.replace(index, lengths=cache.lengths)
-    keep = addressing.tokens
+    if isinstance(index, KeptByHeadIndex):
+        index = index.with_runs(limits)
+    keep = index.extent - index.new
     storage = {
         name: jnp.zeros((len(layers), leaf.shape[1], config.num_slots, *leaf.shape[3:]), leaf.dtype)
         for name, leaf in cache.storage.items()
@@ -183,7 +189,7 @@ def _gathered(
             for name, leaf in storage.items()
         }
         index = index.with_kept(number, kept)
-        if sums is not None:
+        if index.sums is not None and sums is not None:
             drawn = jnp.take_along_axis(sums.attention[layer], slots, axis=-1)
             attention = index.sums.attention.at[number, ..., index.new :].set(drawn)
             index = index.with_sums(Sums(attention, sums.since))
