@@ -36,6 +36,7 @@ def evict(
     queries: LayerQueries | Sequence[Array] | None = None,
     sinks: int = 4,
     recent: int = 0,
+    after: Array | None = None,
 ) -> AnyCache:
     """Drop the tokens that score lowest wherever there is no room for the next ones.
 
@@ -52,6 +53,8 @@ def evict(
         that look at them. With `HeavyHitters` those of each token once, in every call.
       sinks: first tokens of a sequence that stay whatever their score.
       recent: newest tokens of a sequence that stay whatever their score.
+      after: an output of the step, such as its logits: XLA then knows that attention has read
+        what is about to be moved. Without, it keeps a copy of the cache to be sure.
 
     Raises:
       TypeError: a cache of another addressing.
@@ -60,13 +63,13 @@ def evict(
     """
     check_alive(cache)
     if not isinstance(cache, HybridCache):
-        return _evict(cache, policy, tokens, queries, sinks, recent)
+        return _evict(cache, policy, tokens, queries, sinks, recent, after)
     groups = []
     for number, group in enumerate(cache.groups):
         if isinstance(group.index, KeptIndex):
             layers = np.flatnonzero(np.equal(cache.config.group_of_layer, number))
             own = None if queries is None else of_layers(queries, layers)
-            group = _evict(group, policy, tokens, own, sinks, recent)
+            group = _evict(group, policy, tokens, own, sinks, recent, after)
         groups.append(group)
     return dataclasses.replace(cache, groups=tuple(groups))
 
@@ -93,14 +96,22 @@ def evicting(
     def run(tokens: Array, cache: AnyCache, **options: Any) -> tuple[Array, AnyCache]:
         logits, cache, queries = observed(model)(tokens, cache, **options)
         count = tokens.shape[-1]
-        kept = evict(cache, policy, tokens=count, queries=queries, sinks=sinks, recent=recent)
+        kept = evict(
+            cache, policy, tokens=count, queries=queries, sinks=sinks, recent=recent, after=logits
+        )
         return logits, kept
 
     return run
 
 
 def _evict(
-    cache: KVCache, policy: Policy, tokens: int, queries: Any, sinks: int, recent: int
+    cache: KVCache,
+    policy: Policy,
+    tokens: int,
+    queries: Any,
+    sinks: int,
+    recent: int,
+    after: Array | None,
 ) -> KVCache:
     index = _index_of(cache)
     if tokens > index.new:
@@ -111,10 +122,7 @@ def _evict(
     if isinstance(policy, HeavyHitters):
         cache = _with_more_sums(cache, policy, queries)
     full = index.within.lengths + tokens > index.new
-    choose_again = functools.partial(
-        _chosen_again, policy=policy, queries=queries, full=full, sinks=sinks, recent=recent
-    )
-    return lax.cond(full.any(), choose_again, lambda cache: cache, cache)
+    return _chosen_again(cache, policy, queries, full, sinks, recent, after)
 
 
 def _index_of(cache: KVCache) -> KeptIndex:
@@ -147,20 +155,27 @@ def _with_more_sums(cache: KVCache, policy: HeavyHitters, queries: LayerQueries 
 
 
 def _chosen_again(
-    cache: KVCache, policy: Policy, queries: Any, full: Array, sinks: int, recent: int
+    cache: KVCache,
+    policy: Policy,
+    queries: Any,
+    full: Array,
+    sinks: int,
+    recent: int,
+    after: Array | None,
 ) -> KVCache:
     """Full sequences with the best of their kept and new tokens at the places of kept ones."""
     new = _index_of(cache).new
     moves = functools.partial(_moves, new=new, sinks=sinks, recent=recent)
 
-    def one_layer(state: KVCache, job: tuple[Array, Array | None]) -> tuple[KVCache, None]:
-        layer, index = job[0], _index_of(state)
-        keys, values, queries, positions = held(state, *job)
+    def one_layer(layer: Array, state: KVCache) -> KVCache:
+        index = _index_of(state)
+        own_queries = None if queries is None else queries[layer]
+        keys, values, _, positions = held(state, layer, own_queries)
         if isinstance(policy, HeavyHitters) and index.sums is not None:
             drawn = index.sums.attention[layer]
             scores = per_sequence(state, policy.scores)(drawn, positions, index.sums.since)
         else:
-            scores = per_sequence(state, policy)(keys, values, queries, positions)
+            scores = per_sequence(state, policy)(keys, values, own_queries, positions)
         origins, targets, stays = per_sequence(state, moves)(
             scores, positions, index.limits(layer), full
         )
@@ -176,11 +191,20 @@ def _chosen_again(
             attention = index.sums.attention.at[layer].set(move(sums, origins, targets))
             index = index.with_sums(Sums(attention, index.sums.since))
         index = index.with_kept(layer, remaining[..., new:])
-        return dataclasses.replace(state, storage=storage, index=index), None
+        return dataclasses.replace(state, storage=storage, index=index)
 
-    layers = jnp.arange(cache.config.num_layers, dtype=jnp.int32)
-    state, _ = lax.scan(one_layer, cache, (layers, queries))
+    # Not a cond, which would copy the whole cache on its way through (XLA on a CPU, jax 0.10).
+    turns = jnp.where(full.any() & _is_there(after), cache.config.num_layers, 0)
+    state = lax.fori_loop(0, turns, one_layer, cache)
     return dataclasses.replace(state, index=_index_of(state).with_new_slots_free(full))
+
+
+def _is_there(after: Array | None) -> Array | bool:
+    """True, once an array is computed; `lax.optimization_barrier` orders nothing on a CPU."""
+    if after is None:
+        return True
+    first = after.reshape(-1)[0]
+    return ~(jnp.isinf(first) & (first == 0))
 
 
 def _moves(
