@@ -44,7 +44,7 @@ from jaxkv.sampling import Sampling, sample
 from jaxkv.snapshot import load, save
 
 if TYPE_CHECKING:
-    from jaxkv import models
+    from jaxkv import models, plots
 
 __version__ = "0.1.0"
 
@@ -97,6 +97,7 @@ __all__ = [
     "next_positions",
     "observed",
     "plan",
+    "plots",
     "reconstruction_scores",
     "reset",
     "sample",
@@ -109,7 +110,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import `jaxkv.models`, which needs flax, when it is first asked for."""
-    if name == "models":
-        return importlib.import_module("jaxkv.models")
+    """Import what not everybody needs when it is first asked for."""
+    if name in ("models", "plots"):
+        return importlib.import_module(f"jaxkv.{name}")
     raise AttributeError(f"module 'jaxkv' has no attribute {name!r}")

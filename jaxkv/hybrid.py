@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxkv.config import KVCacheConfig
 from jaxkv.errors import ConfigError
+from jaxkv.html import occupancy_html
 from jaxkv.kv_cache import KVCache
 from jaxkv.text import format_bytes
 
@@ -155,6 +156,24 @@ class HybridCache:
         groups = ", ".join(map(repr, self.groups))
         size = format_bytes(self.config.size_bytes)
         return f"HybridCache({self.config.num_layers} layers, {size}: {groups})"
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """What treescope shows: an object to unfold."""
+        from treescope import repr_lib
+
+        return repr_lib.render_object_constructor(
+            object_type=type(self),
+            attributes={"groups": self.groups, "config": self.config},
+            path=path,
+            subtree_renderer=subtree_renderer,
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: each group, and how full it is."""
+        size = f"{format_bytes(self.config.size_bytes)} ({self.config.size_bytes:,} bytes)"
+        heading = occupancy_html("HybridCache", f"{self.config.num_layers} layers, {size}", [], "")
+        groups = "".join(group._repr_html_() for group in self.groups)
+        return f'{heading}<div style="margin-left: 16px">{groups}</div>'
 
 
 # What functions that do not care how layers are kept take and return.

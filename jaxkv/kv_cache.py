@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,9 +11,13 @@ from jaxtyping import Array, Bool, Int
 from jaxkv.addressing import Index, Layer
 from jaxkv.codecs import Leaves
 from jaxkv.config import KVCacheConfig
+from jaxkv.html import Bar, occupancy_html
 from jaxkv.text import format_bytes, sequences
 
 __all__ = ["KVCache", "Layer", "NumTokens"]
+
+# Sequences that are named one by one.
+_NAMED = 8
 
 # Tokens processed: one number for all sequences, or one for each of a ragged batch.
 NumTokens = int | Int[Array, "*batch"]
@@ -53,21 +58,72 @@ class KVCache:
         return sum(leaf.nbytes for leaf in self.storage.values())
 
     def __repr__(self) -> str:
+        held, unknown = _lengths(self)
+        if held is None:
+            tokens = f"{unknown}, ?" if unknown == "donated" else "?"
+        elif held.size <= _NAMED:
+            tokens = str(held.tolist())
+        else:
+            tokens = f"{held.min()} to {held.max()}"
         config = self.config
-        batch = "" if config.batch_size is None else f"{sequences(config.batch_size)}, "
         return (
-            f"KVCache({config.num_layers} layers, {config.num_kv_heads} KV heads x "
-            f"{config.head_dim}, {config.codec.name}, {config.addressing.name}, {batch}"
-            f"{_tokens_held(self)} of {config.max_context_length} tokens, "
+            f"KVCache({_facts(config)}, {tokens} of {config.max_context_length} tokens, "
             f"{format_bytes(config.size_bytes)})"
         )
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: how full each sequence is."""
+        held, unknown = _lengths(self)
+        size = f"{format_bytes(self.config.size_bytes)} ({self.config.size_bytes:,} bytes)"
+        if held is None:
+            return occupancy_html("KVCache", _facts(self.config), [], f"{size}, {unknown}")
+        room = np.broadcast_to(np.asarray(self.index.room), held.shape).ravel()
+        bars = [
+            Bar(f"sequence {i}", *pair)
+            for i, pair in enumerate(zip(held.ravel(), room, strict=True))
+        ]
+        if held.ndim == 0:
+            bars = [bars[0]._replace(name="")]
+        elif len(bars) > _NAMED:
+            fullest, emptiest = max(bars, key=_fill), min(bars, key=_fill)
+            bars = [
+                Bar(f"all {sequences(len(bars))}", held.sum(), room.sum()),
+                fullest._replace(name=f"the fullest, {fullest.name}"),
+                emptiest._replace(name=f"the emptiest, {emptiest.name}"),
+            ]
+        return occupancy_html("KVCache", _facts(self.config), bars, size)
 
-def _tokens_held(cache: KVCache) -> str:
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """What treescope shows: an object to unfold."""
+        from treescope import repr_lib
+
+        return repr_lib.render_object_constructor(
+            object_type=type(self),
+            attributes={"storage": self.storage, "index": self.index, "config": self.config},
+            path=path,
+            subtree_renderer=subtree_renderer,
+        )
+
+
+def _fill(bar: Bar) -> float:
+    return bar.used / max(bar.size, 1)
+
+
+def _facts(config: KVCacheConfig) -> str:
+    batch = "" if config.batch_size is None else f", {sequences(config.batch_size)}"
+    return (
+        f"{config.num_layers} layers, {config.num_kv_heads} KV heads x {config.head_dim}, "
+        f"{config.codec_name}, {config.addressing.name}{batch}"
+    )
+
+
+def _lengths(cache: KVCache) -> tuple[np.ndarray | None, str]:
+    """The tokens of each sequence, or None and why nobody knows."""
     lengths = cache.lengths
-    if isinstance(lengths, jax.core.Tracer) or not isinstance(lengths, jax.Array):
-        return "?"
+    if isinstance(lengths, jax.core.Tracer):
+        return None, "traced"
+    if not isinstance(lengths, jax.Array):
+        return None, "shapes alone"
     if lengths.is_deleted():
-        return "donated, ?"
-    held = np.asarray(lengths).tolist()
-    return str(held if isinstance(held, int) or len(held) <= 8 else f"{min(held)} to {max(held)}")
+        return None, "donated"
+    return np.asarray(lengths), ""

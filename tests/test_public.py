@@ -30,7 +30,7 @@ FLOORS = [
     {"compression"},
     {"memory", "sampling", "known_models", "snapshot"},
     {"decode"},
-    {"generation", "engine"},
+    {"generation"},
     {"models", "integrations"},
     {"commands", "cli"},
 ]
