@@ -94,6 +94,26 @@ def test_help_teaches_by_example(run, command):
     assert command in run("--help")[1]
 
 
+def test_help_of_all_of_it(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    assert "\n  jaxkv plan Llama-3-8B" in out
+    assert "130 interrupted" in out
+
+
+def test_an_interruption_is_no_traceback(run, monkeypatch):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "plan", COMMANDS["plan"]._replace(run=interrupt))
+    assert run("plan gpt2") == (130, "", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_answers_as_json_if_asked(run, command):
+    assert "--json" in run(f"{command} --help")[1]
+
+
 def test_version(run):
     import jaxkv
 
