@@ -17,7 +17,7 @@ PACKAGE = ROOT / "jaxkv"
 
 # From the bottom up, as in ARCHITECTURE.md. A file imports from its own floor or lower ones.
 FLOORS = [
-    {"errors", "display", "text", "hf_config", "native"},
+    {"errors", "display", "text", "hf_config", "html", "native"},
     {"codecs", "addressing", "paging"},
     {"config"},
     {"kv_cache"},
@@ -30,8 +30,8 @@ FLOORS = [
     {"compression"},
     {"memory", "sampling", "known_models", "snapshot"},
     {"decode"},
-    {"generation"},
-    {"models", "integrations"},
+    {"generation", "engine"},
+    {"models", "integrations", "plots"},
     {"commands", "cli"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
