@@ -18,7 +18,7 @@ from jaxkv.cache import (
     select,
     truncate,
 )
-from jaxkv.codecs import Codec, Dense, Float8, Int8
+from jaxkv.codecs import Centred, Codec, Dense, Float8, Int8, KeysValues, Rope, Rotated
 from jaxkv.compression import compress, evict, evicting
 from jaxkv.config import KVCacheConfig
 from jaxkv.engine import Engine
@@ -53,6 +53,7 @@ __all__ = [
     "CacheAllocationError",
     "CacheClosedError",
     "CacheFullError",
+    "Centred",
     "CheckpointError",
     "Codec",
     "ConfigError",
@@ -68,12 +69,15 @@ __all__ = [
     "KVCache",
     "KVCacheConfig",
     "Kept",
+    "KeysValues",
     "MemoryTracker",
     "Paged",
     "Plan",
     "PoolFullError",
     "Purpose",
     "Ring",
+    "Rope",
+    "Rotated",
     "Sampling",
     "SnapshotError",
     "Timings",

@@ -26,7 +26,7 @@ from jaxkv.checks import (
     check_rows,
     check_vectors,
 )
-from jaxkv.codecs import Dense, bitcast, container_dtype, decode_stored
+from jaxkv.codecs import Dense, bitcast, container_dtype, leaf_specs
 from jaxkv.config import KVCacheConfig
 from jaxkv.errors import CacheFullError
 from jaxkv.hybrid import (
@@ -38,6 +38,7 @@ from jaxkv.hybrid import (
     in_its_group,
 )
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.vectors import encode, read
 
 
 def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
@@ -60,17 +61,17 @@ def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
 
 def _create(config: KVCacheConfig, device: Any) -> KVCache:
     platform = _platform(device)
-    prefix = (config.num_layers, 2, config.num_slots, config.num_kv_heads)
-    storage = {
-        name: jnp.zeros((*prefix, *shape), container_dtype(dtype, platform), device=device)
-        for name, (shape, dtype) in config.codec.leaves(config.head_dim).items()
-    }
+    storage = {}
+    for name, (shape, dtype, sides) in leaf_specs(config.codec, config.head_dim).items():
+        whole = (config.num_layers, sides, config.num_slots, config.num_kv_heads, *shape)
+        storage[name] = jnp.zeros(whole, container_dtype(dtype, platform), device=device)
+    means = config.means_shape and jnp.zeros(config.means_shape, device=_without_ctx(device))
     index = config.addressing.init(config.max_context_length, config.batch_size)
     if isinstance(device, NamedSharding):  # on all of the mesh, as a step will return it
         index = jax.device_put(index, NamedSharding(device.mesh, PartitionSpec()))
     elif isinstance(device, jax.Device):
         index = jax.device_put(index, device)
-    return KVCache(storage, index, config)
+    return KVCache(storage, index, config, means)
 
 
 @in_its_group
@@ -103,19 +104,22 @@ def append(
     check_chunk(cache, tokens)
     check_room(cache, tokens if num_tokens is None else num_tokens)
 
-    slots = cache.index.slots(token_positions(cache, tokens, num_tokens))
+    positions = token_positions(cache, tokens, num_tokens)
+    slots = cache.index.slots(positions)
     # Places that do not exist get numbers past the end, each its own: the scatter drops
     # them, and may still be told that no two writes meet.
     past_the_end = cache.config.num_slots + jnp.arange(slots.size, dtype=jnp.int32)
     slots = jnp.where(slots < 0, past_the_end.reshape(slots.shape), slots)
-    encoded = cache.config.codec.encode(jnp.stack([keys, values], axis=-3))
-    storage = {
+    encoded, means = encode(cache, num_layer, keys, values, positions)
+    storage = {  # a scatter wants slots before sides
         name: leaf.at[num_layer, :, slots].set(
-            bitcast(encoded[name], leaf.dtype), mode="drop", unique_indices=True
+            jnp.moveaxis(bitcast(encoded[name], leaf.dtype), 0, slots.ndim),
+            mode="drop",
+            unique_indices=True,
         )
         for name, leaf in cache.storage.items()
     }
-    return dataclasses.replace(cache, storage=storage)
+    return dataclasses.replace(cache, storage=storage, means=means)
 
 
 @in_every_group
@@ -247,7 +251,8 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     storage = cache.storage
     if slots is not None:
         storage = {name: jnp.take(leaf, slots, axis=2) for name, leaf in storage.items()}
-    return KVCache(storage, index, cache.config.replace(batch_size=chosen.size))
+    config = cache.config.replace(batch_size=chosen.size)
+    return dataclasses.replace(cache, storage=storage, index=index, config=config)
 
 
 def fork(cache: AnyCache, num_copies: int) -> AnyCache:
@@ -320,17 +325,6 @@ def token_positions(
     return jnp.where(real, positions, -1)
 
 
-def read(
-    cache: KVCache, layer: Layer, start: Int[Array, ""] | int, size: int, dtype: Any
-) -> Float[Array, "2 *batch size kv_heads head_dim"]:
-    """Decode ``size`` logical slots of one layer."""
-    config = cache.config
-    stored = {
-        name: cache.index.read(leaf, layer, start, size) for name, leaf in cache.storage.items()
-    }
-    return decode_stored(config.codec, stored, config.head_dim, dtype)
-
-
 def _platform(device: Any) -> str:
     if device is None:
         device = jax.config.jax_default_device  # type: ignore[attr-defined]
@@ -339,6 +333,14 @@ def _platform(device: Any) -> str:
     if isinstance(device, jax.sharding.Sharding):
         device = next(iter(device.device_set))
     return jax.default_backend() if device is None else device.platform
+
+
+def _without_ctx(device: Any) -> Any:
+    """Where means go, whose axes are those of a buffer without its ctx axis."""
+    if not isinstance(device, NamedSharding):
+        return device
+    axes = tuple(device.spec)
+    return NamedSharding(device.mesh, PartitionSpec(*axes[:2], *axes[3:]))
 
 
 def _decoded_dtype(cache: KVCache) -> jnp.dtype:

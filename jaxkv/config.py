@@ -1,13 +1,14 @@
 """The shape of a cache and its exact bytes, known before any device is touched."""
 
 import dataclasses
+import math
 import operator
 import os
 from collections.abc import Mapping
 from typing import Any, Self
 
 from jaxkv.addressing import Addressing, Contiguous
-from jaxkv.codecs import Codec, Dense, bytes_per_vector
+from jaxkv.codecs import Centred, Codec, Dense, bytes_per_token
 from jaxkv.errors import ConfigError
 from jaxkv.hf_config import hf_shape, read_hf, text_config
 from jaxkv.text import sequences
@@ -116,13 +117,20 @@ class KVCacheConfig:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes, keys and values of all layers together."""
-        vector = bytes_per_vector(self.codec, self.head_dim)
-        return 2 * self.num_layers * self.num_kv_heads * vector
+        return self.num_layers * self.num_kv_heads * bytes_per_token(self.codec, self.head_dim)
+
+    @property
+    def means_shape(self) -> tuple[int, int, int, int] | None:
+        """``(num_layers, 2, num_kv_heads, head_dim)`` if the codec keeps means, see `Centred`."""
+        if not isinstance(self.codec, Centred):
+            return None
+        return self.num_layers, 2, self.num_kv_heads, self.head_dim
 
     @property
     def size_bytes(self) -> int:
-        """Exact bytes of the keys and values (scales included)."""
-        return self.num_slots * self.bytes_per_token
+        """Exact bytes of the keys and values, scales and means included."""
+        means = 4 * math.prod(self.means_shape) if self.means_shape else 0
+        return self.num_slots * self.bytes_per_token + means
 
     @property
     def index_bytes(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float32, Int
 
 from jaxkv.addressing import Index, Layer
 from jaxkv.codecs import Leaves
@@ -24,7 +24,9 @@ NumTokens = int | Int[Array, "*batch"]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["storage", "index"], meta_fields=["config"]
+    jax.tree_util.register_dataclass,
+    data_fields=["storage", "index", "means"],
+    meta_fields=["config"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class KVCache:
@@ -32,15 +34,17 @@ class KVCache:
 
     Attributes:
       storage: one buffer a codec leaf, ``[layers, 2, ctx, kv_heads, ...]``; axis 1 is keys,
-        values. On a CPU a bfloat16 buffer has dtype uint16 (see `container_dtype`); use
-        `layer` to get numbers.
+        values, and of size 1 for a leaf that only one of them has. On a CPU a bfloat16 buffer has
+        dtype uint16 (see `container_dtype`); use `layer` to get numbers.
       index: which slot holds which token; `lengths` is part of it.
       config: the static description.
+      means: of `Centred`, ``[layers, 2, kv_heads, head_dim]``, None for other codecs.
     """
 
     storage: Leaves
     index: Index
     config: KVCacheConfig
+    means: Float32[Array, "layers 2 kv_heads head_dim"] | None = None
 
     @property
     def lengths(self) -> Int[Array, "*batch"]:
@@ -55,7 +59,7 @@ class KVCache:
     @property
     def size_bytes(self) -> int:
         """Bytes of the keys and values; equal to ``config.size_bytes``."""
-        return sum(leaf.nbytes for leaf in self.storage.values())
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.storage, self.means)))
 
     def __repr__(self) -> str:
         held, unknown = _lengths(self)

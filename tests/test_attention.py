@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 import jaxkv
 from jaxkv.attention import IMPLEMENTATIONS
-from jaxkv.codecs import CODECS
 from tests.oracle import (
     HEADS,
+    KINDS,
     OPTIONS,
+    ROTATED,
     SINKS,
     SMALL,
     Oracle,
@@ -77,8 +78,10 @@ def assert_equals_oracle(config, implementation, *, heads, poison=np.nan, option
 
 def pairs():
     """Every codec, addressing, batch and kind of heads; implementations take turns."""
-    product = itertools.product(CODECS, SMALL, [None, 3], HEADS)
+    product = itertools.product(KINDS, SMALL, [None, 3], HEADS)
     for number, case in enumerate(product):
+        if case[0] in ROTATED and number % 6 not in (0, 5):  # slow to compile
+            continue
         turn = number + number // len(IMPLEMENTATIONS)  # not in step with the kinds of heads
         yield *case, list(IMPLEMENTATIONS)[turn % len(IMPLEMENTATIONS)]
 

@@ -1,6 +1,7 @@
 """Every update is in place, proved from the compiled program, for every kind of cache."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxkv
 from jaxkv.addressing import ADDRESSINGS
 from jaxkv.attention import IMPLEMENTATIONS
-from jaxkv.codecs import CODECS
 from tests.compiled import assert_in_place, compile_donating
-from tests.oracle import EACH_ONCE, SMALL, layer_step, random_step, step
+from tests.oracle import EACH_ONCE, KINDS, ROTATED, SMALL, layer_step, random_step, step
 
 LAYERS, KV_HEADS, HEAD_DIM, SLOTS = 3, 2, 16, 1 << 20
 
@@ -27,7 +27,7 @@ def abstract_cache(codec, addressing="contiguous", batch_size=None):
         num_kv_heads=KV_HEADS,
         head_dim=HEAD_DIM,
         batch_size=batch_size,
-        codec=CODECS[codec],
+        codec=KINDS[codec],
         addressing=ADDRESSINGS[addressing],
     )
     return jax.eval_shape(lambda: jaxkv.create(as_large(config)))
@@ -115,25 +115,33 @@ PROGRAMS = [
 ]
 
 
-CASES = [(*kind, batch_size) for kind in EACH_ONCE for batch_size in (None, 4)]
+def cases():
+    """Every program and kind; those that are slow to compile in a program that has it all."""
+    for program, (codec, addressing), batch_size in itertools.product(
+        PROGRAMS, EACH_ONCE, (None, 4)
+    ):
+        if codec not in ROTATED or (batch_size and program is decode_in_a_layer_scan):
+            name = f"{program.__name__}-{codec}-{addressing}-{batch_size}"
+            yield pytest.param(program, codec, addressing, batch_size, id=name)
 
 
-@pytest.mark.parametrize(("codec", "addressing", "batch_size"), CASES)
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+@pytest.mark.parametrize(("program", "codec", "addressing", "batch_size"), list(cases()))
 def test_in_place(program, codec, addressing, batch_size):
     cache = abstract_cache(codec, addressing, batch_size)
-    assert_in_place(compile_donating(program, cache, vectors(cache)), cache)
+    # A block of float32, and of codes on the way to it, beside a cache that is an eighth as large.
+    share = 0.04 if codec in ROTATED else 0.01
+    assert_in_place(compile_donating(program, cache, vectors(cache)), cache, temp_share=share)
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", KINDS)
 def test_a_prefill_chunk_is_written_in_place(codec):
     cache = abstract_cache(codec)
     assert_in_place(compile_donating(append, cache, vectors(cache, tokens=256)), cache)
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", KINDS)
 def test_a_donated_step_keeps_its_buffers(codec):
-    config = jaxkv.KVCacheConfig(2, 64, 2, 4, codec=CODECS[codec])
+    config = jaxkv.KVCacheConfig(2, 64, 2, 4, codec=KINDS[codec])
     cache = jaxkv.create(config)
     run = jax.jit(step, donate_argnums=0)
     where = {name: leaf.unsafe_buffer_pointer() for name, leaf in cache.storage.items()}
@@ -201,7 +209,7 @@ def test_a_cache_sharded_over_heads_stays_so(codec, addressing):
     mesh = jax.make_mesh((8,), ("heads",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "heads"))
     config = jaxkv.KVCacheConfig(
-        2, 32768, 8, 4, batch_size=2, codec=CODECS[codec], addressing=ADDRESSINGS[addressing]
+        2, 32768, 8, 4, batch_size=2, codec=KINDS[codec], addressing=ADDRESSINGS[addressing]
     )
     config = as_large(config)
     keys = np.random.default_rng(0).standard_normal((2, 1, 8, 4), np.float32)
@@ -228,7 +236,7 @@ def test_in_a_mesh_with_explicit_axes_too(monkeypatch, addressing, implementatio
     monkeypatch.setattr("jaxkv.attention.blockwise.KEY_BLOCK", 8)
     mesh = jax.make_mesh((8,), ("heads",), axis_types=(AxisType.Explicit,))
     config = jaxkv.KVCacheConfig(
-        2, 32, 8, 4, batch_size=2, codec=CODECS["float32"], addressing=SMALL[addressing]
+        2, 32, 8, 4, batch_size=2, codec=KINDS["float32"], addressing=SMALL[addressing]
     )
     arrays = [each[0] for each in random_step(config, 3, heads=16)]
     _, expected = layer_step(jaxkv.create(config), 1, *arrays)

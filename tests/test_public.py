@@ -21,6 +21,7 @@ FLOORS = [
     {"codecs", "addressing", "paging"},
     {"config"},
     {"kv_cache"},
+    {"vectors"},
     {"hybrid"},
     {"model_shape"},
     {"checks"},

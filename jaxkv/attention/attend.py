@@ -17,7 +17,7 @@ from jaxkv.attention.reference import reference
 from jaxkv.attention.request import Grouped, Request
 from jaxkv.cache import token_positions
 from jaxkv.checks import check_counts, check_layer
-from jaxkv.codecs import Dense
+from jaxkv.codecs import Dense, unrotate
 from jaxkv.hybrid import AnyCache, HybridCache, in_its_group
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
 from jaxkv.text import format_bytes
@@ -126,17 +126,17 @@ def attend(
     grouped = queries.reshape(batch, tokens, config.num_kv_heads, group, head_dim)
     scaled = grouped.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)
     added = tokens if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
-    request = Request(
-        cache=cache,
-        queries=jnp.moveaxis(scaled, 1, 2),
-        layer=check_layer(cache, layer),
+    request = Request.of(
+        cache,
+        jnp.moveaxis(scaled, 1, 2),
+        check_layer(cache, layer),
         positions=token_positions(cache, tokens, num_tokens).reshape(batch, tokens),
         lengths=(cache.lengths + added).reshape(batch),
         softcap=softcap,
         window=window,
         sinks=None if sinks is None else sinks.astype(jnp.float32).reshape(-1, group),
     )
-    output = IMPLEMENTATIONS[name].run(request)
+    output = unrotate(config.codec, IMPLEMENTATIONS[name].run(request))
     return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
 
 

@@ -6,10 +6,9 @@ query, rescaled when the maximum grows. Memory is one block of one layer, and bl
 query can see (unwritten, in the future, before the window) are not read.
 """
 
-import dataclasses
-
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from jaxkv.attention.products import mix_of, scores_of
 from jaxkv.attention.request import Grouped, Request
@@ -25,23 +24,13 @@ def blockwise(request: Request) -> Grouped:
     if tokens <= QUERY_BLOCK:
         return _one_query_block(request)
     num_blocks = -(-tokens // QUERY_BLOCK)
-    padding = num_blocks * QUERY_BLOCK - tokens
-    queries = jnp.pad(request.queries, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
-    positions = jnp.pad(request.positions, ((0, 0), (0, padding)), constant_values=-1)
 
-    def one_block(block: int) -> Grouped:
-        start = block * QUERY_BLOCK
-        return _one_query_block(
-            dataclasses.replace(
-                request,
-                queries=lax.dynamic_slice_in_dim(queries, start, QUERY_BLOCK, axis=2),
-                positions=lax.dynamic_slice_in_dim(positions, start, QUERY_BLOCK, axis=1),
-            )
-        )
+    def one_block(block: Array) -> Grouped:
+        return _one_query_block(request.take_queries(block * QUERY_BLOCK, QUERY_BLOCK))
 
     blocks = lax.map(one_block, jnp.arange(num_blocks))
     joined = jnp.moveaxis(blocks, 0, 2)  # [batch, kv_heads, blocks, QUERY_BLOCK, group, head_dim]
-    return joined.reshape(queries.shape)[:, :, :tokens]
+    return joined.reshape(*joined.shape[:2], -1, *joined.shape[4:])[:, :, :tokens]
 
 
 def _one_query_block(request: Request) -> Grouped:
@@ -57,7 +46,8 @@ def _one_query_block(request: Request) -> Grouped:
         def read(state):
             highest, total, mix = state
             keys, values = request.keys_and_values(start, size)
-            scores = jnp.where(seen, request.capped(scores_of(request.queries, keys)), _LOWEST)
+            scores = request.logits(scores_of(request.queries, keys), start, size)
+            scores = jnp.where(seen, scores, _LOWEST)
             # The maximum cancels out of the result, so no gradient needs to flow through it.
             new_highest = lax.stop_gradient(jnp.maximum(highest, scores.max(axis=-1)))
             weights = jnp.where(seen, jnp.exp(scores - new_highest[..., None]), 0)

@@ -11,7 +11,7 @@ def reference(request: Request) -> Grouped:
     extent = request.cache.index.extent
     keys, values = request.keys_and_values(0, extent)
     seen = request.visible(0, extent)
-    scores = jnp.where(seen, request.capped(scores_of(request.queries, keys)), -jnp.inf)
+    scores = jnp.where(seen, request.logits(scores_of(request.queries, keys), 0, extent), -jnp.inf)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     if request.sinks is not None:
         sinks = request.sinks[:, None, :, None]

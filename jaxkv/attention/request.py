@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.attention.masks import visible
-from jaxkv.cache import read
+from jaxkv.codecs import Centred, rotate, rotate_values
 from jaxkv.kv_cache import KVCache, Layer
+from jaxkv.vectors import means_of, read_stored
 
 # Query head h * group + g reads KV head h, so queries are kept grouped by what they read.
 Grouped = Float[Array, "batch kv_heads tokens group head_dim"]
@@ -19,7 +22,7 @@ Vectors = Float[Array, "batch slots kv_heads head_dim"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "queries", "layer", "positions", "lengths", "sinks"],
+    data_fields=["cache", "queries", "layer", "positions", "lengths", "sinks", "centre_queries"],
     meta_fields=["softcap", "window"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +31,11 @@ class Request:
 
     Attributes:
       cache: with the keys and values of these queries' tokens appended already.
-      queries: float32, scaled.
+      queries: float32, scaled, and turned as the codec turns keys; outputs are turned as values.
       positions: of each query, -1 for padding.
       lengths: of each sequence, after these tokens.
       sinks: a learned logit a query head that takes probability and gives nothing, or None.
+      centre_queries: what a `Centred` codec's features of a position are multiplied with.
     """
 
     cache: KVCache
@@ -42,17 +46,48 @@ class Request:
     softcap: float | None = None
     window: int | None = None
     sinks: Float[Array, "kv_heads group"] | None = None
+    centre_queries: Float[Array, "batch kv_heads tokens group features"] | None = None
+
+    @classmethod
+    def of(cls, cache: KVCache, queries: Grouped, layer: Layer, **fields: Any) -> Self:
+        """With queries as the model has them, for the codec to prepare."""
+        codec, centre_queries = cache.config.codec, None
+        if isinstance(codec, Centred):
+            centre_queries = codec.centre_queries(queries, means_of(cache, layer)[0])
+        queries = rotate(codec, queries)
+        return cls(cache, queries, layer, centre_queries=centre_queries, **fields)
+
+    def take_queries(self, start: Int[Array, ""] | int, size: int) -> Self:
+        """The same for some of its tokens; those past the end are padding."""
+        *_, tokens, _, _ = self.queries.shape
+        padding = -tokens % size
+
+        def take(array: Array, axis: int, value: int) -> Array:
+            widths = [(0, 0)] * array.ndim
+            widths[axis] = (0, padding)
+            padded = jnp.pad(array, widths, constant_values=value)
+            return lax.dynamic_slice_in_dim(padded, start, size, axis)
+
+        centre_queries = self.centre_queries
+        return dataclasses.replace(
+            self,
+            queries=take(self.queries, 2, 0),
+            positions=take(self.positions, 1, -1),
+            centre_queries=None if centre_queries is None else take(centre_queries, 2, 0),
+        )
 
     def keys_and_values(self, start: Int[Array, ""] | int, size: int) -> tuple[Vectors, Vectors]:
         """Logical slots from ``start`` on, decoded to float32; empty slots read as zero.
 
         Zero probability times NaN is NaN, so what an empty slot holds must not be read at all.
         """
-        both = read(self.cache, self.layer, start, size, jnp.float32)
-        both = both.reshape(2, len(self.lengths), *both.shape[-3:])
-        held = jnp.swapaxes(self.key_positions(start, size) >= 0, 1, 2)
-        keys, values = jnp.where(held[..., None], both, 0)
-        return keys, values
+        codec = self.cache.config.codec
+        both = read_stored(self.cache, self.layer, start, size)
+        keys, values = both.reshape(2, len(self.lengths), *both.shape[-3:])
+        if isinstance(codec, Centred):
+            values += rotate_values(codec, means_of(self.cache, self.layer)[1])
+        held = jnp.swapaxes(self.key_positions(start, size) >= 0, 1, 2)[..., None]
+        return jnp.where(held, keys, 0), jnp.where(held, values, 0)
 
     def visible(
         self, start: Int[Array, ""] | int, size: int
@@ -64,7 +99,11 @@ class Request:
             seen &= visible(self.positions[:, None], positions, self.window)
         return seen[:, :, :, None, :]
 
-    def capped(self, scores: Scores) -> Scores:
+    def logits(self, scores: Scores, start: Int[Array, ""] | int, size: int) -> Scores:
+        """Those slots' scores, with the share of means that keys are stored without, and capped."""
+        if isinstance(codec := self.cache.config.codec, Centred):
+            features = codec.centre_features(self.key_positions(start, size))
+            scores += jnp.einsum("bktgf,bksf->bktgs", self.centre_queries, features)
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
     def key_positions(

@@ -1,17 +1,27 @@
 """How a token's key or value vector is stored: one file a codec, one row in `CODECS`."""
 
+from jaxkv.codecs.centred import Centred, updated_means
 from jaxkv.codecs.codec import (
     Codec,
+    LeafSpec,
     LeafSpecs,
     Leaves,
+    RotatingCodec,
     bitcast,
-    bytes_per_vector,
+    bytes_per_token,
     container_dtype,
     decode_stored,
+    leaf_specs,
+    rotate,
+    rotate_values,
+    unrotate,
 )
 from jaxkv.codecs.dense import Dense
 from jaxkv.codecs.float8 import Float8
 from jaxkv.codecs.int8 import Int8
+from jaxkv.codecs.keys_values import KeysValues
+from jaxkv.codecs.rope import Rope
+from jaxkv.codecs.rotated import Rotated
 
 # The codecs that `plan`, the command line and the test table know, by name.
 CODECS: dict[str, Codec] = {
@@ -20,18 +30,34 @@ CODECS: dict[str, Codec] = {
     "bfloat16": Dense("bfloat16"),
     "int8": Int8(),
     "float8": Float8(),
+    "rotated4": Rotated(bits=4),
+    "rotated3": Rotated(bits=3),
+    "rotated2": Rotated(bits=2),
+    "rotated4-centred": Centred(Rotated(bits=4)),
+    "rotated2-centred": Centred(Rotated(bits=2)),
 }
 
 __all__ = [
     "CODECS",
+    "Centred",
     "Codec",
     "Dense",
     "Float8",
     "Int8",
+    "KeysValues",
+    "LeafSpec",
     "LeafSpecs",
     "Leaves",
+    "Rope",
+    "Rotated",
+    "RotatingCodec",
     "bitcast",
-    "bytes_per_vector",
+    "bytes_per_token",
     "container_dtype",
     "decode_stored",
+    "leaf_specs",
+    "rotate",
+    "rotate_values",
+    "unrotate",
+    "updated_means",
 ]

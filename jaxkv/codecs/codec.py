@@ -3,19 +3,38 @@
 A codec is a frozen, hashable, static value. It says which arrays ("leaves") hold a
 vector, and maps a vector to them and back. It is append-only: a stored token is never
 encoded again, and encoding tokens one at a time gives bitwise what bulk gives.
+
+A cache gives a codec keys and values at once, on the first axis, and has a buffer for each
+leaf. Most codecs need not know.
 """
 
 import functools
 import math
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# Leaf name -> (shape of one stored vector, dtype name).
-LeafSpecs = dict[str, tuple[tuple[int, ...], str]]
+
+class LeafSpec(NamedTuple):
+    """An array that holds part of each vector.
+
+    Attributes:
+      shape: of its part of one vector.
+      dtype: by name.
+      sides: 2, it holds keys and values; 1, those of one side alone (see `KeysValues`).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    sides: int = 2
+
+
+# Leaf name -> its spec; a plain (shape, dtype) does for most.
+LeafSpecs = Mapping[str, tuple[tuple[int, ...], str] | LeafSpec]
 Leaves = dict[str, Array]
 
 
@@ -36,16 +55,74 @@ class Codec(Protocol):
         """Vectors to leaves, each leaf ``[*shape, *its own shape]``."""
         ...
 
-    def decode(self, leaves: Leaves, dtype: jnp.dtype) -> Float[Array, "*shape head_dim"]:
-        """Leaves back to vectors in ``dtype``."""
+    def decode(
+        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
+    ) -> Float[Array, "*shape head_dim"]:
+        """Leaves back to vectors of ``head_dim`` numbers in ``dtype``."""
         ...
 
 
-def bytes_per_vector(codec: Codec, head_dim: int) -> int:
-    """Exact bytes of one stored key or value vector of one head."""
+@runtime_checkable
+class RotatingCodec(Codec, Protocol):
+    """A codec that keeps vectors turned by an orthogonal matrix R of its own.
+
+    Attention reads them as they are, since ``(R q) . (R k) = q . k`` and a mix of turned values
+    is the turned mix: it turns its queries and its output, and no stored vector.
+    """
+
+    def rotate(self, queries: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
+        """Queries turned as keys are."""
+        ...
+
+    def unrotate(self, outputs: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
+        """A mix of turned values, turned back."""
+        ...
+
+    def rotate_values(
+        self, values: Float[Array, "*shape head_dim"]
+    ) -> Float[Array, "*shape head_dim"]:
+        """The inverse of `unrotate`."""
+        ...
+
+    def decode_rotated(
+        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
+    ) -> Float[Array, "*shape head_dim"]:
+        """Leaves to turned vectors."""
+        ...
+
+
+def rotate(codec: Codec, queries: Array) -> Array:
+    """`RotatingCodec.rotate`; the queries themselves for any other codec."""
+    return codec.rotate(queries) if isinstance(codec, RotatingCodec) else queries
+
+
+def unrotate(codec: Codec, outputs: Array) -> Array:
+    """`RotatingCodec.unrotate`, likewise."""
+    return codec.unrotate(outputs) if isinstance(codec, RotatingCodec) else outputs
+
+
+def rotate_values(codec: Codec, values: Array) -> Array:
+    """`RotatingCodec.rotate_values`, likewise."""
+    return codec.rotate_values(values) if isinstance(codec, RotatingCodec) else values
+
+
+def decode_rotated(codec: Codec, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Array:
+    """`RotatingCodec.decode_rotated`, likewise."""
+    if isinstance(codec, RotatingCodec):
+        return codec.decode_rotated(leaves, head_dim, dtype)
+    return codec.decode(leaves, head_dim, dtype)
+
+
+def leaf_specs(codec: Codec, head_dim: int) -> dict[str, LeafSpec]:
+    """`Codec.leaves`, with the sides that each holds."""
+    return {name: LeafSpec(*spec) for name, spec in codec.leaves(head_dim).items()}
+
+
+def bytes_per_token(codec: Codec, head_dim: int) -> int:
+    """Exact bytes of one token's key and value of one head."""
     return sum(
-        jnp.dtype(dtype).itemsize * math.prod(shape)
-        for shape, dtype in codec.leaves(head_dim).values()
+        spec.sides * jnp.dtype(spec.dtype).itemsize * math.prod(spec.shape)
+        for spec in leaf_specs(codec, head_dim).values()
     )
 
 
@@ -87,7 +164,15 @@ def _refuse_derivative(dtype, primals, tangents):
     )
 
 
-def decode_stored(codec: Codec, stored: Leaves, head_dim: int, dtype: jnp.dtype) -> Array:
-    """Decode leaves as read from a cache's buffers, out of their containers."""
-    specs = codec.leaves(head_dim)
-    return codec.decode({name: bitcast(stored[name], specs[name][1]) for name in specs}, dtype)
+def decode_stored(
+    codec: Codec, stored: Leaves, head_dim: int, dtype: jnp.dtype, *, rotated: bool = False
+) -> Float[Array, "*shape head_dim"]:
+    """Decode leaves as read from a cache's buffers, out of their containers.
+
+    Args:
+      rotated: leave the vectors as a `RotatingCodec` turned them.
+    """
+    specs = leaf_specs(codec, head_dim)
+    leaves = {name: bitcast(stored[name], spec.dtype) for name, spec in specs.items()}
+    decode = functools.partial(decode_rotated, codec) if rotated else codec.decode
+    return decode(leaves, head_dim, dtype)

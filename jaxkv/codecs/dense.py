@@ -48,5 +48,7 @@ class Dense:
     def encode(self, vectors: Float[Array, "*shape head_dim"]) -> Leaves:
         return {"data": vectors.astype(self.dtype)}
 
-    def decode(self, leaves: Leaves, dtype: jnp.dtype) -> Float[Array, "*shape head_dim"]:
+    def decode(
+        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
+    ) -> Float[Array, "*shape head_dim"]:
         return leaves["data"].astype(dtype)

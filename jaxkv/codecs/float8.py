@@ -36,5 +36,7 @@ class Float8:
         scales, ratios = scales_and_ratios(vectors, _LARGEST)
         return {"codes": ratios.astype(_DTYPE), "scales": scales}
 
-    def decode(self, leaves: Leaves, dtype: jnp.dtype) -> Float[Array, "*shape head_dim"]:
+    def decode(
+        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
+    ) -> Float[Array, "*shape head_dim"]:
         return times_scales(leaves["codes"], leaves["scales"], dtype)

@@ -35,5 +35,7 @@ class Int8:
         scales, ratios = scales_and_ratios(vectors, _LARGEST)
         return {"codes": jnp.round(ratios).astype(jnp.int8), "scales": scales}
 
-    def decode(self, leaves: Leaves, dtype: jnp.dtype) -> Float[Array, "*shape head_dim"]:
+    def decode(
+        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
+    ) -> Float[Array, "*shape head_dim"]:
         return times_scales(leaves["codes"], leaves["scales"], dtype)

@@ -197,7 +197,8 @@ def _gathered(
 
     jobs = jnp.arange(len(layers), dtype=jnp.int32), layers, limits
     (storage, index), _ = lax.scan(one_layer, (storage, index), jobs)
-    return KVCache(storage, index, config)
+    means = None if cache.means is None else cache.means[layers]
+    return KVCache(storage, index, config, means)
 
 
 def picked(

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxkv.addressing import Addressing, Contiguous
-from jaxkv.codecs import Codec, Dense
+from jaxkv.codecs import Centred, Codec, Dense, Rope
 from jaxkv.hybrid import AnyConfig
 from jaxkv.model_shape import RING_CHUNK, Shape
 from jaxkv.models.layers import Embedding, Linear, matmul
@@ -50,6 +50,7 @@ class Model(nnx.Module):
           max_context_length: tokens that one sequence may hold.
           batch_size: sequences, or None for one sequence and arrays without a batch axis.
           codec: how a vector is stored, one or one a layer; `Dense` of the model's dtype if None.
+            A `Centred` one without a rope is given that of its layer.
           addressing: which slot holds which token, in layers that see all tokens.
           chunk: the most tokens that a call brings. Layers with a window keep ``window - 1 +
             chunk`` tokens. None for calls of any size: then all layers keep all tokens, in
@@ -57,10 +58,20 @@ class Model(nnx.Module):
         """
         config = self.config
         windows = getattr(config, "windows", ())
+        codecs = codec or Dense(self.dtype.name)
+        codecs = (codecs,) * config.num_layers if isinstance(codecs, Codec) else tuple(codecs)
+        if ropes := getattr(config, "ropes", ()):
+            known = {
+                rope: Rope(tuple(rope.frequencies(max_context_length).tolist())) for rope in ropes
+            }
+            codecs = tuple(
+                codec.under(known[rope]) if isinstance(codec, Centred) else codec
+                for codec, rope in zip(codecs, ropes, strict=False)
+            )
         return Shape(config.num_layers, config.num_kv_heads, config.head_dim, windows).cache_config(
             max_context_length=max_context_length,
             batch_size=batch_size,
-            codec=Dense(self.dtype.name) if codec is None else codec,
+            codec=codecs,
             addressing=addressing,
             chunk=chunk,
         )

@@ -37,6 +37,7 @@ class Fill:
         self._index = _index(cache.index, group, saved.lengths, rows)
         places = places_of(self._index)
         room = np.broadcast_to(self._index.room, self._index.lengths.shape).reshape(-1)
+        self._means = _means(file, cache, tensors.get(f"{number}.means"))
         self._moves = []
         for sequence, (row, length) in enumerate(zip(rows, saved.lengths, strict=True)):
             if length > room[row]:
@@ -71,7 +72,20 @@ class Fill:
                     name: _portion(storage[name], leaves[name], part, at_once) for name in leaves
                 }
                 storage = _put(storage, targets, portions)
-        return KVCache(storage, self._index, config)
+        return KVCache(storage, self._index, config, self._means)
+
+
+def _means(file: Path, cache: KVCache, stored: np.ndarray | None) -> Array | None:
+    """What vectors of the file are stored less; another cache's vectors may have other means."""
+    if cache.means is None or stored is None:
+        return cache.means
+    own = np.asarray(cache.means)
+    if own.any() and (own != stored).any():
+        raise SnapshotError(
+            f"{file} was centred by other means than the cache that it is to be loaded into, which "
+            "has been used before. Load it into a new one."
+        )
+    return jax.device_put(stored, cache.means.sharding)
 
 
 @functools.partial(jax.jit, donate_argnames="storage")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.addressing import ADDRESSINGS, Addressing
-from jaxkv.codecs import CODECS, Codec
+from jaxkv.codecs import CODECS, Codec, KeysValues, Rope, leaf_specs
 from jaxkv.config import KVCacheConfig
 from jaxkv.errors import SnapshotError
 from jaxkv.hybrid import AnyConfig, HybridConfig
@@ -71,10 +71,14 @@ class Manifest:
     def _vectors(self) -> Iterator[tuple[str, Spec]]:
         for number, group in enumerate(self.groups):
             config = group.config
+            if config.means_shape:
+                yield f"{number}.means", Spec("float32", config.means_shape)
             for sequence, (held, length) in enumerate(zip(group.held, self.lengths, strict=True)):
-                prefix = (config.num_layers, 2, held, config.num_kv_heads)
-                for leaf, (shape, dtype) in config.codec.leaves(config.head_dim).items():
-                    yield f"{number}.{sequence}.{leaf}", Spec(dtype, (*prefix, *shape))
+                for leaf, (shape, dtype, sides) in leaf_specs(
+                    config.codec, config.head_dim
+                ).items():
+                    whole = (config.num_layers, sides, held, config.num_kv_heads, *shape)
+                    yield f"{number}.{sequence}.{leaf}", Spec(dtype, whole)
                 if held != length:
                     yield f"{number}.{sequence}.positions", Spec("int32", (held,))
 
@@ -108,7 +112,7 @@ def read(
         )
     try:
         return reader.manifest(json)
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         if isinstance(error, SnapshotError):
             raise
         raise SnapshotError(f"{path} does not describe a cache: {error}") from error
@@ -173,14 +177,14 @@ class _Reader:
         given = self._given[what]
         if given is not None and _kind_json(given) == json:
             return given
-        kinds = {type(row).__name__: type(row) for row in table.values()}
+        kinds = {kind.__name__: kind for kind in (*map(type, table.values()), KeysValues, Rope)}
         name, fields = self._fields(json, "kind fields")
         if not isinstance(name, str) or name not in kinds or not isinstance(fields, dict):
             raise SnapshotError(
                 f"{self._path} was saved with the {what} {name!r}, which jaxkv does not know: give "
                 f"the one that it was saved with as {what}=."
             )
-        value = kinds[name](**{field: _as_tuples(value) for field, value in fields.items()})
+        value = _made(json, kinds)
         if _kind_json(value) != json:
             raise ValueError(f"{what} {json!r} is not {value!r}.")
         return value
@@ -219,11 +223,19 @@ def _kind_json(value: Any) -> dict[str, Any]:
     return {"kind": type(value).__name__, "fields": plain}
 
 
+def _made(json: Any, kinds: Mapping[str, Any]) -> Any:
+    """The inverse of `_as_lists`."""
+    if isinstance(json, list):
+        return tuple(_made(item, kinds) for item in json)
+    if isinstance(json, dict):
+        fields = {name: _made(value, kinds) for name, value in json["fields"].items()}
+        return kinds[json["kind"]](**fields)
+    return json
+
+
 def _as_lists(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _kind_json(value)
     if isinstance(value, tuple):
         return [_as_lists(item) for item in value]
     return value if isinstance(value, str | int | float | None) else repr(value)
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxkv.cache import check
+from jaxkv.codecs import leaf_specs
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
 from jaxkv.snapshot import container
@@ -68,6 +69,8 @@ def save(
         first, *rest = name.split(".", 2)
         if ids is not None and rest == ["tokens"]:
             return iter([ids[int(first)]])
+        if rest == ["means"]:
+            return iter([np.asarray(sources[int(first)].cache.means)])
         return sources[int(first)].pieces(int(rest[0]), rest[1])
 
     container.write(Path(path), manifest.to_json(), manifest.layout(), pieces)
@@ -116,7 +119,7 @@ class _Source:
             yield positions
             return
         config, stored = self.cache.config, self.cache.storage[leaf]
-        _, dtype = config.codec.leaves(config.head_dim)[leaf]
+        dtype = leaf_specs(config.codec, config.head_dim)[leaf].dtype
         buffer: Any = np.asarray(stored) if _is_in_host_memory(stored) else stored
         for layer in range(config.num_layers):
             # Gathered where the buffer is: a pool may be larger than the memory here.
