@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxkv.attention.blockwise import KEY_BLOCK, blockwise
+from jaxkv.attention.mosaic import cannot_serve as mosaic_cannot_serve
+from jaxkv.attention.mosaic import mosaic
+from jaxkv.attention.mosaic import should_not_serve as mosaic_should_not_serve
 from jaxkv.attention.native import cannot_serve as native_cannot_serve
 from jaxkv.attention.native import native
 from jaxkv.attention.native import should_not_serve as native_should_not_serve
@@ -59,6 +62,7 @@ def _reference_is_wasteful(cache: KVCache, tokens: int, heads: int) -> str | Non
 # The first that can and should, serves; blockwise always can.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "native": Implementation(native, native_cannot_serve, native_should_not_serve),
+    "mosaic": Implementation(mosaic, mosaic_cannot_serve, mosaic_should_not_serve),
     "reference": Implementation(reference, _no_reason, _reference_is_wasteful),
     # Outside jit a scan is compiled anew on each call; under a jit of its own, once.
     "blockwise": Implementation(jax.jit(blockwise), _no_reason, _no_reason),
@@ -150,6 +154,7 @@ def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> st
     >>> import jaxkv
     >>> print(jaxkv.explain(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), tokens=2))
     native: not used, it serves one token a sequence, and this call has 2
+    mosaic: not used, it reads on a Hopper GPU, and the backend is cpu
     reference: used
     blockwise: not needed, reference comes first
     """

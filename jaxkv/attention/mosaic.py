@@ -1,0 +1,198 @@
+"""Decode on a Hopper GPU at the rate of its memory: a Pallas kernel for Mosaic GPU.
+
+XLA copies the layer's slice out of the cache before it multiplies it by a group's queries, three
+times the bytes (ARCHITECTURE.md, "On a GPU"). The kernel is given the whole cache and the
+layer's number instead. What it is made of is in `mosaic_kernel`; here are the calls that it
+can serve, what it is told of one, and how the parts of a context that it leaves are combined.
+"""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxkv.addressing.contiguous import ContiguousIndex
+from jaxkv.addressing.paged import PagedIndex
+from jaxkv.attention.blockwise import blockwise
+from jaxkv.attention.request import Grouped, Request
+from jaxkv.codecs import Dense, Int8, bitcast
+from jaxkv.kv_cache import KVCache
+
+_TILE = 64  # slots; as in mosaic_kernel, which is not imported before it is used
+_HEAD_DIMS = (64, 128)
+_ROWS = 64  # of a tensor core's product: query heads of a group
+_LOG2_E = 1.4426950408889634
+# Parts of a sequence are at most this long, so that one long one in a batch is read by many.
+_LONGEST_PART = 8192
+_MULTIPROCESSORS = 132  # of an H100 or H200, where there is no device to ask
+# Of shared memory, for one part alone on a multiprocessor, and for each of two.
+_SHARED_BYTES = {1: 200 << 10, 2: 96 << 10}
+
+
+def cannot_serve(cache: KVCache, tokens: int) -> str | None:
+    """Why this call is not for the Mosaic kernel, or None."""
+    return _wrong_device() or cannot_read(cache, tokens)
+
+
+def should_not_serve(cache: KVCache, tokens: int, heads: int) -> str | None:
+    """Why another implementation is the better choice, or None."""
+    if (group := heads // cache.config.num_kv_heads) > _ROWS:
+        return _too_many(group)
+    if (devices := jax.local_device_count()) > 1:
+        return f"this process has {devices} GPUs, and a sharded cache would be gathered"
+    return None
+
+
+def cannot_read(cache: KVCache, tokens: int) -> str | None:
+    """Why the kernel is not made for such a call, whatever the device is, or None."""
+    config, index = cache.config, cache.index
+    bfloat16 = config.codec == Dense("bfloat16")
+    if tokens != 1:
+        return f"it serves one token a sequence, and this call has {tokens}"
+    if not bfloat16 and not isinstance(config.codec, Int8):
+        return f"it reads bfloat16 and int8, not {config.codec.name}"
+    if config.head_dim not in _HEAD_DIMS:
+        return f"head_dim is {config.head_dim}, and it takes 64 or 128"
+    if not bfloat16 and config.num_kv_heads % 8:
+        return f"int8 scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
+    if isinstance(index, PagedIndex):
+        if index.page_size % _TILE and (_TILE % index.page_size or index.page_size < 8):
+            return f"page_size {index.page_size} is not 8, 16, 32 or a multiple of {_TILE}"
+    elif not isinstance(index, ContiguousIndex):
+        return f"it cannot read {config.addressing.name} caches"
+    elif index.capacity % 8:
+        return f"max_context_length {index.capacity} is not a multiple of 8"
+    if config.num_slots < _TILE:
+        return f"it reads {_TILE} slots at once, and the cache has {config.num_slots}"
+    return None
+
+
+def _too_many(group: int) -> str:
+    return f"{group} query heads read each KV head, and it takes {_ROWS}"
+
+
+def mosaic(request: Request) -> Grouped:
+    """Attend with one query a sequence."""
+    return _attend(request, None)
+
+
+@functools.cache
+def _wrong_device() -> str | None:
+    if (backend := jax.default_backend()) != "gpu":
+        return f"it reads on a Hopper GPU, and the backend is {backend}"
+    device = jax.local_devices()[0]
+    if (capability := str(getattr(device, "compute_capability", "none"))) != "9.0":
+        return f"it needs a Hopper GPU (9.0), and {device.device_kind} is {capability}"
+    try:
+        importlib.import_module("jaxkv.attention.mosaic_kernel")
+    except (ImportError, AttributeError) as error:
+        return f"this JAX has no Mosaic GPU as it knows it: {error}"
+    return None
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _attend(request: Request, interpret: object) -> Grouped:
+    # One kernel a sequence under vmap: Pallas cannot batch this one.
+    return jax.custom_batching.sequential_vmap(functools.partial(_decode, interpret=interpret))(
+        request
+    )
+
+
+@_attend.defjvp
+def _attend_jvp(interpret, primals, tangents):
+    """The kernel has no derivative of its own; the blockwise form's is the same function's."""
+    return jax.jvp(blockwise, primals, tangents)
+
+
+def _decode(request: Request, interpret: object) -> Grouped:
+    kernel = importlib.import_module("jaxkv.attention.mosaic_kernel")
+    cache, index = request.cache, request.cache.index
+    queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
+    batch, kv_heads, group, head_dim = queries.shape
+    if group > _ROWS:
+        raise ValueError(f"implementation 'mosaic' cannot serve this call: {_too_many(group)}.")
+    specs = cache.config.codec.leaves(head_dim)
+    leaves = tuple(bitcast(cache.storage[name], specs[name][1]) for name in specs)
+    if request.softcap is None:
+        queries = queries * _LOG2_E
+    rows = jnp.pad(queries, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))
+    packed = _in_two_bytes(rows) if len(leaves) == 2 else (rows.astype(jnp.bfloat16),)
+
+    position = request.positions[:, 0]
+    high = jnp.minimum(position + 1, index.extent)
+    low = jnp.zeros_like(high) if request.window is None else position + 1 - request.window
+    bounds = jnp.stack([jnp.clip(low, 0, high), high], axis=-1)
+    paged = isinstance(index, PagedIndex)
+    splits, stages = _parts(batch, kv_heads, head_dim, index.extent, len(leaves) == 2)
+    mixes, sums = kernel.decode_parts(
+        packed,
+        leaves,
+        jnp.asarray(request.layer, jnp.int32).reshape(1),
+        bounds,
+        index.table.reshape(batch, -1) if paged else jnp.zeros((1, 1), jnp.int32),
+        group=group,
+        shape=kernel.Shape(
+            page_size=index.page_size if paged else index.capacity,
+            paged=paged,
+            holes=paged and index.shared,
+            splits=splits,
+            stages=stages,
+            softcap=request.softcap,
+        ),
+        interpret=interpret,
+    )
+    highest, totals = jnp.moveaxis(sums[..., :group], 3, 0)
+    return _combined(mixes, highest, totals, request.sinks)[:, :, None]
+
+
+def _parts(
+    batch: int, kv_heads: int, head_dim: int, extent: int, quantized: bool
+) -> tuple[int, int]:
+    """Parts of a sequence, and tiles that a part has on their way.
+
+    Two parts on each multiprocessor hide each other's waiting. A single long sequence is read
+    faster by one on each, with more tiles on their way, unless there are codes to widen.
+    """
+    device = jax.local_devices()[0]
+    multiprocessors = getattr(device, "core_count", None) or _MULTIPROCESSORS
+    at_once = 1 if batch * kv_heads * 4 <= multiprocessors and not quantized else 2
+    filling = multiprocessors * at_once // (batch * kv_heads)
+    splits = max(1, -(-extent // _LONGEST_PART), min(filling, -(-extent // (4 * _TILE))))
+    row_bytes = 2 * head_dim
+    tile_bytes = 2 * _TILE * (head_dim + 2 * kv_heads) if quantized else 2 * _TILE * row_bytes
+    fixed_bytes = _ROWS * row_bytes * (2 if quantized else 1)
+    return splits, max(2, (_SHARED_BYTES[at_once] - fixed_bytes) // tile_bytes)
+
+
+def _in_two_bytes(
+    queries: Float[Array, "batch kv_heads rows head_dim"],
+) -> tuple[Array, Array, Array]:
+    """Queries as ``(254 * high + low) * step``, exact to 16 bits of a group's largest number.
+
+    Integers are multiplied with the stored codes as they are, so keys need not be widened.
+    """
+    largest = jnp.max(jnp.abs(queries), axis=(2, 3), keepdims=True)
+    step = jnp.maximum(largest, 1e-30) / (127 * 254)
+    high = jnp.round(queries / (254 * step))
+    low = jnp.round(queries / step - 254 * high)
+    return high.astype(jnp.int8), jnp.clip(low, -127, 127).astype(jnp.int8), step[:, :, 0, 0]
+
+
+def _combined(
+    mixes: Float[Array, "splits batch kv_heads group head_dim"],
+    highest: Float[Array, "splits batch kv_heads group"],
+    totals: Float[Array, "splits batch kv_heads group"],
+    sinks: Float[Array, "kv_heads group"] | None,
+) -> Float[Array, "batch kv_heads group head_dim"]:
+    """What the parts of each sequence's context add up to."""
+    peak = highest.max(axis=0)
+    if sinks is not None:  # as a part of its own that gave nothing
+        peak = jnp.maximum(peak, sinks * _LOG2_E)
+    weights = jnp.exp2(highest - peak)
+    total = (totals * weights).sum(axis=0)
+    if sinks is not None:
+        total += jnp.exp2(sinks * _LOG2_E - peak)
+    mix = (mixes * weights[..., None]).sum(axis=0)
+    return mix / jnp.where(total == 0, 1, total)[..., None]
