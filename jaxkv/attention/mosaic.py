@@ -20,9 +20,11 @@ from jaxkv.attention.request import Grouped, Request
 from jaxkv.codecs import Dense, Int8, bitcast
 from jaxkv.kv_cache import KVCache
 
+Rows = Float[Array, "batch kv_heads rows head_dim"]
+
 _TILE = 64  # slots; as in mosaic_kernel, which is not imported before it is used
 _HEAD_DIMS = (64, 128)
-_ROWS = 64  # of a tensor core's product: query heads of a group
+_MOST_GROUP = 32  # query heads of a KV head; more do not fit in registers
 _LOG2_E = 1.4426950408889634
 # Parts of a sequence are at most this long, so that one long one in a batch is read by many.
 _LONGEST_PART = 8192
@@ -38,7 +40,7 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
 
 def should_not_serve(cache: KVCache, tokens: int, heads: int) -> str | None:
     """Why another implementation is the better choice, or None."""
-    if (group := heads // cache.config.num_kv_heads) > _ROWS:
+    if (group := heads // cache.config.num_kv_heads) > _MOST_GROUP:
         return _too_many(group)
     if (devices := jax.local_device_count()) > 1:
         return f"this process has {devices} GPUs, and a sharded cache would be gathered"
@@ -70,7 +72,7 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
 
 
 def _too_many(group: int) -> str:
-    return f"{group} query heads read each KV head, and it takes {_ROWS}"
+    return f"{group} query heads read each KV head, and it takes {_MOST_GROUP}"
 
 
 def mosaic(request: Request) -> Grouped:
@@ -111,28 +113,28 @@ def _decode(request: Request, interpret: object) -> Grouped:
     cache, index = request.cache, request.cache.index
     queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
     batch, kv_heads, group, head_dim = queries.shape
-    if group > _ROWS:
+    if group > _MOST_GROUP:
         raise ValueError(f"implementation 'mosaic' cannot serve this call: {_too_many(group)}.")
     specs = cache.config.codec.leaves(head_dim)
     leaves = tuple(bitcast(cache.storage[name], specs[name][1]) for name in specs)
     if request.softcap is None:
         queries = queries * _LOG2_E
     rows = jnp.pad(queries, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))
-    packed = _in_two_bytes(rows) if len(leaves) == 2 else (rows.astype(jnp.bfloat16),)
+    high, low, step = _in_two_bytes(rows) if len(leaves) == 2 else _in_two_bfloat16(rows)
 
     position = request.positions[:, 0]
-    high = jnp.minimum(position + 1, index.extent)
-    low = jnp.zeros_like(high) if request.window is None else position + 1 - request.window
-    bounds = jnp.stack([jnp.clip(low, 0, high), high], axis=-1)
+    last = jnp.minimum(position + 1, index.extent)
+    first = jnp.zeros_like(last) if request.window is None else position + 1 - request.window
+    bounds = jnp.stack([jnp.clip(first, 0, last), last], axis=-1)
     paged = isinstance(index, PagedIndex)
     splits, stages = _parts(batch, kv_heads, head_dim, index.extent, len(leaves) == 2)
     mixes, sums = kernel.decode_parts(
-        packed,
+        jnp.concatenate([high, low], axis=2),
+        step,
         leaves,
         jnp.asarray(request.layer, jnp.int32).reshape(1),
         bounds,
         index.table.reshape(batch, -1) if paged else jnp.zeros((1, 1), jnp.int32),
-        group=group,
         shape=kernel.Shape(
             page_size=index.page_size if paged else index.capacity,
             paged=paged,
@@ -144,6 +146,7 @@ def _decode(request: Request, interpret: object) -> Grouped:
         interpret=interpret,
     )
     highest, totals = jnp.moveaxis(sums[..., :group], 3, 0)
+    mixes = jnp.swapaxes(mixes[..., :group], 3, 4)
     return _combined(mixes, highest, totals, request.sinks)[:, :, None]
 
 
@@ -160,15 +163,12 @@ def _parts(
     at_once = 1 if batch * kv_heads * 4 <= multiprocessors and not quantized else 2
     filling = multiprocessors * at_once // (batch * kv_heads)
     splits = max(1, -(-extent // _LONGEST_PART), min(filling, -(-extent // (4 * _TILE))))
-    row_bytes = 2 * head_dim
-    tile_bytes = 2 * _TILE * (head_dim + 2 * kv_heads) if quantized else 2 * _TILE * row_bytes
-    fixed_bytes = _ROWS * row_bytes * (2 if quantized else 1)
+    tile_bytes = 2 * _TILE * (head_dim + 2 * kv_heads if quantized else 2 * head_dim)
+    fixed_bytes = (24 if quantized else 8) << 10
     return splits, max(2, (_SHARED_BYTES[at_once] - fixed_bytes) // tile_bytes)
 
 
-def _in_two_bytes(
-    queries: Float[Array, "batch kv_heads rows head_dim"],
-) -> tuple[Array, Array, Array]:
+def _in_two_bytes(queries: Rows) -> tuple[Array, Array, Array]:
     """Queries as ``(254 * high + low) * step``, exact to 16 bits of a group's largest number.
 
     Integers are multiplied with the stored codes as they are, so keys need not be widened.
@@ -177,7 +177,14 @@ def _in_two_bytes(
     step = jnp.maximum(largest, 1e-30) / (127 * 254)
     high = jnp.round(queries / (254 * step))
     low = jnp.round(queries / step - 254 * high)
-    return high.astype(jnp.int8), jnp.clip(low, -127, 127).astype(jnp.int8), step[:, :, 0, 0]
+    return high.astype(jnp.int8), low.astype(jnp.int8), step[:, :, 0, 0]
+
+
+def _in_two_bfloat16(queries: Rows) -> tuple[Array, Array, Array]:
+    """Queries as ``high + low``, exact to 16 bits of each number."""
+    high = queries.astype(jnp.bfloat16)
+    low = (queries - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    return high, low, jnp.ones(queries.shape[:2], jnp.float32)
 
 
 def _combined(

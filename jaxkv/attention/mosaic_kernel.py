@@ -3,12 +3,15 @@
 Flash-Decoding (Dao et al., 2023): the context is split over blocks of threads, each of which
 goes through its part by online softmax and leaves an unnormalized mix, a maximum and a total.
 Tiles of `TILE` slots come straight from the whole cache by the tensor memory accelerator, a
-few ahead of their use. The query heads of a group are rows of one matrix product, which has 64
-whether they are used or not: what the others hold is never looked at.
+few ahead of their use. Slots are the rows of the products and query heads their columns: a
+tensor core has 64 rows, which the few query heads of a group would leave empty. Queries and
+weights are multiplied in two parts, high and low, which costs nothing beside reading the
+cache, so that the result is a float32 one.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,7 @@ LOG2_E = math.log2(math.e)
 # A hidden slot's score lies so far below the least maximum that its weight is zero even in a
 # tile that is all hidden.
 LOWEST, HIDDEN = -1e30, -2e30
-_LOW_STEPS = 254  # int8 queries: steps of the low part in one step of the high part
+LOW_STEPS = 254  # int8 queries: steps of the low part in one step of the high part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,44 +54,44 @@ class Shape:
 
 
 def decode_parts(
-    queries: tuple[jax.Array, ...],
+    queries: jax.Array,
+    steps: jax.Array,
     leaves: tuple[jax.Array, ...],
     layer: jax.Array,
     bounds: jax.Array,
     table: jax.Array,
     *,
-    group: int,
     shape: Shape,
-    interpret: object = None,
+    interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The parts of each sequence's attention, for `mosaic` to combine.
 
     Args:
-      queries: of a bfloat16 cache ``([batch, kv_heads, rows, head_dim] bfloat16,)``; of an int8
-        cache the high and the low parts in int8, and a step ``[batch, kv_heads] float32``. In
-        units of log2(e) unless there is a softcap. Rows of a group, padded to a multiple of 8.
+      queries: high parts and then low parts, ``[batch, kv_heads, 2 * rows, head_dim]`` in the
+        dtype of the codes. A group's queries are padded to a multiple of 8 rows. In units of
+        log2(e) unless there is a softcap.
+      steps: float32 ``[batch, kv_heads]``: what 1 means in the low part of int8 queries.
       leaves: of the cache: ``[layers, 2, ctx, kv_heads, ...]``.
       layer: int32 ``[1]``.
       bounds: int32 ``[batch, 2]``: the first visible slot, and the one after the last.
-      table: int32 ``[batch, pages]``.
+      table: int32 ``[batch, pages]``; not read unless there are pages.
 
     Returns:
-      Mixes ``[splits, batch, kv_heads, group, head_dim]``, and the maxima and totals of weights
+      Mixes ``[splits, batch, kv_heads, head_dim, rows]``, and the maxima and totals of weights
       ``[splits, batch, kv_heads, 2, rows]``, base 2.
     """
     quantized = len(leaves) == 2
-    batch, kv_heads, rows, head_dim = queries[0].shape
+    batch, kv_heads, both, head_dim = queries.shape
+    rows = both // 2
     stages, piece = shape.stages, shape.piece
     pieces = TILE // piece
-    tile, mix_shape = (gpu.ROWS, TILE), (gpu.ROWS, head_dim)
-    operand = jnp.bfloat16  # of the product with the values
+    scores_shape, mix_shape = (TILE, rows), (head_dim, rows)
 
     def body(*refs):
-        query_refs, refs = refs[: len(queries)], refs[len(queries) :]
-        leaf_refs, (layer_ref, bounds_ref, table_ref, mix_out, sums_out), scratch = (
-            refs[: len(leaves)], refs[len(leaves) : len(leaves) + 5], refs[len(leaves) + 5 :],
-        )
-        query_tiles, (buffers, mix_tile), sums_tile, ready, full_, staging, wide = scratch
+        query_ref, step_ref, *refs = refs
+        leaf_refs, refs = refs[: len(leaves)], refs[len(leaves) :]
+        layer_ref, bounds_ref, table_ref, mix_out, sums_out, *scratch = refs
+        query_tiles, (buffers, mix_tile), sums_tile, weight_tiles, wide, ready, arrived = scratch
         head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
         layer, low, high = layer_ref[0], bounds_ref[row, 0], bounds_ref[row, 1]
         first, last = lax.div(low, TILE), lax.div(high + (TILE - 1), TILE)
@@ -101,117 +104,137 @@ def decode_parts(
             if not shape.paged:
                 return (row,)
             slots = [(first + number) * TILE + at * piece for at in range(pieces)]
-            entries = [jnp.clip(lax.div(slot, shape.page_size), 0, table.shape[1] - 1) for slot in slots]
-            return tuple(table_ref[row, entry] for entry in entries)
+            entries = [lax.div(slot, shape.page_size) for slot in slots]
+            return tuple(table_ref[row, jnp.clip(at, 0, table.shape[1] - 1)] for at in entries)
 
         def fetch(number, stage, its_pages):
             for at, page in enumerate(its_pages):
                 inside = lax.rem((first + number) * TILE + at * piece, shape.page_size)
                 slots = gpu.span(jnp.maximum(page, 0) * shape.page_size + inside, piece)
-                into = stage if pieces == 1 else (stage, gpu.span(at * piece, piece))
+                place = stage if pieces == 1 else (stage, gpu.span(at * piece, piece))
                 for side in range(2):
-                    for leaf, name in zip(leaf_refs, buffers[side], strict=True):
-                        source = leaf.at[(layer, side, slots, head)[: 4 if len(leaf.shape) == 5 else 3]]
-                        gpu.copy_in(source, name.at[into], full_[side].at[stage])
+                    sources = [leaf_refs[0].at[layer, side, slots, head]]
+                    sources += [leaf.at[layer, side, slots] for leaf in leaf_refs[1:]]
+                    for source, buffer in zip(sources, buffers[side], strict=True):
+                        gpu.copy_in(source, buffer.at[place], arrived[side].at[stage])
 
-        for ref, into in zip(query_refs, query_tiles):
-            gpu.copy_in(ref.at[row, head], into.at[gpu.span(0, rows)], ready)
+        gpu.copy_in(query_ref.at[row, head], query_tiles, ready)
         upcoming = tuple(pages_of(number) for number in range(stages + 1))
         for number in range(stages):
+
             @gpu.when(number < count)
             def _(number=number):
                 fetch(jnp.int32(number), number, upcoming[number])
+
+        step = step_ref[row, head] if quantized else None
         gpu.wait(ready)
-        step = query_refs[2][row, head] if quantized else None
+
+        def scales_of(side, stage):
+            return gpu.load(buffers[side][1].at[stage, :, head], gpu.ROW_VECTOR).astype(jnp.float32)
 
         def scores_of(stage):
-            keys = gpu.transposed(buffers[0][0].at[stage])
+            keys = buffers[0][0].at[stage]
+            parts = [gpu.transposed(query_tiles.at[gpu.span(at, rows)]) for at in (0, rows)]
             if not quantized:
-                return gpu.multiply(query_tiles[0], keys, jnp.float32)
-            coarse, fine = (gpu.multiply(query, keys, jnp.int32) for query in query_tiles)
-            scales = gpu.load_column(buffers[0][1].at[stage, :, head], interpret is not None) * step
-            return (coarse * _LOW_STEPS + fine).astype(jnp.float32) * gpu.across(scales, tile, 1)
+                return gpu.sum_of_products(keys, parts)
+            coarse, fine = gpu.products(keys, parts, jnp.int32)
+            whole = (coarse * LOW_STEPS + fine).astype(jnp.float32)
+            return whole * gpu.across(scales_of(0, stage) * step, scores_shape, 0)
+
+        def values_of(stage, seen):
+            """In bfloat16, without what hidden slots hold: zero times NaN is NaN."""
+            values = buffers[1][0].at[stage]
+            if quantized:
+                wide[...] = gpu.load(values, gpu.WIDENING).astype(jnp.bfloat16)
+                return wide
+            visible, whole = seen((TILE, head_dim))
+
+            @gpu.when(jnp.logical_not(whole))
+            def _():
+                values[...] = jnp.where(visible(), gpu.load(values), jnp.bfloat16(0))
+
+            return values
 
         def one_tile(number, state):
             mix, highest, total, upcoming = state
             stage, start = lax.rem(number, stages), (first + number) * TILE
-            gpu.wait(full_[0].at[stage])
+
+            def seen(matrix):
+                """Which slots of the tile are visible, for a matrix of a row a slot; if all are."""
+                held = jnp.int32(0)
+                for at, page in enumerate(upcoming[0] if shape.holes else ()):
+                    held |= (page >= 0).astype(jnp.int32) << at
+                whole = (start >= low) & (start + TILE <= high)
+                if shape.holes:
+                    whole &= held == (1 << pieces) - 1
+
+                def visible():
+                    slot = gpu.iota(matrix, 0)
+                    inside = (slot >= low - start) & (slot < high - start)
+                    if not shape.holes:
+                        return inside
+                    return inside & (((held >> lax.div(slot, piece)) & 1) == 1)
+
+                return visible, whole
+
+            gpu.wait(arrived[0].at[stage])
             scores = scores_of(stage)
             if shape.softcap is not None:
                 scores = capped(scores, shape.softcap)
-            column = gpu.iota(tile, 1)
-            seen = (column >= low - start) & (column < high - start)
-            whole = (start >= low) & (start + TILE <= high)
-            held = None
-            if shape.holes:
-                held = sum((page >= 0).astype(jnp.int32) << at for at, page in enumerate(upcoming[0]))
-                seen &= ((held >> lax.div(column, piece)) & 1) == 1
-                whole &= held == (1 << pieces) - 1
-            scores = jnp.where(seen, scores, HIDDEN)
-            new_highest = jnp.maximum(highest, scores.max(axis=1))
+            visible = seen(scores_shape)[0]()
+            scores = jnp.where(visible, scores, HIDDEN)
+            new_highest = jnp.maximum(highest, scores.max(axis=0))
             keep = jnp.exp2(highest - new_highest)
-            weights = jnp.exp2(scores - gpu.across(new_highest, tile, 0))
-            total = total * keep + weights.sum(axis=1)
-            mix = mix * gpu.across(keep, mix_shape, 0)
-            gpu.wait(full_[1].at[stage])
+            weights = jnp.exp2(scores - gpu.across(new_highest, scores_shape, 1))
+            total = total * gpu.across(keep, scores_shape, 1) + weights
+            gpu.wait(arrived[1].at[stage])
+            values = values_of(stage, seen)
             if quantized:
-                wide[...] = gpu.load(buffers[1][0].at[stage], gpu.WIDENING).astype(operand)
-                gpu.commit()
-                values = wide
-                scales = gpu.load_column(buffers[1][1].at[stage, :, head], interpret is not None)
-                scaled = weights * gpu.across(scales, tile, 1)
-                weights = jnp.where(seen, scaled, 0)
-            else:
-                values = buffers[1][0].at[stage]
-
-                @gpu.when(jnp.logical_not(whole))
-                def _():  # zero times NaN is NaN, so what a hidden slot holds must not be read
-                    slot = gpu.iota((TILE, head_dim), 0)
-                    visible = (slot >= low - start) & (slot < high - start)
-                    if held is not None:
-                        visible &= ((held >> lax.div(slot, piece)) & 1) == 1
-                    values[...] = jnp.where(visible, gpu.load(values), jnp.bfloat16(0))
-                    gpu.commit()
-
-            mix = gpu.multiply_add(mix, weights.astype(operand), values, staging)
+                scaled = weights * gpu.across(scales_of(1, stage), scores_shape, 0)
+                weights = jnp.where(visible, scaled, 0)
+            coarse = weights.astype(jnp.bfloat16)
+            fine = (weights - coarse.astype(jnp.float32)).astype(jnp.bfloat16)
+            gpu.store_transposed(weight_tiles.at[0], coarse)
+            gpu.store_transposed(weight_tiles.at[1], fine)
+            gpu.commit()
+            parts = [gpu.transposed(weight_tiles.at[part]) for part in range(2)]
+            mix = mix * gpu.across(keep, mix_shape, 1)
+            mix += gpu.sum_of_products(gpu.transposed(values), parts)
 
             @gpu.when(number + stages < count)
             def _():
                 fetch(number + stages, stage, upcoming[-1])
 
-            upcoming = (*upcoming[1:], pages_of(number + stages + 1))
-            return mix, new_highest, total, upcoming
+            return mix, new_highest, total, (*upcoming[1:], pages_of(number + stages + 1))
 
-        rows_shape = mix_shape[:1]
-        state = gpu.full(mix_shape, 0), gpu.full(rows_shape, LOWEST), gpu.full(rows_shape, 0), upcoming
-        mix, highest, total, _ = gpu.fori_loop(0, count, one_tile, state)
+        state = gpu.full(mix_shape, 0), gpu.full((rows,), LOWEST), gpu.full(scores_shape, 0)
+        mix, highest, total, _ = gpu.fori_loop(0, count, one_tile, (*state, upcoming))
         mix_tile[...] = mix
         sums_tile[0] = highest
-        sums_tile[1] = total
+        sums_tile[1] = total.sum(axis=0)
         gpu.commit()
-        gpu.copy_out(mix_tile.at[gpu.span(0, group)], mix_out.at[part, row, head])
-        for number in range(2):
-            sums = sums_tile.at[number, gpu.span(0, rows)]
-            gpu.copy_out(sums, sums_out.at[part, row, head, number])
+        gpu.copy_out(mix_tile, mix_out.at[part, row, head])
+        gpu.copy_out(sums_tile, sums_out.at[part, row, head])
         gpu.wait_out()
 
     codes = gpu.shared_tiles((stages, TILE, head_dim), leaves[0].dtype)
-    side = (codes, gpu.shared((stages, TILE, kv_heads), leaves[1].dtype)) if quantized else (codes,)
+    scales = [gpu.shared((stages, TILE, kv_heads), leaf.dtype) for leaf in leaves[1:]]
+    side = (codes, *scales)
     mixes, sums = gpu.run(
         body,
-        [*queries, *leaves, layer, bounds, table],
+        [queries, steps, *leaves, layer, bounds, table],
         outputs=[
-            jax.ShapeDtypeStruct((shape.splits, batch, kv_heads, group, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((shape.splits, batch, kv_heads, *mix_shape), jnp.float32),
             jax.ShapeDtypeStruct((shape.splits, batch, kv_heads, 2, rows), jnp.float32),
         ],
         scratch=[
-            [gpu.shared_tiles((gpu.ROWS, head_dim), query.dtype) for query in queries[:2]],
+            gpu.shared_tiles((both, head_dim), queries.dtype),
             gpu.Either((side, side), gpu.shared(mix_shape, jnp.float32)),
-            gpu.shared((2, gpu.ROWS), jnp.float32),
-            gpu.Barrier(num_arrivals=min(len(queries), 2)),
+            gpu.shared((2, rows), jnp.float32),
+            gpu.shared_tiles((2, rows, TILE), jnp.bfloat16),
+            gpu.shared_tiles((TILE, head_dim), jnp.bfloat16) if quantized else None,
+            gpu.Barrier(),
             [gpu.Barrier(num_arrivals=pieces * len(leaves), num_barriers=stages)] * 2,
-            None if interpret is None else gpu.shared_tiles(tile, operand),
-            gpu.shared_tiles((TILE, head_dim), operand) if quantized else None,
         ],
         grid={"head": kv_heads, "part": shape.splits, "row": batch},
         interpret=interpret,

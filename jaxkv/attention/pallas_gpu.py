@@ -9,13 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, vector
 
 ROWS = 64  # of one warpgroup's matrix product
 ROW_VECTOR, COLUMN_VECTOR = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -46,8 +42,8 @@ def shared_tiles(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def full(shape: tuple[int, ...], value: float) -> jax.Array:
-    """A float32 matrix, or a vector of a number a row, in registers."""
-    layout = plgpu.Layout.WGMMA if len(shape) == 2 else ROW_VECTOR
+    """A float32 matrix, or a vector of a number a column, in registers."""
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else COLUMN_VECTOR
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
@@ -56,46 +52,9 @@ def iota(shape: tuple[int, int], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
-def column_iota(size: int) -> jax.Array:
-    """The number of each column, as a vector of a number a column."""
-    return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=COLUMN_VECTOR)
-
-
 def load(ref: Any, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
     """From shared memory to registers."""
     return plgpu.load(ref, layout=layout, optimized=False)
-
-
-def load_column(ref: Any, interpret: bool) -> jax.Array:
-    """A column of a bfloat16 matrix in shared memory, as a float32 number a column.
-
-    Pallas has loads of neighbouring numbers only, so this is one floor below it. That floor is
-    not interpreted.
-    """
-    if interpret:
-        return ref[...].astype(jnp.float32)
-    (size,) = ref.shape
-    column = plgpu.ShapeDtypeStruct((size,), jnp.float32, layout=COLUMN_VECTOR)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=column)
-    def gather(context, memory):
-        layout = COLUMN_VECTOR.to_mgpu()
-        registers = np.empty(layout.registers_shape((size,)), object)
-        places = layout.thread_idxs((size,))
-        for register, (place,) in zip(np.ndindex(registers.shape), places, strict=True):
-            numbers = [
-                arith.extf(ir.F32Type.get(), memref.load(memory, [_plus(place, at)]))
-                for at in range(layout.vector_length)
-            ]
-            kind = ir.VectorType.get((layout.vector_length,), ir.F32Type.get())
-            registers[register] = vector.from_elements(kind, numbers)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return gather(ref)
-
-
-def _plus(index: ir.Value, number: int) -> ir.Value:
-    return arith.addi(index, arith.constant(ir.IndexType.get(), number))
 
 
 def across(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
@@ -110,26 +69,32 @@ def transposed(ref: Any) -> Any:
     return plgpu.transpose_ref(ref, (1, 0))  # jax 0.10
 
 
-def multiply(left: Any, right: Any, dtype: Any) -> jax.Array:
-    """``left @ right`` of two matrices in shared memory."""
+def store_transposed(ref: Any, matrix: jax.Array) -> None:
+    """From registers to shared memory, the other way round."""
+    transposed(ref)[...] = plgpu.layout_cast(matrix, plgpu.Layout.WGMMA_TRANSPOSED)
 
-    def product(total):
-        plgpu.wgmma(total, left, right)
+
+def products(left: Any, rights: Sequence[Any], dtype: Any) -> list[jax.Array]:
+    """``left @ right`` for each of ``rights``, all in shared memory."""
+    shape = (left.shape[0], rights[0].shape[1])
+
+    def multiply(*totals):
+        for total, right in zip(totals, rights, strict=True):
+            plgpu.wgmma(total, left, right)
+        return [total[...] for total in totals]
+
+    return pl.run_scoped(multiply, *(plgpu.ACC(shape, dtype) for _ in rights))
+
+
+def sum_of_products(left: Any, rights: Sequence[Any]) -> jax.Array:
+    """``sum(left @ right)`` over ``rights``, all in shared memory, in float32."""
+
+    def multiply(total):
+        for right in rights:
+            plgpu.wgmma(total, left, right)
         return total[...]
 
-    return pl.run_scoped(product, plgpu.ACC((left.shape[0], right.shape[1]), dtype))
-
-
-def multiply_add(total: jax.Array, left: jax.Array, right: Any, staging: Any) -> jax.Array:
-    """``total + left @ right``, of a matrix in registers and one in shared memory.
-
-    Pallas' interpreter multiplies in shared memory only; it is given some for ``left``.
-    """
-    if staging is None:
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(total))
-    staging[...] = left
-    commit()
-    return total + multiply(staging, right, total.dtype)
+    return pl.run_scoped(multiply, plgpu.ACC((left.shape[0], rights[0].shape[1]), jnp.float32))
 
 
 def wait_out() -> None:
