@@ -11,6 +11,7 @@ import importlib
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from jaxkv.addressing.contiguous import ContiguousIndex
@@ -29,8 +30,9 @@ _LOG2_E = 1.4426950408889634
 # Parts of a sequence are at most this long, so that one long one in a batch is read by many.
 _LONGEST_PART = 8192
 _MULTIPROCESSORS = 132  # of an H100 or H200, where there is no device to ask
-# Of shared memory, for one part alone on a multiprocessor, and for each of two.
-_SHARED_BYTES = {1: 200 << 10, 2: 96 << 10}
+_SHARED_BYTES = 220 << 10  # of one multiprocessor
+_TILES_LOST = 2  # that could be read while a part begins and ends
+_MOST_PARTS = 32  # of a sequence: what combines them is unrolled
 
 
 def cannot_serve(cache: KVCache, tokens: int) -> str | None:
@@ -146,8 +148,10 @@ def _decode(request: Request, interpret: object) -> Grouped:
         interpret=interpret,
     )
     highest, totals = jnp.moveaxis(sums[..., :group], 3, 0)
-    mixes = jnp.swapaxes(mixes[..., :group], 3, 4)
-    return _combined(mixes, highest, totals, request.sinks)[:, :, None]
+    coarse, fine = (
+        part[:, :, :, :group] for part in jnp.split(mixes.astype(jnp.float32), 2, axis=3)
+    )
+    return _combined(coarse + fine, highest, totals, request.sinks)[:, :, None]
 
 
 def _parts(
@@ -155,17 +159,25 @@ def _parts(
 ) -> tuple[int, int]:
     """Parts of a sequence, and tiles that a part has on their way.
 
-    Two parts on each multiprocessor hide each other's waiting. A single long sequence is read
-    faster by one on each, with more tiles on their way, unless there are codes to widen.
+    Two parts on each multiprocessor hide each other's waiting. A single long sequence is read as
+    fast by one on each, which leaves fewer to combine, unless there are codes to widen.
     """
     device = jax.local_devices()[0]
     multiprocessors = getattr(device, "core_count", None) or _MULTIPROCESSORS
-    at_once = 1 if batch * kv_heads * 4 <= multiprocessors and not quantized else 2
-    filling = multiprocessors * at_once // (batch * kv_heads)
-    splits = max(1, -(-extent // _LONGEST_PART), min(filling, -(-extent // (4 * _TILE))))
+    lists = batch * kv_heads
+    at_once = 1 if lists * 4 <= multiprocessors and not quantized else 2
+
+    def share_of_time_spent_reading(splits: int) -> float:
+        rounds = -(-lists * splits // (at_once * multiprocessors))
+        tiles = -(-extent // (splits * _TILE))
+        busy = lists * splits / (rounds * at_once * multiprocessors)
+        return busy * tiles / (tiles + _TILES_LOST)
+
+    fewest = min(-(-extent // _LONGEST_PART), _MOST_PARTS)
+    splits = max(range(fewest, _MOST_PARTS + 1), key=share_of_time_spent_reading)
     tile_bytes = 2 * _TILE * (head_dim + 2 * kv_heads if quantized else 2 * head_dim)
     fixed_bytes = (24 if quantized else 8) << 10
-    return splits, max(2, (_SHARED_BYTES[at_once] - fixed_bytes) // tile_bytes)
+    return splits, max(2, (_SHARED_BYTES // at_once - fixed_bytes) // tile_bytes)
 
 
 def _in_two_bytes(queries: Rows) -> tuple[Array, Array, Array]:
@@ -182,9 +194,9 @@ def _in_two_bytes(queries: Rows) -> tuple[Array, Array, Array]:
 
 def _in_two_bfloat16(queries: Rows) -> tuple[Array, Array, Array]:
     """Queries as ``high + low``, exact to 16 bits of each number."""
-    high = queries.astype(jnp.bfloat16)
-    low = (queries - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    return high, low, jnp.ones(queries.shape[:2], jnp.float32)
+    high = lax.reduce_precision(queries, exponent_bits=8, mantissa_bits=7)  # not undone by XLA
+    low = (queries - high).astype(jnp.bfloat16)
+    return high.astype(jnp.bfloat16), low, jnp.ones(queries.shape[:2], jnp.float32)
 
 
 def _combined(
@@ -193,13 +205,13 @@ def _combined(
     totals: Float[Array, "splits batch kv_heads group"],
     sinks: Float[Array, "kv_heads group"] | None,
 ) -> Float[Array, "batch kv_heads group head_dim"]:
-    """What the parts of each sequence's context add up to."""
-    peak = highest.max(axis=0)
+    """What the parts of each sequence's context add up to, unrolled into one loop of XLA's."""
+    peak = functools.reduce(jnp.maximum, highest)
     if sinks is not None:  # as a part of its own that gave nothing
         peak = jnp.maximum(peak, sinks * _LOG2_E)
-    weights = jnp.exp2(highest - peak)
-    total = (totals * weights).sum(axis=0)
+    weights = [jnp.exp2(part - peak) for part in highest]
+    total = sum(part * weight for part, weight in zip(totals, weights, strict=True))
     if sinks is not None:
         total += jnp.exp2(sinks * _LOG2_E - peak)
-    mix = (mixes * weights[..., None]).sum(axis=0)
+    mix = sum(part * weight[..., None] for part, weight in zip(mixes, weights, strict=True))
     return mix / jnp.where(total == 0, 1, total)[..., None]

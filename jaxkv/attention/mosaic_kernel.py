@@ -77,8 +77,8 @@ def decode_parts(
       table: int32 ``[batch, pages]``; not read unless there are pages.
 
     Returns:
-      Mixes ``[splits, batch, kv_heads, head_dim, rows]``, and the maxima and totals of weights
-      ``[splits, batch, kv_heads, 2, rows]``, base 2.
+      Mixes ``[splits, batch, kv_heads, 2 * rows, head_dim]``, again high parts and then low ones,
+      and the maxima and totals of weights ``[splits, batch, kv_heads, 2, rows]``, base 2.
     """
     quantized = len(leaves) == 2
     batch, kv_heads, both, head_dim = queries.shape
@@ -128,6 +128,13 @@ def decode_parts(
 
         step = step_ref[row, head] if quantized else None
         gpu.wait(ready)
+
+        def store_in_two(tiles, matrix):
+            """The other way round, in bfloat16: what it is rounded to, and then the rest."""
+            coarse = matrix.astype(jnp.bfloat16)
+            fine = (matrix - coarse.astype(jnp.float32)).astype(jnp.bfloat16)
+            for at, rounded in ((0, coarse), (rows, fine)):
+                gpu.store_transposed(tiles.at[gpu.span(at, rows)], rounded)
 
         def scales_of(side, stage):
             return gpu.load(buffers[side][1].at[stage, :, head], gpu.ROW_VECTOR).astype(jnp.float32)
@@ -192,12 +199,9 @@ def decode_parts(
             if quantized:
                 scaled = weights * gpu.across(scales_of(1, stage), scores_shape, 0)
                 weights = jnp.where(visible, scaled, 0)
-            coarse = weights.astype(jnp.bfloat16)
-            fine = (weights - coarse.astype(jnp.float32)).astype(jnp.bfloat16)
-            gpu.store_transposed(weight_tiles.at[0], coarse)
-            gpu.store_transposed(weight_tiles.at[1], fine)
+            store_in_two(weight_tiles, weights)
             gpu.commit()
-            parts = [gpu.transposed(weight_tiles.at[part]) for part in range(2)]
+            parts = [gpu.transposed(weight_tiles.at[gpu.span(at, rows)]) for at in (0, rows)]
             mix = mix * gpu.across(keep, mix_shape, 1)
             mix += gpu.sum_of_products(gpu.transposed(values), parts)
 
@@ -209,7 +213,7 @@ def decode_parts(
 
         state = gpu.full(mix_shape, 0), gpu.full((rows,), LOWEST), gpu.full(scores_shape, 0)
         mix, highest, total, _ = gpu.fori_loop(0, count, one_tile, (*state, upcoming))
-        mix_tile[...] = mix
+        store_in_two(mix_tile, mix)
         sums_tile[0] = highest
         sums_tile[1] = total.sum(axis=0)
         gpu.commit()
@@ -224,14 +228,14 @@ def decode_parts(
         body,
         [queries, steps, *leaves, layer, bounds, table],
         outputs=[
-            jax.ShapeDtypeStruct((shape.splits, batch, kv_heads, *mix_shape), jnp.float32),
+            jax.ShapeDtypeStruct((shape.splits, batch, kv_heads, both, head_dim), jnp.bfloat16),
             jax.ShapeDtypeStruct((shape.splits, batch, kv_heads, 2, rows), jnp.float32),
         ],
         scratch=[
             gpu.shared_tiles((both, head_dim), queries.dtype),
-            gpu.Either((side, side), gpu.shared(mix_shape, jnp.float32)),
+            gpu.Either((side, side), gpu.shared_tiles((both, head_dim), jnp.bfloat16)),
             gpu.shared((2, rows), jnp.float32),
-            gpu.shared_tiles((2, rows, TILE), jnp.bfloat16),
+            gpu.shared_tiles((both, TILE), jnp.bfloat16),
             gpu.shared_tiles((TILE, head_dim), jnp.bfloat16) if quantized else None,
             gpu.Barrier(),
             [gpu.Barrier(num_arrivals=pieces * len(leaves), num_barriers=stages)] * 2,
