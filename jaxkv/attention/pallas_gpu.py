@@ -19,6 +19,9 @@ WIDENING = plgpu.Layout.WGMMA_UPCAST_2X  # from one byte to two
 Barrier = plgpu.Barrier
 Either = plgpu.RefUnion  # one piece of shared memory, used first as one thing, then as another
 
+# jax 0.10 wants an index beside the reference, 0.11 warns of one.
+_NO_INDEX = ((),) if jax.__version_info__ < (0, 11) else ()
+
 axis_index = lax.axis_index
 fori_loop = lax.fori_loop
 when = pl.when
@@ -54,7 +57,7 @@ def iota(shape: tuple[int, int], axis: int) -> jax.Array:
 
 def load(ref: Any, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
     """From shared memory to registers."""
-    return plgpu.load(ref, layout=layout, optimized=False)
+    return plgpu.load(ref, *_NO_INDEX, layout=layout, optimized=False)
 
 
 def across(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:

@@ -1,0 +1,206 @@
+"""The kernel for Hopper GPUs, as far as a machine without one can tell.
+
+`tests/gpu` compiles it for one, `python -m benchmarks accelerator` runs it on one.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxkv
+from jaxkv.attention import IMPLEMENTATIONS, mosaic
+from tests.oracle import jit, poisoned
+
+kernel = pytest.importorskip(
+    "jaxkv.attention.mosaic_kernel", exc_type=(ImportError, AttributeError)
+)
+
+
+def config_of(**fields):
+    shape = {"num_layers": 2, "max_context_length": 136, "num_kv_heads": 2, "head_dim": 64}
+    return jaxkv.KVCacheConfig(**(shape | fields))
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """As if this machine had the GPU; with a function in place of the kernel's call, or not."""
+
+    def serve(run=mosaic.mosaic):
+        row = IMPLEMENTATIONS["mosaic"]._replace(run=run, cannot_serve=mosaic.cannot_read)
+        monkeypatch.setitem(IMPLEMENTATIONS, "mosaic", row)
+
+    return serve
+
+
+def test_explain_says_what_it_needs():
+    assert "mosaic: not used, it reads on a Hopper GPU" in jaxkv.explain(jaxkv.create(config_of()))
+
+
+REASONS = {
+    "more tokens": ({}, 2, "serves one token a sequence, and this call has 2"),
+    "float32": ({"codec": jaxkv.Dense("float32")}, 1, "reads bfloat16 and int8, not float32"),
+    "float8": ({"codec": jaxkv.Float8()}, 1, "not float8"),
+    "head_dim": ({"head_dim": 80}, 1, "head_dim is 80, and it takes 64 or 128"),
+    "scales": ({"codec": jaxkv.Int8()}, 1, "int8 scales of 2 KV heads are not a multiple of 16"),
+    "page size": ({"addressing": jaxkv.Paged(24)}, 1, "page_size 24 is not 8, 16, 32 or a"),
+    "small pages": ({"addressing": jaxkv.Paged(4)}, 1, "page_size 4 is not 8, 16, 32 or a"),
+    "ring": ({"addressing": jaxkv.Ring(window=64)}, 1, "cannot read ring caches"),
+    "odd context": (
+        {"max_context_length": 100},
+        1,
+        "max_context_length 100 is not a multiple of 8",
+    ),
+    "short context": (
+        {"max_context_length": 56},
+        1,
+        "reads 64 slots at once, and the cache has 56",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_what_it_cannot_read(case):
+    fields, tokens, reason = REASONS[case]
+    assert reason in mosaic.cannot_read(jaxkv.create(config_of(**fields)), tokens)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"head_dim": 128},
+        {"codec": jaxkv.Int8(), "num_kv_heads": 8},
+        {"addressing": jaxkv.Paged(16)},
+        {"addressing": jaxkv.Paged(64, num_pages=9), "batch_size": 3},
+    ],
+)
+def test_what_it_can_read(fields):
+    assert mosaic.cannot_read(jaxkv.create(config_of(**fields)), 1) is None
+
+
+def test_a_group_that_fills_the_registers_is_left_to_others(served):
+    cache = jaxkv.create(config_of(num_kv_heads=1))
+    assert "33 query heads read each KV head" in mosaic.should_not_serve(cache, 1, 33)
+    served()
+    with pytest.raises(ValueError, match="33 query heads read each KV head, and it takes 32"):
+        jaxkv.attend(cache, jnp.ones((1, 33, 64)), layer=0, implementation="mosaic")
+
+
+@pytest.mark.parametrize(
+    ("codec", "addressing"),
+    [(jaxkv.Dense("bfloat16"), jaxkv.Contiguous()), (jaxkv.Int8(), jaxkv.Paged(16, num_pages=20))],
+    ids=["bfloat16", "int8 pages"],
+)
+def test_it_lowers_and_is_given_the_whole_cache(served, codec, addressing):
+    served()
+    config = config_of(codec=codec, addressing=addressing, num_kv_heads=8, batch_size=2)
+    cache = jax.eval_shape(lambda: jaxkv.create(config))
+    dtypes = {name: dtype for name, (_, dtype) in codec.leaves(64).items()}
+    storage = {
+        name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name]) for name, leaf in cache.storage.items()
+    }
+    lowered = (
+        jax.jit(lambda c, q, layer: jaxkv.attend(c, q, layer=layer, implementation="mosaic"))
+        .trace(
+            dataclasses.replace(cache, storage=storage),
+            jax.ShapeDtypeStruct((2, 1, 16, 64), jnp.bfloat16),
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
+    whole = re.findall(rf"tensor<2x2x{config.num_slots}x8(?:x64)?x\w+>", lowered)
+    taking_it = [line for line in lowered.splitlines() if whole[0] in line]
+    assert [line for line in taking_it if "stablehlo." in line] == [
+        line for line in taking_it if "custom_call @mosaic_gpu" in line
+    ]
+    assert len(taking_it) >= 2  # the signature and the call
+
+
+# Two sequences, several tiles, pages and options; and codes, whose scales want 8 heads.
+INTERPRETED = {
+    "bfloat16": (
+        {"batch_size": 2, "num_kv_heads": 1, "addressing": jaxkv.Paged(16)},
+        (70, 3),
+        {"window": 50, "softcap": 5.0, "sinks": jnp.asarray([0.5, -0.5])},
+    ),
+    "int8": (
+        {"batch_size": 1, "num_kv_heads": 8, "max_context_length": 72, "codec": jaxkv.Int8()},
+        (40,),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INTERPRETED)
+def test_interpreted_it_equals_the_reference_without_races(served, case):
+    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("this JAX has no interpreter of Mosaic GPU kernels (0.11 has)")
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    served(lambda request: mosaic._attend(request, interpret))
+    fields, lengths, options = INTERPRETED[case]
+    config, generator = config_of(**fields), np.random.default_rng(0)
+    shape = (len(lengths), max(lengths), config.num_kv_heads, 64)
+    keys, values = jnp.asarray(generator.standard_normal((2, *shape), np.float32))
+    heads = config.num_kv_heads * (2 if case == "bfloat16" else 1)
+    queries = jnp.asarray(generator.standard_normal((len(lengths), 1, heads, 64), np.float32))
+    cache = jaxkv.append(
+        poisoned(jaxkv.create(config)), keys, values, layer=1, num_tokens=jnp.asarray(lengths)
+    )
+    cache = jaxkv.advance(cache, jnp.asarray(lengths) - 1)
+    expected, actual = (
+        jit(functools.partial(jaxkv.attend, layer=1, implementation=name, **options))(
+            cache, queries
+        )
+        for name in ("reference", "mosaic")
+    )
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+def test_its_gradient_is_the_blockwise_one(served):
+    served()
+    config = config_of(codec=jaxkv.Int8(), num_kv_heads=8)
+    cache = jaxkv.append(jaxkv.create(config), *jnp.ones((2, 1, 8, 64)), layer=0)
+    queries = jnp.asarray(np.random.default_rng(0).standard_normal((1, 8, 64), np.float32))
+
+    def tangent(name):
+        run = functools.partial(jaxkv.attend, cache, layer=0, implementation=name)
+        return jax.jvp(run, (queries,), (queries,))[1]
+
+    np.testing.assert_array_equal(tangent("mosaic"), tangent("blockwise"))
+
+
+numbers = st.floats(-1e4, 1e4, width=32)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(numbers, min_size=16, max_size=16))
+def test_queries_in_two_parts_keep_16_bits(row):
+    queries = jnp.asarray(row, jnp.float32).reshape(1, 1, 2, 8)
+    largest = float(jnp.abs(queries).max())
+    high, low, step = mosaic._in_two_bytes(queries)
+    whole = (high.astype(jnp.float32) * kernel.LOW_STEPS + low.astype(jnp.float32)) * step[0, 0]
+    np.testing.assert_allclose(whole, queries, atol=largest * 2**-15 + 1e-30)
+    high, low, _ = jax.jit(mosaic._in_two_bfloat16)(queries)
+    assert high.dtype == low.dtype == jnp.bfloat16
+    whole = high.astype(jnp.float32) + low.astype(jnp.float32)
+    np.testing.assert_allclose(whole, queries, rtol=2**-16, atol=1e-37)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "extent"), [(1, 8, 64), (1, 1, 1 << 20), (64, 32, 4096)]
+)
+def test_parts_fit_a_multiprocessor(batch, kv_heads, extent, quantized):
+    splits, stages = mosaic._parts(batch, kv_heads, 128, extent, quantized)
+    assert 1 <= splits <= mosaic._MOST_PARTS
+    assert splits >= min(extent // mosaic._LONGEST_PART, mosaic._MOST_PARTS)
+    assert stages >= 2
