@@ -61,6 +61,9 @@ def memory_over_time(
     if not events:
         raise ValueError("Nothing was tracked, so there is nothing to draw.")
     ax = _axes(ax)
+    # What was held at the end is drawn a little further.
+    over = (events[-1].seconds - events[0].seconds) / 30
+    events = [*events, events[-1]._replace(seconds=events[-1].seconds + over, change_bytes=0)]
     seconds = np.array([event.seconds for event in events])
     totals = np.array([event.total_bytes for event in events])
     bands = {"before": np.full(len(events), totals[0] - events[0].change_bytes)}

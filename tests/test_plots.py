@@ -34,7 +34,7 @@ def test_memory_by_purpose_and_its_peak():
     tracker.release(cache)
     ax = plots.memory_over_time(tracker)
     (line,) = ax.lines
-    np.testing.assert_array_equal(line.get_ydata(), [5, 8, 3, 0])
+    np.testing.assert_array_equal(line.get_ydata(), [5, 8, 3, 0, 0])
     assert tops(ax) == {"weights": 5, "kv_cache": 8}
     assert [text.get_text() for text in ax.texts] == ["peak 8 MB"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("time (s)", "memory (MB)")
@@ -44,7 +44,7 @@ def test_what_was_held_before_the_history_begins_is_drawn_too():
     events = [Event(1.0, "later", Purpose.KV_CACHE, 2000, 9000)]
     ax = plots.memory_over_time(events)
     assert tops(ax) == {"before": 7, "kv_cache": 9}
-    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [9])
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [9, 9])
 
 
 def test_a_pool_over_steps_and_at_one_moment():
