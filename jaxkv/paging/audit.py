@@ -19,6 +19,7 @@ class Usage:
       num_pages: of the pools.
       page_size: tokens a page.
       held_pages: that requests hold; a shared page counts once.
+      shared_pages: of them, that more than one holds.
       cached_pages: free ones whose content can still be found.
       most_held_pages: at any time so far.
       num_requests: that hold pages.
@@ -31,6 +32,7 @@ class Usage:
     num_pages: int
     page_size: int
     held_pages: int
+    shared_pages: int
     cached_pages: int
     most_held_pages: int
     num_requests: int
@@ -43,6 +45,16 @@ class Usage:
     def occupancy(self) -> float:
         """The share of pages that requests hold."""
         return self.held_pages / self.num_pages
+
+    @property
+    def by_use(self) -> dict[str, int]:
+        """Every page once, as `jaxkv.plots.pool_occupancy` takes them."""
+        return {
+            "sequences": self.held_pages - self.shared_pages,
+            "shared": self.shared_pages,
+            "cached": self.cached_pages,
+            "free": self.num_pages - self.held_pages - self.cached_pages,
+        }
 
     @property
     def waste(self) -> float:
@@ -64,6 +76,7 @@ def measure(allocator: "PageAllocator") -> Usage:
         num_pages=sum(pool.num_pages for pool in pools),
         page_size=allocator.page_size,
         held_pages=sum(pool.num_held for pool in pools),
+        shared_pages=sum(pool.num_shared for pool in pools),
         cached_pages=sum(pool.num_cached for pool in pools),
         most_held_pages=sum(pool.most_held for pool in pools),
         num_requests=len(sequences),

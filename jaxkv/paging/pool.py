@@ -36,6 +36,11 @@ class PagePool:
     def num_held(self) -> int:
         return self.num_pages - self.num_free
 
+    @property
+    def num_shared(self) -> int:
+        """Pages that are held more than once."""
+        return sum(count > 1 for count in self.references)
+
     def take(self) -> int:
         """A free page, its old content forgotten, held once.
 
