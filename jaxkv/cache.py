@@ -95,6 +95,13 @@ def append(
       CacheFullError: outside jit, when a sequence has not enough slots left. Inside jit the
         tokens that do not fit are dropped and `check` says so once `advance` has counted them.
       IndexError, TypeError, ValueError: a bad layer, dtype or shape.
+
+    >>> import jax.numpy as jnp, jaxkv
+    >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, num_kv_heads=1, head_dim=4))
+    >>> cache = jaxkv.append(cache, jnp.ones((3, 1, 4)), jnp.zeros((3, 1, 4)), layer=0)
+    >>> keys, values = jaxkv.layer(cache, 0)
+    >>> keys[:4, 0, 0].tolist()
+    [1.0, 1.0, 1.0, 0.0]
     """
     num_layer = check_layer(cache, layer)
     check_vectors(cache, "keys", keys)
@@ -129,6 +136,12 @@ def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
     Raises:
       CacheFullError: outside jit, when that is more than a sequence can hold.
       ValueError: a bad shape of ``num_tokens`` or, outside jit, a negative number.
+
+    >>> import jaxkv
+    >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4, batch_size=2))
+    >>> cache = jaxkv.advance(jaxkv.advance(cache, 3), jax.numpy.array([1, 0]))
+    >>> cache.lengths.tolist()
+    [4, 3]
     """
     check_counts(cache, "num_tokens", num_tokens)
     check_alive(cache)
@@ -162,6 +175,12 @@ def layer(
 
     Raises:
       IndexError: no such layer.
+
+    >>> import jaxkv
+    >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 8, num_kv_heads=1, head_dim=4))
+    >>> keys, values = jaxkv.layer(cache, 1)
+    >>> keys.shape, values.dtype.name
+    ((8, 1, 4), 'bfloat16')
     """
     return _layer(cache, layer=layer)
 
@@ -182,6 +201,11 @@ def truncate(cache: KVCache, length: NumTokens) -> KVCache:
     Raises:
       ValueError: a bad shape of ``length`` or, outside jit, a negative one or one that a ring
         has lost (inside jit, `check` says so after). One beyond the cache's own changes nothing.
+
+    >>> import jaxkv
+    >>> cache = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
+    >>> jaxkv.truncate(cache, 3).lengths.tolist(), jaxkv.truncate(cache, 7).lengths.tolist()
+    (3, 5)
     """
     check_alive(cache)
     check_counts(cache, "length", length)
@@ -192,7 +216,13 @@ def truncate(cache: KVCache, length: NumTokens) -> KVCache:
 
 
 def reset(cache: AnyCache) -> AnyCache:
-    """The same buffers, empty. Old tokens stay in memory until written over, never to be read."""
+    """The same buffers, empty. Old tokens stay in memory until written over, never to be read.
+
+    >>> import jaxkv
+    >>> cache = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
+    >>> jaxkv.reset(cache).lengths.tolist()
+    0
+    """
     return truncate(cache, 0)
 
 
@@ -206,6 +236,13 @@ def check(cache: KVCache) -> KVCache:
       CacheFullError: tokens were dropped inside jit because their sequence was full.
       CacheClosedError: the buffers were donated or deleted.
       ValueError: a ring was rolled back inside jit to tokens that it had written over.
+
+    >>> import jaxkv
+    >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4))
+    >>> full = jax.jit(jaxkv.advance)(jaxkv.check(cache), 9)  # inside jit nothing can be raised
+    >>> jaxkv.check(full)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    jaxkv.errors.CacheFullError: Tokens were dropped: ...
     """
     if isinstance(cache.lengths, jax.core.Tracer):
         checkify.debug_check(~cache.overflowed.any(), "KV cache full: tokens were dropped")

@@ -21,7 +21,13 @@ _SMALLEST_CONTEXT = 512
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """Wall time of one `generate` in seconds, and the tokens it went into (over all prompts)."""
+    """Wall time of one `generate` in seconds, and the tokens it went into (over all prompts).
+
+    >>> import jaxkv
+    >>> timings = jaxkv.Timings(1.5, 0.2, 100, 2.0, 64)
+    >>> timings.prefill_tokens_per_second, timings.decode_tokens_per_second
+    (500.0, 32.0)
+    """
 
     compile_seconds: float
     prefill_seconds: float
@@ -47,6 +53,14 @@ class Generation:
       logprobs: of each new token under the model, before temperature and filters.
       finish_reasons: ``"stop"`` for a stop token, ``"length"`` for ``max_new_tokens``.
       config: of the cache that was used; its ``size_bytes`` were held.
+
+    >>> import jax, jaxkv
+    >>> def count_up(tokens, cache):  # a "model" that answers token + 1
+    ...     return jax.nn.one_hot(tokens + 1, 64), jaxkv.advance(cache, tokens.shape[-1])
+    >>> config = jaxkv.KVCacheConfig(1, 64, 1, 4, batch_size=1)
+    >>> result = jaxkv.generate(count_up, [[5, 6]], max_new_tokens=3, config=config)
+    >>> result.tokens, result.finish_reasons
+    ([[7, 8, 9]], ['length'])
     """
 
     tokens: list[list[int]]

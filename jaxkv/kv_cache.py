@@ -39,6 +39,13 @@ class KVCache:
       index: which slot holds which token; `lengths` is part of it.
       config: the static description.
       means: of `Centred`, ``[layers, 2, kv_heads, head_dim]``, None for other codecs.
+
+    >>> import jax, jaxkv
+    >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 64, num_kv_heads=1, head_dim=16))
+    >>> cache
+    KVCache(2 layers, 1 KV heads x 16, bfloat16, contiguous, 0 of 64 tokens, 8.2 kB)
+    >>> len(jax.tree.leaves(cache)), cache.size_bytes == cache.config.size_bytes
+    (2, True)
     """
 
     storage: Leaves

@@ -2,6 +2,10 @@
 
 Every function draws into ``ax``, or into a new figure, and returns the axes. Colours are
 those of Okabe and Ito, which the colour-blind tell apart; every band is named besides.
+
+>>> import jaxkv
+>>> jaxkv.plots.pool_occupancy(sequences=5, shared=2, free=9).get_xlabel()
+'pages'
 """
 
 import itertools

@@ -83,6 +83,7 @@ def test_public_names_are_documented(name):
     thing = getattr(jaxkv, name)
     documentation = inspect.getdoc(thing)
     assert documentation
+    assert ">>>" in documentation, "an example, which is run as a test"
     if inspect.isfunction(thing):
         signature = inspect.signature(thing)
         assert signature.return_annotation is not inspect.Signature.empty

@@ -93,7 +93,13 @@ class Index(Protocol):
 
 @runtime_checkable
 class Addressing(Protocol):
-    """What `KVCacheConfig.addressing` must offer; see `Contiguous` for the smallest one."""
+    """What `KVCacheConfig.addressing` must offer; see `Contiguous` for the smallest one.
+
+    >>> import jaxkv
+    >>> ring = jaxkv.Ring(window=512, sinks=4, chunk=128)
+    >>> isinstance(ring, jaxkv.Addressing), ring.name
+    (True, 'ring')
+    """
 
     @property
     def name(self) -> str:

@@ -40,7 +40,12 @@ Leaves = dict[str, Array]
 
 @runtime_checkable
 class Codec(Protocol):
-    """What `KVCacheConfig.codec` must offer; see `Dense` for the smallest one."""
+    """What `KVCacheConfig.codec` must offer; see `Dense` for the smallest one.
+
+    >>> import jaxkv
+    >>> isinstance(jaxkv.Int8(), jaxkv.Codec), jaxkv.Int8().leaves(head_dim=128)
+    (True, {'codes': ((128,), 'int8'), 'scales': ((), 'bfloat16')})
+    """
 
     @property
     def name(self) -> str:

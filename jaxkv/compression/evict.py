@@ -60,6 +60,17 @@ def evict(
       TypeError: a cache of another addressing.
       ValueError: more tokens than there are slots for new ones, or no queries for a policy that
         needs them.
+
+    >>> import jax, jaxkv
+    >>> def step(cache):  # a model would append and attend in between
+    ...     cache = evict(cache, jaxkv.policies.SinksAndRecent(), tokens=2)
+    ...     return jaxkv.advance(cache, 2)
+    >>> kept = jaxkv.Kept(tokens=6, new=2, num_layers=1, num_kv_heads=1)
+    >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 64, 1, 4, addressing=kept))
+    >>> for _ in range(10):  # 20 tokens through 8 slots
+    ...     cache = jax.jit(step, donate_argnums=0)(cache)
+    >>> int(cache.lengths), cache.config.num_slots
+    (20, 8)
     """
     check_alive(cache)
     if not isinstance(cache, HybridCache):
@@ -91,6 +102,19 @@ def evicting(
     Returns:
       A function of the same kind, for steps of one number of tokens. Not for prompts that are
       padded and rolled back after: padding would count as the newest tokens.
+
+    >>> import jax, jax.numpy as jnp, jaxkv
+    >>> def model(tokens, cache):
+    ...     vectors = jnp.ones((len(tokens), 1, 4))
+    ...     cache = jaxkv.append(cache, vectors, vectors, layer=0)
+    ...     return jaxkv.attend(cache, vectors, layer=0), jaxkv.advance(cache, len(tokens))
+    >>> kept = jaxkv.Kept(tokens=6, new=2, num_layers=1, num_kv_heads=1)
+    >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 64, 1, 4, addressing=kept))
+    >>> step = jax.jit(evicting(model, jaxkv.policies.SinksAndRecent()), donate_argnums=1)
+    >>> for _ in range(10):  # through 8 slots
+    ...     _, cache = step(jnp.arange(2), cache)
+    >>> int(cache.lengths)
+    20
     """
 
     def run(tokens: Array, cache: AnyCache, **options: Any) -> tuple[Array, AnyCache]:

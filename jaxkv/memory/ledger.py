@@ -20,7 +20,12 @@ BytesByDevice = dict[Device, int]
 
 
 class Purpose(enum.StrEnum):
-    """What memory is for."""
+    """What memory is for.
+
+    >>> import jaxkv
+    >>> jaxkv.Purpose("kv_cache") is jaxkv.Purpose.KV_CACHE
+    True
+    """
 
     KV_CACHE = "kv_cache"
     WEIGHTS = "weights"

@@ -38,6 +38,13 @@ class Plan:
         even one token does, None where nobody knows what is free.
       max_batch_size: likewise the most sequences.
       codecs: the same for every codec in `jaxkv.codecs.CODECS`.
+
+    >>> import jaxkv
+    >>> answer = jaxkv.plan(jaxkv.KVCacheConfig(32, 8192, num_kv_heads=8, head_dim=128), "1GB")
+    >>> answer.fits, answer.max_context_length
+    (False, 7629)
+    >>> [row.codec for row in answer.codecs if row.fits][0]
+    'int8'
     """
 
     config: AnyConfig

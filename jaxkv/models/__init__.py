@@ -1,4 +1,10 @@
-"""Flax NNX decoders that generate with a jaxkv cache, and Hugging Face checkpoints for them."""
+"""Flax NNX decoders that generate with a jaxkv cache, and Hugging Face checkpoints for them.
+
+>>> import jaxkv
+>>> model, tokenizer = jaxkv.models.load()  # the one that comes along
+>>> model.cache_config(max_context_length=2048).size_bytes
+10485760
+"""
 
 from jaxkv.models.byte_tokenizer import byte_tokenizer
 from jaxkv.models.config import DecoderConfig

@@ -43,6 +43,17 @@ def reconstruction_scores(
 
     Raises:
       ValueError: the cache does not hold just these tokens.
+
+    >>> import jax.numpy as jnp, jaxkv
+    >>> def model(tokens, cache):
+    ...     vectors = jnp.ones((len(tokens), 1, 4))
+    ...     cache = jaxkv.append(cache, vectors, vectors, layer=0)
+    ...     return jaxkv.attend(cache, vectors, layer=0), jaxkv.advance(cache, len(tokens))
+    >>> context = jnp.arange(8)
+    >>> _, cache = model(context, jaxkv.create(jaxkv.KVCacheConfig(1, 32, 1, 4)))
+    >>> scores = reconstruction_scores(model, context, cache)
+    >>> scores.shape
+    (1, 1, 8)
     """
     length = tokens.shape[-1]
     if (

@@ -76,6 +76,14 @@ def load(
       CacheFullError: longer than the context, or than the pages assigned.
       CacheAllocationError: the new cache does not fit in memory.
       ValueError: rows that ``into`` has not, or not as many as the file's sequences.
+
+    >>> import tempfile, jaxkv
+    >>> cache = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 16, 1, 4)), 3)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jaxkv.save(cache, f"{folder}/prefix.kv")
+    ...     longer = jaxkv.load(f"{folder}/prefix.kv", max_context_length=64)
+    >>> int(longer.lengths), longer.config.max_context_length
+    (3, 64)
     """
     file = Path(path)
 
