@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jaxkv import __version__
+from jaxkv.commands.batch import BATCH
 from jaxkv.commands.command import Command
 from jaxkv.commands.generate import GENERATE
 from jaxkv.commands.plan import PLAN
 from jaxkv.errors import JaxkvError
 
-COMMANDS: dict[str, Command] = {"plan": PLAN, "generate": GENERATE}
+COMMANDS: dict[str, Command] = {"plan": PLAN, "generate": GENERATE, "batch": BATCH}
 
 _EXAMPLES = """\
 examples:

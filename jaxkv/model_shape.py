@@ -1,9 +1,10 @@
 """From what a model is to the cache that fits it, layers with windows in rings."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxkv.addressing import Addressing, Contiguous, Ring
+from jaxkv.addressing import Addressing, Contiguous, Paged, Ring
 from jaxkv.codecs import Codec, Dense
 from jaxkv.config import KVCacheConfig
 from jaxkv.errors import ConfigError
@@ -53,8 +54,9 @@ class Shape(NamedTuple):
           codec: how a vector is stored; one, or one a layer.
           addressing: which slot holds which token, in layers that see all tokens.
           chunk: the most tokens that a step brings. Layers with a window keep ``window - 1 +
-            chunk`` tokens, in a `Ring`. None for steps of any size: they keep all tokens, in
-            ``addressing``, and see the newest.
+            chunk`` tokens: in a `Ring`, or in pages of their own where ``addressing`` is a
+            shared pool. None for steps of any size: they keep all tokens, in ``addressing``,
+            and see the newest.
 
         Raises:
           ConfigError: as `KVCacheConfig`, or codecs that are not one a layer.
@@ -65,8 +67,11 @@ class Shape(NamedTuple):
                 f"codec must be one, or one for each of {self.num_layers} layers, got "
                 f"{len(codecs)}."
             )
+        rows = batch_size or 1
         addressings = [
-            addressing if window is None or chunk is None else Ring(window, chunk=chunk)
+            addressing
+            if window is None or chunk is None
+            else _windowed(addressing, window, chunk, rows)
             for window in self.windows or (None,) * self.num_layers
         ]
         layers = list(zip(addressings, codecs, strict=True))
@@ -86,6 +91,15 @@ class Shape(NamedTuple):
         if len(groups) == 1:
             return groups[0]
         return HybridConfig(groups, tuple(kinds.index(layer) for layer in layers))
+
+
+def _windowed(addressing: Addressing, window: int, chunk: int, rows: int) -> Addressing:
+    if not isinstance(addressing, Paged) or addressing.num_pages is None:
+        return Ring(window, chunk=chunk)
+    # What all rows hold at once, and as much again for the ends of prompts that may come back.
+    held = rows * (-(-(window + chunk) // addressing.page_size) + 1)
+    num_pages = min(addressing.num_pages, 2 * held)
+    return dataclasses.replace(addressing, num_pages=num_pages, window=window)
 
 
 def wide_at_the_ends(

@@ -4,11 +4,16 @@ import argparse
 import json
 from typing import Any
 
-from jaxkv.codecs import CODECS
-from jaxkv.commands.command import Command, argument_type
+from jaxkv.commands.command import Command
+from jaxkv.commands.model_options import (
+    add_model_arguments,
+    codec_of,
+    decode,
+    encode,
+    sampling_of,
+)
 from jaxkv.generation import Generation, generate
-from jaxkv.memory import MemoryTracker, Purpose, device_memory, parse_tokens
-from jaxkv.sampling import Sampling
+from jaxkv.memory import MemoryTracker, Purpose, device_memory
 from jaxkv.text import format_bytes
 
 _EXAMPLES = """\
@@ -37,30 +42,20 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", metavar="FOLDER", help="a Hugging Face folder or name (default: jaxkv's own)")
-    add("--prompt", action="append", metavar="TEXT", help="may be given more than once")
-    add("--max-new-tokens", type=int, default=200, metavar="N", help="default: 200")
-    add("--context", type=argument_type(parse_tokens), metavar="TOKENS", help="4096 or 4k")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights")
-    add("--codec", choices=CODECS, help="of the cache (default: the model's dtype)")
-    add("--temperature", type=float, default=0.6, help="0 for the most likely (default: 0.6)")
-    add("--top-k", type=int, metavar="K", help="keep the K most likely tokens")
-    add("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest that sum to P")
-    add("--min-p", type=float, default=0.0, metavar="P", help="keep those P times the likeliest")
-    add("--seed", type=int, default=0, help="of the first prompt; the next has the next")
-    add("--json", action="store_true", help="print answers and figures as JSON")
+    add_model_arguments(parser, temperature=0.6)
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="more than once for more")
+    parser.add_argument("--json", action="store_true", help="print answers and figures as JSON")
 
 
 def _run(options: argparse.Namespace) -> int:
     from jaxkv import models
 
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    sampling = sampling_of(options)
     model, tokenizer = models.load(options.model, dtype=options.dtype)
     tracker = MemoryTracker()
     tracker.track(model, purpose=Purpose.WEIGHTS, name=options.model or "embedded model")
     texts = options.prompt or [_DEFAULT_PROMPT]
-    prompts = [_encode(tokenizer, text) for text in texts]
+    prompts = [encode(tokenizer, text) for text in texts]
     stream = None if options.json or len(texts) > 1 else _Stream(tokenizer, prompts[0])
     result = generate(
         model,
@@ -70,21 +65,21 @@ def _run(options: argparse.Namespace) -> int:
         seed=[options.seed + number for number in range(len(prompts))],
         stop_tokens=model.config.eos_token_ids,
         max_context_length=options.context,
-        codec=CODECS[options.codec] if options.codec else None,
+        codec=codec_of(options),
         on_tokens=stream,
         tracker=tracker,
     )
     figures = _figures(result, tracker)
     if options.json:
         answers = [
-            {"prompt": text, "text": _decode(tokenizer, tokens), "tokens": tokens, "finish": why}
+            {"prompt": text, "text": decode(tokenizer, tokens), "tokens": tokens, "finish": why}
             for text, tokens, why in zip(texts, result.tokens, result.finish_reasons, strict=True)
         ]
         print(json.dumps({"answers": answers, **figures}, indent=2))
         return 0
     if stream is None:
         for number, (text, tokens) in enumerate(zip(texts, result.tokens, strict=True), 1):
-            print(f"--- {number} ---\n{text}{_decode(tokenizer, tokens)}")
+            print(f"--- {number} ---\n{text}{decode(tokenizer, tokens)}")
     print(f"\n\n{_summary(result, figures)}")
     return 0
 
@@ -101,24 +96,9 @@ class _Stream:
         self._print()
 
     def _print(self) -> None:
-        text = _decode(self._tokenizer, self._tokens).rstrip(_INCOMPLETE)
+        text = decode(self._tokenizer, self._tokens).rstrip(_INCOMPLETE)
         print(text[self._printed :], end="", flush=True)
         self._printed = len(text)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    if tokenizer is not None:
-        return tokenizer.encode(text).ids
-    try:
-        return [int(token) for token in text.split()]
-    except ValueError:
-        raise ValueError(
-            "this model has no tokenizer.json, so --prompt takes token ids such as '1 15043 29892'"
-        ) from None
-
-
-def _decode(tokenizer: Any, tokens: list[int]) -> str:
-    return tokenizer.decode(tokens) if tokenizer else "".join(f" {token}" for token in tokens)
 
 
 def _figures(result: Generation, tracker: MemoryTracker) -> dict[str, Any]:

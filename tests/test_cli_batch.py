@@ -1,0 +1,91 @@
+"""``jaxkv batch`` as a shell sees it."""
+
+import json
+
+import pytest
+from flax import nnx
+
+from jaxkv.cli import main
+from jaxkv.models import Decoder, DecoderConfig, save
+
+LONG = list(range(1, 36)) * 4  # 140 tokens: more than a prefill chunk
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint without a tokenizer."""
+    config = DecoderConfig(40, 32, 48, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16)
+    folder = tmp_path_factory.mktemp("model")
+    save(Decoder(config, rngs=nnx.Rngs(0)), folder)
+    return str(folder)
+
+
+def run(folder, tmp_path, lines, *options):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    )
+    return main(["batch", str(path), "--model", folder, "--max-new-tokens", "5", *options])
+
+
+def test_good_lines_run_and_bad_ones_are_named(folder, tmp_path, capsys):
+    lines = [
+        '"1 2 3"',
+        "",
+        "not json",
+        {"prompt": LONG, "max_new_tokens": 3},
+        {"prompt": []},
+        {"prompt": [1, 40]},
+        {"promt": "1"},
+        {"prompt": [1], "max_new_tokens": "many"},
+        {"prompt": [1], "top_k": 3},
+        {"prompt": "one two"},
+        [1, 2],
+    ]
+    assert run(folder, tmp_path, lines) == 1
+    captured = capsys.readouterr()
+    answers = [json.loads(line) for line in captured.out.splitlines()]
+    assert [(answer["line"], len(answer["tokens"])) for answer in answers] == [(1, 5), (4, 3)]
+    assert answers[0]["text"].split() == [str(token) for token in answers[0]["tokens"]]
+    for number, what in {
+        3: "not JSON",
+        5: "at least one token id, got an empty one",
+        6: "token 40, outside the vocabulary of 40",
+        7: 'expected a text in quotes or an object with a "prompt"',
+        8: "max_new_tokens must be an int, got 'many'",
+        9: "unknown top_k; there are",
+        10: "no tokenizer.json",
+        11: 'expected a text in quotes or an object with a "prompt"',
+    }.items():
+        assert any(
+            f"line {number}: " in line and what in line for line in captured.err.splitlines()
+        )
+    assert "requests     2, and 8 lines that could not be run" in captured.err
+
+
+def test_the_report_as_json(folder, tmp_path, capsys):
+    lines = [{"prompt": [*LONG, number], "salt": "a"} for number in range(1, 4)]
+    output = tmp_path / "answers.jsonl"
+    options = ["--json", "--output", str(output), "--rows", "2", "--pool", "512"]
+    assert run(folder, tmp_path, lines, *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(output.read_text().splitlines()) == 3
+    assert report["requests"] == 3
+    assert report["generated_tokens"] == 15
+    assert report["hit_rate"] == round(2 * 140 / 423, 4)
+    assert report["prefilled_tokens"] == 140
+    assert report["pool_pages"] == 32
+    assert report["pool_bytes"] == 2 * 512 * 16 * 4 + 2 * 4 * (1 + 10)
+    assert 0 < report["mean_waste"] < 1
+    assert report["most_pages_held"] > 9
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [(["{"], "line 1: not JSON"), ([{"prompt": [1] * 100}], "and the context holds 64")],
+)
+def test_nothing_to_run(folder, tmp_path, capsys, lines, message):
+    assert run(folder, tmp_path, lines, "--context", "64") == 2
+    assert message in capsys.readouterr().err
+    assert main(["batch", "no/such/file", "--model", folder]) == 2
+    assert "no/such/file" in capsys.readouterr().err
