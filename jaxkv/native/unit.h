@@ -105,8 +105,8 @@ class Unit {
   void Run(int64_t list, int64_t from, int64_t to) {
     Block block;
     while (job_.slots.Collect(b_, list, from, to, block)) {
-      key_scales_.Load<K>(job_.key_scales, job_.heads, block);
-      value_scales_.Load<K>(job_.value_scales, job_.heads, block);
+      key_scales_.Load(job_.key_scales, job_.heads, block);
+      value_scales_.Load(job_.value_scales, job_.heads, block);
       ForEach((const T*)job_.keys, block, [&](auto g, int step, const Rows& rows, auto& keys) {
         constexpr int G = decltype(g)::value;
         Store(rows.scores + step * kLanes, Score<T, G, K>(keys, rows.queries, job_.head_dim));
@@ -143,7 +143,6 @@ class Unit {
   struct Scales {
     std::vector<float> wide;  // [heads][steps][K]
 
-    template <int>
     void Load(const uint16_t* scales, int64_t heads, const Block& block) {
       if (!scales) return;
       wide.resize(heads * kBlock);
