@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import PagedIndex
+from jaxkv.addressing import Index, PagedIndex
 from jaxkv.addressing.contiguous import ContiguousIndex
+from jaxkv.addressing.kept import KeptIndex
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.blockwise import blockwise
 from jaxkv.attention.request import Grouped, Request
@@ -32,7 +33,7 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
         return f"it serves one token a sequence, and this call has {tokens}"
     if not isinstance(config.codec, Dense | Int8):
         return f"it cannot read {config.codec.name}"
-    if not isinstance(cache.index, ContiguousIndex | PagedIndex | RingIndex):
+    if not isinstance(cache.index, ContiguousIndex | PagedIndex | RingIndex | KeptIndex):
         return f"it cannot read {config.addressing.name} caches"
     if config.head_dim % _LANES:
         return f"head_dim {config.head_dim} is not a multiple of {_LANES}"
@@ -55,7 +56,7 @@ def native(request: Request) -> Grouped:
     sinks = request.sinks
     if sinks is None:
         sinks = jnp.full(queries.shape[1:3], _NO_SINK, jnp.float32)
-    paged = isinstance(index, PagedIndex)
+    table, page_size = _pages(index)
     output = jax.ffi.ffi_call(
         "jaxkv_decode",
         jax.ShapeDtypeStruct(queries.shape, jnp.float32),
@@ -68,16 +69,24 @@ def native(request: Request) -> Grouped:
         request.positions[:, 0],
         request.lengths,
         sinks,
-        index.table if paged else jnp.zeros(0, jnp.int32),
+        table,
         _key_positions(request),
         extent=np.int64(index.extent),
-        page_size=np.int64(index.page_size if paged else index.extent),
+        page_size=np.int64(page_size),
         window=np.int64(request.window or 0),
         kept_window=np.int64(index.window or 0),
         kept_sinks=np.int64(index.sinks),
         softcap=np.float32(request.softcap or 0),
     )
     return output[:, :, None]
+
+
+def _pages(index: Index) -> tuple[Int[Array, "*batch pages"], int]:
+    """The page table and the size of a page; an empty one where a sequence's slots are a run."""
+    place = index.within if isinstance(index, KeptIndex) else index
+    if isinstance(place, PagedIndex):
+        return place.table, place.page_size
+    return jnp.zeros(0, jnp.int32), index.extent
 
 
 def _key_positions(request: Request) -> Int[Array, " positions"]:

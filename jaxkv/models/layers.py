@@ -49,7 +49,8 @@ def matmuls(
 ) -> list[Float[Array, "*batch tokens out"]]:
     """`matmul` with each of several weights: in decode on a CPU, one call instead of as many."""
     dtype = dtype or x.dtype
-    if cannot_multiply(x, weights, axis) is None:
+    results: Sequence[Array]
+    if cannot_multiply(x, weights) is None:
         results = products(x, tuple(weights), axis)
     else:
         results = [_matmul_by_xla(x, weight, axis, dtype) for weight in weights]

@@ -20,7 +20,7 @@ _MOST_ROWS = 8
 _LANES = 32  # elements that the kernel reads at once
 
 
-def cannot_multiply(x: Array, weights: Sequence[Array], axis: int) -> str | None:
+def cannot_multiply(x: Array, weights: Sequence[Array]) -> str | None:
     """Why `products` is not for these arrays, or None."""
     if jax.default_backend() != "cpu":
         return f"it runs on a CPU, and the backend is {jax.default_backend()}"

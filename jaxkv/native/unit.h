@@ -76,8 +76,7 @@ inline void Mix(const T* const (&values)[K], const float* weights, int64_t head_
       UNROLL for (int n = 0; n < N; ++n) Store(mix + g * head_dim + d + n * kLanes, sums[g][n]);
   };
   int64_t d = 0;
-  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) add(Number<4>{}, d);
-  if (d + 2 * kLanes <= head_dim) add(Number<2>{}, d), d += 2 * kLanes;
+  for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) add(Number<2>{}, d);
   if (d < head_dim) add(Number<1>{}, d);
 }
 
