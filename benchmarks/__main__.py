@@ -13,7 +13,10 @@ from benchmarks.report import environment, header
 
 # Above this share of the cores, others disturb the figures more than a spread shows.
 _MOST_BUSY = 0.1
-PARTS = ("startup", "allocation", "append", "attention", "decode", "snapshot", "accelerator")
+PARTS = (
+    *("startup", "allocation", "append", "attention", "codecs", "decode", "snapshot"),
+    *("quality", "accelerator"),
+)
 
 
 def main(arguments: list[str]) -> None:

@@ -37,6 +37,7 @@ from jaxkv.generation import Generation, Timings, generate
 from jaxkv.hybrid import HybridCache, HybridConfig
 from jaxkv.known_models import cache_config
 from jaxkv.kv_cache import KVCache
+from jaxkv.measure import measure_error
 from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
 from jaxkv.model_shape import wide_at_the_ends
 from jaxkv.policies import reconstruction_scores
@@ -97,6 +98,7 @@ __all__ = [
     "generate",
     "layer",
     "load",
+    "measure_error",
     "models",
     "next_positions",
     "observed",

@@ -29,7 +29,7 @@ FLOORS = [
     {"attention"},
     {"policies"},
     {"compression"},
-    {"memory", "sampling", "known_models", "snapshot"},
+    {"measure", "memory", "sampling", "known_models", "snapshot"},
     {"decode"},
     {"generation", "engine"},
     {"models", "integrations", "plots"},

@@ -1,11 +1,16 @@
 """``jaxkv plan``: will it fit?"""
 
 import argparse
+import sys
 
 from jaxkv.codecs import CODECS
 from jaxkv.commands.command import Command, argument_type
+from jaxkv.hybrid import AnyConfig
 from jaxkv.known_models import cache_config
+from jaxkv.measure import sample_error
 from jaxkv.memory import parse_bytes, parse_tokens, plan
+from jaxkv.memory.text import table
+from jaxkv.text import format_bytes
 
 _EXAMPLES = """\
 examples:
@@ -15,6 +20,8 @@ examples:
       for a device that is not here
   jaxkv plan ./my-model --context 128k --device 80GiB --codec float16 --json
       for a folder (or file) with a Hugging Face config.json
+  jaxkv plan Llama-3-8B --context 128k --device 24GB --quality
+      with the error of each codec beside its bytes
 
 exit status: 0 it fits, 1 it does not, 2 the question was not understood
 """
@@ -35,6 +42,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--codec", choices=CODECS, default="bfloat16",
         help="how keys and values are stored (default: bfloat16)",
     )  # fmt: skip
+    parser.add_argument(
+        "--quality", action="store_true",
+        help="also what each codec does to made-up keys and values of this head_dim",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
 
 
@@ -47,7 +58,23 @@ def _run(options: argparse.Namespace) -> int:
     )
     answer = plan(config, options.device)
     print(answer.to_json() if options.json else answer)
+    if options.quality:
+        print(f"\n{_quality(config)}", file=sys.stderr if options.json else sys.stdout)
     return 0 if answer.fits else 1
+
+
+def _quality(config: AnyConfig) -> str:
+    """Bytes of each codec beside its error, measured now."""
+    head_dim = getattr(config, "groups", (config,))[0].head_dim
+    headers = ("codec", "bytes", "error on Gaussian keys", "on keys with outliers", "on values")
+    rows = []
+    for name, codec in CODECS.items():
+        gaussian = sample_error(codec, head_dim, outliers=False)
+        trained = sample_error(codec, head_dim, outliers=True)
+        size = format_bytes(config.replace(codec=codec).size_bytes)
+        errors = (gaussian.keys, trained.keys, trained.values)
+        rows.append((name, size, *(f"{error:.2%}" for error in errors)))
+    return table(headers, rows)
 
 
 PLAN = Command(

@@ -1,0 +1,109 @@
+"""The embedded language model through each store, on text that it was not trained on."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import jaxkv
+from benchmarks import corpus
+from benchmarks.quality.stores import EXACT, Store, chosen, logits_through
+from benchmarks.quality.text import interval
+from benchmarks.report import Row, Table, target
+from jaxkv.models import load
+
+_LENGTH = 512
+_FREE = 48  # tokens that are generated after half a window
+
+
+def run(quick: bool) -> Iterator[Table]:
+    """One row a store."""
+    model, _ = load()
+    every = len(corpus.held_out()) // (2 if quick else 12)
+    windows = corpus.held_out()[::every, :_LENGTH].astype(np.int32)
+    exact = _logits(model, EXACT, windows)
+    free = None if quick else _continued(model, EXACT, windows)
+    rows = [_row(model, name, store, windows, exact, free) for name, store in chosen(quick).items()]
+    yield Table(
+        "Quality: the embedded language model, cached",
+        rows,
+        [
+            f"{len(windows)} held-out windows of {_LENGTH} bytes, each a sequence of its own, "
+            "teacher-forced in chunks of 64 that see all before them as stored; counted from the "
+            "second half on. KL from the float32 cache in nats, with half the width of the 95 % "
+            f"interval over windows. Free: of {_FREE} tokens generated greedily, those before the "
+            "first that differs.",
+            *_targets({row["store"]: row for row in rows}),
+        ],
+    )
+
+
+def _row(
+    model, name: str, store: Store, windows: np.ndarray, exact: Array, free: np.ndarray | None
+) -> Row:
+    logits = exact if store is EXACT else _logits(model, store, windows)
+    half = slice(_LENGTH // 2, _LENGTH - 1)
+    told, known = (jax.nn.log_softmax(each[:, half]) for each in (logits, exact))
+    divergence = np.asarray(jnp.sum(jnp.exp(known) * (known - told), axis=-1).mean(axis=-1))
+    agree = (told.argmax(axis=-1) == known.argmax(axis=-1)).mean()
+    following = jnp.asarray(windows[:, half.start + 1 : half.stop + 1])
+    bits = -jnp.take_along_axis(told, following[..., None], axis=-1).mean() / np.log(2)
+    row: Row = {
+        "store": name,
+        "bits": store.bits_per_number(model.config.head_dim, _LENGTH),
+        "KL": float(divergence.mean()),
+        "+-": interval(divergence),
+        "top-1 %": 100 * float(agree),
+        "bits a byte": f"{float(bits):.4f}",
+    }
+    if free is not None:
+        same = _continued(model, store, windows) == free
+        row["free"] = float(np.cumprod(same, axis=1).sum(axis=1).mean())
+    return row
+
+
+def _logits(model, store: Store, windows: np.ndarray) -> Array:
+    config = model.cache_config(max_context_length=_LENGTH, codec=store.codec)
+    one = jax.jit(lambda model, tokens: logits_through(model, store, tokens, config))
+    return jnp.stack([one(model, window) for window in windows])
+
+
+def _continued(model, store: Store, windows: np.ndarray) -> np.ndarray:
+    """Greedy tokens after half of each window, one at a time."""
+    prompt = _LENGTH // 2
+    config = model.cache_config(max_context_length=prompt + _FREE, codec=store.codec)
+
+    def one(model, tokens):
+        logits, cache = model(tokens, jaxkv.create(config))
+        cache = store.next(cache, prompt)
+
+        def step(state, _):
+            token, cache = state
+            logits, cache = model(token[None], cache)
+            cache = store.next(cache, 1)
+            following = logits[-1].argmax().astype(jnp.int32)
+            return (following, cache), token
+
+        first = logits[-1].argmax().astype(jnp.int32)
+        return jax.lax.scan(step, (first, cache), length=_FREE)[1]
+
+    run = jax.jit(one)
+    return np.stack([run(model, window[:prompt]) for window in windows])
+
+
+def _targets(rows: dict[str, Row]) -> list[str]:
+    goals = []
+    if "int8" in rows:
+        goals.append(target("int8's KL over 1e-5", rows["int8"]["KL"] / 1e-5, 1, at_most=True))
+    for bits in (4, 2):
+        plain, centred = f"rotated{bits}", f"rotated{bits}-centred"
+        if plain in rows:
+            gain = rows[plain]["KL"] / rows[centred]["KL"]
+            goals.append(target(f"KL of {plain} over centred", gain, 1.5 if bits == 4 else 1))
+    kivi, ours = (rows.get(name) for name in ("KIVI-2 (emulated)", "rotated2-centred"))
+    if kivi and ours:
+        goals.append(target("KL of KIVI-2 over rotated2-centred", kivi["KL"] / ours["KL"], 1))
+        goals.append(target("its bits over ours", kivi["bits"] / ours["bits"], 1.3))
+    return goals

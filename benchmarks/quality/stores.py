@@ -1,0 +1,95 @@
+"""What the quality suite compares: ways to keep a cache, by name."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+
+import jaxkv
+from benchmarks.quality.kivi import kivi_bits, kivi_flushed
+from jaxkv.codecs import bytes_per_token
+
+CHUNK = 64  # tokens that a model is given at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """A codec, and what is done to a cache after each chunk of tokens.
+
+    Attributes:
+      after: from ``(cache, chunk)`` to a cache, where ``chunk`` tokens were just added; an eviction
+        policy, or an emulation of a method that needs more than a codec.
+      bits: a number of a key or value, if not what the codec takes, for ``(head_dim, tokens)``.
+      control: it must be visibly worse, or the measurement shows nothing.
+    """
+
+    codec: jaxkv.Codec
+    after: Callable[[jaxkv.KVCache, int], jaxkv.KVCache] | None = None
+    bits: Callable[[int, int], float] | None = None
+    control: bool = False
+
+    def bits_per_number(self, head_dim: int, tokens: int) -> float:
+        """Scales included; means of a `Centred` codec, which no token adds to, are not."""
+        if self.bits:
+            return self.bits(head_dim, tokens)
+        return 8 * bytes_per_token(self.codec, head_dim) / (2 * head_dim)
+
+    def next(self, cache: jaxkv.KVCache, chunk: int) -> jaxkv.KVCache:
+        return self.after(cache, chunk) if self.after else cache
+
+
+def _random_keys(cache: jaxkv.KVCache, chunk: int) -> jaxkv.KVCache:
+    """Keys of other tokens in the place of each: what is left is worth nothing."""
+    data = cache.storage["data"]
+    shuffled = jnp.roll(data[:, 0], 37, axis=1)
+    return dataclasses.replace(cache, storage={"data": data.at[:, 0].set(shuffled)})
+
+
+def _kivi(bits: int, window: int) -> Store:
+    return Store(
+        jaxkv.Dense("float32"),
+        functools.partial(kivi_flushed, bits=bits, window=window),
+        functools.partial(kivi_bits, bits=bits, window=window),
+    )
+
+
+_EXACT = "float32"
+STORES: dict[str, Store] = {
+    _EXACT: Store(jaxkv.Dense("float32")),
+    "bfloat16": Store(jaxkv.Dense("bfloat16")),
+    "float8": Store(jaxkv.Float8()),
+    "int8": Store(jaxkv.Int8()),
+    "int8-centred": Store(jaxkv.Centred(jaxkv.Int8())),
+    "rotated4": Store(jaxkv.Rotated(4)),
+    "rotated4-centred": Store(jaxkv.Centred(jaxkv.Rotated(4))),
+    "rotated3": Store(jaxkv.Rotated(3)),
+    "rotated3-centred": Store(jaxkv.Centred(jaxkv.Rotated(3))),
+    "rotated4/rotated2-centred": Store(
+        jaxkv.Centred(jaxkv.KeysValues(jaxkv.Rotated(4), jaxkv.Rotated(2)))
+    ),
+    "rotated2": Store(jaxkv.Rotated(2)),
+    "rotated2-centred": Store(jaxkv.Centred(jaxkv.Rotated(2))),
+    "KIVI-2 (emulated)": _kivi(bits=2, window=32),
+    "1 bit (control)": Store(jaxkv.Rotated(1), control=True),
+    "other keys (control)": Store(jaxkv.Dense("float32"), _random_keys, control=True),
+}
+EXACT = STORES[_EXACT]
+# For the short form, in tests.
+FEW = ("float32", "int8", "rotated2-centred", "KIVI-2 (emulated)", "1 bit (control)")
+
+
+def chosen(quick: bool) -> dict[str, Store]:
+    return {name: store for name, store in STORES.items() if not quick or name in FEW}
+
+
+def logits_through(model, store: Store, tokens: Array, config: jaxkv.KVCacheConfig) -> Array:
+    """Of one sequence, a chunk at a time through a cache; ``[tokens, vocabulary]``."""
+    cache, logits = jaxkv.create(config), []
+    for start in range(0, len(tokens), CHUNK):
+        chunk = tokens[start : start + CHUNK]
+        found, cache = model(chunk, cache)
+        cache = store.next(cache, len(chunk))
+        logits.append(found)
+    return jnp.concatenate(logits)
