@@ -141,7 +141,7 @@ def test_pytree_round_trip(codec, addressing):
     chex.assert_trees_all_equal(again, cache)
     assert structure == jax.tree.structure(jaxkv.create(cache.config))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(cache)]
-    assert all(path.startswith((".storage[", ".index.")) for path in paths)
+    assert all(path.startswith((".storage[", ".index.", ".means")) for path in paths)
 
 
 # --- the verbs under transformations -----------------------------------------------------------

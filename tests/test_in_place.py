@@ -215,7 +215,8 @@ def test_a_cache_sharded_over_heads_stays_so(codec, addressing):
     keys = np.random.default_rng(0).standard_normal((2, 1, 8, 4), np.float32)
     plain, sharded = jaxkv.create(config), jaxkv.create(config, device=sharding)
     run, compiled = jax.jit(decode), compile_donating(decode, sharded, keys)
-    assert_in_place(compiled, sharded, temp_share=0.1)
+    # A block of float32, beside vectors of one byte or two.
+    assert_in_place(compiled, sharded, temp_share=0.2 if codec in ROTATED else 0.1)
     assert "all-gather" not in compiled.as_text()
     assert sharded.lengths.sharding.is_fully_replicated
     assert len(sharded.lengths.sharding.device_set) == 8

@@ -50,10 +50,11 @@ def test_the_rotation_is_orthogonal(head_dim):
     vectors = jnp.asarray(gaussian(3, head_dim))
     np.testing.assert_allclose(hadamard.unrotate(hadamard.rotate(vectors)), vectors, atol=1e-5)
     numbers, unit = hadamard.rotate_to_whole_numbers(vectors)
-    np.testing.assert_allclose(numbers * unit, hadamard.rotate(vectors), atol=4e-3)
+    whole = np.asarray(numbers) * np.asarray(unit)
+    np.testing.assert_allclose(whole, hadamard.rotate(vectors), atol=4e-3)
 
 
-@pytest.mark.parametrize(("bits", "head_dim"), itertools.product([1, 2, 3, 4], [5, 8, 64]))
+@pytest.mark.parametrize(("bits", "head_dim"), list(itertools.product([1, 2, 3, 4], [5, 8, 64])))
 def test_packing(bits, head_dim):
     codes = np.random.default_rng(0).integers(0, 1 << bits, (3, head_dim)).astype(np.uint8)
     packed = pack(jnp.asarray(codes), bits)
