@@ -14,8 +14,8 @@ from benchmarks.report import environment, header
 # Above this share of the cores, others disturb the figures more than a spread shows.
 _MOST_BUSY = 0.1
 PARTS = (
-    *("startup", "allocation", "append", "attention", "codecs", "decode", "snapshot"),
-    *("quality", "accelerator"),
+    *("startup", "allocation", "append", "attention", "codecs", "decode", "paging", "engine"),
+    *("snapshot", "compression", "quality", "accelerator"),
 )
 
 

@@ -1,0 +1,196 @@
+"""The engine: pages beside one run of slots, time to the first token, requests together."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jaxkv
+from benchmarks import engine_peers
+from benchmarks.caches import filled
+from benchmarks.decode import MODEL
+from benchmarks.measure import Timing, interleaved
+from benchmarks.report import Row, Table, missing, target
+from jaxkv.decode import TOKENS_PER_DISPATCH, Program, State
+from jaxkv.models import Decoder
+
+_PAGE = 16
+# Seconds, and the answers.
+Sample = tuple[float, list[list[int]]]
+
+
+def run(quick: bool) -> Iterator[Table]:
+    """On the 12 layers of the decode benchmark."""
+    model = Decoder(MODEL, rngs=nnx.Rngs(0))
+    yield _paged_decode(model, 5 if quick else 9)
+    yield _first_token(model, 3 if quick else 7)
+    yield _throughput(model, 8 if quick else 24, 2 if quick else 3)
+
+
+def _paged_decode(model: Decoder, repeats: int) -> Table:
+    """`jaxkv.generate`'s decode loop over 4,096 tokens, in one run of slots and in pages."""
+    context, room = 4096, 512
+    timings = interleaved(
+        {
+            name: _loop(model, addressing, context, room)
+            for name, addressing in (
+                ("contiguous", jaxkv.Contiguous()),
+                ("paged", jaxkv.Paged(_PAGE)),
+                ("paged, pages shuffled", None),
+            )
+        },
+        repeats=repeats,
+    )
+    base = timings["contiguous"].seconds
+    rows: list[Row] = [
+        {
+            "addressing": name,
+            "tokens/s": TOKENS_PER_DISPATCH / timing.seconds,
+            "spread %": 100 * timing.spread,
+            "x the time of contiguous": timing.seconds / base,
+        }
+        for name, timing in timings.items()
+    ]
+    slowest = max(row["x the time of contiguous"] for row in rows)
+    notes = [f"{context:,} tokens in the cache, one sequence, greedy, float32, pages of {_PAGE}."]
+    goal = target("time over contiguous", slowest, 1.1, at_most=True)
+    return Table("Paged decode", rows, [*notes, goal])
+
+
+def _loop(
+    model: Decoder, addressing: jaxkv.Addressing | None, context: int, room: int
+) -> Callable[[], jax.Array]:
+    config = model.cache_config(
+        max_context_length=context + room,
+        batch_size=1,
+        addressing=addressing or jaxkv.Paged(_PAGE),
+    )
+    cache = filled(config, context)
+    if addressing is None:  # the values are noise, so any page may stand for any other
+        order = np.random.default_rng(0).permutation(cache.index.table.shape[-1])
+        index = cache.index.with_table(jnp.asarray(order[None], jnp.int32))
+        cache = jaxkv.KVCache(cache.storage, index, config)
+    program, holder = Program.of(model, jaxkv.Sampling(), stop_tokens=()), [cache]
+
+    def call() -> jax.Array:
+        one = np.ones(1, np.int32)
+        state = State(last=one, remaining=TOKENS_PER_DISPATCH * one, seeds=one)
+        cache = jaxkv.truncate(holder[0], context)
+        _, holder[0], new = program.decode(state, cache)
+        return new.tokens
+
+    return call
+
+
+def _engine(model: Decoder, context: int, rows: int, num_pages: int) -> jaxkv.Engine:
+    config = model.cache_config(
+        max_context_length=context,
+        batch_size=rows,
+        addressing=jaxkv.Paged(_PAGE, num_pages),
+    )
+    return jaxkv.Engine(model, config)
+
+
+def _first_token(model: Decoder, repeats: int) -> Table:
+    """New prompts of which 90 % is in the pool, beside new prompts."""
+    length = 2048
+    rng = np.random.default_rng(0)
+    with _engine(model, 2560, 1, 600) as engine:
+        shared = rng.integers(0, MODEL.vocab_size, length * 9 // 10)
+
+        def wait(start: np.ndarray) -> float:
+            rest = rng.integers(0, MODEL.vocab_size, length - len(start))
+            request = engine.submit([*start.tolist(), *rest.tolist()], max_new_tokens=1)
+            engine.run()
+            return request.first_token - request.submitted
+
+        wait(shared)
+        samples: dict[str, list[float]] = {"nothing shared": [], "90 % shared": []}
+        for _ in range(repeats):
+            samples["nothing shared"].append(wait(shared[:0]))
+            samples["90 % shared"].append(wait(shared))
+        engine.pages.check()
+    timings = {name: Timing.of(times) for name, times in samples.items()}
+    rows: list[Row] = [
+        {"prompt": name, "ms to the first token": 1e3 * t.seconds, "spread %": 100 * t.spread}
+        for name, t in timings.items()
+    ]
+    gain = timings["nothing shared"].seconds / timings["90 % shared"].seconds
+    notes = [
+        f"Prompts of {length:,} tokens, each new, in turns; the 12 layers of the decode benchmark. "
+        "A hit ends at a multiple of 128 tokens, the prefill chunk, so 256 tokens are computed."
+    ]
+    return Table("Time to first token", rows, [*notes, target("gain", gain, 5.0)])
+
+
+def _throughput(model: Decoder, count: int, repeats: int) -> Table:
+    """A queue of requests: the engine, one after the other, and transformers' own batching."""
+    rng = np.random.default_rng(0)
+    new_tokens = 64
+    prompts = [rng.integers(0, MODEL.vocab_size, n).tolist() for n in rng.integers(16, 257, count)]
+    engine = _engine(model, 512, 8, 256)
+
+    def together() -> Sample:
+        engine.pages.forget()  # or the second time all prompts are there
+        requests = [engine.submit(prompt, max_new_tokens=new_tokens) for prompt in prompts]
+        started = time.perf_counter()
+        engine.run()
+        return time.perf_counter() - started, [request.tokens for request in requests]
+
+    def one_by_one() -> Sample:
+        seconds, answers = 0.0, []
+        for prompt in prompts:
+            result = jaxkv.generate(
+                model, [prompt], max_new_tokens=new_tokens, max_context_length=512
+            )
+            seconds += result.timings.prefill_seconds + result.timings.decode_seconds
+            answers += result.tokens
+        return seconds, answers
+
+    competitors: dict[str, Callable[[], Sample]] = {
+        "jaxkv.Engine": together,
+        "jaxkv.generate": one_by_one,
+    }
+    absent = missing("torch", "transformers") or engine_peers.missing_batching()
+    if absent is None:
+        peer = engine_peers.ContinuousBatching(model)
+        competitors[engine_peers.NAME] = lambda: peer(prompts, new_tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    answers: dict[str, list[list[int]]] = {}
+    for turn in range(1 + repeats):  # the first compiles
+        for name, call in competitors.items():
+            taken, answers[name] = call()
+            if turn:
+                seconds[name].append(taken)
+    timings = {name: Timing.of(samples) for name, samples in seconds.items()}
+    expected = answers["jaxkv.generate"]
+    base = timings["jaxkv.generate"].seconds
+    rows: list[Row] = [
+        {
+            "engine": name,
+            "tokens/s": count * new_tokens / timing.seconds,
+            "spread %": 100 * timing.spread,
+            "x one by one": base / timing.seconds,
+            "same tokens": f"{sum(a == b for a, b in zip(answers[name], expected, strict=True))} "
+            f"of {count}",
+        }
+        for name, timing in timings.items()
+    ]
+    if absent:
+        rows.append({"engine": f"transformers: {absent}"})
+    notes = [
+        f"{count} requests, prompts of 16 to 256 tokens, {new_tokens} new tokens each, greedy, "
+        f"float32, 8 rows, pool of 4,096 tokens, the 12 layers of the decode benchmark. Prefill "
+        f"included, nothing shared. jaxkv.generate: one prompt after the other, without the time it "
+        f"compiles. transformers runs on the CPU, where its batching has no paged kernel, with a "
+        f"pool of as many tokens."
+    ]
+    ours = timings["jaxkv.Engine"].seconds
+    goals = [target("over one by one", base / ours, 1.0)]
+    if engine_peers.NAME in timings:
+        goals.append(target("over transformers", timings[engine_peers.NAME].seconds / ours, 1.0))
+    engine.close()
+    return Table("Engine throughput", rows, notes + goals)
