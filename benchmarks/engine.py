@@ -185,8 +185,8 @@ def _throughput(model: Decoder, count: int, repeats: int) -> Table:
         f"{count} requests, prompts of 16 to 256 tokens, {new_tokens} new tokens each, greedy, "
         f"float32, 8 rows, pool of 4,096 tokens, the 12 layers of the decode benchmark. Prefill "
         f"included, nothing shared. jaxkv.generate: one prompt after the other, the time to "
-        f"compile not counted. transformers runs on the CPU, where its batching has no paged kernel, with a "
-        f"pool of as many tokens."
+        f"compile not counted. transformers runs on the CPU, where its batching has no paged "
+        f"kernel, with a pool of as many tokens."
     ]
     ours = timings["jaxkv.Engine"].seconds
     goals = [target("over one by one", base / ours, 1.0)]

@@ -4,8 +4,6 @@ The model knows, of each live request, its tokens and nothing else. After every 
 are proved, and each request finds exactly its tokens in its pages.
 """
 
-import os
-
 import hypothesis
 import pytest
 from hypothesis import strategies as st
@@ -15,9 +13,10 @@ from jaxkv.errors import CacheFullError, PoolFullError, UnknownRequestError
 from jaxkv.paging import Group, PageAllocator
 from tests.paging.device import Device
 
-NIGHTLY = os.environ.get("JAXKV_TESTS") == "nightly"
-# Examples of at most 50 calls: thousands of calls by default, 100,000 by night.
-EXAMPLES = 2000 if NIGHTLY else 60
+# Examples of up to 50 calls: some 3,000 calls by default, 100,000 with
+# --hypothesis-profile=nightly.
+NIGHTLY = hypothesis.settings().max_examples > 100
+EXAMPLES = hypothesis.settings().max_examples if NIGHTLY else 60
 
 # Few tokens and long common starts, so that prompts meet.
 STARTS = [(), (1, 1, 2, 1, 2, 2, 1, 1, 2, 1), (1, 1, 2, 1, 2, 2, 1, 1, 1, 2, 2), (2,) * 13]
