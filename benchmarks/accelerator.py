@@ -4,21 +4,19 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 import jaxkv
-from benchmarks.caches import filled
+from benchmarks.accelerator_attention import agreement, sweep
 from benchmarks.measure import interleaved
 from benchmarks.report import Row, Table
-from jaxkv.attention import IMPLEMENTATIONS
 from jaxkv.decode import TOKENS_PER_DISPATCH
 from jaxkv.memory import device_memory
 from jaxkv.models import Decoder, DecoderConfig, load
 from jaxkv.text import format_bytes
 
 _LLAMA_3_8B = {"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}
-_QUERY_HEADS = 32
+_QWEN_2_5 = {"num_layers": 24, "num_kv_heads": 2, "head_dim": 64}  # of 0.5B parameters
 
 
 def run(quick: bool) -> Iterator[Table]:
@@ -28,22 +26,24 @@ def run(quick: bool) -> Iterator[Table]:
         return
     yield _memory()
     yield _append()
-    yield _agreement()
-    yield _copy_and_attention(quick)
-    yield _generate()
+    yield agreement()
+    yield from sweep(quick)
+    yield _generate(quick)
 
 
 def _memory() -> Table:
     """Bytes in use by the device's own count, inside and after a session, against the plan."""
     rows: list[Row] = []
-    for context in (1 << 11, 1 << 15):
-        config = jaxkv.KVCacheConfig(max_context_length=context, **_LLAMA_3_8B)
+    for shape, context in ((_QWEN_2_5, 1 << 11), (_LLAMA_3_8B, 1 << 12), (_LLAMA_3_8B, 1 << 15)):
+        config = jaxkv.KVCacheConfig(max_context_length=context, **shape)
         before = device_memory().in_use_bytes
         with jaxkv.session(config):
             held = device_memory().in_use_bytes - before
+        times = interleaved({"create": lambda c=config: jaxkv.create(c).storage}, repeats=7)
         rows.append(
             {
                 "cache": config.describe(),
+                "create ms": times["create"].seconds * 1e3,
                 "planned": config.size_bytes + config.index_bytes,
                 "held": held,
                 "left after": device_memory().in_use_bytes - before,
@@ -99,93 +99,18 @@ def _append() -> Table:
     return Table("Append: one token of one layer, by context", rows)
 
 
-def _agreement() -> Table:
-    """Each implementation against float64 on the host, on fresh random data."""
-    rows = []
-    generator = np.random.default_rng()
-    for codec in ("float32", "bfloat16", "int8"):
-        codec_value = jaxkv.codecs.CODECS[codec]
-        config = jaxkv.KVCacheConfig(2, 3000, 8, 128, batch_size=2, codec=codec_value)
-        keys, values = generator.standard_normal((2, 2, 2500, 8, 128), np.float32)
-        queries = generator.standard_normal((2, 1, 32, 128), np.float32)
-        cache = jaxkv.append(jaxkv.create(config), keys, values, layer=1)
-        cache = jaxkv.advance(cache, jnp.asarray([2499, 1200]))
-        stored = [np.asarray(part, np.float64) for part in jaxkv.layer(cache, 1)]
-        expected = _attention_on_host(queries, *stored, (2500, 1201))
-        for name, implementation in IMPLEMENTATIONS.items():
-            if reason := implementation.cannot_serve(cache, 1):
-                rows.append({"implementation": name, "codec": codec, "relative error": reason})
-                continue
-            attend = jax.jit(lambda c, q, n=name: jaxkv.attend(c, q, layer=1, implementation=n))
-            error = np.linalg.norm(attend(cache, queries) - expected) / np.linalg.norm(expected)
-            rows.append({"implementation": name, "codec": codec, "relative error": error})
-    return Table("Agreement: decode attention against float64", rows)
-
-
-def _attention_on_host(queries, keys, values, lengths) -> np.ndarray:
-    outputs = np.empty(queries.shape)
-    for row, length in enumerate(lengths):
-        for head in range(queries.shape[2]):
-            key, value = (part[row, :length, head // 4] for part in (keys, values))
-            scores = key @ queries[row, 0, head] * queries.shape[-1] ** -0.5
-            weights = np.exp(scores - scores.max())
-            outputs[row, 0, head] = weights @ value / weights.sum()
-    return outputs
-
-
-def _copy_and_attention(quick: bool) -> Table:
-    """Decode attention over the layers of a cache, beside a copy of the cache in the same run."""
-    rows = []
-    for batch, context in ((1, 4096), (8, 4096)) if quick else ((1, 4096), (1, 32768), (8, 16384)):
-        for codec in ("bfloat16", "int8"):
-            codec_value = jaxkv.codecs.CODECS[codec]
-            layers = max(2, min(32, (4 << 30) // (batch * context * 4096)))
-            config = jaxkv.KVCacheConfig(
-                layers, context, 8, 128, batch_size=batch, codec=codec_value
-            )
-            cache = filled(config, context - 1)
-            queries = jax.random.normal(jax.random.key(0), (batch, 1, 32, 128), jnp.bfloat16)
-            competitors = {"copy": lambda cache=cache: jax.tree.map(_copy, cache.storage)}
-            for name in ("reference", "blockwise"):
-                competitors[name] = lambda n=name, c=cache, q=queries: _all_layers(c, q, n)
-            times = interleaved(competitors, repeats=7)
-            for name, timing in times.items():
-                moved = config.size_bytes * (2 if name == "copy" else 1)
-                rows.append(
-                    {
-                        "cache": f"{batch} x {context}, {layers} layers, {codec}",
-                        "what": name,
-                        "us a layer": timing.seconds / layers * 1e6,
-                        "GB/s": moved / timing.seconds / 1e9,
-                    }
-                )
-    return Table("Decode attention: all layers, bytes of the cache over time", rows)
-
-
-_copy = jax.jit(lambda leaf: leaf.at[0, 0, 0].set(leaf[1, 0, 0]))
-
-
-def _layers(cache, queries, implementation):
-    for layer in range(cache.config.num_layers):
-        output = jaxkv.attend(cache, queries, layer=layer, implementation=implementation)
-        queries = (queries + output).astype(queries.dtype)
-    return queries
-
-
-_all_layers = jax.jit(_layers, static_argnums=2)
-
-
-def _generate() -> Table:
+def _generate(quick: bool) -> Table:
     model, tokenizer = load()
     prompt = tokenizer.encode("class Stack:\n    def push(self, item):\n").ids
     small = jaxkv.generate(model, [prompt] * 4, max_new_tokens=256)
-    shape = {"vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336}
-    large = Decoder(
-        DecoderConfig(**shape, num_layers=8, num_heads=32, num_kv_heads=8, head_dim=128),
+    layers = 8 if quick else 32
+    shape = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+    llama = Decoder(
+        DecoderConfig(**shape, num_layers=layers, num_heads=32, num_kv_heads=8, head_dim=128),
         rngs=nnx.Rngs(0),
         dtype=jnp.bfloat16,
     )
-    eight = jaxkv.generate(large, [list(range(1, 1000))], max_new_tokens=128)
+    large = jaxkv.generate(llama, [list(range(1, 1000))], max_new_tokens=128)
     rows = [
         {
             "model": name,
@@ -193,11 +118,16 @@ def _generate() -> Table:
             "prefill tokens/s": result.timings.prefill_tokens_per_second,
             "compile s": result.timings.compile_seconds,
         }
-        for name, result in (("embedded, 4 prompts", small), ("8 layers of Llama-3-8B", eight))
+        for name, result in (
+            ("embedded, 4 prompts", small),
+            (f"{layers} layers of Llama-3-8B", large),
+        )
     ]
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(large)))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(llama)))
+    rate = weights * large.timings.decode_tokens_per_second / 1e9
     note = (
-        f"{TOKENS_PER_DISPATCH} tokens a dispatch; the 8 layers hold {format_bytes(weights)} of "
-        f"weights. The embedded model went on: {tokenizer.decode(small.tokens[0])[:60]!r}"
+        f"{TOKENS_PER_DISPATCH} tokens a dispatch; Llama's {format_bytes(weights)} of weights are "
+        f"read at {rate:.0f} GB/s. The embedded model went on: "
+        f"{tokenizer.decode(small.tokens[0])[:60]!r}"
     )
     return Table("Generate", rows, [note])

@@ -1,0 +1,252 @@
+"""Decode attention on an accelerator: right against float64, and how near to the memory's rate."""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxkv
+from benchmarks.caches import filled
+from benchmarks.report import Row, Table, target
+from jaxkv.attention import IMPLEMENTATIONS
+
+_KV_HEADS, _HEADS, _HEAD_DIM = 8, 32, 128  # of Llama-3-8B
+_CACHE_BYTES = 4 << 30  # the layers that are gone through: many times what a GPU's L2 holds
+_SAMPLE_SECONDS, _SAMPLES = 0.02, 5
+CONTEXTS = ((1, 4096), (1, 32768), (8, 4096), (8, 16384), (8, 32768), (64, 4096))
+_WITH_EVERY_FORM = ((1, 4096), (8, 16384))  # XLA's own forms take long, flex attention to compile
+
+
+def agreement() -> Table:
+    """Each implementation against float64 on the host, on fresh random data in a dirty cache."""
+    rows: list[Row] = []
+    pages = jaxkv.Paged(page_size=16, num_pages=500)
+    for codec, addressing, options in (
+        ("float32", jaxkv.Contiguous(), {}),
+        ("bfloat16", jaxkv.Contiguous(), {}),
+        ("bfloat16", jaxkv.Contiguous(), {"window": 700, "softcap": 4.0}),
+        ("bfloat16", pages, {}),
+        ("int8", jaxkv.Contiguous(), {}),
+        ("int8", pages, {"window": 700}),
+    ):
+        generator = np.random.default_rng()
+        cache, lengths = _dirty_cache(codec, addressing, generator), (2500, 1201)
+        queries = generator.standard_normal((2, 1, _HEADS, _HEAD_DIM), np.float32)
+        stored = [np.asarray(part, np.float64) for part in jaxkv.layer(cache, 1)]
+        expected = _on_host(queries, *stored, lengths, **options)
+        for name, implementation in IMPLEMENTATIONS.items():
+            if implementation.cannot_serve(cache, 1):
+                continue
+            run = functools.partial(jaxkv.attend, layer=1, implementation=name, **options)
+            error = np.linalg.norm(jax.jit(run)(cache, queries) - expected)
+            rows.append(
+                {
+                    "codec": codec,
+                    "addressing": addressing.name,
+                    "options": ", ".join(options) or "none",
+                    "implementation": name,
+                    "relative error": error / np.linalg.norm(expected),
+                }
+            )
+    return Table("Agreement: decode attention against float64", rows)
+
+
+def _dirty_cache(codec: str, addressing: Any, generator: np.random.Generator) -> jaxkv.KVCache:
+    """Two ragged sequences, their last tokens appended, with NaN wherever nothing was written."""
+    config = jaxkv.KVCacheConfig(
+        2, 3000, _KV_HEADS, _HEAD_DIM, batch_size=2, codec=jaxkv.codecs.CODECS[codec],
+        addressing=addressing,
+    )  # fmt: skip
+    cache = _shuffled(jaxkv.create(config), generator)
+    dirty = {
+        name: jnp.full_like(leaf, 127 if leaf.dtype == jnp.int8 else jnp.nan)
+        for name, leaf in cache.storage.items()
+    }
+    shape = (2, 2, 2500, _KV_HEADS, _HEAD_DIM)
+    keys, values = generator.standard_normal(shape, np.float32)
+    cache = dataclasses.replace(cache, storage=dirty)
+    cache = jaxkv.append(cache, keys, values, layer=1, num_tokens=jnp.asarray([2500, 1201]))
+    return jaxkv.advance(cache, jnp.asarray([2499, 1200]))
+
+
+def _shuffled(cache: jaxkv.KVCache, generator: np.random.Generator) -> jaxkv.KVCache:
+    """With every page of a shared pool somewhere, if there are pages."""
+    table = getattr(cache.index, "table", None)
+    if table is None:
+        return cache
+    pages = generator.permutation(cache.config.num_slots // cache.index.page_size)[: table.size]
+    table = jnp.asarray(pages.reshape(table.shape), jnp.int32)
+    return dataclasses.replace(cache, index=cache.index.with_table(table))
+
+
+def _on_host(queries, keys, values, lengths, window=None, softcap=None) -> np.ndarray:
+    outputs = np.empty(queries.shape)
+    for row, length in enumerate(lengths):
+        first = 0 if window is None else length - window
+        for head in range(_HEADS):
+            group = head * _KV_HEADS // _HEADS
+            key, value = (part[row, first:length, group] for part in (keys, values))
+            scores = key @ queries[row, 0, head] * _HEAD_DIM**-0.5
+            scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+            weights = np.exp(scores - scores.max())
+            outputs[row, 0, head] = weights @ value / weights.sum()
+    return outputs
+
+
+def sweep(quick: bool) -> Iterator[Table]:
+    """Time a layer over the layers of a large cache, beside a copy and a sum of it, and torch."""
+    for batch, context in _WITH_EVERY_FORM if quick else CONTEXTS:
+        rates: dict[str, float] = {}
+        rows: list[Row] = []
+        for kind in ("bfloat16", "bfloat16, pages of 64", "int8"):
+            cache, queries = _long_cache(batch, context, kind)
+            layers, held = cache.config.num_layers, cache.config.size_bytes
+            competitors = _competitors(cache, queries, kind, (batch, context) in _WITH_EVERY_FORM)
+            for name, seconds in _timed(competitors).items():
+                moved = 2 * held if name.startswith("copy") else held
+                rates[f"{kind}: {name}"] = batch * context * layers / seconds
+                rows.append(
+                    {
+                        "cache": f"{layers} layers, {kind}",
+                        "what": name,
+                        "us a layer": seconds / layers * 1e6,
+                        "GB/s": moved / seconds / 1e9,
+                    }
+                )
+            del cache, queries, competitors
+        title = f"Decode attention, {batch} x {context}: all layers, bytes of the cache over time"
+        yield Table(title, rows, _targets(rates, batch, context))
+
+
+def _long_cache(batch: int, context: int, kind: str) -> tuple[jaxkv.KVCache, jax.Array]:
+    codec, _, pages = kind.partition(",")
+    # As many layers of codes as of bfloat16, so that the same launches are counted.
+    bytes_a_layer = 4 * batch * context * _KV_HEADS * _HEAD_DIM
+    addressing = jaxkv.Paged(64, batch * context // 64) if pages else jaxkv.Contiguous()
+    config = jaxkv.KVCacheConfig(
+        max(2, min(32, _CACHE_BYTES // bytes_a_layer)), context, _KV_HEADS, _HEAD_DIM,
+        batch_size=batch, codec=jaxkv.codecs.CODECS[codec],
+    )  # fmt: skip
+    cache = filled(config, context - 1)
+    if pages:  # pages lie in the pool in any order, so what was filled as runs can be read as pages
+        paged = dataclasses.replace(config, addressing=addressing)
+        index = dataclasses.replace(jaxkv.create(paged).index, lengths=cache.lengths)
+        cache = jaxkv.KVCache(cache.storage, index, paged)
+        cache = _shuffled(cache, np.random.default_rng(0))
+    return cache, jax.random.normal(jax.random.key(0), (batch, 1, _HEADS, _HEAD_DIM), jnp.bfloat16)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _all_layers(cache: jaxkv.KVCache, queries: jax.Array, implementation: str) -> jax.Array:
+    for layer in range(cache.config.num_layers):
+        output = jaxkv.attend(cache, queries, layer=layer, implementation=implementation)
+        queries = (queries + output).astype(queries.dtype)  # as in a model, one after the other
+    return queries
+
+
+_copy = jax.jit(lambda leaf: leaf.at[0, 0, 0].set(leaf[1, 0, 0]))
+_sum = jax.jit(lambda leaf: jnp.sum(jax.lax.bitcast_convert_type(leaf, jnp.uint16)))
+
+
+def _competitors(cache, queries, kind: str, every_form: bool) -> dict[str, Callable[[], Any]]:
+    """Name -> one pass over all layers, which has been waited for when it returns."""
+    served = not IMPLEMENTATIONS["mosaic"].cannot_serve(cache, 1)
+    names = [*(["mosaic"] if served else []), *(["reference"] if every_form or not served else [])]
+    if every_form and kind == "bfloat16":
+        names.append("blockwise")
+    calls: dict[str, Callable[[], Any]] = {
+        name: functools.partial(_all_layers, cache, queries, name) for name in names
+    }
+    if kind == "bfloat16":
+        (leaf,) = cache.storage.values()
+        calls |= {"copy": lambda: _copy(leaf), "read: XLA's sum": lambda: _sum(leaf)}
+        if importlib.util.find_spec("torch") and jax.default_backend() == "gpu":
+            calls |= _of_torch(leaf, cache.config, every_form)
+    return calls
+
+
+def _of_torch(leaf, config, every_form: bool) -> dict[str, Callable[[], Any]]:
+    """Attention of torch over the same memory: the fused one, and flex attention compiled."""
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if not torch.cuda.is_available():
+        return {}
+    shape = (config.num_layers, 2, config.batch_size, -1, _KV_HEADS, _HEAD_DIM)
+    held = torch.from_dlpack(leaf)
+    layers = held.view(shape).transpose(3, 4)
+    shape = (config.batch_size, _HEADS, 1, _HEAD_DIM)
+    queries = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    copied = torch.empty_like(held)
+
+    def over_layers(attention):
+        with torch.no_grad():
+            for keys, values in layers:
+                result = attention(queries, keys, values, enable_gqa=True)
+        return result
+
+    calls = {
+        "copy: torch": lambda: copied.copy_(held),
+        "torch SDPA": lambda: over_layers(scaled_dot_product_attention),
+    }
+    if every_form:
+        compiled = torch.compile(flex_attention, dynamic=False)
+        calls["torch flex attention"] = lambda: over_layers(compiled)
+    return calls
+
+
+def _timed(competitors: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median seconds of a pass, in turns; as many in a row as a sample of some length takes."""
+    passes, samples = {}, {name: [] for name in competitors}
+    for name, call in competitors.items():
+        _wait(call())
+        once = min(_seconds(call, 1) for _ in range(2))
+        passes[name] = max(1, math.ceil(_SAMPLE_SECONDS / once))
+    for _ in range(_SAMPLES):
+        for name, call in competitors.items():
+            samples[name].append(_seconds(call, passes[name]))
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _seconds(call: Callable[[], Any], passes: int) -> float:
+    started = time.perf_counter()
+    for _ in range(passes):
+        result = call()
+    _wait(result)
+    return (time.perf_counter() - started) / passes
+
+
+def _wait(result: Any) -> None:
+    if isinstance(result, jax.Array):
+        result.block_until_ready()
+    else:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _targets(rates: dict[str, float], batch: int, context: int) -> list[str]:
+    """What issue and note ask of this size, as shares of this run's own limits."""
+    dense, paged, codes = (
+        rates.get(f"{kind}: mosaic") for kind in ("bfloat16", "bfloat16, pages of 64", "int8")
+    )
+    if dense is None or paged is None or codes is None:
+        return []
+    notes = [f"pages of 64: {paged / dense:.3f} of dense; int8: {codes / dense:.2f}x its tokens/s"]
+    if (batch, context) == (8, 16384):
+        notes.append(
+            target("bytes a second, of a copy", dense / (2 * rates["bfloat16: copy"]), 0.9)
+        )
+        notes.append(target("pages of 64, of dense", paged / dense, 0.95))
+    if (batch, context) == (8, 32768):
+        notes.append(target("int8 tokens a second, of bfloat16", codes / dense, 1.6))
+    return notes
