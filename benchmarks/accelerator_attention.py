@@ -207,8 +207,13 @@ def _of_torch(leaf, config, every_form: bool) -> dict[str, Callable[[], Any]]:
 def _timed(competitors: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Median seconds of a pass, in turns; as many in a row as a sample of some length takes."""
     passes, samples = {}, {name: [] for name in competitors}
-    for name, call in competitors.items():
-        _wait(call())
+    for name, call in list(competitors.items()):
+        try:
+            _wait(call())
+        except RuntimeError as error:  # of a peer that cannot
+            print(f"{name}: {str(error).splitlines()[0][:100]}")
+            competitors.pop(name), samples.pop(name)
+            continue
         once = min(_seconds(call, 1) for _ in range(2))
         passes[name] = max(1, math.ceil(_SAMPLE_SECONDS / once))
     for _ in range(_SAMPLES):

@@ -16,6 +16,7 @@ from jaxkv.attention.native import cannot_serve as native_cannot_serve
 from jaxkv.attention.native import native
 from jaxkv.attention.native import should_not_serve as native_should_not_serve
 from jaxkv.attention.observed import Call, notify
+from jaxkv.attention.products import sums_in_place
 from jaxkv.attention.reference import reference
 from jaxkv.attention.request import Grouped, Request
 from jaxkv.cache import token_positions
@@ -52,7 +53,8 @@ def _reference_is_wasteful(cache: KVCache, tokens: int, heads: int) -> str | Non
     scores = 4 * math.prod(cache.config.batch_shape) * heads * tokens * extent
     if scores > _REFERENCE_LIMIT:
         return f"its scores would take {format_bytes(scores)}"
-    if not isinstance(cache.config.codec, Dense):
+    group = heads // cache.config.num_kv_heads
+    if not isinstance(cache.config.codec, Dense) and not sums_in_place(tokens, group):
         return f"it would decode the whole {cache.config.codec.name} layer"
     if jax.default_backend() == "cpu" and extent > KEY_BLOCK:
         return f"on a CPU it reads all {extent} slots, blockwise only those in use"

@@ -82,9 +82,7 @@ def main(device_name):
     row = IMPLEMENTATIONS["mosaic"]
     IMPLEMENTATIONS["mosaic"] = row._replace(cannot_serve=mosaic.cannot_read)
     text = TARGET.format(*DEVICES[device_name], name=device_name)
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=text, topology="1x1x1"
-    )
+    topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
     placed = jax.sharding.SingleDeviceSharding(topology.devices[0])
     implementation = "mosaic" if device_name == "NVIDIA H200" else "reference"
     for name, (codec, addressing, head_dim) in PROGRAMS.items():
