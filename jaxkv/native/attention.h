@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "pool.h"
 #include "unit.h"
@@ -24,17 +23,18 @@ void Join(Attention& job, int64_t row) {
   const float* total = &job.total[row * job.chunks];
   const float most = std::max(sink, *std::max_element(highest, highest + job.chunks));
   float everything = std::exp(sink - most);
-  static thread_local std::vector<float> sum;
-  sum.assign(job.head_dim, 0.0f);
+  static thread_local Scratch scratch;
+  float* sum = scratch.Room(job.head_dim);
+  std::fill_n(sum, job.head_dim, 0.0f);
   for (int64_t chunk = 0; chunk < job.chunks; ++chunk) {
     const float* mix = job.MixOf(row / job.rows(), chunk, row % job.rows());
     const float weight = Exp(Vec{} + (highest[chunk] - most))[0];
     everything += weight * total[chunk];
     for (int64_t d = 0; d < job.head_dim; d += kLanes)
-      Store(&sum[d], Load(&sum[d]) + Load(mix + d) * weight);
+      Store(sum + d, Load(sum + d) + Load(mix + d) * weight);
   }
-  for (float& one : sum) one = everything == 0 ? 0 : one / everything;
-  Restore<T>(sum.data(), job.out + row * job.head_dim, job.head_dim);
+  for (int64_t d = 0; d < job.head_dim; ++d) sum[d] = everything == 0 ? 0 : sum[d] / everything;
+  Restore<T>(sum, job.out + row * job.head_dim, job.head_dim);
 }
 
 template <typename T>
@@ -65,11 +65,12 @@ void Attend(Attention& job, int64_t threads) {
   const int64_t smallest = std::max<int64_t>(kBlock, kSmallestUnit / slot_bytes);
   job.chunks = std::clamp<int64_t>(longest / smallest, 1, most_chunks);
   const int64_t rows = slots.batch * job.rows();
-  job.arranged.resize(rows * job.head_dim);
+  static thread_local Scratch arranged, highest, total, mix;
+  job.arranged = arranged.Room(rows * job.head_dim);
   for (int64_t row = 0; row < rows; ++row)
     Arrange<T>(job.queries + row * job.head_dim, &job.arranged[row * job.head_dim], job.head_dim);
-  job.highest.resize(rows * job.chunks), job.total.resize(rows * job.chunks);
-  job.mix.resize(rows * job.chunks * job.head_dim);
+  job.highest = highest.Room(rows * job.chunks), job.total = total.Room(rows * job.chunks);
+  job.mix = mix.Room(rows * job.chunks * job.head_dim);
   Pool::Get().Run(slots.batch * slots.lists * job.chunks, threads, all * slot_bytes > kWorthWaking,
                   [&](int64_t unit) { RunUnit<T>(job, unit); });
   for (int64_t row = 0; row < rows; ++row) Join<T>(job, row);

@@ -33,7 +33,7 @@ struct Product {
   const float* x;  // [rows, in]
   int64_t rows, in;
   std::vector<Weight> weights;
-  std::vector<float> arranged;  // x, in the order in which a table's elements are loaded
+  float* arranged;  // x, in the order in which a table's elements are loaded
 };
 
 // sums[m] = x[m] W for `count` rows and `width` columns of a weight. x and sums have strides.
@@ -141,7 +141,7 @@ void Finish(const Weight& weight, int64_t rows) {
 
 template <typename T>
 void Multiply(Product& job, int64_t threads) {
-  static thread_local std::vector<float> sums;
+  static thread_local Scratch sums, arranged;
   int64_t units = 0, size = 0, bytes = 0;
   for (Weight& weight : job.weights) {
     const int64_t row_bytes = weight.in * sizeof(T);
@@ -160,8 +160,7 @@ void Multiply(Product& job, int64_t threads) {
     weight.first_unit = units;
     units += weight.units, bytes += weight.in * weight.out * sizeof(T);
   }
-  if ((int64_t)sums.size() < size) sums.resize(size);
-  float* next = sums.data();
+  float* next = sums.Room(size);
   bool tables = false;
   for (Weight& weight : job.weights) {
     weight.sums = next;
@@ -169,7 +168,7 @@ void Multiply(Product& job, int64_t threads) {
     tables |= weight.table;
   }
   if (tables) {
-    job.arranged.resize(job.rows * job.in);
+    job.arranged = arranged.Room(job.rows * job.in);
     for (int64_t m = 0; m < job.rows; ++m)
       Arrange<T>(job.x + m * job.in, &job.arranged[m * job.in], job.in);
   }

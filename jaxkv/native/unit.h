@@ -25,9 +25,9 @@ struct Attention {
   Slots slots;
 
   int64_t chunks = 1;
-  std::vector<float> arranged;        // queries, in the order in which elements are loaded
-  std::vector<float> highest, total;  // [batch, rows, chunks]
-  std::vector<float> mix;             // [batch, chunks, rows, head_dim]
+  float* arranged;         // queries, in the order in which elements are loaded
+  float *highest, *total;  // [batch, rows, chunks]
+  float* mix;              // [batch, chunks, rows, head_dim]
 
   int64_t rows() const { return heads * group; }
   float* MixOf(int64_t b, int64_t chunk, int64_t row) {

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <vector>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -21,6 +22,19 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1)));
 typedef int16_t SignedShorts __attribute__((vector_size(2 * kLanes)));
+
+// Room for floats, kept from call to call: the system takes longer to map fresh memory than a
+// small layer takes to read.
+class Scratch {
+ public:
+  float* Room(int64_t size) {
+    if ((int64_t)floats_.size() < size) floats_.resize(size);
+    return floats_.data();
+  }
+
+ private:
+  std::vector<float> floats_;
+};
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
