@@ -12,7 +12,7 @@
 namespace jaxkv {
 
 constexpr int64_t kSmallestUnit = 64 << 10;  // bytes
-constexpr int64_t kUnitsPerThread = 8;  // sequences differ in length, and threads in speed
+constexpr int64_t kUnitsPerThread = 4;  // sequences differ in length, and threads in speed
 constexpr int64_t kWorthWaking = 256 << 10;  // bytes that are read while a thread wakes up
 
 // Joins the chunks of one query head, and gives its sink its share.
