@@ -18,7 +18,10 @@ from jaxkv.attention import IMPLEMENTATIONS
 _AS_CALLED = "torch SDPA, as users call it"
 _GROUPED = "torch SDPA, groups as queries"
 # Of the picked implementation over torch's as users call it, by dtype.
-_GOALS = {"float32": 1.3, "bfloat16": 5.0}
+_GOALS = {"float32": (1.3, 2.5), "bfloat16": (5.0, 10.0)}
+_SHARE_OF_LIMIT = 0.6  # in float32
+_MOST_TEMP_PERCENT = 0.1
+_PAGE, _PAGED = 16, ", paged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +40,10 @@ class Shape:
             f"{self.head_dim}, {self.group} queries each"
         )
 
-    def config(self, dtype: str) -> jaxkv.KVCacheConfig:
+    def config(self, dtype: str, **fields) -> jaxkv.KVCacheConfig:
+        codec = jaxkv.Int8() if dtype == "int8" else jaxkv.Dense(dtype)
         return jaxkv.KVCacheConfig(
-            self.layers, self.context, self.kv_heads, self.head_dim, codec=jaxkv.Dense(dtype)
+            self.layers, self.context, self.kv_heads, self.head_dim, codec=codec, **fields
         )
 
 
@@ -52,48 +56,78 @@ def run(quick: bool) -> Iterator[Table]:
     how = [
         "Medians, all in turns; * is what attend itself takes. Layout [layers, 2, "
         "context, KV heads, head_dim] for all; each layer writes its token, then reads, and feeds "
-        f"the next. Limit: a sum of {limit.size_bytes >> 20} MiB."
+        f"the next. Limit: a sum of {limit.size_bytes >> 20} MiB. Paged: pages of {_PAGE} in "
+        "random order. Temp: scratch memory of the compiled program over the cache."
     ]
     for shape in _SHAPES[:1] if quick else _SHAPES:
-        for dtype in ("float32", "bfloat16", "float16"):
-            rows = _measure(shape, dtype, limit, repeats)
+        seconds = {}
+        for dtype in ("float32", "bfloat16", "float16", "int8"):
+            rows, absent = _measure(shape, dtype, limit, repeats)
             picked = next(row for row in rows if row["implementation"].endswith("*"))
-            goals = []
-            if dtype in _GOALS and picked["x as called"]:
-                goals = [target("over torch as called", picked["x as called"], _GOALS[dtype])]
-            yield Table(f"Attention alone: {shape}, {dtype}, one query", rows, how + goals)
+            seconds[dtype] = picked["ms"] / 1e3
+            goals = _goals(dtype, picked, rows, seconds)
+            notes = [f"{name}: {reason}." for name, reason in absent.items()]
+            yield Table(f"Attention alone: {shape}, {dtype}, one query", rows, how + notes + goals)
             how = []
 
 
-def _measure(shape: Shape, dtype: str, limit: ReadLimit, repeats: int) -> list[Row]:
-    cache = filled(shape.config(dtype), shape.context - 1)
+def _goals(dtype: str, picked: Row, rows: list[Row], seconds: dict[str, float]) -> list[str]:
+    goals = []
+    if dtype in _GOALS and picked["x as called"]:
+        goals = [target("over torch as called", picked["x as called"], x) for x in _GOALS[dtype]]
+    if dtype == "float32":
+        goals.append(target("share of the limit", picked["% of limit"] / 100, _SHARE_OF_LIMIT))
+    if dtype == "int8":
+        faster = seconds["float32"] / seconds["int8"]
+        goals.append(target("tokens a second over float32's", faster, 1.0))
+    met = "met" if picked["temp %"] < _MOST_TEMP_PERCENT else "NOT MET"
+    temp = f"{picked['temp %']:.2g} %, {met}"
+    goals.append(f"target: temp under {_MOST_TEMP_PERCENT} % of the cache: {temp}")
+    paged = next(row["ms"] for row in rows if row["implementation"].endswith(_PAGED))
+    return [*goals, target("paged over contiguous", paged / picked["ms"], 1.1, at_most=True)]
+
+
+def _measure(
+    shape: Shape, dtype: str, limit: ReadLimit, repeats: int
+) -> tuple[list[Row], dict[str, str]]:
+    """One row a competitor that can run, and why each other one cannot."""
+    config, computed = shape.config(dtype), "float32" if dtype == "int8" else dtype
+    cache = filled(config, shape.context - 1)
     queries = np.random.default_rng(0).standard_normal(
         (1, shape.kv_heads * shape.group, shape.head_dim), np.float32
     )
     competitors: dict[str, Callable] = {ReadLimit.NAME: limit}
     absent: dict[str, str] = {}
-    if reason := missing("torch"):
-        absent = {_AS_CALLED: reason, _GROUPED: reason}
+    if dtype == "int8":
+        absent = {"torch SDPA": "it reads no int8"}
+    elif reason := missing("torch"):
+        absent = {"torch SDPA": reason}
     else:
         competitors |= _torch_competitors(shape, dtype, cache, queries)
     holder = [cache]  # one cache for all: each call donates it and puts it back
     for name in IMPLEMENTATIONS:
-        try:
-            competitors[f"jaxkv {name}"] = _JaxkvStep(holder, queries, dtype, name)
-        except (ValueError, NotImplementedError) as error:
-            absent[f"jaxkv {name}"] = f"cannot serve: {error}"
-    _check_agreement(competitors, dtype)
+        if reason := IMPLEMENTATIONS[name].cannot_serve(cache, 1):
+            absent[f"jaxkv {name}"] = reason
+        else:
+            competitors[f"jaxkv {name}"] = _JaxkvStep(holder, queries, computed, name)
+    picked = _picked(cache)
+    paged = filled(config.replace(addressing=jaxkv.Paged(_PAGE)), shape.context - 1)
+    competitors[picked + _PAGED] = _JaxkvStep([paged], queries, computed, picked.split()[1])
+    _check_agreement(competitors, computed)
     timings = interleaved(competitors, repeats=repeats)
-    return _rows(shape.config(dtype), timings, absent, _picked(holder[0]))
+    return _rows(config, competitors, timings, picked), absent
 
 
 def _rows(
-    config: jaxkv.KVCacheConfig, timings: dict[str, Timing], absent: dict[str, str], picked: str
+    config: jaxkv.KVCacheConfig,
+    competitors: dict[str, Callable],
+    timings: dict[str, Timing],
+    picked: str,
 ) -> list[Row]:
     limit = ReadLimit.size_bytes / timings[ReadLimit.NAME].seconds
     rows: list[Row] = []
     for name, timing in timings.items():
-        is_limit = name == ReadLimit.NAME
+        is_limit, step = name == ReadLimit.NAME, competitors[name]
         speed = limit if is_limit else config.size_bytes / timing.seconds
         row = {
             "implementation": f"{name} *" if name == picked else name,
@@ -102,12 +136,13 @@ def _rows(
             "repeats": timing.repeats,
             "GB/s": speed / 1e9,
             "% of limit": 100 * speed / limit,
+            "temp %": step.temp_percent if isinstance(step, _JaxkvStep) else None,
         }
         for column, peer in (("x as called", _AS_CALLED), ("x grouped", _GROUPED)):
             compared = peer in timings and not is_limit
             row[column] = timings[peer].seconds / timing.seconds if compared else None
         rows.append(row)
-    return rows + [{"implementation": f"{name}: {reason}"} for name, reason in absent.items()]
+    return rows
 
 
 def _picked(cache: jaxkv.KVCache) -> str:
@@ -124,6 +159,8 @@ class _JaxkvStep:
         self.queries = jnp.asarray(queries, dtype)
         step = jax.jit(functools.partial(_all_layers, implementation=name), donate_argnums=0)
         self.step = step.lower(holder[0], self.queries).compile()
+        temp = self.step.memory_analysis().temp_size_in_bytes
+        self.temp_percent = 100 * temp / holder[0].size_bytes
 
     def __call__(self) -> jax.Array:
         self.holder[0], mixed = self.step(self.holder[0], self.queries)

@@ -1,5 +1,6 @@
 """Caches that hold a long context already, without a prefill of minutes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -25,8 +26,16 @@ def _fill(cache: jaxkv.KVCache, seed: jax.Array, num_tokens: int) -> jaxkv.KVCac
 
 
 def filled(config: jaxkv.KVCacheConfig, num_tokens: int) -> jaxkv.KVCache:
-    """A cache that holds ``num_tokens`` tokens of normal noise in every layer."""
-    return _fill(jaxkv.create(config), jnp.int32(0), num_tokens)
+    """A cache that holds ``num_tokens`` tokens of normal noise in every layer.
+
+    A paged one has its pages in random order, as after a while of use.
+    """
+    cache = jaxkv.create(config)
+    if isinstance(cache.index, jaxkv.addressing.PagedIndex):
+        pages = np.random.default_rng(0).permutation(cache.index.table.size).astype(np.int32)
+        index = cache.index.with_table(pages.reshape(cache.index.table.shape))
+        cache = dataclasses.replace(cache, index=index)
+    return _fill(cache, jnp.int32(0), num_tokens)
 
 
 def layer_vectors(cache: jaxkv.KVCache, layer: int) -> np.ndarray:

@@ -31,7 +31,7 @@ _ROOM = 512  # slots after the context
 _LOOP, _STEPS = "jaxkv, on-device loop", "jaxkv, one step a call"
 _NNX_CONTEXT = 4096
 # Tokens a second over the faster cache of transformers, by context.
-_GOALS = {512: 2.0, 4096: 2.0, 16384: 1.0}
+_GOALS = {512: 2.0, 4096: 2.0, 16384: 2.0}
 _NNX_GOAL = 2.0
 
 
