@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from jaxkv.cache import advance, append, create, layer
 from jaxkv.codecs import Centred, Codec, Rope
@@ -81,7 +81,7 @@ def sample_error(codec: Codec, head_dim: int, *, outliers: bool, seed: int = 0) 
     config = KVCacheConfig(1, 512, 1, head_dim, codec=codec)
     cache = append(create(config), jnp.asarray(keys), jnp.asarray(values), layer=0)
     stored = layer(advance(cache, 512), 0)
-    return VectorError(_relative(stored[0], keys), _relative(stored[1], values))
+    return VectorError(*map(_relative, stored, (keys, values)))
 
 
 def sample_vectors(
@@ -101,7 +101,7 @@ def sample_vectors(
         deviations = np.exp(0.5 * rng.standard_normal(head_dim))
         means = 0.3 * deviations * rng.standard_normal(head_dim)
         for pair in rng.choice(np.arange(pairs // 2, pairs), 4, replace=False):
-            means[[pair, pair + pairs]] = 20 * rng.choice([-1, 1], 2) * [1, 0.5]
+            means[[pair, pair + pairs]] = rng.choice([-1, 1], 2) * np.array([20, 10])
             deviations[[pair, pair + pairs]] *= 1.5
         means[rng.integers(0, pairs // 2)] = 10
         stretch = 1 + 0.1 * rng.standard_t(4, (tokens, 1))
@@ -112,7 +112,8 @@ def sample_vectors(
     first, second, rest = np.split(keys, [pairs, 2 * pairs], axis=1)
     cos, sin = np.cos(angles), np.sin(angles)
     turned = [first * cos - second * sin, second * cos + first * sin, rest]
-    return np.float32(np.concatenate(turned, axis=1))[:, None], np.float32(values)[:, None], rope
+    keys, values = np.concatenate(turned, axis=1).astype(np.float32), values.astype(np.float32)
+    return keys[:, None], values[:, None], rope
 
 
 def _layer_error(cache: AnyCache, reference: AnyCache, number: int) -> VectorError:
@@ -138,6 +139,6 @@ def _held(cache: AnyCache, number: int) -> np.ndarray:
     return held if held.ndim == index.lengths.ndim + 1 else np.swapaxes(held, -1, -2)
 
 
-def _relative(stored: np.ndarray, exact: np.ndarray) -> float:
+def _relative(stored: np.ndarray | Array, exact: np.ndarray) -> float:
     wide = np.asarray(exact, np.float64)
     return float(np.linalg.norm(np.asarray(stored, np.float64) - wide) / np.linalg.norm(wide))

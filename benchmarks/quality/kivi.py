@@ -2,9 +2,10 @@
 
 It rounds a group of 32 tokens' numbers of one key channel together, and so keeps new tokens in
 full precision until there are 32 of them: no codec of this project, which stores every token at
-once and for good. Here the exact cache's tokens are rounded in place when KIVI would have. What
-is counted is what it would have stored: 2 bits, a scale and a zero of 16 bits for 32 numbers, and
-the newest ``window`` tokens (up to a group more, while one fills) in 16 bits.
+once and for good. Here the exact cache's tokens are rounded in place when KIVI would have, with
+the smallest residual that it allows; a prompt attends to itself in full precision, as in KIVI.
+What is counted is what it would have stored: 2 bits, a scale and a zero of 16 bits for 32 numbers,
+and the residual, 16 tokens on average, in 16 bits.
 """
 
 import dataclasses
@@ -17,16 +18,16 @@ import jaxkv
 GROUP = 32  # tokens of a key channel, or channels of a token's value
 
 
-def kivi_bits(head_dim: int, tokens: int, *, bits: int, window: int) -> float:
+def kivi_bits(head_dim: int, tokens: int, *, bits: int) -> float:
     """A number, of a cache of so many tokens."""
-    rounded = max(tokens - window, 0)
+    rounded = max(tokens - GROUP / 2, 0)
     return (rounded * (bits + 32 / GROUP) + (tokens - rounded) * 16) / tokens
 
 
-def kivi_flushed(cache: jaxkv.KVCache, chunk: int, *, bits: int, window: int) -> jaxkv.KVCache:
-    """The cache after a chunk, in whole groups, was added: tokens that left the window rounded."""
+def kivi_flushed(cache: jaxkv.KVCache, chunk: int, *, bits: int) -> jaxkv.KVCache:
+    """The cache after a chunk was added: whole groups of tokens are rounded."""
     data = cache.storage["data"]  # [layers, 2, ctx, kv_heads, head_dim]
-    held = jnp.arange(data.shape[2]) < (cache.lengths - window) // GROUP * GROUP
+    held = jnp.arange(data.shape[2]) < cache.lengths // GROUP * GROUP
     rounded = jnp.stack([rounded_keys(data[:, 0], bits), rounded_values(data[:, 1], bits)], axis=1)
     data = jnp.where(held[:, None, None], rounded, data)
     return dataclasses.replace(cache, storage={"data": data})

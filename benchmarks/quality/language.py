@@ -9,7 +9,7 @@ from jax import Array
 
 import jaxkv
 from benchmarks import corpus
-from benchmarks.quality.stores import EXACT, Store, chosen, logits_through
+from benchmarks.quality.stores import CHUNK, EXACT, Store, chosen, logits_through
 from benchmarks.quality.text import interval
 from benchmarks.report import Row, Table, target
 from jaxkv.models import load
@@ -30,11 +30,10 @@ def run(quick: bool) -> Iterator[Table]:
         "Quality: the embedded language model, cached",
         rows,
         [
-            f"{len(windows)} held-out windows of {_LENGTH} bytes, each a sequence of its own, "
-            "teacher-forced in chunks of 64 that see all before them as stored; counted from the "
-            "second half on. KL from the float32 cache in nats, with half the width of the 95 % "
-            f"interval over windows. Free: of {_FREE} tokens generated greedily, those before the "
-            "first that differs.",
+            f"{len(windows)} held-out windows of {_LENGTH} bytes, each a sequence of its own: half "
+            f"a prompt, half teacher-forced in chunks of {CHUNK} and counted. KL from the float32 "
+            "cache in nats, with half the width of the 95 % interval over windows. Free: of "
+            f"{_FREE} tokens generated greedily, those before the first that differs.",
             *_targets({row["store"]: row for row in rows}),
         ],
     )
@@ -44,11 +43,10 @@ def _row(
     model, name: str, store: Store, windows: np.ndarray, exact: Array, free: np.ndarray | None
 ) -> Row:
     logits = exact if store is EXACT else _logits(model, store, windows)
-    half = slice(_LENGTH // 2, _LENGTH - 1)
-    told, known = (jax.nn.log_softmax(each[:, half]) for each in (logits, exact))
+    told, known = (jax.nn.log_softmax(each[:, :-1]) for each in (logits, exact))
     divergence = np.asarray(jnp.sum(jnp.exp(known) * (known - told), axis=-1).mean(axis=-1))
     agree = (told.argmax(axis=-1) == known.argmax(axis=-1)).mean()
-    following = jnp.asarray(windows[:, half.start + 1 : half.stop + 1])
+    following = jnp.asarray(windows[:, _LENGTH // 2 + 1 :])
     bits = -jnp.take_along_axis(told, following[..., None], axis=-1).mean() / np.log(2)
     row: Row = {
         "store": name,
