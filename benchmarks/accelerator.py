@@ -24,11 +24,11 @@ def run(quick: bool) -> Iterator[Table]:
     if jax.default_backend() == "cpu":
         yield Table("Accelerator: this machine has none", [])
         return
-    yield _memory()
-    yield _append()
     yield agreement()
     yield from sweep(quick)
+    yield _memory()
     yield _generate(quick)
+    yield _append()
 
 
 def _memory() -> Table:

@@ -22,7 +22,7 @@ _KV_HEADS, _HEADS, _HEAD_DIM = 8, 32, 128  # of Llama-3-8B
 _CACHE_BYTES = 4 << 30  # the layers that are gone through: many times what a GPU's L2 holds
 _SAMPLE_SECONDS, _SAMPLES = 0.02, 5
 CONTEXTS = ((1, 4096), (1, 32768), (8, 4096), (8, 16384), (8, 32768), (64, 4096))
-_WITH_EVERY_FORM = ((1, 4096), (8, 16384))  # XLA's own forms take long, flex attention to compile
+_WITH_EVERY_FORM = ((8, 16384),)  # XLA's own forms take long to run, flex attention to compile
 
 
 def agreement() -> Table:
@@ -103,7 +103,7 @@ def _on_host(queries, keys, values, lengths, window=None, softcap=None) -> np.nd
 
 def sweep(quick: bool) -> Iterator[Table]:
     """Time a layer over the layers of a large cache, beside a copy and a sum of it, and torch."""
-    for batch, context in _WITH_EVERY_FORM if quick else CONTEXTS:
+    for batch, context in CONTEXTS[:2] if quick else CONTEXTS:
         rates: dict[str, float] = {}
         rows: list[Row] = []
         for kind in ("bfloat16", "bfloat16, pages of 64", "int8"):

@@ -98,10 +98,9 @@ def _wrong_device() -> str | None:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _attend(request: Request, interpret: object) -> Grouped:
-    # One kernel a sequence under vmap: Pallas cannot batch this one.
-    return jax.custom_batching.sequential_vmap(functools.partial(_decode, interpret=interpret))(
-        request
-    )
+    # One kernel a cache under vmap: Pallas cannot batch this one.
+    decode = functools.partial(_decode, interpret=interpret)
+    return jax.custom_batching.sequential_vmap(decode)(request)
 
 
 @_attend.defjvp
@@ -110,6 +109,8 @@ def _attend_jvp(interpret, primals, tangents):
     return jax.jvp(blockwise, primals, tangents)
 
 
+# Lowered once for all layers of a model: that takes longer than to compile it.
+@functools.partial(jax.jit, static_argnames="interpret")
 def _decode(request: Request, interpret: object) -> Grouped:
     kernel = importlib.import_module("jaxkv.attention.mosaic_kernel")
     cache, index = request.cache, request.cache.index
@@ -128,7 +129,7 @@ def _decode(request: Request, interpret: object) -> Grouped:
     last = jnp.minimum(position + 1, index.extent)
     first = jnp.zeros_like(last) if request.window is None else position + 1 - request.window
     bounds = jnp.stack([jnp.clip(first, 0, last), last], axis=-1)
-    paged = isinstance(index, PagedIndex)
+    pages = index if isinstance(index, PagedIndex) else None
     splits, stages = _parts(batch, kv_heads, head_dim, index.extent, len(leaves) == 2)
     mixes, sums = kernel.decode_parts(
         jnp.concatenate([high, low], axis=2),
@@ -136,11 +137,11 @@ def _decode(request: Request, interpret: object) -> Grouped:
         leaves,
         jnp.asarray(request.layer, jnp.int32).reshape(1),
         bounds,
-        index.table.reshape(batch, -1) if paged else jnp.zeros((1, 1), jnp.int32),
+        jnp.zeros((1, 1), jnp.int32) if pages is None else pages.table.reshape(batch, -1),
         shape=kernel.Shape(
-            page_size=index.page_size if paged else index.capacity,
-            paged=paged,
-            holes=paged and index.shared,
+            page_size=index.capacity if pages is None else pages.page_size,
+            paged=pages is not None,
+            holes=pages is not None and pages.shared,
             splits=splits,
             stages=stages,
             softcap=request.softcap,

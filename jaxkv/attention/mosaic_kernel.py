@@ -87,10 +87,9 @@ def decode_parts(
     pieces = TILE // piece
     scores_shape, mix_shape = (TILE, rows), (head_dim, rows)
 
-    def body(*refs):
-        query_ref, step_ref, *refs = refs
-        leaf_refs, refs = refs[: len(leaves)], refs[len(leaves) :]
-        layer_ref, bounds_ref, table_ref, mix_out, sums_out, *scratch = refs
+    def body(query_ref, step_ref, *refs):
+        leaf_refs = refs[: len(leaves)]
+        layer_ref, bounds_ref, table_ref, mix_out, sums_out, *scratch = refs[len(leaves) :]
         query_tiles, (buffers, mix_tile), sums_tile, weight_tiles, wide, ready, arrived = scratch
         head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
         layer, low, high = layer_ref[0], bounds_ref[row, 0], bounds_ref[row, 1]
