@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import math
 import statistics
@@ -15,7 +16,7 @@ import numpy as np
 
 import jaxkv
 from benchmarks.caches import filled
-from benchmarks.report import Row, Table, target
+from benchmarks.report import Table, target
 from jaxkv.attention import IMPLEMENTATIONS
 
 _KV_HEADS, _HEADS, _HEAD_DIM = 8, 32, 128  # of Llama-3-8B
@@ -27,8 +28,7 @@ _WITH_EVERY_FORM = ((8, 16384),)  # XLA's own forms take long to run, flex atten
 
 def agreement() -> Table:
     """Each implementation against float64 on the host, on fresh random data in a dirty cache."""
-    rows: list[Row] = []
-    pages = jaxkv.Paged(page_size=16, num_pages=500)
+    rows, pages = [], jaxkv.Paged(page_size=16, num_pages=500)
     for codec, addressing, options in (
         ("float32", jaxkv.Contiguous(), {}),
         ("bfloat16", jaxkv.Contiguous(), {}),
@@ -104,8 +104,7 @@ def _on_host(queries, keys, values, lengths, window=None, softcap=None) -> np.nd
 def sweep(quick: bool) -> Iterator[Table]:
     """Time a layer over the layers of a large cache, beside a copy and a sum of it, and torch."""
     for batch, context in CONTEXTS[:2] if quick else CONTEXTS:
-        rates: dict[str, float] = {}
-        rows: list[Row] = []
+        rates, rows = {}, []
         for kind in ("bfloat16", "bfloat16, pages of 64", "int8"):
             cache, queries = _long_cache(batch, context, kind)
             layers, held = cache.config.num_layers, cache.config.size_bytes
@@ -157,18 +156,18 @@ _sum = jax.jit(lambda leaf: jnp.sum(jax.lax.bitcast_convert_type(leaf, jnp.uint1
 
 
 def _competitors(cache, queries, kind: str, every_form: bool) -> dict[str, Callable[[], Any]]:
-    """Name -> one pass over all layers, which has been waited for when it returns."""
+    """Name -> one pass over all layers."""
     served = not IMPLEMENTATIONS["mosaic"].cannot_serve(cache, 1)
-    names = [*(["mosaic"] if served else []), *(["reference"] if every_form or not served else [])]
-    if every_form and kind == "bfloat16":
-        names.append("blockwise")
+    names = ["mosaic"] if served else []
+    if every_form or not served:
+        names += ["reference", "blockwise"] if kind == "bfloat16" else ["reference"]
     calls: dict[str, Callable[[], Any]] = {
         name: functools.partial(_all_layers, cache, queries, name) for name in names
     }
     if kind == "bfloat16":
         (leaf,) = cache.storage.values()
         calls |= {"copy": lambda: _copy(leaf), "read: XLA's sum": lambda: _sum(leaf)}
-        if importlib.util.find_spec("torch") and jax.default_backend() == "gpu":
+        if jax.default_backend() == "gpu" and importlib.util.find_spec("torch"):
             calls |= _of_torch(leaf, cache.config, every_form)
     return calls
 
@@ -179,10 +178,8 @@ def _of_torch(leaf, config, every_form: bool) -> dict[str, Callable[[], Any]]:
     from torch.nn.attention.flex_attention import flex_attention
     from torch.nn.functional import scaled_dot_product_attention
 
-    if not torch.cuda.is_available():
-        return {}
-    shape = (config.num_layers, 2, config.batch_size, -1, _KV_HEADS, _HEAD_DIM)
     held = torch.from_dlpack(leaf)
+    shape = (config.num_layers, 2, config.batch_size, -1, _KV_HEADS, _HEAD_DIM)
     layers = held.view(shape).transpose(3, 4)
     shape = (config.batch_size, _HEADS, 1, _HEAD_DIM)
     queries = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
@@ -212,7 +209,7 @@ def _timed(competitors: dict[str, Callable[[], Any]]) -> dict[str, float]:
             _wait(call())
         except RuntimeError as error:  # of a peer that cannot
             print(f"{name}: {str(error).splitlines()[0][:100]}")
-            competitors.pop(name), samples.pop(name)
+            del competitors[name], samples[name]
             continue
         once = min(_seconds(call, 1) for _ in range(2))
         passes[name] = max(1, math.ceil(_SAMPLE_SECONDS / once))
@@ -231,12 +228,8 @@ def _seconds(call: Callable[[], Any], passes: int) -> float:
 
 
 def _wait(result: Any) -> None:
-    if isinstance(result, jax.Array):
-        result.block_until_ready()
-    else:
-        import torch
-
-        torch.cuda.synchronize()
+    of_jax = isinstance(result, jax.Array)
+    result.block_until_ready() if of_jax else importlib.import_module("torch").cuda.synchronize()
 
 
 def _targets(rates: dict[str, float], batch: int, context: int) -> list[str]:
@@ -248,9 +241,8 @@ def _targets(rates: dict[str, float], batch: int, context: int) -> list[str]:
         return []
     notes = [f"pages of 64: {paged / dense:.3f} of dense; int8: {codes / dense:.2f}x its tokens/s"]
     if (batch, context) == (8, 16384):
-        notes.append(
-            target("bytes a second, of a copy", dense / (2 * rates["bfloat16: copy"]), 0.9)
-        )
+        copied = 2 * rates["bfloat16: copy"]
+        notes.append(target("bytes a second, of a copy", dense / copied, 0.9))
         notes.append(target("pages of 64, of dense", paged / dense, 0.95))
     if (batch, context) == (8, 32768):
         notes.append(target("int8 tokens a second, of bfloat16", codes / dense, 1.6))

@@ -110,6 +110,18 @@ def test_in_double_precision_mode(implementation):
         np.testing.assert_allclose(output, 0.5)
 
 
+def test_sums_of_products_are_the_products(monkeypatch):
+    """What XLA is given on a GPU, where a group is small."""
+    generator = np.random.default_rng(0)
+    arrays = [(2, 3, 2, 4, 16), (2, 50, 3, 16), (2, 3, 2, 4, 50)]
+    queries, vectors, weights = (generator.standard_normal(shape, np.float32) for shape in arrays)
+    expected = products.scores_of(queries, vectors), products.mix_of(weights, vectors)
+    monkeypatch.setattr(products, "sums_in_place", lambda tokens, group: True)
+    actual = products.scores_of(queries, vectors), products.mix_of(weights, vectors)
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_the_scores_of_all_query_heads_count():
     cache = jaxkv.create(jaxkv.KVCacheConfig(1, 1024, num_kv_heads=1, head_dim=16))
     assert "reference: used" in jaxkv.explain(cache, tokens=512, heads=8)

@@ -10,6 +10,7 @@ cache, so that the result is a float32 one.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -63,7 +64,7 @@ def decode_parts(
     *,
     shape: Shape,
     interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> list[jax.Array]:
     """The parts of each sequence's attention, for `mosaic` to combine.
 
     Args:
@@ -163,15 +164,14 @@ def decode_parts(
 
         def one_tile(number, state):
             mix, highest, total, upcoming = state
-            stage, start = lax.rem(number, stages), (first + number) * TILE
+            stage, start, here = lax.rem(number, stages), (first + number) * TILE, upcoming[0]
 
             def seen(matrix):
                 """Which slots of the tile are visible, for a matrix of a row a slot; if all are."""
-                held = jnp.int32(0)
-                for at, page in enumerate(upcoming[0] if shape.holes else ()):
-                    held |= (page >= 0).astype(jnp.int32) << at
                 whole = (start >= low) & (start + TILE <= high)
                 if shape.holes:
+                    bits = [(page >= 0).astype(jnp.int32) << at for at, page in enumerate(here)]
+                    held = functools.reduce(jnp.bitwise_or, bits)
                     whole &= held == (1 << pieces) - 1
 
                 def visible():
@@ -196,8 +196,8 @@ def decode_parts(
             gpu.wait(arrived[1].at[stage])
             values = values_of(stage, seen)
             if quantized:
-                scaled = weights * gpu.across(scales_of(1, stage), scores_shape, 0)
-                weights = jnp.where(visible, scaled, 0)
+                weights *= gpu.across(scales_of(1, stage), scores_shape, 0)
+                weights = jnp.where(visible, weights, 0)
             store_in_two(weight_tiles, weights)
             gpu.commit()
             parts = [gpu.transposed(weight_tiles.at[gpu.span(at, rows)]) for at in (0, rows)]
@@ -223,7 +223,7 @@ def decode_parts(
     codes = gpu.shared_tiles((stages, TILE, head_dim), leaves[0].dtype)
     scales = [gpu.shared((stages, TILE, kv_heads), leaf.dtype) for leaf in leaves[1:]]
     side = (codes, *scales)
-    mixes, sums = gpu.run(
+    return gpu.run(
         body,
         [queries, steps, *leaves, layer, bounds, table],
         outputs=[
@@ -242,7 +242,6 @@ def decode_parts(
         grid={"head": kv_heads, "part": shape.splits, "row": batch},
         interpret=interpret,
     )
-    return mixes, sums
 
 
 def capped(scores: jax.Array, softcap: float) -> jax.Array:
