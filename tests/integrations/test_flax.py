@@ -103,12 +103,11 @@ def test_prefill_chunks_and_tokens_give_what_flax_gives_at_once(library, kind, b
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
-@each_kind
 @each_library
-def test_tokens_one_by_one_give_what_flax_gives_one_by_one(attention, kind):
+def test_tokens_one_by_one_give_what_flax_gives_one_by_one(attention):
     x = random_input(2, LENGTH)
     expected = in_chunks(attention("decode"), x, [1] * LENGTH)
-    actual = in_chunks(attention(kind), x, [1] * LENGTH)
+    actual = in_chunks(attention("drop-in"), x, [1] * LENGTH)
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
@@ -119,12 +118,13 @@ def test_fewer_kv_heads_and_normalized_queries_and_keys():
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
-@each_library
 @pytest.mark.parametrize(
-    ("codec", "addressing"), [("int8", "contiguous"), ("float32", "paged"), ("int8", "ring")]
+    ("library", "codec", "addressing"),
+    [("nnx", "int8", "contiguous"), ("nnx", "float32", "paged"), ("linen", "int8", "ring")],
 )
-def test_codec_and_addressing_arrive(attention, codec, addressing):
+def test_codec_and_addressing_arrive(library, codec, addressing):
     """What they do is tested in the core."""
+    attention = LIBRARIES[library]
     stores = {"codec": CODECS[codec], "addressing": ADDRESSINGS[addressing]}
     x = random_input(2, LENGTH)
     expected = attention("flax")(x, mask=causal(x))
