@@ -39,6 +39,11 @@ def check_config(
     ):
         if number < 1:
             raise ConfigError(f"Engine: {name} must be at least 1, got {number}.")
+    if decode_steps > prefill_chunk:  # what a window's pool has room for beyond its window
+        raise ConfigError(
+            f"Engine: decode_steps must be at most prefill_chunk, {prefill_chunk}, got "
+            f"{decode_steps}."
+        )
     return groups, sizes.pop()
 
 
