@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxkv.addressing import Addressing, Contiguous, Kept, Paged, Ring
-from jaxkv.attention import attend, explain, observed
+from jaxkv.attention import attend, explain, fetched_blocks, observed
 from jaxkv.cache import (
     advance,
     append,
@@ -40,9 +40,11 @@ from jaxkv.kv_cache import KVCache
 from jaxkv.measure import measure_error
 from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
 from jaxkv.model_shape import wide_at_the_ends
+from jaxkv.placement import HostMemory
 from jaxkv.policies import reconstruction_scores
 from jaxkv.sampling import Sampling, sample
 from jaxkv.snapshot import load, save
+from jaxkv.streaming import offload, prefetch
 
 if TYPE_CHECKING:
     from jaxkv import models, plots
@@ -63,6 +65,7 @@ __all__ = [
     "Engine",
     "Float8",
     "Generation",
+    "HostMemory",
     "HybridCache",
     "HybridConfig",
     "Int8",
@@ -94,6 +97,7 @@ __all__ = [
     "evict",
     "evicting",
     "explain",
+    "fetched_blocks",
     "fork",
     "generate",
     "layer",
@@ -102,8 +106,10 @@ __all__ = [
     "models",
     "next_positions",
     "observed",
+    "offload",
     "plan",
     "plots",
+    "prefetch",
     "reconstruction_scores",
     "reset",
     "sample",

@@ -22,11 +22,12 @@ from jaxkv.checks import (
     check_counts,
     check_intact,
     check_layer,
+    check_on_device,
     check_room,
     check_rows,
     check_vectors,
 )
-from jaxkv.codecs import Dense, bitcast, container_dtype, leaf_specs
+from jaxkv.codecs import Dense, Leaves, bitcast, container_dtype, leaf_specs
 from jaxkv.config import KVCacheConfig
 from jaxkv.errors import CacheFullError
 from jaxkv.hybrid import (
@@ -38,6 +39,8 @@ from jaxkv.hybrid import (
     in_its_group,
 )
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.placement import Resident, in_host_memory, zeros_in_host_memory
+from jaxkv.streaming import append_to_host
 from jaxkv.vectors import encode, read
 
 
@@ -60,18 +63,29 @@ def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
 
 
 def _create(config: KVCacheConfig, device: Any) -> KVCache:
+    if config.placement is not None and device is None:
+        # All in one place that is named, for a step returns it so, and compiles once then.
+        device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
     platform = _platform(device)
-    storage = {}
-    for name, (shape, dtype, sides) in leaf_specs(config.codec, config.head_dim).items():
-        whole = (config.num_layers, sides, config.num_slots, config.num_kv_heads, *shape)
-        storage[name] = jnp.zeros(whole, container_dtype(dtype, platform), device=device)
+
+    def buffers(num_slots: int, allocate: Any = jnp.zeros) -> Leaves:
+        leaves = {}
+        for name, (shape, dtype, sides) in leaf_specs(config.codec, config.head_dim).items():
+            whole = (config.num_layers, sides, num_slots, config.num_kv_heads, *shape)
+            leaves[name] = allocate(whole, container_dtype(dtype, platform), device=device)
+        return leaves
+
     means = config.means_shape and jnp.zeros(config.means_shape, device=_without_ctx(device))
     index = config.addressing.init(config.max_context_length, config.batch_size)
+    resident = None
+    if config.placement is not None:
+        resident = Resident.create(config, buffers(config.num_resident_slots))
     if isinstance(device, NamedSharding):  # on all of the mesh, as a step will return it
         index = jax.device_put(index, NamedSharding(device.mesh, PartitionSpec()))
     elif isinstance(device, jax.Device):
-        index = jax.device_put(index, device)
-    return KVCache(storage, index, config, means)
+        index, resident = jax.device_put((index, resident), device)
+    storage = buffers(config.num_slots, jnp.zeros if resident is None else zeros_in_host_memory)
+    return KVCache(storage, index, config, means, resident)
 
 
 @in_its_group
@@ -112,12 +126,15 @@ def append(
     check_room(cache, tokens if num_tokens is None else num_tokens)
 
     positions = token_positions(cache, tokens, num_tokens)
+    encoded, means = encode(cache, num_layer, keys, values, positions)
+    if in_host_memory(next(iter(cache.storage.values()))):
+        cache = append_to_host(cache, num_layer, encoded, keys, positions)
+        return dataclasses.replace(cache, means=means)
     slots = cache.index.slots(positions)
     # Places that do not exist get numbers past the end, each its own: the scatter drops
     # them, and may still be told that no two writes meet.
     past_the_end = cache.config.num_slots + jnp.arange(slots.size, dtype=jnp.int32)
     slots = jnp.where(slots < 0, past_the_end.reshape(slots.shape), slots)
-    encoded, means = encode(cache, num_layer, keys, values, positions)
     storage = {  # a scatter wants slots before sides
         name: leaf.at[num_layer, :, slots].set(
             jnp.moveaxis(bitcast(encoded[name], leaf.dtype), 0, slots.ndim),
@@ -147,7 +164,7 @@ def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
     check_alive(cache)
     check_room(cache, num_tokens)
     lengths = cache.lengths + jnp.asarray(num_tokens, jnp.int32)
-    return dataclasses.replace(cache, index=cache.index.with_lengths(lengths))
+    return cache.with_lengths(lengths)
 
 
 def next_positions(cache: AnyCache, num_tokens: int) -> Int[Array, "*batch tokens"]:
@@ -210,7 +227,7 @@ def truncate(cache: KVCache, length: NumTokens) -> KVCache:
     check_alive(cache)
     check_counts(cache, "length", length)
     lengths = jnp.minimum(cache.lengths, jnp.asarray(length, jnp.int32))
-    rolled_back = dataclasses.replace(cache, index=cache.index.with_lengths(lengths))
+    rolled_back = cache.with_lengths(lengths)
     check_intact(rolled_back)
     return rolled_back
 
@@ -284,6 +301,7 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     check_alive(cache)
     chosen = jnp.asarray(rows, jnp.int32)
     check_rows(cache, chosen)
+    check_on_device(cache)
     index, slots = cache.index.select(chosen)
     storage = cache.storage
     if slots is not None:

@@ -11,6 +11,7 @@ from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.codecs import Centred, Codec, Dense, bytes_per_token
 from jaxkv.errors import ConfigError
 from jaxkv.hf_config import hf_shape, read_hf, text_config
+from jaxkv.placement import HostMemory
 from jaxkv.text import sequences
 
 _COUNTS = ("num_layers", "max_context_length", "num_kv_heads", "head_dim")
@@ -28,6 +29,7 @@ class KVCacheConfig:
       batch_size: sequences, or None for one sequence and arrays without a batch axis.
       codec: how a vector is stored.
       addressing: which slot holds which token.
+      placement: None for all on the device; `HostMemory` for contexts that do not fit there.
 
     Raises:
       ConfigError: a `ValueError` that names every bad field.
@@ -47,6 +49,7 @@ class KVCacheConfig:
     batch_size: int | None = None
     codec: Codec = Dense("bfloat16")
     addressing: Addressing = Contiguous()
+    placement: HostMemory | None = None
 
     def __post_init__(self):
         problems = [self._normalize_count(field) for field in _COUNTS]
@@ -60,8 +63,17 @@ class KVCacheConfig:
             problems.append(
                 f"addressing must be one such as jaxkv.Contiguous(), got {self.addressing!r}"
             )
+        if self.placement is not None:
+            problems.append(self._check_placement())
         if problems := [problem for problem in problems if problem]:
             raise ConfigError("KVCacheConfig: " + "; ".join(problems) + ".")
+
+    def _check_placement(self) -> str | None:
+        if not isinstance(self.placement, HostMemory):
+            return f"placement must be jaxkv.HostMemory(...) or None, got {self.placement!r}"
+        if not isinstance(self.addressing, Contiguous):
+            return f"placement in host memory needs Contiguous addressing, got {self.addressing!r}"
+        return None
 
     def _normalize_count(self, field: str, also_allowed: str = "") -> str | None:
         """Store the field as a plain int, or say what is wrong with it."""
@@ -128,14 +140,42 @@ class KVCacheConfig:
 
     @property
     def size_bytes(self) -> int:
-        """Exact bytes of the keys and values, scales and means included."""
+        """Exact bytes of the keys and values, scales and means included, wherever they are."""
         means = 4 * math.prod(self.means_shape) if self.means_shape else 0
-        return self.num_slots * self.bytes_per_token + means
+        return (self.num_slots + self.num_resident_slots) * self.bytes_per_token + means
+
+    @property
+    def num_resident_slots(self) -> int:
+        """Slots on the device of a cache in host memory, over all sequences."""
+        if self.placement is None:
+            return 0
+        return min(self.placement.resident, self.max_context_length) * (self.batch_size or 1)
+
+    @property
+    def host_bytes(self) -> int:
+        """Exact bytes in host memory; 0 where all is on the device."""
+        return 0 if self.placement is None else self.num_slots * self.bytes_per_token
+
+    @property
+    def device_bytes(self) -> int:
+        """Exact bytes on the device, all that is not in host memory."""
+        return self.size_bytes + self.index_bytes - self.host_bytes
 
     @property
     def index_bytes(self) -> int:
         """Exact bytes of what stands beside them: lengths, and page tables where there are any."""
-        return self.addressing.index_bytes(self.max_context_length, self.batch_size)
+        index = self.addressing.index_bytes(self.max_context_length, self.batch_size)
+        if self.placement is None:
+            return index
+        return index + 8 * (self.batch_size or 1) + self._bounds_bytes
+
+    @property
+    def _bounds_bytes(self) -> int:
+        assert self.placement is not None
+        if self.placement.blocks_per_query is None:
+            return 0
+        blocks = self.placement.num_blocks(self.max_context_length) * (self.batch_size or 1)
+        return 8 * self.num_layers * blocks * self.num_kv_heads * self.head_dim
 
     @property
     def codec_name(self) -> str:

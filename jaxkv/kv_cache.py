@@ -12,6 +12,7 @@ from jaxkv.addressing import Index, Layer
 from jaxkv.codecs import Leaves
 from jaxkv.config import KVCacheConfig
 from jaxkv.html import Bar, occupancy_html
+from jaxkv.placement import Resident
 from jaxkv.text import format_bytes, sequences
 
 __all__ = ["KVCache", "Layer", "NumTokens"]
@@ -25,7 +26,7 @@ NumTokens = int | Int[Array, "*batch"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["storage", "index", "means"],
+    data_fields=["storage", "index", "means", "resident"],
     meta_fields=["config"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -39,6 +40,8 @@ class KVCache:
       index: which slot holds which token; `lengths` is part of it.
       config: the static description.
       means: of `Centred`, ``[layers, 2, kv_heads, head_dim]``, None for other codecs.
+      resident: where ``config.placement`` puts the buffers into host memory, what stays on the
+        device; else None.
 
     >>> import jax, jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 64, num_kv_heads=1, head_dim=16))
@@ -52,6 +55,7 @@ class KVCache:
     index: Index
     config: KVCacheConfig
     means: Float32[Array, "layers 2 kv_heads head_dim"] | None = None
+    resident: Resident | None = None
 
     @property
     def lengths(self) -> Int[Array, "*batch"]:
@@ -66,7 +70,14 @@ class KVCache:
     @property
     def size_bytes(self) -> int:
         """Bytes of the keys and values; equal to ``config.size_bytes``."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.storage, self.means)))
+        newest = None if self.resident is None else self.resident.storage
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.storage, self.means, newest)))
+
+    def with_lengths(self, lengths: Int[Array, "*batch"]) -> "KVCache":
+        """The same buffers with other lengths: for those who write verbs."""
+        resident = None if self.resident is None else self.resident.with_lengths(lengths)
+        index = self.index.with_lengths(lengths)
+        return dataclasses.replace(self, index=index, resident=resident)
 
     def __repr__(self) -> str:
         held, unknown = _lengths(self)

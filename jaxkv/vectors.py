@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.codecs import Centred, Leaves, decode_stored, updated_means
 from jaxkv.kv_cache import KVCache, Layer
+from jaxkv.placement import to_device
 
 
 def means_of(cache: KVCache, layer: Layer) -> Float[Array, "2 kv_heads head_dim"]:
@@ -64,7 +65,8 @@ def _decode(
     rotated: bool,
 ) -> Array:
     stored = {
-        name: cache.index.read(leaf, layer, start, size) for name, leaf in cache.storage.items()
+        name: to_device(cache.index.read(leaf, layer, start, size))
+        for name, leaf in cache.storage.items()
     }
     config = cache.config
     return decode_stored(config.codec, stored, config.head_dim, dtype, rotated=rotated)

@@ -1,6 +1,7 @@
 """Reading the cache: masks, and a file an implementation."""
 
 from jaxkv.attention.attend import IMPLEMENTATIONS, attend, explain
+from jaxkv.attention.fetched import fetched_blocks
 from jaxkv.attention.observed import observed, watch
 
-__all__ = ["IMPLEMENTATIONS", "attend", "explain", "observed", "watch"]
+__all__ = ["IMPLEMENTATIONS", "attend", "explain", "fetched_blocks", "observed", "watch"]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,10 @@ from jaxkv.attention.native import should_not_serve as native_should_not_serve
 from jaxkv.attention.observed import Call, notify
 from jaxkv.attention.products import sums_in_place
 from jaxkv.attention.reference import reference
-from jaxkv.attention.request import Grouped, Request
-from jaxkv.cache import token_positions
-from jaxkv.checks import check_counts, check_layer
+from jaxkv.attention.request import Grouped, Request, request_of
+from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
+from jaxkv.attention.streamed import is_streamed, streamed
+from jaxkv.checks import check_counts
 from jaxkv.codecs import Dense, unrotate
 from jaxkv.hybrid import AnyCache, HybridCache, in_its_group
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
@@ -37,11 +38,13 @@ class Implementation(NamedTuple):
       run: the function.
       cannot_serve: why it cannot serve ``(cache, tokens)``, or None.
       should_not_serve: why ``(cache, tokens, heads)`` is better left to the next, or None.
+      reads_host_memory: whether it can serve caches that are there.
     """
 
     run: Callable[[Request], Grouped]
     cannot_serve: Callable[[KVCache, int], str | None]
     should_not_serve: Callable[[KVCache, int, int], str | None]
+    reads_host_memory: bool = False
 
 
 def _no_reason(cache: KVCache, tokens: int, heads: int = 0) -> str | None:
@@ -61,13 +64,15 @@ def _reference_is_wasteful(cache: KVCache, tokens: int, heads: int) -> str | Non
     return None
 
 
-# The first that can and should, serves; blockwise always can.
+# The first that can and should, serves; blockwise always can, but for host memory.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "native": Implementation(native, native_cannot_serve, native_should_not_serve),
+    # On a CPU host memory is the memory that it reads.
+    "native": Implementation(native, native_cannot_serve, native_should_not_serve, True),
     "mosaic": Implementation(mosaic, mosaic_cannot_serve, mosaic_should_not_serve),
     "reference": Implementation(reference, _no_reason, _reference_is_wasteful),
     # Outside jit a scan is compiled anew on each call; under a jit of its own, once.
     "blockwise": Implementation(jax.jit(blockwise), _no_reason, _no_reason),
+    "streamed": Implementation(jax.jit(streamed), streamed_cannot_serve, _no_reason, True),
 }
 
 
@@ -113,36 +118,23 @@ def attend(
     >>> jaxkv.attend(cache, jnp.ones((3, 2, 4)), layer=0).shape
     (3, 2, 4)
     """
-    config = cache.config
     _check_call(cache, queries, window, softcap, sinks)
-    *_, tokens, heads, head_dim = queries.shape
+    *_, tokens, heads, _ = queries.shape
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
     name = implementation or _choose(cache, tokens, heads)
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}."
         )
-    if reason := IMPLEMENTATIONS[name].cannot_serve(cache, tokens):
+    if reason := _cannot_serve(name, cache, tokens):
         raise ValueError(f"implementation {name!r} cannot serve this call: {reason}.")
 
     notify(Call(cache, queries, layer, num_tokens))
     if tokens == 0:
         return queries
-    batch, group = config.batch_size or 1, heads // config.num_kv_heads
-    grouped = queries.reshape(batch, tokens, config.num_kv_heads, group, head_dim)
-    scaled = grouped.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)
-    added = tokens if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
-    request = Request.of(
-        cache,
-        jnp.moveaxis(scaled, 1, 2),
-        check_layer(cache, layer),
-        positions=token_positions(cache, tokens, num_tokens).reshape(batch, tokens),
-        lengths=(cache.lengths + added).reshape(batch),
-        softcap=softcap,
-        window=window,
-        sinks=None if sinks is None else sinks.astype(jnp.float32).reshape(-1, group),
-    )
-    output = unrotate(config.codec, IMPLEMENTATIONS[name].run(request))
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
+    request = request_of(cache, queries, layer, num_tokens, **options)
+    output = unrotate(cache.config.codec, IMPLEMENTATIONS[name].run(request))
     return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
 
 
@@ -159,6 +151,7 @@ def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> st
     mosaic: not used, it reads on a Hopper GPU, and the backend is cpu
     reference: used
     blockwise: not needed, reference comes first
+    streamed: not used, the cache is on the device
     """
     if isinstance(cache, HybridCache):
         groups = (
@@ -170,10 +163,10 @@ def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> st
     heads = heads or cache.config.num_kv_heads
     chosen = _choose(cache, tokens, heads)
     lines = []
-    for name, implementation in IMPLEMENTATIONS.items():
+    for name in IMPLEMENTATIONS:
         if name == chosen:
             verdict = "used"
-        elif reason := _reason_against(implementation, cache, tokens, heads):
+        elif reason := _reason_against(name, cache, tokens, heads):
             verdict = f"not used, {reason}"
         else:
             verdict = f"not needed, {chosen} comes first"
@@ -182,19 +175,26 @@ def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> st
 
 
 def _choose(cache: KVCache, tokens: int, heads: int) -> str:
-    return next(
-        name
-        for name, implementation in IMPLEMENTATIONS.items()
-        if not _reason_against(implementation, cache, tokens, heads)
-    )
+    reasons = {name: _reason_against(name, cache, tokens, heads) for name in IMPLEMENTATIONS}
+    for name, reason in reasons.items():
+        if not reason:
+            return name
+    raise ValueError(f"no implementation can serve this call: {reasons}.")
 
 
-def _reason_against(
-    implementation: Implementation, cache: KVCache, tokens: int, heads: int
-) -> str | None:
-    return implementation.cannot_serve(cache, tokens) or implementation.should_not_serve(
+def _reason_against(name: str, cache: KVCache, tokens: int, heads: int) -> str | None:
+    return _cannot_serve(name, cache, tokens) or IMPLEMENTATIONS[name].should_not_serve(
         cache, tokens, heads
     )
+
+
+def _cannot_serve(name: str, cache: KVCache, tokens: int) -> str | None:
+    if is_streamed(cache) and name != "streamed":
+        if not IMPLEMENTATIONS[name].reads_host_memory:
+            return "the cache is in host memory"
+        if cache.resident is not None and cache.resident.bounds is not None:
+            return "it reads all blocks, and this cache's placement chooses"
+    return IMPLEMENTATIONS[name].cannot_serve(cache, tokens)
 
 
 def _check_call(

@@ -1,21 +1,18 @@
 """Attention a block of slots at a time, by online softmax.
 
-Milakov & Gimelshein, "Online normalizer calculation for softmax" (2018), and Rabe & Staats,
-"Self-attention does not need O(n^2) memory" (2021): a running maximum, total and mix a
-query, rescaled when the maximum grows. Memory is one block of one layer, and blocks that no
-query can see (unwritten, in the future, before the window) are not read.
+Memory is one block of one layer, and blocks that no query can see (unwritten, in the future,
+before the window) are not read.
 """
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxkv.attention.products import mix_of, scores_of
+from jaxkv.attention.online import Online
 from jaxkv.attention.request import Grouped, Request
 
 KEY_BLOCK = 1024  # slots
 QUERY_BLOCK = 256  # tokens
-_LOWEST = -1e30  # a finite "minus infinity": differences of it are never NaN
 
 
 def blockwise(request: Request) -> Grouped:
@@ -43,26 +40,11 @@ def _one_query_block(request: Request) -> Grouped:
         fresh = start + jnp.arange(size) >= block * size
         seen = request.visible(start, size) & fresh
 
-        def read(state):
-            highest, total, mix = state
-            keys, values = request.keys_and_values(start, size)
-            scores = request.logits(scores_of(request.queries, keys), start, size)
-            scores = jnp.where(seen, scores, _LOWEST)
-            # The maximum cancels out of the result, so no gradient needs to flow through it.
-            new_highest = lax.stop_gradient(jnp.maximum(highest, scores.max(axis=-1)))
-            weights = jnp.where(seen, jnp.exp(scores - new_highest[..., None]), 0)
-            keep = jnp.exp(highest - new_highest)
-            total = total * keep + weights.sum(axis=-1)
-            return new_highest, total, mix * keep[..., None] + mix_of(weights, values)
+        def read(state: Online) -> Online:
+            return state.with_slots(request, start, size, seen)
 
         return lax.cond(seen.any(), read, lambda state: state, state), None
 
-    rows = request.queries[..., 0]  # like it, so that in an Explicit mesh they are sharded like it
-    highest, total = jnp.full_like(rows, _LOWEST), jnp.zeros_like(rows)
-    if request.sinks is not None:  # as a slot that was read already and gave nothing
-        sinks = jnp.broadcast_to(request.sinks[:, None, :], rows.shape)
-        highest = lax.stop_gradient(jnp.maximum(highest, sinks))
-        total = jnp.exp(sinks - highest)
-    state = highest, total, jnp.zeros_like(request.queries)
-    (_, total, mix), _ = lax.scan(one_key_block, state, jnp.arange(-(-extent // size)))
-    return mix / jnp.where(total == 0, 1, total)[..., None]
+    blocks = jnp.arange(-(-extent // size))
+    state, _ = lax.scan(one_key_block, Online.start(request), blocks)
+    return state.output()

@@ -10,8 +10,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.attention.masks import visible
+from jaxkv.cache import token_positions
+from jaxkv.checks import check_layer
 from jaxkv.codecs import Centred, rotate, rotate_values
-from jaxkv.kv_cache import KVCache, Layer
+from jaxkv.kv_cache import KVCache, Layer, NumTokens
 from jaxkv.vectors import means_of, read_stored
 
 # Query head h * group + g reads KV head h, so queries are kept grouped by what they read.
@@ -112,3 +114,33 @@ class Request:
         index, batch = self.cache.index, len(self.lengths)
         lengths = self.lengths.reshape(index.lengths.shape)
         return index.key_positions(self.layer, lengths, start, size).reshape(batch, -1, size)
+
+
+def request_of(
+    cache: KVCache,
+    queries: Float[Array, "*batch tokens heads head_dim"],
+    layer: Layer,
+    num_tokens: NumTokens | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+) -> Request:
+    """The request of a call of `attend`, whose arguments these are, checked."""
+    config = cache.config
+    *_, tokens, heads, head_dim = queries.shape
+    batch, group = config.batch_size or 1, heads // config.num_kv_heads
+    grouped = queries.reshape(batch, tokens, config.num_kv_heads, group, head_dim)
+    scaled = grouped.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)
+    added = tokens if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
+    return Request.of(
+        cache,
+        jnp.moveaxis(scaled, 1, 2),
+        check_layer(cache, layer),
+        positions=token_positions(cache, tokens, num_tokens).reshape(batch, tokens),
+        lengths=(cache.lengths + added).reshape(batch),
+        softcap=softcap,
+        window=window,
+        sinks=None if sinks is None else sinks.astype(jnp.float32).reshape(-1, group),
+    )

@@ -1,0 +1,99 @@
+"""Buffers in host memory, and how arrays get there and back."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+from jaxtyping import Array
+
+# Memory that a device can copy from and to by itself comes first.
+_HOST_KINDS = ("pinned_host", "unpinned_host")
+
+
+@dataclasses.dataclass(frozen=True)
+class HostMemory:
+    """All tokens in host memory; the newest of them on the device too.
+
+    `jaxkv.attend` brings older blocks to the device one at a time, the next while it works on
+    one, and so needs the memory of two blocks of one layer, whatever the context. The time is
+    that of moving all bytes of the older tokens once a step, unless ``blocks_per_query`` says to
+    fetch only those that matter most.
+
+    Args:
+      resident: newest tokens of each sequence that stay on the device as well.
+      block: tokens that travel together.
+      blocks_per_query: None, or how many older blocks an `attend` fetches: those whose keys
+        could have the largest product with a query, by the bounds of Quest (Tang et al., 2024,
+        section 3.3), which stay on the device. `jaxkv.fetched_blocks` says which.
+
+    Raises:
+      ValueError: a number that is not one of tokens or blocks.
+
+    >>> import jaxkv
+    >>> config = jaxkv.KVCacheConfig(
+    ...     32, 1_000_000, num_kv_heads=8, head_dim=128, placement=jaxkv.HostMemory(resident=4096)
+    ... )
+    >>> config.host_bytes, config.device_bytes
+    (131072000000, 536870924)
+    """
+
+    resident: int = 4096
+    block: int = 1024
+    blocks_per_query: int | None = None
+
+    def __post_init__(self):
+        fewest = {"resident": 1, "block": 1, "blocks_per_query": 1}
+        for field, least in fewest.items():
+            value = getattr(self, field)
+            if value is None and field == "blocks_per_query":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"HostMemory: {field} must be an int of at least {least}, got {value!r}."
+                )
+
+    def num_blocks(self, max_context_length: int) -> int:
+        """Blocks of one sequence, the last of them maybe not whole."""
+        return -(-max_context_length // self.block)
+
+
+def in_host_memory(array: Any) -> bool:
+    """Whether an array (traced or not) lives there rather than on the device.
+
+    On a CPU, too, where it makes no difference to anything but the type.
+    """
+    if not isinstance(array, jax.Array):
+        return getattr(getattr(array, "sharding", None), "memory_kind", None) in _HOST_KINDS
+    return jax.typeof(array).memory_space == jax.memory.Space.Host
+
+
+def to_host(array: Array) -> Array:
+    """A copy in host memory; inside jit too."""
+    return jax.device_put(array, jax.memory.Space.Host)
+
+
+def to_device(array: Array) -> Array:
+    """The array on its device: a copy if it was not there. Inside jit too."""
+    return jax.device_put(array, jax.memory.Space.Device) if in_host_memory(array) else array
+
+
+def zeros_in_host_memory(shape: tuple[int, ...], dtype: Any, device: Any) -> Array:
+    """As `jnp.zeros`, in the host memory of a device or a sharding."""
+    sharding = device if isinstance(device, Sharding) else SingleDeviceSharding(device)
+    return jax.device_put(np.zeros(shape, dtype), host_sharding(sharding))
+
+
+def host_sharding(sharding: Sharding) -> Sharding:
+    """The same devices' host memory.
+
+    Raises:
+      ValueError: the backend has none that JAX knows of.
+    """
+    device: Any = next(iter(sharding.device_set))
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    for kind in _HOST_KINDS:
+        if kind in kinds:
+            return sharding.with_memory_kind(kind)
+    raise ValueError(f"{device} offers no host memory to JAX, only {', '.join(kinds)}.")

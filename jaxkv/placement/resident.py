@@ -1,0 +1,130 @@
+"""What stays on the device of a cache that lives in host memory."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxkv.addressing import Layer, Ring
+from jaxkv.addressing.ring import RingIndex
+from jaxkv.codecs import Leaves, bitcast
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["storage", "index", "bounds"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """The newest tokens of each sequence, and the bounds of all blocks.
+
+    Host memory has these tokens as well, so nothing is lost when they are written over.
+
+    Attributes:
+      storage: as that of the cache, with a ring of slots a sequence.
+      index: which position each of them holds.
+      bounds: of every block's keys, where queries choose blocks; else None.
+    """
+
+    storage: Leaves
+    index: RingIndex
+    bounds: "Bounds | None"
+
+    @classmethod
+    def create(cls, config: Any, storage: Leaves) -> Self:
+        """With nothing in it yet, of a `KVCacheConfig`."""
+        batch, context = config.batch_size or 1, config.max_context_length
+        ring = Ring(window=config.num_resident_slots // batch, chunk=1)
+        index: Any = ring.init(context, config.batch_size)
+        bounds = None
+        if config.placement.blocks_per_query is not None:
+            blocks = config.placement.num_blocks(context)
+            shape = (config.num_layers, batch, blocks, config.num_kv_heads, config.head_dim)
+            lowest, highest = (jnp.zeros(shape, jnp.float32) for _ in range(2))
+            bounds = Bounds(lowest=lowest, highest=highest, block=config.placement.block)
+        return cls(storage, index, bounds)
+
+    def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
+        return dataclasses.replace(self, index=self.index.with_lengths(lengths))
+
+    def append(self, layer: Layer, encoded: Leaves, positions: Int[Array, "*batch tokens"]) -> Self:
+        """Write new tokens over the oldest. Position -1 is padding."""
+        slots_a_sequence = self.index.extent
+        newest = positions.max(axis=-1, keepdims=True)
+        kept = jnp.where(positions > newest - slots_a_sequence, positions, -1)
+        slots = self.index.slots(kept)
+        nowhere = self.num_slots + jnp.arange(slots.size, dtype=jnp.int32).reshape(slots.shape)
+        slots = jnp.where(slots < 0, nowhere, slots)
+        storage = {
+            name: leaf.at[layer, :, slots].set(
+                jnp.moveaxis(bitcast(encoded[name], leaf.dtype), 0, slots.ndim),
+                mode="drop",
+                unique_indices=True,
+            )
+            for name, leaf in self.storage.items()
+        }
+        return dataclasses.replace(self, storage=storage)
+
+    @property
+    def num_slots(self) -> int:
+        return next(iter(self.storage.values())).shape[2]
+
+    def first_position(self, lengths: Int[Array, "*batch"], block: int) -> Int[Array, "*batch"]:
+        """The first position of each sequence that is read from here, at the start of a block.
+
+        ``lengths`` are those after the tokens being processed. All before, and after a deep
+        rollback all there are, are in host memory only.
+        """
+        written = jnp.maximum(self.index.written, lengths)
+        oldest = jnp.maximum(written - self.index.extent, 0)
+        return jnp.minimum(-(-oldest // block) * block, lengths)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["lowest", "highest"], meta_fields=["block"]
+)
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The least and the largest of each coordinate of the keys of a block.
+
+    Attributes:
+      lowest, highest: float32 ``[layers, batch, blocks, kv_heads, head_dim]``.
+      block: tokens of a block.
+    """
+
+    lowest: Float[Array, "layers batch blocks kv_heads head_dim"]
+    highest: Float[Array, "layers batch blocks kv_heads head_dim"]
+    block: int
+
+    def extended(
+        self,
+        layer: Layer,
+        keys: Float[Array, "batch tokens kv_heads head_dim"],
+        positions: Int[Array, "batch tokens"],
+    ) -> Self:
+        """With new tokens. What was known of a block whose first token is among them is dropped."""
+        first = jnp.where(positions >= 0, positions, jnp.int32(2**31 - 1)).min(-1, keepdims=True)
+        batch, tokens = positions.shape
+        touched = jnp.arange(-(-tokens // self.block) + 1, dtype=jnp.int32)
+        blocks = first // self.block + touched  # [batch, touched]
+        inside = (positions[:, None] // self.block == blocks[..., None]) & (positions >= 0)[:, None]
+        started_before = blocks * self.block < first
+        blocks = jnp.where(inside.any(-1), blocks, self.lowest.shape[2])  # else: to be dropped
+        row = jnp.arange(batch)[:, None]
+
+        def update(leaf: Array, extreme: float, reduce: Callable, merge: Callable) -> Array:
+            chosen = jnp.where(inside[..., None, None], keys[:, None], extreme)
+            new = reduce(chosen, axis=2)
+            old = leaf.at[layer, row, blocks].get(mode="clip")
+            old = jnp.where(started_before[..., None, None], old, extreme)
+            return leaf.at[layer, row, blocks].set(merge(old, new), mode="drop")
+
+        inf = float("inf")
+        return dataclasses.replace(
+            self,
+            lowest=update(self.lowest, inf, jnp.min, jnp.minimum),
+            highest=update(self.highest, -inf, jnp.max, jnp.maximum),
+        )
