@@ -35,7 +35,7 @@ def in_host_memory(cache):
         ("float32", None, PLACE),
         ("int8", 3, PLACE),
         ("bfloat16", None, CHOOSING),
-        ("float32", 3, CHOOSING),
+        ("rotated4", 2, CHOOSING),
     ],
 )
 def test_attention_is_that_of_the_oracle(codec, batch_size, placement):

@@ -5,7 +5,7 @@ block before it is worked on. The memory is that of two blocks of one layer.
 """
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -100,7 +100,8 @@ def _with_newest(request: Request, state: Online, end: Int[Array, " batch"]) -> 
     return lax.fori_loop(0, -(-extent // size), one_block, state)
 
 
-class _Fetched(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Fetched:
     """The index of leaves that were read already: what stands in them, -1 for nothing to see."""
 
     positions: Int[Array, "batch slots"]

@@ -10,6 +10,7 @@ from jax.sharding import Sharding
 
 from jaxkv.addressing import Addressing
 from jaxkv.cache import create
+from jaxkv.checks import check_on_device
 from jaxkv.codecs import Codec
 from jaxkv.errors import CacheFullError, SnapshotError
 from jaxkv.hybrid import AnyCache, HybridCache
@@ -129,6 +130,8 @@ def _checked_rows(
     file: Path, saved: Manifest, into: AnyCache, rows: Sequence[int] | None
 ) -> list[int]:
     """The rows of ``into`` that the file's sequences go to."""
+    for cache in caches_of(into):
+        check_on_device(cache)
     theirs = [group.config for group in saved.groups]
     ours = [cache.config for cache in caches_of(into)]
     for field in ("num_layers", "num_kv_heads", "head_dim", "codec"):
