@@ -185,7 +185,9 @@ class KVCacheConfig:
     def to_dict(self) -> dict[str, Any]:
         """Its fields as plain values, codec and addressing by name."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {"codec": self.codec.name, "addressing": self.addressing.name}
+        placement = None if self.placement is None else dataclasses.asdict(self.placement)
+        names = {"codec": self.codec.name, "addressing": self.addressing.name}
+        return fields | names | {"placement": placement}
 
     def describe(self) -> str:
         """One line for messages: ``4096 tokens x 32 layers x 8 KV heads x 128, bfloat16, ring``.

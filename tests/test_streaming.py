@@ -10,6 +10,7 @@ from jax import lax
 
 import jaxkv
 from jaxkv.codecs import CODECS
+from jaxkv.memory import plan
 from tests.oracle import HEADS, OPTIONS, SINKS, Oracle, jit, layer_step, random_step, step
 
 PLACE = jaxkv.HostMemory(resident=9, block=4)
@@ -159,6 +160,24 @@ def test_the_plan_equals_the_fact(placement, batch_size):
     assert kinds == {"pinned_host": config.host_bytes, "device": config.device_bytes}
     assert sum(kinds.values()) == config.size_bytes + config.index_bytes
     assert cache.size_bytes == config.size_bytes
+
+
+def test_plan_counts_both_memories_and_says_what_streaming_would_allow():
+    config = jaxkv.KVCacheConfig(32, 1_000_000, num_kv_heads=8, head_dim=128)
+    answer = plan(config, "80GB")
+    assert not answer.fits
+    assert answer.streamed.fits
+    assert "streamed   536.9 MB on the device and 131.1 GB in host memory" in str(answer)
+    streamed = plan(config.replace(placement=jaxkv.HostMemory()), "80GB")
+    assert streamed.fits
+    assert streamed.streamed is None
+    assert streamed.host_bytes == answer.streamed.host_bytes == config.size_bytes
+    assert streamed.needed_bytes - streamed.host_bytes == answer.streamed.device_bytes
+    assert '"block": 1024' in streamed.to_json()
+    here = plan(config_of("int8"))  # a CPU, whose memory is the host's: all must fit
+    assert (
+        here.max_context_length < plan(config_of("int8"), here.memory.free_bytes).max_context_length
+    )
 
 
 # --- which blocks are fetched --------------------------------------------------------------------

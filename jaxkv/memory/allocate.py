@@ -9,7 +9,7 @@ from jaxkv.cache import create
 from jaxkv.errors import CacheAllocationError
 from jaxkv.hybrid import AnyCache, AnyConfig
 from jaxkv.memory.device import Device, DeviceMemory, device_memory
-from jaxkv.memory.plan import needed_bytes, plan_within
+from jaxkv.memory.plan import bytes_against, plan_within
 from jaxkv.text import format_bytes
 
 
@@ -34,7 +34,7 @@ def allocate(config: AnyConfig, *, device: Device | None = None) -> AnyCache:
     if device is not None and not isinstance(device, jax.Device):
         raise TypeError(f"device must be a jax.Device or None, got {device!r}.")
     memory = device_memory(device)
-    if memory.free_bytes is not None and needed_bytes(config) > memory.free_bytes:
+    if memory.free_bytes is not None and bytes_against(config, memory) > memory.free_bytes:
         raise CacheAllocationError(_explain(config, memory))
     cache = None
     try:

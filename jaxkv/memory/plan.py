@@ -5,9 +5,12 @@ import json
 from typing import Any
 
 from jaxkv.codecs import CODECS, Codec
-from jaxkv.hybrid import AnyConfig
+from jaxkv.config import KVCacheConfig
+from jaxkv.errors import ConfigError
+from jaxkv.hybrid import AnyConfig, HybridConfig
 from jaxkv.memory.device import Device, DeviceMemory, device_memory
 from jaxkv.memory.text import pairs, table
+from jaxkv.placement import HostMemory
 from jaxkv.text import format_bytes
 
 # Positions and lengths are int32: no sequence is longer, whatever the memory.
@@ -26,6 +29,15 @@ class CodecPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class StreamedPlan:
+    """The same cache in host memory: exact bytes there and on the device, and whether these fit."""
+
+    device_bytes: int
+    host_bytes: int
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What `plan` found. ``print`` shows it as a table.
 
@@ -38,6 +50,10 @@ class Plan:
         even one token does, None where nobody knows what is free.
       max_batch_size: likewise the most sequences.
       codecs: the same for every codec in `jaxkv.codecs.CODECS`.
+      host_bytes: how many of ``needed_bytes`` are in host memory, see `HostMemory`. They count
+        against the device only where it is a CPU, whose memory that is.
+      streamed: the same cache with `HostMemory` as its placement; None where it has that
+        already or cannot have it.
 
     >>> import jaxkv
     >>> answer = jaxkv.plan(jaxkv.KVCacheConfig(32, 8192, num_kv_heads=8, head_dim=128), "1GB")
@@ -54,6 +70,8 @@ class Plan:
     max_context_length: int | None
     max_batch_size: int | None
     codecs: tuple[CodecPlan, ...]
+    host_bytes: int = 0
+    streamed: StreamedPlan | None = None
 
     @property
     def smaller_codec(self) -> CodecPlan | None:
@@ -70,9 +88,13 @@ class Plan:
             ("KV cache", self.config.describe()),
             ("needs", f"{format_bytes(self.needed_bytes)} ({self.needed_bytes:,} bytes)"),
             ("device", self._device()),
-            ("fits", _verdict(self.needed_bytes, self.memory.free_bytes)),
+            ("fits", _verdict(bytes_against(self.config, self.memory), self.memory.free_bytes)),
             ("at most", self._at_most()),
         ]
+        if self.host_bytes:
+            facts.insert(2, ("of it", f"{format_bytes(self.host_bytes)} in host memory"))
+        if self.streamed is not None and self.streamed.fits and not self.fits:
+            facts.append(("streamed", self._streamed(self.streamed)))
         headers = ("codec", "bytes", "fits", "max context", "max batch")
         return f"{pairs(facts)}\n\n{table(headers, [self._row(row) for row in self.codecs])}"
 
@@ -81,6 +103,10 @@ class Plan:
         if memory.source == "given":
             return f"{format_bytes(memory.limit_bytes or 0)}, as given"
         return f"{memory.device}: {memory.describe_free()} (source: {memory.source})"
+
+    def _streamed(self, streamed: StreamedPlan) -> str:
+        device, host = format_bytes(streamed.device_bytes), format_bytes(streamed.host_bytes)
+        return f"{device} on the device and {host} in host memory, with placement=HostMemory()"
 
     def _at_most(self) -> str:
         sequence = "" if self.config.batch_size is None else " a sequence"
@@ -123,7 +149,7 @@ def plan(config: AnyConfig, device: Device | int | str | None = None) -> Plan:
 
 def plan_within(config: AnyConfig, memory: DeviceMemory) -> Plan:
     """`plan` against memory that was looked at already."""
-    chosen = _codec_plan(config, memory.free_bytes)
+    chosen = _codec_plan(config, memory)
     rows = {name: _other_codec_plan(config, codec, memory) for name, codec in CODECS.items()}
     rows[chosen.codec] = chosen
     return Plan(
@@ -134,6 +160,8 @@ def plan_within(config: AnyConfig, memory: DeviceMemory) -> Plan:
         chosen.max_context_length,
         chosen.max_batch_size,
         codecs=tuple(row for row in rows.values() if row is not None),
+        host_bytes=_host_bytes(config),
+        streamed=_streamed_plan(config, memory),
     )
 
 
@@ -144,31 +172,54 @@ def needed_bytes(config: AnyConfig) -> int:
 
 def _other_codec_plan(config: AnyConfig, codec: Codec, memory: DeviceMemory) -> CodecPlan | None:
     try:
-        return _codec_plan(config.replace(codec=codec), memory.free_bytes)
+        return _codec_plan(config.replace(codec=codec), memory)
     except ValueError:  # it cannot store vectors of this head_dim: no choice
         return None
 
 
-def _codec_plan(config: AnyConfig, free: int | None) -> CodecPlan:
-    needed = needed_bytes(config)
+def bytes_against(config: AnyConfig, memory: DeviceMemory) -> int:
+    """Those of `needed_bytes` that a device's memory has to hold: not what the host's does."""
+    own_memory = memory.source in ("memory_stats", "given", "unknown")
+    return needed_bytes(config) - (_host_bytes(config) if own_memory else 0)
+
+
+def _host_bytes(config: AnyConfig) -> int:
+    groups = config.groups if isinstance(config, HybridConfig) else (config,)
+    return sum(group.host_bytes for group in groups)
+
+
+def _streamed_plan(config: AnyConfig, memory: DeviceMemory) -> StreamedPlan | None:
+    if not isinstance(config, KVCacheConfig) or config.placement is not None:
+        return None
+    try:
+        streamed = config.replace(placement=HostMemory())
+    except ConfigError:  # not for this addressing
+        return None
+    held, free = bytes_against(streamed, memory), memory.free_bytes
+    fits = free is None or held <= free
+    return StreamedPlan(streamed.device_bytes, streamed.host_bytes, fits)
+
+
+def _codec_plan(config: AnyConfig, memory: DeviceMemory) -> CodecPlan:
+    free = memory.free_bytes
     return CodecPlan(
         codec=config.codec_name,
-        needed_bytes=needed,
-        fits=free is None or needed <= free,
-        max_context_length=_largest(config, "max_context_length", free),
-        max_batch_size=_largest(config, "batch_size", free),
+        needed_bytes=needed_bytes(config),
+        fits=free is None or bytes_against(config, memory) <= free,
+        max_context_length=_largest(config, "max_context_length", memory),
+        max_batch_size=_largest(config, "batch_size", memory),
     )
 
 
-def _largest(config: AnyConfig, field: str, free: int | None) -> int | None:
+def _largest(config: AnyConfig, field: str, memory: DeviceMemory) -> int | None:
     """The largest value of a field that fits, by bisection: no addressing has to be linear."""
-    if free is None:
+    if (free := memory.free_bytes) is None:
         return None
     fitting, too_many = 0, MAX_COUNT + 1
     while too_many - fitting > 1:
         middle = (fitting + too_many) // 2
         tried: dict[str, Any] = {field: middle}
-        if needed_bytes(config.replace(**tried)) <= free:
+        if bytes_against(config.replace(**tried), memory) <= free:
             fitting = middle
         else:
             too_many = middle

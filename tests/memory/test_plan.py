@@ -136,6 +136,7 @@ def test_text(monkeypatch):
         "device    24.0 GB, as given\n"
         "fits      no, 1.8 GB too large\n"
         "at most   7,629 tokens a sequence, or 22 sequences of 8,192\n"
+        "streamed  12.9 GB on the device and 25.8 GB in host memory, with placement=HostMemory()\n"
         "\n"
         "codec                bytes  fits  max context  max batch\n"
         "bfloat16 (chosen)  25.8 GB    no        7,629         22\n"
@@ -156,6 +157,7 @@ def test_json():
         "batch_size": None,
         "codec": "bfloat16",
         "addressing": "contiguous",
+        "placement": None,
     }
     assert answer["fits"] is True
     assert answer["needed_bytes"] == 2**30 + 4
