@@ -22,7 +22,7 @@ from jaxkv.attention import IMPLEMENTATIONS
 _KV_HEADS, _HEADS, _HEAD_DIM = 8, 32, 128  # of Llama-3-8B
 _CACHE_BYTES = 4 << 30  # the layers that are gone through: many times what a GPU's L2 holds
 _SAMPLE_SECONDS, _SAMPLES = 0.02, 5
-CONTEXTS = ((1, 4096), (1, 32768), (8, 4096), (8, 16384), (8, 32768), (64, 4096))
+CONTEXTS = ((8, 16384), (8, 32768), (1, 4096), (1, 32768), (8, 4096), (64, 4096))
 _WITH_EVERY_FORM = ((8, 16384),)  # XLA's own forms take long to run, flex attention to compile
 
 
