@@ -42,6 +42,10 @@ class Engine:
       tracker: a ledger that the cache is entered in.
       device: where the cache lives.
 
+    Attributes:
+      pages: the books of the pool; ``pages.usage()`` and ``pages.check()`` may be called any time.
+      figures: what the engine did so far.
+
     Raises:
       ConfigError: a cache that is no shared paged pool.
       CacheAllocationError: it does not fit.
@@ -98,6 +102,7 @@ class Engine:
             decode_steps=decode_steps,
             on_preempt=self._waiting.appendleft,
         )
+        self.figures: Figures = self._batch.figures
 
     def submit(
         self,
@@ -123,8 +128,7 @@ class Engine:
           ValueError: an empty prompt, a token outside the vocabulary, a bad limit or seed.
         """
         ids = checked_prompt(prompt, self._vocabulary)
-        named = self.pages.prompt(ids, salt=salt)
-        stops = (*self._stop_tokens, *stop_tokens)
+        named, stops = self.pages.prompt(ids, salt=salt), (*self._stop_tokens, *stop_tokens)
         request = self._new_request(named, max_new_tokens, seed, stops)
         self._waiting.append(request)
         return request
@@ -132,7 +136,7 @@ class Engine:
     def fork(self, request: Request, *, seed: int) -> Request:
         """Another request that goes on from where this one is, with draws of its own.
 
-        It shares all full pages from the start if a row and pages for it are free; else it waits.
+        It shares all full pages at once if a row and pages for it are free, and waits otherwise.
 
         Raises:
           UnknownRequestError: not a request of this engine, or one that has ended.
@@ -141,7 +145,8 @@ class Engine:
         self._check_alive(request)
         child = self._new_request(request.prompt, request.max_new_tokens, seed, request.stop_tokens)
         child.tokens, child.logprobs = list(request.tokens), list(request.logprobs)
-        if request in self._batch.rows and None in self._batch.rows and not self._waiting:
+        rows = self._batch.rows
+        if request in rows and None in rows and not (request.is_prefilling or self._waiting):
             with contextlib.suppress(PoolFullError):
                 self._batch.fork(request, child)
                 return child
@@ -193,11 +198,6 @@ class Engine:
         while self.busy:
             self.step()
 
-    @property
-    def figures(self) -> Figures:
-        """What the engine did so far."""
-        return self._batch.figures
-
     def close(self) -> None:
         """Cancel what runs and free the cache."""
         for request in [*self._waiting, *self._batch.running]:
@@ -243,9 +243,7 @@ class Engine:
     def _is_being_computed(self, request: Request) -> bool:
         """Will a running prefill leave more of this prompt in the pool than there is now?"""
         prompt = request.prompt
-        if not prompt.reuse:
-            return False
-        others = self._batch.prefilling
+        others = self._batch.prefilling if prompt.reuse else []
         ahead = max((other.prompt.num_common(prompt) for other in others), default=0)
         if ahead < prompt.num_shareable:
             ahead -= ahead % self._chunk

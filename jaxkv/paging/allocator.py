@@ -75,11 +75,7 @@ class PageAllocator:
         self.num_prompt_tokens = self.num_hit_tokens = 0
 
     def check_fits(self, length: int) -> None:
-        """Refuse what even an idle pool has no room for.
-
-        Raises:
-          CacheFullError: so many tokens need more pages than there are.
-        """
+        """Raise `CacheFullError` for so many tokens that even an idle pool has no room for them."""
         check_fits(self.groups, length)
 
     def prompt(
