@@ -60,7 +60,7 @@ class _Step:
         config = jaxkv.KVCacheConfig(_LAYERS, context, _KV_HEADS, _HEAD_DIM, codec=chosen)
         self.size_bytes, self.cache = config.size_bytes, jaxkv.create(config)
         for _ in range(context // _CHUNK):
-            self.cache = _add_chunk(self.cache, self.cache.lengths)
+            self.cache = _add_chunk(self.cache)
         self.cache = jaxkv.truncate(self.cache, context - 1)
         lines = jaxkv.explain(self.cache, heads=_KV_HEADS * _GROUP).splitlines()
         self.implementation = next(line for line in lines if line.endswith(": used")).split(":")[0]
@@ -74,9 +74,9 @@ class _Step:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add_chunk(cache: jaxkv.KVCache, seed: jax.Array) -> jaxkv.KVCache:
+def _add_chunk(cache: jaxkv.KVCache) -> jaxkv.KVCache:
     shape = (2, _CHUNK, _KV_HEADS, _HEAD_DIM)
-    keys, values = jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+    keys, values = jax.random.normal(jax.random.key(cache.lengths), shape, jnp.bfloat16)
     for layer in range(_LAYERS):
         cache = jaxkv.append(cache, keys, values, layer=layer)
     return jaxkv.advance(cache, _CHUNK)

@@ -132,7 +132,7 @@ def test_eager_verbs_leave_the_old_value_alone_so_a_cache_forks():
         oracle.truncate(3)
 
 
-@over_the_product
+@each_once
 def test_pytree_round_trip(codec, addressing):
     cache, _ = filled(config_of(codec, addressing, batch_size=2), 3)
     leaves, structure = jax.tree.flatten(cache)

@@ -46,7 +46,7 @@ def biased(model: Decoder) -> Decoder:
     """
     config = model.config
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    twin = Decoder(type(config)(**fields | {"qkv_bias": True}), rngs=nnx.Rngs(0))
+    twin = Decoder(type(config)(**fields | {"attention_bias": True}), rngs=nnx.Rngs(0))
     weights = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     state = nnx.to_flat_state(nnx.state(twin, nnx.Param))
     pairs = config.head_dim // 2
