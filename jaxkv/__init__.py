@@ -5,22 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from jaxkv.addressing import Addressing, Contiguous, Kept, Paged, Ring
 from jaxkv.attention import attend, explain, fetched_blocks, observed
-from jaxkv.cache import (
-    advance,
-    append,
-    check,
-    copy_pages,
-    create,
-    fork,
-    layer,
-    next_positions,
-    reset,
-    select,
-    truncate,
-)
+from jaxkv.cache import advance, append, check, layer, next_positions, reset, truncate
 from jaxkv.codecs import Centred, Codec, Dense, Float8, Int8, KeysValues, Rope, Rotated
 from jaxkv.compression import compress, evict, evicting
 from jaxkv.config import KVCacheConfig
+from jaxkv.creation import create
 from jaxkv.engine import Engine
 from jaxkv.errors import (
     CacheAllocationError,
@@ -42,6 +31,7 @@ from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
 from jaxkv.model_shape import wide_at_the_ends
 from jaxkv.placement import HostMemory
 from jaxkv.policies import reconstruction_scores
+from jaxkv.rearrange import copy_pages, fork, select
 from jaxkv.sampling import Sampling, sample
 from jaxkv.snapshot import load, save
 from jaxkv.streaming import offload, prefetch

@@ -5,87 +5,33 @@ copies, as for any immutable array.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxkv.addressing import PagedIndex
 from jaxkv.checks import (
     check_alive,
     check_chunk,
     check_counts,
     check_intact,
     check_layer,
-    check_on_device,
     check_room,
-    check_rows,
     check_vectors,
 )
-from jaxkv.codecs import Dense, Leaves, bitcast, container_dtype, leaf_specs
-from jaxkv.config import KVCacheConfig
+from jaxkv.codecs import Dense, bitcast
 from jaxkv.errors import CacheFullError
 from jaxkv.hybrid import (
     AnyCache,
-    AnyConfig,
-    HybridCache,
-    HybridConfig,
     in_every_group,
     in_its_group,
 )
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
-from jaxkv.placement import Resident, in_host_memory, zeros_in_host_memory
+from jaxkv.placement import in_host_memory
 from jaxkv.streaming import append_to_host
 from jaxkv.vectors import encode, read
-
-
-def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
-    """An empty cache: every buffer preallocated and zero.
-
-    Args:
-      config: its shape; a `HybridConfig` gives a `HybridCache`.
-      device: a `jax.Device` or `jax.sharding.Sharding` for the buffers; JAX's default if None.
-
-    >>> import jaxkv
-    >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 16, 1, 4, codec=jaxkv.Dense("float32")))
-    >>> cache.storage["data"].shape
-    (2, 2, 16, 1, 4)
-    """
-    if isinstance(config, HybridConfig):
-        groups = (_create(group, device) for group in config.groups)
-        return HybridCache(tuple(groups), config)
-    return _create(config, device)
-
-
-def _create(config: KVCacheConfig, device: Any) -> KVCache:
-    if config.placement is not None and device is None:
-        # All in one place that is named, for a step returns it so, and compiles once then.
-        device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
-    platform = _platform(device)
-
-    def buffers(num_slots: int, allocate: Any = jnp.zeros) -> Leaves:
-        leaves = {}
-        for name, (shape, dtype, sides) in leaf_specs(config.codec, config.head_dim).items():
-            whole = (config.num_layers, sides, num_slots, config.num_kv_heads, *shape)
-            leaves[name] = allocate(whole, container_dtype(dtype, platform), device=device)
-        return leaves
-
-    means = config.means_shape and jnp.zeros(config.means_shape, device=_without_ctx(device))
-    index = config.addressing.init(config.max_context_length, config.batch_size)
-    resident = None
-    if config.placement is not None:
-        resident = Resident.create(config, buffers(config.num_resident_slots))
-    if isinstance(device, NamedSharding):  # on all of the mesh, as a step will return it
-        index = jax.device_put(index, NamedSharding(device.mesh, PartitionSpec()))
-    elif isinstance(device, jax.Device):
-        index, resident = jax.device_put((index, resident), device)
-    storage = buffers(config.num_slots, jnp.zeros if resident is None else zeros_in_host_memory)
-    return KVCache(storage, index, config, means, resident)
 
 
 @in_its_group
@@ -278,97 +224,6 @@ def check(cache: KVCache) -> KVCache:
     return cache
 
 
-@in_every_group
-def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache:
-    """A batch of these sequences of a cache: to reorder beams, drop finished ones, or repeat.
-
-    The new sequences are copies that go on independently. Only with a shared pool of pages
-    they keep the pages that they had: give those that go on pages of their own with
-    `jaxkv.paging`, which says what to copy.
-
-    Args:
-      rows: which sequence each row of the new batch is, ``int32[rows]``; may be traced. A
-        single sequence is row 0.
-
-    Raises:
-      IndexError: outside jit, a row that there is not.
-
-    >>> import jaxkv
-    >>> prompt = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
-    >>> jaxkv.select(prompt, [0, 0, 0]).lengths.tolist()
-    [5, 5, 5]
-    """
-    check_alive(cache)
-    chosen = jnp.asarray(rows, jnp.int32)
-    check_rows(cache, chosen)
-    check_on_device(cache)
-    index, slots = cache.index.select(chosen)
-    storage = cache.storage
-    if slots is not None:
-        storage = {name: jnp.take(leaf, slots, axis=2) for name, leaf in storage.items()}
-    config = cache.config.replace(batch_size=chosen.size)
-    return dataclasses.replace(cache, storage=storage, index=index, config=config)
-
-
-def fork(cache: AnyCache, num_copies: int) -> AnyCache:
-    """Each sequence ``num_copies`` times, next to each other, as a batch.
-
-    For parallel samples of one prompt; see `select` for pages of a shared pool.
-
-    Args:
-      num_copies: of each sequence, at least 1.
-
-    >>> import jaxkv
-    >>> prompt = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
-    >>> fork(prompt, 4).lengths.tolist()
-    [5, 5, 5, 5]
-    """
-    sequences = np.arange(cache.config.batch_size or 1, dtype=np.int32)
-    return select(cache, np.repeat(sequences, num_copies))
-
-
-def copy_pages(
-    cache: KVCache, sources: Int[Array, " pages"], destinations: Int[Array, " pages"]
-) -> KVCache:
-    """Copy whole pages of a paged pool, in all layers, for sequences that part ways.
-
-    In place under donation: only the pages' own bytes move.
-
-    Args:
-      sources: pages of the pool, ``int32[pages]``.
-      destinations: as many pages, each named once; one below 0 or past the pool is skipped, so
-        that calls can be padded to one shape.
-
-    Raises:
-      TypeError: not a paged cache.
-
-    >>> import jax.numpy as jnp, jaxkv
-    >>> config = jaxkv.KVCacheConfig(1, 8, 1, 4, addressing=jaxkv.Paged(page_size=4))
-    >>> cache = jaxkv.create(config)
-    >>> cache = jaxkv.append(cache, jnp.ones((4, 1, 4)), jnp.ones((4, 1, 4)), layer=0)
-    >>> keys, values = jaxkv.layer(copy_pages(cache, jnp.array([0]), jnp.array([1])), 0)
-    >>> keys[4:, 0, 0].tolist()
-    [1.0, 1.0, 1.0, 1.0]
-    """
-    if not isinstance(cache.index, PagedIndex):
-        raise TypeError(
-            f"copy_pages needs a paged cache, got a {cache.config.addressing.name} one."
-        )
-    page_size, num_slots = cache.index.page_size, cache.config.num_slots
-    within = jnp.arange(page_size, dtype=jnp.int32)
-    skipped = num_slots + jnp.arange(destinations.size * page_size, dtype=jnp.int32)
-    targets = (destinations[:, None] * page_size + within).reshape(-1)
-    targets = jnp.where((targets < 0) | (targets >= num_slots), skipped, targets)
-    origins = (jnp.maximum(sources, 0)[:, None] * page_size + within).reshape(-1)
-    storage = {
-        name: leaf.at[:, :, targets].set(
-            leaf.at[:, :, origins].get(mode="clip"), mode="drop", unique_indices=True
-        )
-        for name, leaf in cache.storage.items()
-    }
-    return dataclasses.replace(cache, storage=storage)
-
-
 def token_positions(
     cache: KVCache, tokens: int, num_tokens: NumTokens | None
 ) -> Int[Array, "*batch tokens"]:
@@ -378,24 +233,6 @@ def token_positions(
         return positions
     real = jnp.arange(tokens) < jnp.asarray(num_tokens)[..., None]
     return jnp.where(real, positions, -1)
-
-
-def _platform(device: Any) -> str:
-    if device is None:
-        device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if isinstance(device, str):
-        return device
-    if isinstance(device, jax.sharding.Sharding):
-        device = next(iter(device.device_set))
-    return jax.default_backend() if device is None else device.platform
-
-
-def _without_ctx(device: Any) -> Any:
-    """Where means go, whose axes are those of a buffer without its ctx axis."""
-    if not isinstance(device, NamedSharding):
-        return device
-    axes = tuple(device.spec)
-    return NamedSharding(device.mesh, PartitionSpec(*axes[:2], *axes[3:]))
 
 
 def _decoded_dtype(cache: KVCache) -> jnp.dtype:

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxkv.cache import advance, append, create, layer
+from jaxkv.cache import advance, append, layer
 from jaxkv.codecs import Centred, Codec, Rope
 from jaxkv.config import KVCacheConfig
+from jaxkv.creation import create
 from jaxkv.hybrid import AnyCache, HybridCache
 from jaxkv.kv_cache import KVCache
 

@@ -27,7 +27,7 @@ FLOORS = [
     {"model_shape"},
     {"checks"},
     {"streaming"},
-    {"cache"},
+    {"creation", "cache", "rearrange"},
     {"attention"},
     {"policies"},
     {"compression"},

@@ -16,10 +16,11 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxkv.addressing import PagedIndex
-from jaxkv.cache import copy_pages, select, truncate
+from jaxkv.cache import truncate
 from jaxkv.decode import New, Structure
 from jaxkv.hybrid import AnyCache, HybridCache
 from jaxkv.kv_cache import KVCache
+from jaxkv.rearrange import copy_pages, select
 from jaxkv.sampling import Sampling, sample
 
 # From the host, or traced.

@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.attention import attend
-from jaxkv.cache import advance, append, create
+from jaxkv.cache import advance, append
 from jaxkv.checks import check_alive, check_counts, check_room
 from jaxkv.codecs import Codec, Dense
 from jaxkv.config import KVCacheConfig
+from jaxkv.creation import create
 from jaxkv.kv_cache import KVCache, NumTokens
 
 

@@ -5,7 +5,7 @@ import traceback
 import jax
 from jax.errors import JaxRuntimeError
 
-from jaxkv.cache import create
+from jaxkv.creation import create
 from jaxkv.errors import CacheAllocationError
 from jaxkv.hybrid import AnyCache, AnyConfig
 from jaxkv.memory.device import Device, DeviceMemory, device_memory

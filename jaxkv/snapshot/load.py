@@ -9,9 +9,9 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxkv.addressing import Addressing
-from jaxkv.cache import create
 from jaxkv.checks import check_on_device
 from jaxkv.codecs import Codec
+from jaxkv.creation import create
 from jaxkv.errors import CacheFullError, SnapshotError
 from jaxkv.hybrid import AnyCache, HybridCache
 from jaxkv.memory.allocate import allocate

@@ -1,0 +1,104 @@
+"""Verbs that rearrange whole sequences: reorder, repeat, and copy pages that were shared."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxkv.addressing import PagedIndex
+from jaxkv.checks import check_alive, check_on_device, check_rows
+from jaxkv.hybrid import AnyCache, in_every_group
+from jaxkv.kv_cache import KVCache
+
+
+@in_every_group
+def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache:
+    """A batch of these sequences of a cache: to reorder beams, drop finished ones, or repeat.
+
+    The new sequences are copies that go on independently. Only with a shared pool of pages
+    they keep the pages that they had: give those that go on pages of their own with
+    `jaxkv.paging`, which says what to copy.
+
+    Args:
+      rows: which sequence each row of the new batch is, ``int32[rows]``; may be traced. A
+        single sequence is row 0.
+
+    Raises:
+      IndexError: outside jit, a row that there is not.
+
+    >>> import jaxkv
+    >>> prompt = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
+    >>> jaxkv.select(prompt, [0, 0, 0]).lengths.tolist()
+    [5, 5, 5]
+    """
+    check_alive(cache)
+    chosen = jnp.asarray(rows, jnp.int32)
+    check_rows(cache, chosen)
+    check_on_device(cache)
+    index, slots = cache.index.select(chosen)
+    storage = cache.storage
+    if slots is not None:
+        storage = {name: jnp.take(leaf, slots, axis=2) for name, leaf in storage.items()}
+    config = cache.config.replace(batch_size=chosen.size)
+    return dataclasses.replace(cache, storage=storage, index=index, config=config)
+
+
+def fork(cache: AnyCache, num_copies: int) -> AnyCache:
+    """Each sequence ``num_copies`` times, next to each other, as a batch.
+
+    For parallel samples of one prompt; see `select` for pages of a shared pool.
+
+    Args:
+      num_copies: of each sequence, at least 1.
+
+    >>> import jaxkv
+    >>> prompt = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
+    >>> fork(prompt, 4).lengths.tolist()
+    [5, 5, 5, 5]
+    """
+    sequences = np.arange(cache.config.batch_size or 1, dtype=np.int32)
+    return select(cache, np.repeat(sequences, num_copies))
+
+
+def copy_pages(
+    cache: KVCache, sources: Int[Array, " pages"], destinations: Int[Array, " pages"]
+) -> KVCache:
+    """Copy whole pages of a paged pool, in all layers, for sequences that part ways.
+
+    In place under donation: only the pages' own bytes move.
+
+    Args:
+      sources: pages of the pool, ``int32[pages]``.
+      destinations: as many pages, each named once; one below 0 or past the pool is skipped, so
+        that calls can be padded to one shape.
+
+    Raises:
+      TypeError: not a paged cache.
+
+    >>> import jax.numpy as jnp, jaxkv
+    >>> config = jaxkv.KVCacheConfig(1, 8, 1, 4, addressing=jaxkv.Paged(page_size=4))
+    >>> cache = jaxkv.create(config)
+    >>> cache = jaxkv.append(cache, jnp.ones((4, 1, 4)), jnp.ones((4, 1, 4)), layer=0)
+    >>> keys, values = jaxkv.layer(copy_pages(cache, jnp.array([0]), jnp.array([1])), 0)
+    >>> keys[4:, 0, 0].tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
+    if not isinstance(cache.index, PagedIndex):
+        raise TypeError(
+            f"copy_pages needs a paged cache, got a {cache.config.addressing.name} one."
+        )
+    page_size, num_slots = cache.index.page_size, cache.config.num_slots
+    within = jnp.arange(page_size, dtype=jnp.int32)
+    skipped = num_slots + jnp.arange(destinations.size * page_size, dtype=jnp.int32)
+    targets = (destinations[:, None] * page_size + within).reshape(-1)
+    targets = jnp.where((targets < 0) | (targets >= num_slots), skipped, targets)
+    origins = (jnp.maximum(sources, 0)[:, None] * page_size + within).reshape(-1)
+    storage = {
+        name: leaf.at[:, :, targets].set(
+            leaf.at[:, :, origins].get(mode="clip"), mode="drop", unique_indices=True
+        )
+        for name, leaf in cache.storage.items()
+    }
+    return dataclasses.replace(cache, storage=storage)
