@@ -58,7 +58,7 @@ def prefill(
     row = _placed(select(cache, [0]), tables, start)
     _, row = model(leaves, jnp.asarray(tokens), row)
     groups = [
-        dataclasses.replace(group, storage=written.storage)
+        dataclasses.replace(group, storage=written.storage, means=written.means)
         for group, written in zip(groups_of(cache), groups_of(row), strict=True)
     ]
     return _with_groups(cache, groups)

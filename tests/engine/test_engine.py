@@ -401,3 +401,28 @@ def test_layers_with_windows_have_pools_of_their_own():
         run(running)
         assert again.tokens == expected[1]
         assert sum(request.num_cached for request in (*requests, again)) > 0
+
+
+def test_means_are_those_of_the_first_prompt():
+    """A codec that centres has one state a pool: set by the first chunk, kept from then on."""
+    codec = jaxkv.Centred(jaxkv.Rotated(bits=4))
+    pool = jaxkv.Paged(PAGE, PAGES)
+    config = jaxkv.KVCacheConfig(1, CONTEXT, 1, 16, 2, codec, addressing=pool)
+    embedding = jnp.asarray(np.random.default_rng(0).standard_normal((64, 1, 16)), jnp.float32)
+
+    def model(tokens, cache):
+        heads = embedding[tokens]
+        cache = jaxkv.append(cache, heads, heads, layer=0)
+        mixed = jaxkv.attend(cache, heads, layer=0)
+        logits = (heads + mixed).reshape(*tokens.shape, 16) @ embedding[:, 0].T
+        return logits, jaxkv.advance(cache, tokens.shape[-1])
+
+    with jaxkv.Engine(model, config, prefill_chunk=CHUNK, decode_steps=4) as running:
+        first = running.submit(PROMPTS[1], max_new_tokens=4)
+        running.run()
+        means = np.asarray(running.cache.means)
+        assert means.any()
+        other, again = (running.submit(PROMPTS[n], max_new_tokens=4) for n in (4, 1))
+        running.run()
+        assert np.array_equal(running.cache.means, means)
+        assert (again.num_cached, again.tokens, other.num_cached) == (42, first.tokens, 0)
