@@ -98,6 +98,7 @@ def test_a_hybrid_cache_shows_its_groups():
     assert shown.texts.count("9 of 64 tokens") == 2
 
 
+@pytest.mark.filterwarnings("ignore:The chararray class is deprecated")  # treescope's own
 def test_treescope():
     treescope = pytest.importorskip("treescope")
     text = treescope.render_to_text(held(3))
