@@ -87,9 +87,9 @@ def run(quick: bool) -> Iterator[Table]:
     }
     temp = max(row["temp / block"] for row in rows if row["cache"] != "device, blockwise")
     notes = [
-        f"{_LAYERS} layers x {_KV_HEADS} KV heads x {_HEAD_DIM}, float32, {_HEADS} query heads, 1 "
-        f"sequence; {_RESIDENT:,} tokens resident, blocks of {_BLOCK:,}. Medians, in turns. On a "
-        "CPU the two memories are one, and attend reads host memory in place.",
+        f"{_LAYERS} layers x {_KV_HEADS} KV heads x {_HEAD_DIM}, float32, {_HEADS} query heads, "
+        f"one sequence; {_RESIDENT:,} tokens resident, blocks of {_BLOCK:,}. Medians, in turns. On "
+        "a CPU the two memories are one, and attend reads host memory in place.",
         target("streamed over the device's blockwise", max(
             ratios[streamed, context] for context in _CONTEXTS), _SLOWEST, at_most=True),
         target(f"time a streamed token, {long:,} over {short:,}",

@@ -167,7 +167,7 @@ class KVCacheConfig:
         index = self.addressing.index_bytes(self.max_context_length, self.batch_size)
         if self.placement is None:
             return index
-        return index + 8 * (self.batch_size or 1) + self._bounds_bytes
+        return index + 4 * (self.batch_size or 1) + self._bounds_bytes
 
     @property
     def _bounds_bytes(self) -> int:

@@ -81,10 +81,10 @@ def _with_newest(request: Request, state: Online, end: Int[Array, " batch"]) -> 
     resident = request.cache.resident
     if resident is None:
         return state
-    storage, index = resident.storage, resident.index
+    storage, index = resident.storage, resident.index(request.cache.lengths)
     newest = dataclasses.replace(request.cache, storage=storage, index=index)
     ring = dataclasses.replace(request, cache=newest)
-    extent, capacity = resident.index.extent, request.cache.index.capacity
+    extent, capacity = index.extent, request.cache.index.capacity
     size = min(KEY_BLOCK, extent)
 
     def one_block(block: Int[Array, ""], state: Online) -> Online:

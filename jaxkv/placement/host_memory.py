@@ -36,7 +36,7 @@ class HostMemory:
     ...     32, 1_000_000, num_kv_heads=8, head_dim=128, placement=jaxkv.HostMemory(resident=4096)
     ... )
     >>> config.host_bytes, config.device_bytes
-    (131072000000, 536870924)
+    (131072000000, 536870920)
     """
 
     resident: int = 4096

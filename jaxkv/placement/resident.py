@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxkv.addressing import Layer, Ring
+from jaxkv.addressing import Layer
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.codecs import Leaves, bitcast
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["storage", "index", "bounds"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["storage", "written", "bounds"],
+    meta_fields=["slots_a_sequence", "capacity"],
 )
 @dataclasses.dataclass(frozen=True)
 class Resident:
@@ -25,37 +27,43 @@ class Resident:
 
     Attributes:
       storage: as that of the cache, with a ring of slots a sequence.
-      index: which position each of them holds.
+      written: how far each sequence was ever written; lengths are in the cache's index.
       bounds: of every block's keys, where queries choose blocks; else None.
+      slots_a_sequence, capacity: static, of the ring and of the whole cache.
     """
 
     storage: Leaves
-    index: RingIndex
+    written: Int[Array, "*batch"]
     bounds: "Bounds | None"
+    slots_a_sequence: int
+    capacity: int
 
     @classmethod
     def create(cls, config: Any, storage: Leaves) -> Self:
         """With nothing in it yet, of a `KVCacheConfig`."""
         batch, context = config.batch_size or 1, config.max_context_length
-        ring = Ring(window=config.num_resident_slots // batch, chunk=1)
-        index: Any = ring.init(context, config.batch_size)
         bounds = None
         if config.placement.blocks_per_query is not None:
             blocks = config.placement.num_blocks(context)
             shape = (config.num_layers, batch, blocks, config.num_kv_heads, config.head_dim)
             lowest, highest = (jnp.zeros(shape, jnp.float32) for _ in range(2))
             bounds = Bounds(lowest=lowest, highest=highest, block=config.placement.block)
-        return cls(storage, index, bounds)
+        written = jnp.zeros(config.batch_shape, jnp.int32)
+        return cls(storage, written, bounds, config.num_resident_slots // batch, context)
+
+    def index(self, lengths: Int[Array, "*batch"]) -> RingIndex:
+        """Which position each slot holds, when sequences are so long."""
+        window = self.slots_a_sequence
+        return RingIndex(lengths, self.written, self.capacity, window, sinks=0, chunk=1)
 
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
-        return dataclasses.replace(self, index=self.index.with_lengths(lengths))
+        return dataclasses.replace(self, written=self.index(lengths).with_lengths(lengths).written)
 
     def append(self, layer: Layer, encoded: Leaves, positions: Int[Array, "*batch tokens"]) -> Self:
         """Write new tokens over the oldest. Position -1 is padding."""
-        slots_a_sequence = self.index.extent
         newest = positions.max(axis=-1, keepdims=True)
-        kept = jnp.where(positions > newest - slots_a_sequence, positions, -1)
-        slots = self.index.slots(kept)
+        kept = jnp.where(positions > newest - self.slots_a_sequence, positions, -1)
+        slots = self.index(self.written).slots(kept)
         nowhere = self.num_slots + jnp.arange(slots.size, dtype=jnp.int32).reshape(slots.shape)
         slots = jnp.where(slots < 0, nowhere, slots)
         storage = {
@@ -78,8 +86,8 @@ class Resident:
         ``lengths`` are those after the tokens being processed. All before, and after a deep
         rollback all there are, are in host memory only.
         """
-        written = jnp.maximum(self.index.written, lengths)
-        oldest = jnp.maximum(written - self.index.extent, 0)
+        written = jnp.maximum(self.written, lengths)
+        oldest = jnp.maximum(written - self.slots_a_sequence, 0)
         return jnp.minimum(-(-oldest // block) * block, lengths)
 
 
