@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxkv.addressing import Index
+from jaxkv.errors import SnapshotError
 from jaxkv.hybrid import AnyCache, HybridCache
 from jaxkv.kv_cache import KVCache
 
@@ -21,6 +22,11 @@ class Places(NamedTuple):
 def places_of(index: Index) -> list[Places]:
     """For each sequence of a cache, in order."""
     claimed = index.key_positions(0, index.lengths, 0, index.extent)
+    if claimed.ndim > index.lengths.ndim + 1:
+        raise SnapshotError(
+            "A compressed cache cannot be saved or loaded into: each of its heads keeps tokens of "
+            "its own. Save it before compressing, and compress what is loaded."
+        )
     slots = index.slots(jnp.asarray(claimed))
     found = []
     for positions, row in zip(_rows(claimed), _rows(slots), strict=True):

@@ -40,6 +40,7 @@ def save(
 
     Raises:
       CacheFullError, CacheClosedError: the cache is not sound.
+      SnapshotError: a compressed cache, whose heads keep tokens of their own.
       ValueError: tokens that are not as many as the cache holds.
       OSError: the file cannot be written. What was there before is as it was.
 
