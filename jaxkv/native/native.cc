@@ -2,6 +2,7 @@
 #include <memory>
 
 #include "attention.h"
+#include "pages.h"
 #include "product.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -31,6 +32,7 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer cache, ffi::Buffer<ffi::U
   // Like XLA's own slices, a layer out of range is the nearest that exists.
   const int64_t number = std::clamp<int64_t>(layer.typed_data()[0], 0, cache_shape[0] - 1);
 
+  PreferLargePages(cache.untyped_data(), cache.size_bytes());
   Attention job;
   job.keys = (const char*)cache.untyped_data() + 2 * number * half_layer;
   job.values = (const char*)job.keys + half_layer;
@@ -82,6 +84,7 @@ ffi::Error Products(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, bool table,
     if (weight.has_error()) return weight.error();
     if (result.has_error()) return result.error();
     type = weight->element_type();
+    PreferLargePages(weight->untyped_data(), weight->size_bytes());
     job.weights.push_back({weight->untyped_data(), job.in, weight->dimensions()[table ? 0 : 1],
                            table, (*result)->typed_data()});
   }
