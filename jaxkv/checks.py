@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxkv.addressing import KeptIndex
 from jaxkv.errors import CacheClosedError, CacheFullError
 from jaxkv.hybrid import AnyCache, check_static_layer
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
@@ -114,6 +115,8 @@ def check_room(cache: KVCache, num_tokens: NumTokens) -> None:
         cure = "create one with a larger max_context_length"
         if most < cache.index.capacity:
             cure = "assign it more pages"
+            if isinstance(cache.index, KeptIndex):
+                cure = "make room with jaxkv.evict, or compress with a larger new"
         raise CacheFullError(
             f"KV cache full: {sequence}holds {held} of {most} tokens, and "
             f"{int(after.ravel()[worst] - held)} more were given. Nothing was written. truncate "

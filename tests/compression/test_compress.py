@@ -1,0 +1,182 @@
+"""Compression keeps what was chosen, as it was stored, and lets go of the rest."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv.codecs import CODECS
+from jaxkv.compression import adaptive, pyramid, score
+from jaxkv.compression.scoring import held
+from jaxkv.policies import POLICIES, HeavyHitters, KeyDiff, SinksAndRecent, select
+from tests.compression.layouts import KV_HEADS, LAYERS, LENGTHS, Filled, positions_of
+from tests.oracle import jit
+
+BY_HEAD = np.array([[2, 6], [5, 3]])
+KEEPS = {"a head": 4, "a layer": (6, 3), "by head": BY_HEAD, "a share": 0.4}
+
+
+@jit
+def all_scores(keys, values, queries, positions):
+    """By policy, of all layers and sequences; of the same shapes whatever codec and addressing."""
+    return {
+        name: jax.vmap(jax.vmap(policy))(keys, values, queries, positions)
+        for name, policy in POLICIES.items()
+    }
+
+
+@pytest.mark.parametrize("addressing", ["contiguous", "paged"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_policy_keeps_the_codes_of_what_it_chose(codec, addressing):
+    filled = Filled(codec, addressing, batch_size=2)
+    cache = filled.cache
+    layers = [held(cache, layer, filled.queries[layer]) for layer in range(LAYERS)]
+    compress = jit(lambda scores: jaxkv.compress(cache, scores, keep=4, new=3, sinks=1))
+    for name, scores in all_scores(*map(jnp.stack, zip(*layers, strict=True))).items():
+        small = compress(scores)
+        assert small.lengths.tolist() == LENGTHS.tolist()
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(small)) == (
+            small.config.size_bytes + small.config.index_bytes
+        )
+        for layer in range(LAYERS):
+            before, after = positions_of(cache, layer), positions_of(small, layer)
+            expected = selected(scores[layer], before)
+            np.testing.assert_array_equal(after[..., 3:], expected, err_msg=name)
+            for leaf in cache.storage:
+                rows = stored(cache, leaf, layer), stored(small, leaf, layer)
+                for sequence in range(2):
+                    for head in range(KV_HEADS):
+                        old, new = (row[:, sequence, :, head] for row in rows)
+                        moved = old[:, after[sequence, head, 3:]]
+                        assert moved.tobytes() == new[:, 3:7].tobytes(), (name, leaf)
+
+
+@jit
+@jax.vmap
+def selected(scores, positions):
+    return select(scores, positions, 4, sinks=1)[1]
+
+
+def stored(cache, leaf, layer):
+    return np.asarray(cache.index.read(cache.storage[leaf], layer, 0, cache.index.extent))
+
+
+@pytest.mark.parametrize(
+    ("keep", "kind"),
+    [(keep, "single") for keep in KEEPS] + [("a head", "pages"), ("by head", "batch")],
+)
+def test_attention_is_over_exactly_the_tokens_kept(keep, kind):
+    addressing = "paged" if kind == "pages" else "contiguous"
+    filled = Filled(addressing=addressing, batch_size=None if kind == "single" else 2)
+    small = jaxkv.compress(filled.cache, SinksAndRecent(1), keep=KEEPS[keep], new=2, sinks=1)
+    for seed in range(2):
+        small, output, expected = filled.next_step(small, seed)
+        np.testing.assert_allclose(output, expected, atol=1e-5)
+    with pytest.raises(jaxkv.CacheFullError, match=r"jaxkv\.evict"):
+        jaxkv.advance(small, 1)
+    # The same from what is left after a rollback, and then after a second compression.
+    small = jaxkv.truncate(small, small.lengths - 1)
+    small, output, expected = filled.next_step(small, 3)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+    if keep == "a head":
+        small = jaxkv.compress(small, SinksAndRecent(1), keep=3, new=1)
+        small, output, expected = filled.next_step(small, 4)
+        np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+def test_a_rollback_before_the_choice_forgets_what_was_kept_of_later():
+    filled = Filled()
+    small = jaxkv.compress(filled.cache, SinksAndRecent(1), keep=5, new=3, sinks=0)
+    assert sorted(positions_of(small, 0)[0]) == [-1, -1, -1, 0, 7, 8, 9, 10]
+    small = jaxkv.truncate(small, 9)
+    for seed in range(3):
+        small, output, expected = filled.next_step(small, seed)
+        np.testing.assert_allclose(output, expected, atol=1e-5)
+    assert sorted(positions_of(small, 0)[0]) == [-1, -1, 0, 7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("addressing", ["contiguous", "paged"])
+def test_a_fork_of_a_compressed_cache_goes_on_alone(addressing):
+    filled = Filled(addressing=addressing)
+    compress = jit(lambda cache, queries: jaxkv.compress(cache, HeavyHitters(), keep=4, new=2, queries=queries))
+    small = compress(filled.cache, filled.queries)
+    both = jaxkv.fork(small, 2)
+    assert both.config.index_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(both.index))
+    for layer in range(LAYERS):
+        forks = positions_of(both, layer)
+        np.testing.assert_array_equal(forks, np.stack([positions_of(small, layer)] * 2))
+        keys, _ = jaxkv.layer(both, layer)
+        np.testing.assert_array_equal(keys[0], keys[1])
+        np.testing.assert_array_equal(keys[0], jaxkv.layer(small, layer)[0])
+
+
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.1])
+def test_memory_is_freed(codec, share):
+    """Positions and slots for new tokens included, and where one head takes most of it."""
+    config = jaxkv.KVCacheConfig(2, 1024, 2, 128, codec=CODECS[codec])
+    keep = int(share * 1020)
+    uneven = np.array([[2 * keep - 8, 8], [keep, keep]])
+    for budget in (keep, uneven, pyramid(2, keep, least=keep // 2)):
+        scores = jnp.zeros((2, 2, 1024))
+        small = jax.eval_shape(
+            lambda budget=budget, scores=scores: jaxkv.compress(
+                jaxkv.advance(jaxkv.create(config), 1020), scores, keep=budget, new=4
+            )
+        )
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(small))
+        assert held <= (share + 0.05) * config.size_bytes
+        assert held == small.config.size_bytes + small.config.index_bytes
+
+
+def test_adaptive_budgets_follow_the_scores():
+    filled = Filled(batch_size=2)
+    scores = np.array(score(filled.cache, KeyDiff()))
+    scores[0, 0, 1] += 10
+    budgets = adaptive(filled.cache, jnp.asarray(scores), 4, least=0.5)
+    assert (budgets.sum(axis=-1) == 8).all()
+    assert budgets[0, 0].tolist() == [2, 6]
+    assert budgets.min() >= 2
+
+
+def test_layers_that_slide_stay_as_they_are():
+    full = jaxkv.KVCacheConfig(1, 64, 1, 4)
+    config = jaxkv.HybridConfig(
+        (full.replace(addressing=jaxkv.Ring(4, chunk=64)), full), group_of_layer=(0, 1)
+    )
+    cache = jaxkv.advance(jaxkv.create(config), 40)
+    small = jaxkv.compress(cache, SinksAndRecent(), keep=(9, 6), new=3)
+    assert small.groups[0] is cache.groups[0]
+    assert small.config.group_of_layer == (0, 1)
+    assert (small.groups[1].index.positions >= 0).sum() == 6
+
+
+REFUSED = {
+    "more than there is": ({"keep": 17}, ValueError, r"from 1 to the 16 slots"),
+    "nothing": ({"keep": 0}, ValueError, r"from 1 to the 16 slots"),
+    "a share above one": ({"keep": 1.5}, ValueError, r"\(0, 1\]"),
+    "too few layers": ({"keep": (3,)}, ValueError, r"one number, or 2 for layers, got 1"),
+    "too few heads": ({"keep": np.ones((2, 3), int)}, ValueError, r"\[2, 2\].*got \[2, 3\]"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_kept_is_refused(options, error, message):
+    cache = Filled().cache
+    with pytest.raises(error, match=message):
+        jaxkv.compress(cache, KeyDiff(), **options)
+
+
+def test_scores_and_caches_that_do_not_fit_are_refused():
+    cache = Filled().cache
+    with pytest.raises(ValueError, match=r"\[layers, kv_heads, slots\] = \[2, 2, 16\]"):
+        jaxkv.compress(cache, jnp.zeros((2, 16)), keep=3)
+    with pytest.raises(TypeError, match="keep cannot be a share"):
+        jax.jit(lambda cache: jaxkv.compress(cache, KeyDiff(), keep=0.5, new=1))(cache)
+    ring = jaxkv.create(jaxkv.KVCacheConfig(1, 16, 1, 4, addressing=jaxkv.Ring(4)))
+    with pytest.raises(TypeError, match="ring"):
+        jaxkv.compress(ring, KeyDiff(), keep=2)
+    uneven = jaxkv.compress(cache, KeyDiff(), keep=BY_HEAD, new=2)
+    with pytest.raises(TypeError, match="Fork before"):
+        jaxkv.fork(uneven, 2)
