@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -128,6 +129,7 @@ def evicting(
     return run
 
 
+@functools.partial(jax.jit, static_argnames=("policy", "tokens", "sinks", "recent"))
 def _evict(
     cache: KVCache,
     policy: Policy,

@@ -1,5 +1,6 @@
 """A policy's scores for a whole cache, a layer at a time."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,16 @@ LayerScores = Float[Array, "layers *batch kv_heads slots"]
 LayerQueries = Float[Array, "layers *batch window heads head_dim"]
 
 
+# Compiled once for a policy and a shape of cache, outside jit too; a policy is static.
+_jit = functools.partial(jax.jit, static_argnames="policy")
+
+
+@_jit
 def score(cache: KVCache, policy: Policy, queries: LayerQueries | None = None) -> LayerScores:
     """What a policy says of every logical slot of a cache. Of empty ones it means nothing.
 
     Args:
-      policy: see `jaxkv.policies`.
+      policy: see `jaxkv.policies`; hashable, as functions and frozen dataclasses are.
       queries: of the newest tokens, for policies that look at them.
 
     >>> import jaxkv
@@ -37,6 +43,7 @@ def score(cache: KVCache, policy: Policy, queries: LayerQueries | None = None) -
     return map_layers(cache, one_layer, queries)
 
 
+@_jit
 def summed(cache: KVCache, policy: HeavyHitters, queries: LayerQueries | None) -> Sums:
     """The attention that each token drew from these queries."""
     given = needed(queries, "HeavyHitters (H2O)")
@@ -48,6 +55,7 @@ def summed(cache: KVCache, policy: HeavyHitters, queries: LayerQueries | None) -
     return Sums(map_layers(cache, one_layer, given), cache.lengths - given.shape[-3])
 
 
+@_jit
 def averaged(cache: KVCache, policy: HeavyHitters, sums: Sums) -> LayerScores:
     """Scores from what has been summed up."""
 

@@ -5,12 +5,11 @@ import numpy as np
 
 import jaxkv
 from jaxkv.compression.scoring import held_positions
-from tests.oracle import attention, config_of, jit, layer_step, random_step, shuffled, step
+from tests.oracle import attention, config_of, jit, random_step, shuffled, step
 
 LAYERS, KV_HEADS, HEADS = 2, 2, 4
 LENGTHS = np.array([11, 7], np.int32)
-run_step = lambda cache, *arrays: step(cache, *arrays, run=jit_layer_step)  # noqa: E731
-jit_layer_step = jit(layer_step)
+run_step = jit(step)
 
 
 class Filled:
