@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxkv
-from benchmarks.recall import CONTEXT, LENGTH, PAIRS, QUESTION, questions, recall_model
+from benchmarks.recall import CONTEXT, LENGTH, PAIRS, QUESTION, START, questions, recall_model
 from benchmarks.report import Table
 from jaxkv.codecs import CODECS
 from jaxkv.compression import score
@@ -29,13 +29,12 @@ from jaxkv.policies import (
 SHARES = (0.5, 0.25, 0.1)
 _ASKED = CONTEXT + QUESTION * np.arange(PAIRS) + 1  # where the answer is next
 _SINKS = 1
-_REPLAY = 16  # tokens that KVzip repeats at once: the model knows no positions past its training
 
 
 def run(quick: bool) -> list[Table]:
     """Recall by policy and share, and of KVzip beside codecs."""
     model = recall_model()
-    tokens = questions(np.random.default_rng(100), 32 if quick else 256).tokens
+    tokens = questions(np.random.default_rng(100), 16 if quick else 128).tokens
     tokens = jnp.asarray(tokens)
     return [_policies(model, tokens), _composition(model, tokens)]
 
@@ -94,7 +93,8 @@ def _size_share(setting: "_Agnostic", scores: jax.Array) -> float:
     index = kept.index
     of_kept = kept.size_bytes * (index.extent - index.new) / index.extent
     whole = setting.cache.config.replace(codec=jaxkv.Dense("float32"))
-    return (of_kept + index.positions.nbytes) / (whole.size_bytes * CONTEXT / LENGTH)
+    of_context = whole.size_bytes * CONTEXT / whole.max_context_length
+    return (of_kept + index.positions.nbytes) / of_context
 
 
 class _Agnostic:
@@ -102,7 +102,9 @@ class _Agnostic:
 
     def __init__(self, model, tokens, codec=None):
         self.model, self.tokens = model, tokens
-        config = model.cache_config(max_context_length=LENGTH, batch_size=len(tokens), codec=codec)
+        # Room for KVzip to read the context once more, after a start token.
+        room = 2 * CONTEXT + 1
+        config = model.cache_config(max_context_length=room, batch_size=len(tokens), codec=codec)
         context, self.later = tokens[:, :CONTEXT], tokens[:, CONTEXT:]
         _, self.cache, self.queries = _observed(model, context, jaxkv.create(config))
 
@@ -110,7 +112,7 @@ class _Agnostic:
         if policy is None:
             context = self.tokens[:, :CONTEXT]
             return jaxkv.reconstruction_scores(
-                self.model, context, self.cache, chunk=_REPLAY, sinks=_SINKS
+                self.model, context, self.cache, prompt=[START], chunk=CONTEXT, sinks=_SINKS
             )
         queries = self.queries
         if isinstance(policy, Oracle):
@@ -125,7 +127,8 @@ class _Agnostic:
     def kept(self, scores: jax.Array | None, share: float) -> jaxkv.KVCache:
         if scores is None:
             return self.cache
-        return jaxkv.compress(self.cache, scores, keep=share, sinks=_SINKS)
+        new = LENGTH - CONTEXT
+        return jaxkv.compress(self.cache, scores, keep=share, sinks=_SINKS, new=new)
 
 
 class _Aware(_Agnostic):

@@ -36,7 +36,6 @@ CONFIG = DecoderConfig(
     rope=RopeConfig(head_dim=32),
 )
 _STEPS_PER_DISPATCH = 20
-_ENOUGH = 0.995
 
 
 class Batch(NamedTuple):
@@ -82,14 +81,14 @@ def repetitions(rng: np.random.Generator, size: int) -> Batch:
     return Batch(tokens, targets)
 
 
-def train(steps: int = 4000, batch_size: int = 32, seed: int = 0, report=print) -> Decoder:
-    """A model that answers more than 99.5 % of the questions: training stops there."""
+def train(steps: int = 1400, batch_size: int = 32, seed: int = 0, report=print) -> Decoder:
+    """A model that answers more than 99 % of the questions, if all is well."""
     import optax
 
     model = Decoder(CONFIG, rngs=nnx.Rngs(seed))
     graph, parameters = nnx.split(model)
     parameters = jax.tree.map_with_path(_wide, parameters)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, steps, 1e-4)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, steps // 12, steps, 1e-4)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
     )
@@ -113,7 +112,7 @@ def train(steps: int = 4000, batch_size: int = 32, seed: int = 0, report=print) 
 
     many_steps = jax.jit(lambda state, batches: jax.lax.scan(one_step, state, batches))
     rng, started = np.random.default_rng(seed), time.monotonic()
-    state, recall = (parameters, optimizer.init(parameters)), 0.0
+    state = parameters, optimizer.init(parameters)
     for step in range(0, steps, _STEPS_PER_DISPATCH):
         batches = [
             jax.tree.map(
@@ -124,11 +123,9 @@ def train(steps: int = 4000, batch_size: int = 32, seed: int = 0, report=print) 
             for _ in range(_STEPS_PER_DISPATCH)
         ]
         state, accuracies = many_steps(state, jax.tree.map(lambda *rows: np.stack(rows), *batches))
-        recall += 0.5 * (float(accuracies.mean()) - recall)
-        if step % 100 == 0 or recall > _ENOUGH:
-            report(f"step {step}: recall {recall:.3f}, {time.monotonic() - started:.0f} s")
-        if recall > _ENOUGH:
-            break
+        if step % 100 == 0:
+            elapsed = time.monotonic() - started
+            report(f"step {step}: recall {float(accuracies.mean()):.3f}, {elapsed:.0f} s")
     return nnx.merge(graph, state[0])
 
 

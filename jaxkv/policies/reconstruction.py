@@ -97,6 +97,7 @@ def _most_attention(call: Call, length: Array, start: Array, size: int, sinks: i
     queries = call.queries.astype(jnp.float32)
     replayed = queries.shape[-3]
     spans: list[tuple[Array | int, int]] = [(0, sinks), (start, size), (length, replayed)]
+    spans = [(first, count) for first, count in spans if count]
     keys = jnp.concatenate(
         [read(call.cache, call.layer, first, count, jnp.float32)[0] for first, count in spans],
         axis=-3,
