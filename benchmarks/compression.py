@@ -29,13 +29,15 @@ from jaxkv.policies import (
 SHARES = (0.5, 0.25, 0.1)
 _ASKED = CONTEXT + QUESTION * np.arange(PAIRS) + 1  # where the answer is next
 _SINKS = 1
+_CODECS = ("float32", "bfloat16", "int8", "rotated4", "rotated4-centred", "rotated2-centred")
 
 
 def run(quick: bool) -> list[Table]:
     """Recall by policy and share, and of KVzip beside codecs."""
     model = recall_model()
-    tokens = questions(np.random.default_rng(100), 16 if quick else 128).tokens
-    tokens = jnp.asarray(tokens)
+    seeds, size = (1, 16) if quick else (3, 64)
+    batches = [questions(np.random.default_rng(100 + seed), size) for seed in range(seeds)]
+    tokens = jnp.concatenate([jnp.asarray(batch.tokens) for batch in batches])
     return [_policies(model, tokens), _composition(model, tokens)]
 
 
@@ -73,8 +75,8 @@ def _policies(model, tokens) -> Table:
 
 def _composition(model, tokens) -> Table:
     rows = []
-    for name, codec in CODECS.items():
-        setting = _Agnostic(model, tokens, codec)
+    for name in _CODECS:
+        setting = _Agnostic(model, tokens, CODECS[name])
         scores = setting.scores(None)
         rows.append(
             {

@@ -89,6 +89,7 @@ print("queries:", queries.shape, "= [layers, window, heads, head_dim]")
 # alone: attention to a value near zero changes nothing. The second asks what the newest queries
 # attend to, as SnapKV does, and weighs that by the size of the value.
 
+
 # %%
 def large_values(keys, values, queries, positions):
     return jnp.linalg.norm(values, axis=-1).T  # [kv_heads, tokens]
@@ -112,6 +113,7 @@ print("next position:", int(small.lengths), "- held by each head:", small.index.
 # How well does the model still know what comes after, in bits a byte? On either side of a policy
 # stand a random choice and the whole context. A quarter of the tokens is kept, the newest 32 among
 # them.
+
 
 # %%
 @jax.jit

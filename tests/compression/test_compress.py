@@ -10,8 +10,8 @@ from jaxkv.codecs import CODECS
 from jaxkv.compression import adaptive, pyramid, score
 from jaxkv.compression.scoring import held
 from jaxkv.policies import POLICIES, HeavyHitters, KeyDiff, SinksAndRecent, select
-from tests.compression.layouts import KV_HEADS, LAYERS, LENGTHS, Filled, positions_of
-from tests.oracle import jit
+from tests.compression.layouts import KV_HEADS, LAYERS, LENGTHS, Filled, positions_of, run_step
+from tests.oracle import jit, random_step
 
 BY_HEAD = np.array([[2, 6], [5, 3]])
 KEEPS = {"a head": 4, "a layer": (6, 3), "by head": BY_HEAD, "a share": 0.4}
@@ -83,6 +83,16 @@ def test_attention_is_over_exactly_the_tokens_kept(keep, kind):
         small = jaxkv.compress(small, SinksAndRecent(1), keep=3, new=1)
         small, output, expected = filled.next_step(small, 4)
         np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [11, np.full((2, 2), 11)], ids=["a head", "by head"])
+def test_codecs_with_a_space_of_their_own_are_read_as_before(keep):
+    """Where nothing is dropped, rotated and centred vectors give what they gave."""
+    filled = Filled("rotated4-centred", head_dim=32)
+    small = jaxkv.compress(filled.cache, SinksAndRecent(1), keep=keep, new=1)
+    arrays = random_step(filled.cache.config, 1, heads=4, seed=1)
+    expected = run_step(filled.cache, *arrays)[1]
+    np.testing.assert_allclose(run_step(small, *arrays)[1], expected, atol=1e-5)
 
 
 def test_a_rollback_before_the_choice_forgets_what_was_kept_of_later():

@@ -1,6 +1,5 @@
 """The tokens that policies keep are those that kvpress keeps, on the same random Llama."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import jaxkv
 from jaxkv.models import load
 from jaxkv.policies import select
 from tests.models.variants import write_checkpoint
+from tests.oracle import jit
 from tests.policies.golden_cases import (
     CASES,
     GOLDENS,
@@ -38,7 +38,7 @@ def model(tmp_path_factory):
 def prefilled(model):
     """The cache after the context, and the queries of all its tokens."""
     cache = jaxkv.create(model.cache_config(max_context_length=2 * NUM_TOKENS))
-    observed = jax.jit(lambda model, tokens, cache: jaxkv.observed(model)(tokens, cache))
+    observed = jit(lambda model, tokens, cache: jaxkv.observed(model)(tokens, cache))
     _, cache, queries = observed(model, jnp.asarray(context_ids()), cache)
     return cache, queries
 
@@ -50,7 +50,7 @@ def test_a_policy_keeps_what_kvpress_keeps(name, goldens, prefilled):
     positions = jnp.broadcast_to(jnp.arange(NUM_TOKENS), (2, NUM_TOKENS))
     for layer, expected in enumerate(goldens[name]):
         keys, values = (vectors[:NUM_TOKENS] for vectors in jaxkv.layer(cache, layer))
-        scores = policy(keys, values, queries[layer], positions)
+        scores = jit(policy)(keys, values, queries[layer], positions)
         slots, kept = select(scores, positions, KEEP)
         np.testing.assert_array_equal(kept, expected)
         np.testing.assert_array_equal(slots, expected)
