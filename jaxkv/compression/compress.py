@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +14,7 @@ from jaxkv.addressing import Contiguous, Kept, KeptByHead, KeptIndex, Paged, Rin
 from jaxkv.addressing.kept_by_head import KeptByHeadIndex
 from jaxkv.checks import check_alive
 from jaxkv.compression.budgets import Keep, host_lengths, is_by_head, limits_of
+from jaxkv.compression.moves import picked, write_heads
 from jaxkv.compression.scoring import (
     LayerQueries,
     LayerScores,
@@ -199,36 +199,6 @@ def _gathered(
     (storage, index), _ = lax.scan(one_layer, (storage, index), jobs)
     means = None if cache.means is None else cache.means[layers]
     return KVCache(storage, index, config, means)
-
-
-def picked(
-    cache: KVCache, leaf: Array, layer: Array, slots: Int[Array, "*batch kv_heads kept"], size: int
-) -> Array:
-    """Stored vectors of each head, ``[batch * kv_heads * kept, sides, ...]``.
-
-    Args:
-      slots: logical ones, all of them among the first ``size``.
-    """
-    rows = cache.index.read(leaf, layer, 0, size)
-    sides, vector = rows.shape[0], leaf.shape[4:]
-    kv_heads, kept = slots.shape[-2:]
-    batch = math.prod(slots.shape[:-2])
-    rows = rows.reshape(sides, batch, size, kv_heads, *vector)
-    sequences, heads = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
-    found = rows[:, sequences, slots.reshape(batch, kv_heads, kept), heads]
-    return jnp.moveaxis(found, 0, 3).reshape(-1, sides, *vector)
-
-
-def write_heads(
-    leaf: Array, layer: Array, targets: Int[Array, "*batch kv_heads slots"], vectors: Array
-) -> Array:
-    """Write vectors where the ctx and KV head axes are one; those with a target of -1 nowhere."""
-    layers, sides, ctx, kv_heads, *vector = leaf.shape
-    past_the_end = ctx * kv_heads + jnp.arange(targets.size, dtype=jnp.int32)
-    places = jnp.where(targets.reshape(-1) < 0, past_the_end, targets.reshape(-1))
-    flat = leaf.reshape(layers, sides, ctx * kv_heads, *vector)
-    written = flat.at[layer, :, places].set(vectors, mode="drop", unique_indices=True)
-    return written.reshape(leaf.shape)
 
 
 def _like(addressing) -> Contiguous | Paged:

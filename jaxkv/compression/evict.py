@@ -14,7 +14,8 @@ from jaxtyping import Array
 from jaxkv.addressing import KeptIndex, Sums
 from jaxkv.attention import observed
 from jaxkv.checks import check_alive
-from jaxkv.compression.compress import of_layers, picked, write_heads
+from jaxkv.compression.compress import of_layers
+from jaxkv.compression.moves import move, moves_of, picked, write_heads
 from jaxkv.compression.scoring import (
     LayerQueries,
     held,
@@ -25,8 +26,7 @@ from jaxkv.compression.scoring import (
 )
 from jaxkv.hybrid import AnyCache, HybridCache
 from jaxkv.kv_cache import KVCache
-from jaxkv.policies import HeavyHitters, Policy, select
-from jaxkv.policies.policy import Positions, Scores
+from jaxkv.policies import HeavyHitters, Policy
 
 
 def evict(
@@ -191,7 +191,7 @@ def _chosen_again(
 ) -> KVCache:
     """Full sequences with the best of their kept and new tokens at the places of kept ones."""
     new = _index_of(cache).new
-    moves = functools.partial(_moves, new=new, sinks=sinks, recent=recent)
+    moves = functools.partial(moves_of, new=new, sinks=sinks, recent=recent)
 
     def one_layer(layer: Array, state: KVCache) -> KVCache:
         index = _index_of(state)
@@ -205,8 +205,8 @@ def _chosen_again(
         origins, targets, stays = per_sequence(state, moves)(
             scores, positions, index.limits(layer), full
         )
-        move = per_sequence(state, _move)
-        remaining = move(jnp.where(stays, positions, -1), origins, targets)
+        move_all = per_sequence(state, move)
+        remaining = move_all(jnp.where(stays, positions, -1), origins, targets)
         places = index.head_slots(layer, targets)
         storage = {
             name: write_heads(leaf, layer, places, picked(state, leaf, layer, origins, new))
@@ -214,7 +214,7 @@ def _chosen_again(
         }
         if index.sums is not None:
             sums = jnp.where(stays, index.sums.attention[layer], 0)
-            attention = index.sums.attention.at[layer].set(move(sums, origins, targets))
+            attention = index.sums.attention.at[layer].set(move_all(sums, origins, targets))
             index = index.with_sums(Sums(attention, index.sums.since))
         index = index.with_kept(layer, remaining[..., new:])
         return dataclasses.replace(state, storage=storage, index=index)
@@ -231,40 +231,3 @@ def _is_there(after: Array | None) -> Array | bool:
         return True
     first = after.reshape(-1)[0]
     return ~(jnp.isinf(first) & (first == 0))
-
-
-def _moves(
-    scores: Scores,
-    positions: Positions,
-    limits: Array,
-    full: Array,
-    *,
-    new: int,
-    sinks: int,
-    recent: int,
-) -> tuple[Array, Array, Array]:
-    """Which new tokens of one sequence go to the place of which kept one.
-
-    Returns:
-      Logical slots to move from and to ``[kv_heads, moves]``, -1 for no move; and which tokens
-      stay, ``[kv_heads, slots]``.
-    """
-    keep = positions.shape[1] - new
-    slots, kept = select(scores, positions, keep, most=limits, sinks=sinks, recent=recent)
-    heads = jnp.arange(len(slots))[:, None]
-    stays = jnp.zeros(positions.shape, bool).at[heads, slots].set(kept >= 0)
-    survivor = stays[:, :new]
-    free = ~stays[:, new:] & (jnp.arange(keep) < limits[:, None])
-    count = min(new, keep)
-    origins = jnp.argsort(~survivor, axis=1)[:, :count].astype(jnp.int32)
-    places = jnp.argsort(~free, axis=1)[:, :count].astype(jnp.int32)
-    moves = jnp.take_along_axis(survivor, origins, axis=1) & full
-    return origins, jnp.where(moves, new + places, -1), stays | ~full
-
-
-def _move(values: Array, origins: Array, targets: Array) -> Array:
-    """One sequence's ``[kv_heads, slots]`` with some also at other places."""
-    heads = jnp.arange(len(values))[:, None]
-    moved = jnp.take_along_axis(values, origins, axis=1)
-    places = jnp.where(targets < 0, values.shape[1], targets)
-    return values.at[heads, places].set(moved, mode="drop")

@@ -1,0 +1,77 @@
+"""Vectors and numbers on their way from one logical slot to another, each head for itself."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxkv.kv_cache import KVCache
+from jaxkv.policies import select
+from jaxkv.policies.policy import Positions, Scores
+
+
+def picked(
+    cache: KVCache, leaf: Array, layer: Array, slots: Int[Array, "*batch kv_heads kept"], size: int
+) -> Array:
+    """Stored vectors of each head, ``[batch * kv_heads * kept, sides, ...]``.
+
+    Args:
+      slots: logical ones, all of them among the first ``size``.
+    """
+    rows = cache.index.read(leaf, layer, 0, size)
+    sides, vector = rows.shape[0], leaf.shape[4:]
+    kv_heads, kept = slots.shape[-2:]
+    batch = math.prod(slots.shape[:-2])
+    rows = rows.reshape(sides, batch, size, kv_heads, *vector)
+    sequences, heads = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
+    found = rows[:, sequences, slots.reshape(batch, kv_heads, kept), heads]
+    return jnp.moveaxis(found, 0, 3).reshape(-1, sides, *vector)
+
+
+def write_heads(
+    leaf: Array, layer: Array, targets: Int[Array, "*batch kv_heads slots"], vectors: Array
+) -> Array:
+    """Write vectors where the ctx and KV head axes are one; those with a target of -1 nowhere."""
+    layers, sides, ctx, kv_heads, *vector = leaf.shape
+    past_the_end = ctx * kv_heads + jnp.arange(targets.size, dtype=jnp.int32)
+    places = jnp.where(targets.reshape(-1) < 0, past_the_end, targets.reshape(-1))
+    flat = leaf.reshape(layers, sides, ctx * kv_heads, *vector)
+    written = flat.at[layer, :, places].set(vectors, mode="drop", unique_indices=True)
+    return written.reshape(leaf.shape)
+
+
+def moves_of(
+    scores: Scores,
+    positions: Positions,
+    limits: Array,
+    full: Array,
+    *,
+    new: int,
+    sinks: int,
+    recent: int,
+) -> tuple[Array, Array, Array]:
+    """Which new tokens of one sequence go to the place of which kept one.
+
+    Returns:
+      Logical slots to move from and to ``[kv_heads, moves]``, -1 for no move; and which tokens
+      stay, ``[kv_heads, slots]``.
+    """
+    keep = positions.shape[1] - new
+    slots, kept = select(scores, positions, keep, most=limits, sinks=sinks, recent=recent)
+    heads = jnp.arange(len(slots))[:, None]
+    stays = jnp.zeros(positions.shape, bool).at[heads, slots].set(kept >= 0)
+    survivor = stays[:, :new]
+    free = ~stays[:, new:] & (jnp.arange(keep) < limits[:, None])
+    count = min(new, keep)
+    origins = jnp.argsort(~survivor, axis=1)[:, :count].astype(jnp.int32)
+    places = jnp.argsort(~free, axis=1)[:, :count].astype(jnp.int32)
+    moves = jnp.take_along_axis(survivor, origins, axis=1) & full
+    return origins, jnp.where(moves, new + places, -1), stays | ~full
+
+
+def move(values: Array, origins: Array, targets: Array) -> Array:
+    """One sequence's ``[kv_heads, slots]`` with some also at other places."""
+    heads = jnp.arange(len(values))[:, None]
+    moved = jnp.take_along_axis(values, origins, axis=1)
+    places = jnp.where(targets < 0, values.shape[1], targets)
+    return values.at[heads, places].set(moved, mode="drop")
