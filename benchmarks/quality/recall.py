@@ -9,6 +9,7 @@ from flax import nnx
 
 import jaxkv
 from benchmarks import recall as task
+from benchmarks.quality.kivi import GROUP
 from benchmarks.quality.stores import EXACT, Store, chosen
 from benchmarks.quality.text import interval
 from benchmarks.report import Row, Table
@@ -66,7 +67,8 @@ def biased(model: Decoder) -> Decoder:
 
 
 def _logits(model: Decoder, store: Store, tokens: np.ndarray) -> jax.Array:
-    config = model.cache_config(max_context_length=task.LENGTH, codec=store.codec)
+    slots = -(-task.LENGTH // GROUP) * GROUP
+    config = model.cache_config(max_context_length=slots, codec=store.codec)
 
     def one(model, tokens):
         _, cache = model(tokens[: task.CONTEXT], jaxkv.create(config))
