@@ -47,6 +47,8 @@ class Shape:
         )
 
 
+# Of a decode loop, in which threads are awake and the processor is at work already.
+_CALLS = 8
 _SHAPES = (Shape(8, 4096, 8, 4, 64), Shape(12, 16384, 2, 4, 64))
 
 
@@ -54,8 +56,8 @@ def run(quick: bool) -> Iterator[Table]:
     """One table a shape and dtype."""
     repeats, limit = 5 if quick else 15, ReadLimit()
     how = [
-        "Medians, all in turns; * is what attend itself takes. Layout [layers, 2, "
-        "context, KV heads, head_dim] for all; each layer writes its token, then reads, and feeds "
+        f"Medians of samples of {_CALLS} calls, all in turns; * is what attend itself takes. "
+        "Layout [layers, 2, context, KV heads, head_dim] for all; each layer writes its token, then reads, and feeds "
         f"the next. Limit: a sum of {limit.size_bytes >> 20} MiB. Paged: pages of {_PAGE} in "
         "random order. Temp: scratch memory of the compiled program over the cache."
     ]
@@ -114,7 +116,7 @@ def _measure(
     paged = filled(config.replace(addressing=jaxkv.Paged(_PAGE)), shape.context - 1)
     competitors[picked + _PAGED] = _JaxkvStep([paged], queries, computed, picked.split()[1])
     _check_agreement(competitors, computed)
-    timings = interleaved(competitors, repeats=repeats)
+    timings = interleaved(competitors, repeats=repeats, calls=_CALLS)
     return _rows(config, competitors, timings, picked), absent
 
 

@@ -7,10 +7,8 @@ from jaxkv.addressing import Addressing, Contiguous, Kept, Paged, Ring
 from jaxkv.attention import attend, explain, fetched_blocks, observed
 from jaxkv.cache import advance, append, check, layer, next_positions, reset, truncate
 from jaxkv.codecs import Centred, Codec, Dense, Float8, Int8, KeysValues, Rope, Rotated
-from jaxkv.compression import compress, evict, evicting
 from jaxkv.config import KVCacheConfig
 from jaxkv.creation import create
-from jaxkv.engine import Engine
 from jaxkv.errors import (
     CacheAllocationError,
     CacheClosedError,
@@ -26,20 +24,22 @@ from jaxkv.generation import Generation, Timings, generate
 from jaxkv.hybrid import HybridCache, HybridConfig
 from jaxkv.known_models import cache_config
 from jaxkv.kv_cache import KVCache
-from jaxkv.measure import measure_error
 from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
 from jaxkv.model_shape import wide_at_the_ends
 from jaxkv.placement import HostMemory
-from jaxkv.policies import reconstruction_scores
 from jaxkv.rearrange import copy_pages, fork, select
 from jaxkv.sampling import Sampling, sample
-from jaxkv.snapshot import load, save
 from jaxkv.streaming import offload, prefetch
 
 if TYPE_CHECKING:
     from jaxkv import models, plots
+    from jaxkv.compression import compress, evict, evicting
+    from jaxkv.engine import Engine
+    from jaxkv.measure import measure_error
+    from jaxkv.policies import reconstruction_scores
+    from jaxkv.snapshot import load, save
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Addressing",
@@ -111,8 +111,23 @@ __all__ = [
 ]
 
 
+# What not everybody needs, imported when it is first asked for: modules, and names of them.
+_MODULES = ("compression", "engine", "models", "paging", "plots", "policies", "snapshot")
+_NAMES = {
+    "Engine": "engine",
+    "compress": "compression",
+    "evict": "compression",
+    "evicting": "compression",
+    "load": "snapshot",
+    "measure_error": "measure",
+    "reconstruction_scores": "policies",
+    "save": "snapshot",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Import what not everybody needs when it is first asked for."""
-    if name in ("models", "plots"):
+    if name in _MODULES:
         return importlib.import_module(f"jaxkv.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"jaxkv.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'jaxkv' has no attribute {name!r}")

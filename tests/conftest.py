@@ -8,10 +8,34 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import re
+
 import hypothesis
 import jax
+import pytest
 
 # Thousands of examples where a test leaves their number open: --hypothesis-profile=nightly.
 hypothesis.settings.register_profile("nightly", max_examples=5000)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# What `pytest` leaves to `pytest -m slow`, so that it takes less than six minutes on two cores. CI
+# runs both. A part of each table stays: the rest of it, and notebooks that take long, are here.
+SLOW = re.compile(
+    r"test_notebooks\.py::test_it_prints.*\[[245]_"
+    r"|test_attention\.py::test_every_pair.*(rotated.*(MHA|MQA)|float16)"
+    r"|test_(cache|cache_full|in_place)\.py.*rotated"
+    r"|test_streaming\.py::test_attention_is_that_of_the_oracle.*(rotated|placement[23])"
+    r"|test_measure\.py::test_(vectors|kivi)"
+    r"|test_compress\.py::test_every_policy.*(paged|float16|float8|rotated)"
+    r"|test_compress\.py::test_codecs_with_a_space"
+    r"|test_snapshot\.py.*(rotated|float16|float8)"
+    r"|integrations/test_(flax|linen|nnx)\.py.*(scan|remat|equivalence|codec_and_addressing)"
+    r"|test_goldens\.py::test_a_codec_a_layer"
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)

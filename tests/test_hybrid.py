@@ -68,7 +68,7 @@ def test_a_step_is_in_place_in_every_group():
 
     compiled = compile_donating(model, cache, *(arrays_of(layer, 1, 0) for layer in range(5)))
     for group in cache.groups:
-        assert_in_place(compiled, group)
+        assert_in_place(compiled, group, temp_share=0.02)  # positions of the rings' slots
 
 
 def test_rollback_reaches_every_group_or_none():

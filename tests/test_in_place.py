@@ -130,6 +130,8 @@ def test_in_place(program, codec, addressing, batch_size):
     cache = abstract_cache(codec, addressing, batch_size)
     # A block of float32, and of codes on the way to it, beside a cache that is an eighth as large.
     share = 0.04 if codec in ROTATED else 0.01
+    if addressing == "ring":  # the native kernel is told what each slot holds, 4 bytes for each
+        share = 0.03
     assert_in_place(compile_donating(program, cache, vectors(cache)), cache, temp_share=share)
 
 

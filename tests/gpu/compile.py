@@ -9,11 +9,12 @@ import json
 import os
 import sys
 
-# Before jax starts. The autotuner would want a device to try things on.
-os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
-os.environ["JAX_PLATFORMS"] = "cpu,cuda"
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # registers and spills, on the output
+if __name__ == "__main__":  # before jax starts; not in a process that only looks at this file
+    # Before jax starts. The autotuner would want a device to try things on.
+    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+    os.environ["JAX_PLATFORMS"] = "cpu,cuda"
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # registers and spills, on the output
 
 import jax
 import jax.numpy as jnp
