@@ -57,9 +57,10 @@ def run(quick: bool) -> Iterator[Table]:
     repeats, limit = 5 if quick else 15, ReadLimit()
     how = [
         f"Medians of samples of {_CALLS} calls, all in turns; * is what attend itself takes. "
-        "Layout [layers, 2, context, KV heads, head_dim] for all; each layer writes its token, then reads, and feeds "
-        f"the next. Limit: a sum of {limit.size_bytes >> 20} MiB. Paged: pages of {_PAGE} in "
-        "random order. Temp: scratch memory of the compiled program over the cache."
+        "Layout [layers, 2, context, KV heads, head_dim] for all; each layer writes its token, "
+        f"then reads, and feeds the next. Limit: a sum of {limit.size_bytes >> 20} MiB. "
+        f"Paged: pages of {_PAGE} in random order. "
+        "Temp: scratch memory of the compiled program over the cache."
     ]
     for shape in _SHAPES[:1] if quick else _SHAPES:
         seconds = {}
