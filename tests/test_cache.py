@@ -269,3 +269,19 @@ def test_a_truncated_token_is_never_read_again(codec, addressing):
     np.testing.assert_allclose(
         run_step(cache, *accepted)[1], oracle.step(*accepted), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("addressing", ADDRESSINGS)
+def test_selected_sequences_go_on_alone_inside_jit(addressing):
+    """Rows reordered, one of them twice; then each copy is given tokens of its own."""
+    config, rows = config_of(addressing=addressing, batch_size=2), np.array([1, 0, 1], np.int32)
+    cache, oracle = filled(config, 5)
+    selected = jax.jit(jaxkv.select)(cache, rows)
+    wide_config = config.replace(batch_size=3)
+    wide = Oracle(wide_config)
+    wide.tokens = [[list(sequences[row]) for row in rows] for sequences in oracle.tokens]
+    arrays = random_step(wide_config, 2, heads=2, seed=1)
+    grown, outputs = run_step(selected, *arrays)
+    np.testing.assert_allclose(outputs, wide.step(*arrays), rtol=1e-5, atol=1e-5)
+    assert grown.config == wide_config
+    assert jax.jit(lambda cache: jaxkv.fork(cache, 3))(cache).lengths.tolist() == [5] * 6

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 from jaxkv.decode import PREFILL_CHUNK, Model
+from jaxkv.display import progress_bar
 from jaxkv.engine.batch import Arrived, Batch
 from jaxkv.engine.checks import check_config, check_request, checked_prompt
 from jaxkv.engine.figures import Figures
@@ -194,9 +195,12 @@ class Engine:
             self.step()
 
     def run(self) -> None:
-        """Run until every request is over."""
-        while self.busy:
-            self.step()
+        """Run until every request is over, with a progress bar over the tokens that may come."""
+        requests = [*self._waiting, *self._batch.running]
+        wanted = sum(request.max_new_tokens - len(request.tokens) for request in requests)
+        with progress_bar("tokens", wanted) as advance_bar:
+            while self.busy:
+                advance_bar(sum(len(tokens) for _, tokens in self.step()))
 
     def close(self) -> None:
         """Cancel what runs and free the cache."""
