@@ -9,7 +9,7 @@ from jax import Array
 
 import jaxkv
 from benchmarks import corpus
-from benchmarks.quality.stores import CHUNK, EXACT, Store, chosen, logits_through
+from benchmarks.quality.stores import CHUNK, EXACT, Store, logits_through, one_by_one
 from benchmarks.quality.text import interval
 from benchmarks.report import Row, Table, target
 from jaxkv.models import load
@@ -25,7 +25,8 @@ def run(quick: bool) -> Iterator[Table]:
     windows = corpus.held_out()[::every, :_LENGTH].astype(np.int32)
     exact = _logits(model, EXACT, windows)
     free = None if quick else _continued(model, EXACT, windows)
-    rows = [_row(model, name, store, windows, exact, free) for name, store in chosen(quick).items()]
+    stores = one_by_one(quick, "language model")
+    rows = [_row(model, name, store, windows, exact, free) for name, store in stores]
     yield Table(
         "Quality: the embedded language model, cached",
         rows,

@@ -10,7 +10,7 @@ from flax import nnx
 import jaxkv
 from benchmarks import recall as task
 from benchmarks.quality.kivi import GROUP
-from benchmarks.quality.stores import EXACT, Store, chosen
+from benchmarks.quality.stores import EXACT, Store, one_by_one
 from benchmarks.quality.text import interval
 from benchmarks.report import Row, Table
 from jaxkv.models import Decoder
@@ -29,7 +29,8 @@ def run(quick: bool) -> Iterator[Table]:
             task.questions(np.random.default_rng(1000 + seed), _SEQUENCES) for seed in range(3)
         ]
         exact = [_logits(twin, EXACT, batch.tokens) for batch in batches]
-        rows = [_row(twin, which, store, batches, exact) for which, store in chosen(quick).items()]
+        stores = one_by_one(quick, "recall")
+        rows = [_row(twin, which, store, batches, exact) for which, store in stores]
         notes = [
             f"3 seeds of {_SEQUENCES} contexts, each a sequence of its own, {task.PAIRS} "
             "questions each, asked of the stored context. KL from the float32 cache at the "

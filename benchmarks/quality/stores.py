@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -10,6 +10,7 @@ from jax import Array, lax
 import jaxkv
 from benchmarks.quality.kivi import kivi_bits, kivi_flushed
 from jaxkv.codecs import bytes_per_token
+from jaxkv.display import progress_bar
 
 CHUNK = 32  # tokens that a model is given at once after a prompt; a group of KIVI
 
@@ -82,6 +83,15 @@ FEW = ("float32", "int8", "rotated2-centred", "KIVI-2 (emulated)", "1 bit (contr
 
 def chosen(quick: bool) -> dict[str, Store]:
     return {name: store for name, store in STORES.items() if not quick or name in FEW}
+
+
+def one_by_one(quick: bool, description: str) -> Iterator[tuple[str, Store]]:
+    """The same in turn, with a progress bar."""
+    stores = chosen(quick)
+    with progress_bar(description, len(stores)) as advance_bar:
+        for name, store in stores.items():
+            yield name, store
+            advance_bar(1)
 
 
 def logits_through(model, store: Store, tokens: Array, config: jaxkv.KVCacheConfig) -> Array:

@@ -7,7 +7,7 @@ import numpy as np
 
 import jaxkv
 from benchmarks.quality.kivi import rounded_keys, rounded_values
-from benchmarks.quality.stores import Store, chosen
+from benchmarks.quality.stores import Store, one_by_one
 from benchmarks.report import Row, Table, target
 from jaxkv.measure import sample_vectors
 
@@ -24,7 +24,7 @@ _GOALS = {
 def run(quick: bool) -> Iterator[Table]:
     """One row a store."""
     tokens, seeds = (512, range(1)) if quick else (4096, range(3))
-    rows = [_row(name, store, tokens, seeds) for name, store in chosen(quick).items()]
+    rows = [_row(name, store, tokens, seeds) for name, store in one_by_one(quick, "vectors")]
     rows = [row for row in rows if row]
     notes = [
         f"{tokens:,} tokens, head_dim {_HEAD_DIM}, means of {len(seeds)} seeds. Relative errors of "
