@@ -191,3 +191,14 @@ def test_gradient_equals_plain_attention_whatever_is_unused(implementation):
     keys, values = (np.where(unused, np.float32(np.nan), array) for array in (keys, values))
     for actual, wanted in zip(gradients(cached, queries, keys, values), expected, strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+@implementations
+def test_pages_in_any_order_give_the_bits_that_one_run_of_slots_gives(implementation):
+    config = config_of(**SHAPE, batch_size=3)
+    addressings = SMALL["contiguous"], SMALL["paged"]
+    kinds = [jaxkv.create(config.replace(addressing=each)) for each in addressings]
+    arrays = random_step(config, 1, heads=4)
+    run = functools.partial(run_layer, "plain", able(implementation, kinds[0], 1))
+    one_run, pages = (step(cache, *arrays, run=run)[1] for cache in map(shuffled, kinds))
+    np.testing.assert_array_equal(pages, one_run)
