@@ -86,17 +86,34 @@ def test_it_is_built_once_into_the_cache_folder(monkeypatch, tmp_path):
     assert path.stat().st_mtime_ns == built
 
 
-@pytest.mark.parametrize("codec", [jaxkv.Dense("float32"), jaxkv.Int8()])
-@pytest.mark.parametrize("kv_heads", [1, 3])
-@pytest.mark.parametrize("group", [1, 2, 3, 7])
-def test_long_contexts_of_every_grouping_equal_the_reference(codec, kv_heads, group):
+CODECS = {
+    "float32": jaxkv.Dense("float32"),
+    "bfloat16": jaxkv.Dense("bfloat16"),
+    "int8": jaxkv.Int8(),
+    "rotated4": jaxkv.Rotated(4),
+    "rotated3": jaxkv.Rotated(3),
+    "rotated2/int8": jaxkv.KeysValues(jaxkv.Rotated(2), jaxkv.Int8()),
+    "rotated1": jaxkv.Rotated(1),
+}
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 256])  # matrix tiles, where there are, take 32s
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("group", [1, 3, 7])
+def test_long_contexts_of_every_grouping_equal_the_reference(codec, group, head_dim):
     """Many blocks and units, the last of each not full; groups of 4, 2 and 1 heads."""
     available()
+    kv_heads = 2 + group % 2
     generator = np.random.default_rng(group)
     lengths = jnp.asarray([1500, 1, 700])
-    config = jaxkv.KVCacheConfig(2, 1501, kv_heads, 80, batch_size=3, codec=codec)
-    keys = jnp.asarray(generator.standard_normal((3, 1500, kv_heads, 80), np.float32))
-    queries = jnp.asarray(generator.standard_normal((3, 1, kv_heads * group, 80), np.float32))
+    shape = (3, 1500, kv_heads, head_dim)
+    config = jaxkv.KVCacheConfig(
+        2, 1501, kv_heads, head_dim, batch_size=3, codec=CODECS[codec]
+    )
+    keys = jnp.asarray(generator.standard_normal(shape, np.float32))
+    queries = jnp.asarray(
+        generator.standard_normal((3, 1, kv_heads * group, head_dim), np.float32)
+    )
     cache = jaxkv.append(jaxkv.create(config), keys, keys[::-1], layer=1, num_tokens=lengths)
     cache = jaxkv.advance(cache, lengths - 1)
     expected, got = (

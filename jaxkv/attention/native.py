@@ -16,11 +16,12 @@ from jaxkv.addressing.kept import KeptIndex
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.blockwise import blockwise
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.codecs import Dense, Int8
+from jaxkv.codecs import Codec, Dense, Int8, KeysValues, Rotated
 from jaxkv.kv_cache import KVCache
 from jaxkv.native import unavailable
 
 _LANES = 16
+_MOST_NUMBERS = 1024  # of a vector of codes, which is widened on the stack
 _NO_SINK = -1e30
 
 
@@ -31,12 +32,14 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
         return f"it reads on a CPU, and the backend is {jax.default_backend()}"
     if tokens != 1:
         return f"it serves one token a sequence, and this call has {tokens}"
-    if not isinstance(config.codec, Dense | Int8):
+    if not isinstance(config.codec, Dense) and not all(map(_bits, _sides(config.codec))):
         return f"it cannot read {config.codec.name}"
     if not isinstance(cache.index, ContiguousIndex | PagedIndex | RingIndex | KeptIndex):
         return f"it cannot read {config.addressing.name} caches"
     if config.head_dim % _LANES:
         return f"head_dim {config.head_dim} is not a multiple of {_LANES}"
+    if config.head_dim > _MOST_NUMBERS:
+        return f"head_dim {config.head_dim} is more than {_MOST_NUMBERS}"
     return unavailable()
 
 
@@ -50,8 +53,9 @@ def should_not_serve(cache: KVCache, tokens: int, heads: int) -> str | None:
 @jax.custom_jvp
 def native(request: Request) -> Grouped:
     """Attend with one query a sequence."""
-    codes, *scales = request.cache.storage.values()
     index = request.cache.index
+    key_codec, value_codec = _sides(request.cache.config.codec)
+    keys, values = _leaves(request.cache, 0), _leaves(request.cache, 1)
     queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
     sinks = request.sinks
     if sinks is None:
@@ -62,8 +66,11 @@ def native(request: Request) -> Grouped:
         jax.ShapeDtypeStruct(queries.shape, jnp.float32),
         vmap_method="sequential",
     )(
-        codes,
-        scales[0] if scales else jnp.zeros(0, jnp.uint16),
+        keys[0],
+        values[0],
+        keys[1],
+        values[1],
+        jnp.stack([_levels(key_codec), _levels(value_codec)]),
         jnp.asarray(request.layer, jnp.int32),
         queries,
         request.positions[:, 0],
@@ -71,6 +78,8 @@ def native(request: Request) -> Grouped:
         sinks,
         table,
         _key_positions(request),
+        key_bits=np.int64(_bits(key_codec)),
+        value_bits=np.int64(_bits(value_codec)),
         extent=np.int64(index.extent),
         page_size=np.int64(page_size),
         window=np.int64(request.window or 0),
@@ -79,6 +88,36 @@ def native(request: Request) -> Grouped:
         softcap=np.float32(request.softcap or 0),
     )
     return output[:, :, None]
+
+
+def _sides(codec: Codec) -> tuple[Codec, Codec]:
+    """The codecs of keys and of values."""
+    return (codec.keys, codec.values) if isinstance(codec, KeysValues) else (codec, codec)
+
+
+def _bits(codec: Codec) -> int:
+    """Of a code; 0 for a codec that has none that the kernel can read."""
+    match codec:
+        case Int8():
+            return 8
+        case Rotated(bits=bits):
+            return bits
+    return 0
+
+
+def _levels(codec: Codec) -> Int[Array, " codes"]:
+    levels = codec.levels if isinstance(codec, Rotated) else ()
+    return jnp.asarray([*levels, *(0,) * (16 - len(levels))], jnp.int8)
+
+
+def _leaves(cache: KVCache, side: int) -> tuple[Array, Array]:
+    """The buffers of one side's vectors and scales; no scales where vectors are what they are."""
+    storage = cache.storage
+    if isinstance(cache.config.codec, KeysValues):
+        name = ("key", "value")[side]
+        return storage[f"{name}_codes"], storage[f"{name}_scales"]
+    codes, *scales = storage.values()
+    return codes, scales[0] if scales else jnp.zeros(0, jnp.uint16)
 
 
 def _pages(index: Index) -> tuple[Int[Array, "*batch pages"], int]:

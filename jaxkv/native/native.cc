@@ -15,31 +15,41 @@ const int32_t* DataOrNull(const ffi::Buffer<ffi::S32>& buffer) {
   return buffer.element_count() > 0 ? buffer.typed_data() : nullptr;
 }
 
+// One side of one layer. `sides` is 1 if the buffer holds this side alone, else 2, keys first.
+Side SideOf(const ffi::AnyBuffer& vectors, const ffi::Buffer<ffi::U16>& scales,
+            const ffi::Buffer<ffi::S8>& levels, int64_t layer, int64_t number, int64_t bits) {
+  const auto shape = vectors.dimensions();  // layers, sides, slots, heads, numbers or bytes
+  const auto type = vectors.element_type();
+  const int64_t width = type == ffi::F32 ? 4 : type == ffi::S8 || type == ffi::U8 ? 1 : 2;
+  // Like XLA's own slices, a layer out of range is the nearest that exists.
+  layer = std::clamp<int64_t>(layer, 0, shape[0] - 1);
+  const int64_t half = (layer * shape[1] + std::min(number, shape[1] - 1)) * shape[2] * shape[3];
+  Side side;
+  side.bytes = shape[4] * width;
+  side.vectors = (const char*)vectors.untyped_data() + half * side.bytes;
+  if (scales.element_count() > 0) side.scales = scales.typed_data() + half;
+  side.bits = bits, side.levels = levels.typed_data() + 16 * number;
+  return side;
+}
+
 // `table` and `key_positions` are empty where the addressing has none; see slots.h.
-ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer cache, ffi::Buffer<ffi::U16> scales,
-                  ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::F32> queries,
-                  ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> lengths,
-                  ffi::Buffer<ffi::F32> sinks, ffi::Buffer<ffi::S32> table,
-                  ffi::Buffer<ffi::S32> key_positions, int64_t extent, int64_t page_size,
+ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                  ffi::Buffer<ffi::U16> key_scales, ffi::Buffer<ffi::U16> value_scales,
+                  ffi::Buffer<ffi::S8> levels, ffi::Buffer<ffi::S32> layer,
+                  ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::S32> positions,
+                  ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> sinks,
+                  ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> key_positions,
+                  int64_t key_bits, int64_t value_bits, int64_t extent, int64_t page_size,
                   int64_t window, int64_t kept_window, int64_t kept_sinks, float softcap,
                   ffi::ResultBuffer<ffi::F32> out) {
-  const auto cache_shape = cache.dimensions();  // layers, 2, slots, heads, head_dim
-  const auto shape = queries.dimensions();      // batch, heads, group, head_dim
-  const auto type = cache.element_type();
-  const int64_t width = type == ffi::F32 ? 4 : type == ffi::S8 ? 1 : 2;
-  const int64_t vectors = cache_shape[2] * cache_shape[3];
-  const int64_t half_layer = vectors * cache_shape[4] * width;
-  // Like XLA's own slices, a layer out of range is the nearest that exists.
-  const int64_t number = std::clamp<int64_t>(layer.typed_data()[0], 0, cache_shape[0] - 1);
+  const auto shape = queries.dimensions();  // batch, heads, group, head_dim
+  const int64_t number = layer.typed_data()[0];
 
-  PreferLargePages(cache.untyped_data(), cache.size_bytes());
+  PreferLargePages(keys.untyped_data(), keys.size_bytes());
+  PreferLargePages(values.untyped_data(), values.size_bytes());
   Attention job;
-  job.keys = (const char*)cache.untyped_data() + 2 * number * half_layer;
-  job.values = (const char*)job.keys + half_layer;
-  if (scales.element_count() > 0) {
-    job.key_scales = scales.typed_data() + 2 * number * vectors;
-    job.value_scales = job.key_scales + vectors;
-  }
+  job.keys = SideOf(keys, key_scales, levels, number, 0, key_bits);
+  job.values = SideOf(values, value_scales, levels, number, 1, value_bits);
   job.queries = queries.typed_data();
   job.sinks = sinks.typed_data();
   job.out = out->typed_data();
@@ -47,7 +57,7 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer cache, ffi::Buffer<ffi::U
   job.softcap = softcap;
 
   Slots& slots = job.slots;
-  slots.batch = shape[0], slots.extent = extent, slots.num_slots = cache_shape[2];
+  slots.batch = shape[0], slots.extent = extent, slots.num_slots = keys.dimensions()[2];
   slots.query_positions = positions.typed_data();
   slots.lengths = lengths.typed_data();
   slots.window = window, slots.kept_window = kept_window, slots.kept_sinks = kept_sinks;
@@ -57,14 +67,18 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer cache, ffi::Buffer<ffi::U
   if (slots.key_positions) slots.lists = key_positions.element_count() / shape[0] / extent;
 
   const int64_t threads = pool.num_threads();
-  if (type == ffi::F32) {
+  const auto type = keys.element_type();
+  const bool codes = key_bits > 0;
+  if (codes && (key_bits < 8 || value_bits < 8 || UsesTiles<Code>(job))) {
+    Attend<Code>(job, threads);
+  } else if (codes) {
+    Attend<int8_t>(job, threads);
+  } else if (type == ffi::F32) {
     Attend<float>(job, threads);
   } else if (type == ffi::U16) {
     Attend<BFloat16>(job, threads);
   } else if (type == ffi::F16) {
     Attend<Float16>(job, threads);
-  } else if (type == ffi::S8) {
-    Attend<int8_t>(job, threads);
   } else {
     return ffi::Error::InvalidArgument("jaxkv: a cache of this element type is not supported");
   }
@@ -105,7 +119,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxkvDecode, jaxkv::Decode,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::U16>>()
+                                  .Arg<ffi::Buffer<ffi::U16>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
@@ -113,6 +130,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxkvDecode, jaxkv::Decode,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<int64_t>("key_bits")
+                                  .Attr<int64_t>("value_bits")
                                   .Attr<int64_t>("extent")
                                   .Attr<int64_t>("page_size")
                                   .Attr<int64_t>("window")

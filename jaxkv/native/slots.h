@@ -7,19 +7,27 @@ namespace jaxkv {
 
 constexpr int kBlock = 64;  // slots that are worked on together
 
-// Up to kBlock visible slots, taken K at a time: of K runs, each in memory order, the next one.
-// (The processor fetches ahead in each run by itself, and keeps up with many at once.)
+// Up to kBlock visible slots, taken K at a time in one of two orders.
 struct Block {
   int64_t slots[kBlock];
   int count = 0;
 
   template <int K>
   int Steps() const { return (count + K - 1) / K; }
-  // The i-th slot of a step. Past the last one, which a step may reach, the last again.
-  template <int K>
-  int64_t Slot(int step, int i) const {
-    return slots[std::min(step + i * Steps<K>(), count - 1)];
-  }
+  // Past the last token, which a step may reach, the last again.
+  int64_t Slot(int token) const { return slots[std::min(token, count - 1)]; }
+};
+
+// Of K runs, each in memory order, the next token. (The processor fetches ahead in each run by
+// itself, and keeps up with many at once.)
+struct InRuns {
+  int steps;
+  int Token(int step, int i) const { return step + i * steps; }
+};
+
+template <int K>
+struct InTurn {
+  int Token(int step, int i) const { return step * K + i; }
 };
 
 // One layer's slots. Sequence b has `extent` logical ones; by default logical slot p is slot

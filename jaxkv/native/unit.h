@@ -1,39 +1,14 @@
-// A unit of attention: some slots of one sequence, and an online softmax (running maximum, total
-// and mix) for every query head that reads them.
+// A unit of attention in the processor's vectors, for every element type.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
 
-#include "slots.h"
-#include "vectors.h"
+#include "codes.h"
+#include "online.h"
 
 namespace jaxkv {
-
-constexpr float kLowest = -1e30f;  // a finite "minus infinity"
-
-// One layer, and the queries that read it.
-struct Attention {
-  const void *keys, *values;  // [slots, heads, head_dim]
-  const uint16_t *key_scales = nullptr, *value_scales = nullptr;  // bfloat16 [slots, heads]
-  const float* queries;  // [batch, heads, group, head_dim], scaled
-  const float* sinks;    // [heads, group]
-  float* out;            // like queries
-  int64_t heads, group, head_dim;
-  float softcap;
-  Slots slots;
-
-  int64_t chunks = 1;
-  float* arranged;         // queries, in the order in which elements are loaded
-  float *highest, *total;  // [batch, rows, chunks]
-  float* mix;              // [batch, chunks, rows, head_dim]
-
-  int64_t rows() const { return heads * group; }
-  float* MixOf(int64_t b, int64_t chunk, int64_t row) {
-    return &mix[((b * chunks + chunk) * rows() + row) * head_dim];
-  }
-};
 
 template <int N>
 using Number = std::integral_constant<int, N>;
@@ -91,10 +66,9 @@ class Unit {
     for (int64_t head = first_head; head < end_head; ++head)
       for (int64_t g = 0; g < job.group; g += kMost) {
         const int64_t row = head * job.group + g;
-        rows_.push_back({head, b * job.rows() + row, (int)std::min<int64_t>(kMost, job.group - g),
-                         &job.arranged[(b * job.rows() + row) * job.head_dim],
-                         job.MixOf(b, chunk, row)});
-        std::fill_n(rows_.back().mix, rows_.back().count * job.head_dim, 0.0f);
+        const int count = std::min<int64_t>(kMost, job.group - g);
+        rows_.push_back({head, b * job.rows() + row, count});
+        std::fill_n(job.MixOf(b, chunk, row), count * job.head_dim, 0.0f);
       }
     scores_.resize(rows_.size() * kScores);
     for (size_t i = 0; i < rows_.size(); ++i) rows_[i].scores = &scores_[i * kScores];
@@ -104,112 +78,80 @@ class Unit {
   void Run(int64_t list, int64_t from, int64_t to) {
     Block block;
     while (job_.slots.Collect(b_, list, from, to, block)) {
-      key_scales_.Load(job_.key_scales, job_.heads, block);
-      value_scales_.Load(job_.value_scales, job_.heads, block);
-      ForEach((const T*)job_.keys, block, [&](auto g, int step, const Rows& rows, auto& keys) {
+      const InRuns order{block.Steps<K>()};
+      key_scales_.Load(job_.keys.scales, job_.heads, block, order);
+      value_scales_.Load(job_.values.scales, job_.heads, block, order);
+      ForEach(job_.keys, block, [&](auto g, int step, const Rows& rows, auto& keys) {
         constexpr int G = decltype(g)::value;
-        Store(rows.scores + step * kLanes, Score<T, G, K>(keys, rows.queries, job_.head_dim));
+        const float* queries = &job_.arranged[rows.row * job_.head_dim];
+        Store(rows.scores + step * kLanes, Score<Wide, G, K>(keys, queries, job_.head_dim));
       });
-      for (Rows& rows : rows_) Softmax(block, rows);
-      ForEach((const T*)job_.values, block, [&](auto g, int step, const Rows& rows, auto& values) {
+      for (Rows& rows : rows_)
+        Shrink(rows, Softmax(block, order, job_.softcap, key_scales_, value_scales_, rows));
+      ForEach(job_.values, block, [&](auto g, int step, const Rows& rows, auto& values) {
         constexpr int G = decltype(g)::value;
-        Mix<T, G, K>(values, rows.scores + step * kLanes, job_.head_dim, rows.mix);
+        Mix<Wide, G, K>(values, rows.scores + step * kLanes, job_.head_dim, MixOf(rows));
       });
     }
-    for (Rows& rows : rows_) {
-      const Vec total = Together<K>(rows.total, Added);
-      for (int g = 0; g < rows.count; ++g) {
-        job_.highest[(rows.row + g) * job_.chunks + chunk_] = rows.highest[g * K];
-        job_.total[(rows.row + g) * job_.chunks + chunk_] = total[g * K];
-      }
-    }
+    for (Rows& rows : rows_) Report<K>(job_, rows, chunk_);
   }
 
  private:
   static constexpr int kScores = kBlock / K * kLanes;
+  // Codes are widened a head at a time; elements are in the products.
+  static constexpr bool kCodes = std::is_same_v<T, Code>;
+  using Wide = std::conditional_t<kCodes, float, T>;
 
-  // Some of the query heads that share a KV head.
-  struct Rows {
-    int64_t head, row;
-    int count;
-    const float* queries;
-    float* mix;
-    float* scores = nullptr;  // [steps][kLanes]; lane g * K + i
-    Vec highest = Vec{} + kLowest, total = Vec{};
-  };
+  float* MixOf(const Rows& rows) {
+    return job_.MixOf(b_, chunk_, rows.row - b_ * job_.rows());
+  }
 
-  // Scales of a block's codes, which are left out of the products.
-  struct Scales {
-    std::vector<float> wide;  // [heads][steps][K]
-
-    void Load(const uint16_t* scales, int64_t heads, const Block& block) {
-      if (!scales) return;
-      wide.resize(heads * kBlock);
-      for (int step = 0; step < block.Steps<K>(); ++step)
-        for (int i = 0; i < K; ++i) {
-          const uint16_t* of_slot = scales + block.Slot<K>(step, i) * heads;
-          for (int64_t head = 0; head < heads; ++head)
-            wide[head * kBlock + step * K + i] = Widen(of_slot[head]);
-        }
-    }
-    // Of a step's tokens, for each query.
-    Vec At(int64_t head, int step) const {
-      const float* scales = &wide[head * kBlock + step * K];
-      if constexpr (K == kLanes) return jaxkv::Load(scales);
-      typedef float Four __attribute__((vector_size(16), aligned(4)));
-      const Four four = *(const Four*)scales;
-      return __builtin_shufflevector(four, four, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
-    }
-  };
-
-  // function(G, step, rows, pointers) over a block's tokens in memory order.
+  // function(G, step, rows, pointers) over a block's tokens, elements in memory order.
   template <typename Function>
-  void ForEach(const T* vectors, const Block& block, const Function& function) {
-    const int64_t stride = job_.heads * job_.head_dim;
-    for (int step = 0; step < block.Steps<K>(); ++step) {
-      const T* tokens[K];
-      for (int i = 0; i < K; ++i) tokens[i] = vectors + block.Slot<K>(step, i) * stride;
+  void ForEach(const Side& side, const Block& block, const Function& function) {
+    const InRuns order{block.Steps<K>()};
+    const Wide* of_head[K];
+    if constexpr (kCodes) {
+      widened_.resize(kBlock * job_.head_dim);
       for (const Rows& rows : rows_) {
-        const T* of_head[K];
-        UNROLL for (int i = 0; i < K; ++i) of_head[i] = tokens[i] + rows.head * job_.head_dim;
-        if (K == kLanes || rows.count == 1) function(Number<1>{}, step, rows, of_head);
-        if constexpr (K != kLanes) {
-          if (rows.count == 2) function(Number<2>{}, step, rows, of_head);
-          if (rows.count == 3) function(Number<3>{}, step, rows, of_head);
-          if (rows.count == 4) function(Number<4>{}, step, rows, of_head);
+        for (int token = 0; token < block.count; ++token)
+          WidenCodes(side, job_.head_dim,
+                     side.Row(block.slots[token], job_.heads) + rows.head * side.bytes,
+                     &widened_[token * job_.head_dim]);
+        for (int step = 0; step < order.steps; ++step) {
+          for (int i = 0; i < K; ++i)
+            of_head[i] = &widened_[std::min(order.Token(step, i), block.count - 1) * job_.head_dim];
+          OfCount(rows, step, of_head, function);
+        }
+      }
+    } else {
+      for (int step = 0; step < order.steps; ++step) {
+        const T* tokens[K];
+        for (int i = 0; i < K; ++i)
+          tokens[i] = (const T*)side.Row(block.Slot(order.Token(step, i)), job_.heads);
+        for (const Rows& rows : rows_) {
+          UNROLL for (int i = 0; i < K; ++i) of_head[i] = tokens[i] + rows.head * job_.head_dim;
+          OfCount(rows, step, of_head, function);
         }
       }
     }
   }
 
-  // Scores to weights; what was mixed so far shrinks if there is a new highest score.
-  void Softmax(const Block& block, Rows& rows) {
-    const int steps = block.Steps<K>();
-    Ints first;  // each lane's token, at step 0
-    for (int i = 0; i < kLanes; ++i) first[i] = i % K * steps;
-    Vec most = rows.highest;
-    for (int step = 0; step < steps; ++step) {
-      Vec score = Load(rows.scores + step * kLanes);
-      if (job_.key_scales) score *= key_scales_.At(rows.head, step);
-      if (job_.softcap > 0) score = job_.softcap * Tanh(score / job_.softcap);
-      score = first + step < block.count ? score : Vec{} + kLowest;
-      Store(rows.scores + step * kLanes, score);
-      most = Larger(score, most);
+  template <typename Function>
+  static void OfCount(const Rows& rows, int step, const Wide* const (&of_head)[K],
+                      const Function& function) {
+    if (K == kLanes || rows.count == 1) function(Number<1>{}, step, rows, of_head);
+    if constexpr (K != kLanes) {
+      if (rows.count == 2) function(Number<2>{}, step, rows, of_head);
+      if (rows.count == 3) function(Number<3>{}, step, rows, of_head);
+      if (rows.count == 4) function(Number<4>{}, step, rows, of_head);
     }
-    most = Together<K>(most, Larger);
-    const Vec keep = Exp(rows.highest - most);
-    Vec total = rows.total * keep;
-    for (int step = 0; step < steps; ++step) {
-      Vec weight = Exp(Load(rows.scores + step * kLanes) - most);
-      weight = first + step < block.count ? weight : Vec{};
-      total += weight;
-      if (job_.value_scales) weight *= value_scales_.At(rows.head, step);
-      Store(rows.scores + step * kLanes, weight);
-    }
-    rows.highest = most, rows.total = total;
+  }
+
+  void Shrink(const Rows& rows, Vec keep) {
     for (int g = 0; g < rows.count; ++g) {
       if (keep[g * K] == 1) continue;
-      float* mix = rows.mix + g * job_.head_dim;
+      float* mix = MixOf(rows) + g * job_.head_dim;
       for (int64_t d = 0; d < job_.head_dim; d += kLanes)
         Store(mix + d, Load(mix + d) * keep[g * K]);
     }
@@ -218,8 +160,8 @@ class Unit {
   Attention& job_;
   const int64_t b_, chunk_;
   std::vector<Rows> rows_;
-  std::vector<float> scores_;
-  Scales key_scales_, value_scales_;
+  std::vector<float> scores_, widened_;
+  Scales<K> key_scales_, value_scales_;
 };
 
 }  // namespace jaxkv

@@ -23,17 +23,19 @@ typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1)));
 typedef int16_t SignedShorts __attribute__((vector_size(2 * kLanes)));
 
+struct alignas(64) Line { float lanes[kLanes]; };  // of the processor's caches
+
 // Room for floats, kept from call to call: the system takes longer to map fresh memory than a
 // small layer takes to read.
 class Scratch {
  public:
   float* Room(int64_t size) {
-    if ((int64_t)floats_.size() < size) floats_.resize(size);
-    return floats_.data();
+    if ((int64_t)lines_.size() * kLanes < size) lines_.resize((size + kLanes - 1) / kLanes);
+    return lines_.data()->lanes;
   }
 
  private:
-  std::vector<float> floats_;
+  std::vector<Line> lines_;
 };
 
 struct BFloat16 { uint16_t bits; };

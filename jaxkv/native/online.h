@@ -1,0 +1,126 @@
+// The online softmax of a unit of attention: some slots of one sequence, and for every query head
+// that reads them a running maximum and total.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "slots.h"
+#include "vectors.h"
+
+namespace jaxkv {
+
+constexpr float kLowest = -1e30f;  // a finite "minus infinity"
+
+// How one side's vectors are stored: elements, or codes of `bits` that stand for whole `levels`.
+struct Side {
+  const char* vectors;               // [slots, heads, bytes]
+  int64_t bytes;                     // of a vector
+  const uint16_t* scales = nullptr;  // bfloat16 [slots, heads]
+  int64_t bits = 0;                  // 0 for elements
+  const int8_t* levels = nullptr;    // [16]
+
+  const char* Row(int64_t slot, int64_t heads) const { return vectors + slot * heads * bytes; }
+};
+
+// One layer, and the queries that read it.
+struct Attention {
+  Side keys, values;
+  const float* queries;  // [batch, heads, group, head_dim], scaled
+  const float* sinks;    // [heads, group]
+  float* out;            // like queries
+  int64_t heads, group, head_dim;
+  float softcap;
+  Slots slots;
+
+  int64_t chunks = 1;
+  float* arranged;         // queries, as the units want them
+  float *highest, *total;  // [batch, rows, chunks]
+  float* mix;              // [batch, chunks, rows, head_dim]
+
+  int64_t rows() const { return heads * group; }
+  float* MixOf(int64_t b, int64_t chunk, int64_t row) {
+    return &mix[((b * chunks + chunk) * rows() + row) * head_dim];
+  }
+};
+
+// Query heads that share a KV head: up to 4 where tokens are taken 4 at a time, else one.
+struct Rows {
+  int64_t head, row;  // row: of all sequences
+  int count;
+  float* scores = nullptr;  // [steps][kLanes]; lane g * K + i
+  Vec highest = Vec{} + kLowest, total = Vec{};
+};
+
+// Scales of a block's codes, which are left out of the products.
+template <int K>
+class Scales {
+ public:
+  template <typename Order>
+  void Load(const uint16_t* scales, int64_t heads, const Block& block, Order order) {
+    wide_.resize(scales ? heads * kBlock : 0);
+    if (!scales) return;
+    for (int step = 0; step < block.Steps<K>(); ++step)
+      for (int i = 0; i < K; ++i) {
+        const uint16_t* of_slot = scales + block.Slot(order.Token(step, i)) * heads;
+        for (int64_t head = 0; head < heads; ++head)
+          wide_[head * kBlock + step * K + i] = Widen(of_slot[head]);
+      }
+  }
+  explicit operator bool() const { return !wide_.empty(); }
+  // Of a step's tokens, for each query.
+  Vec At(int64_t head, int step) const {
+    const float* scales = &wide_[head * kBlock + step * K];
+    if constexpr (K == kLanes) return jaxkv::Load(scales);
+    typedef float Four __attribute__((vector_size(16), aligned(4)));
+    const Four four = *(const Four*)scales;
+    return __builtin_shufflevector(four, four, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+  }
+
+ private:
+  std::vector<float> wide_;  // [heads][steps][K]
+};
+
+// Scores to weights. Returns what becomes of all that was mixed so far, which shrinks if there is a
+// new highest score.
+template <int K, typename Order>
+Vec Softmax(const Block& block, Order order, float softcap, const Scales<K>& key_scales,
+            const Scales<K>& value_scales, Rows& rows) {
+  const int steps = block.Steps<K>();
+  Ints first;  // each lane's token, at step 0
+  for (int i = 0; i < kLanes; ++i) first[i] = order.Token(0, i % K);
+  const int stride = order.Token(1, 0) - order.Token(0, 0);
+  Vec most = rows.highest;
+  for (int step = 0; step < steps; ++step) {
+    Vec score = Load(rows.scores + step * kLanes);
+    if (key_scales) score *= key_scales.At(rows.head, step);
+    if (softcap > 0) score = softcap * Tanh(score / softcap);
+    score = first + step * stride < block.count ? score : Vec{} + kLowest;
+    Store(rows.scores + step * kLanes, score);
+    most = Larger(score, most);
+  }
+  most = Together<K>(most, Larger);
+  const Vec keep = Exp(rows.highest - most);
+  Vec total = rows.total * keep;
+  for (int step = 0; step < steps; ++step) {
+    Vec weight = Exp(Load(rows.scores + step * kLanes) - most);
+    weight = first + step * stride < block.count ? weight : Vec{};
+    total += weight;
+    if (value_scales) weight *= value_scales.At(rows.head, step);
+    Store(rows.scores + step * kLanes, weight);
+  }
+  rows.highest = most, rows.total = total;
+  return keep;
+}
+
+// What a unit found out, for `Join`.
+template <int K>
+void Report(Attention& job, const Rows& rows, int64_t chunk) {
+  const Vec total = Together<K>(rows.total, Added);
+  for (int g = 0; g < rows.count; ++g) {
+    job.highest[(rows.row + g) * job.chunks + chunk] = rows.highest[g * K];
+    job.total[(rows.row + g) * job.chunks + chunk] = total[g * K];
+  }
+}
+
+}  // namespace jaxkv
