@@ -13,7 +13,7 @@
 namespace jaxkv {
 
 constexpr int64_t kSmallestUnit = 64 << 10;  // bytes
-constexpr int64_t kUnitsPerThread = 4;  // sequences differ in length, and threads in speed
+constexpr int64_t kUnitsPerThread = 2;  // sequences differ in length, and threads in speed
 constexpr int64_t kWorthWaking = 256 << 10;  // bytes that are read while a thread wakes up
 
 #if JAXKV_TILES

@@ -87,27 +87,32 @@ template <int K, typename Order>
 Vec Softmax(const Block& block, Order order, float softcap, const Scales<K>& key_scales,
             const Scales<K>& value_scales, Rows& rows) {
   const int steps = block.Steps<K>();
-  Ints first;  // each lane's token, at step 0
-  for (int i = 0; i < kLanes; ++i) first[i] = order.Token(0, i % K);
-  const int stride = order.Token(1, 0) - order.Token(0, 0);
-  Vec most = rows.highest;
-  for (int step = 0; step < steps; ++step) {
+  const auto set_absent = [&](float number) {  // where the last steps have no token
+    if (block.count == steps * K) return;
+    for (int step = 0; step < steps; ++step)
+      for (int i = 0; i < K; ++i)
+        if (order.Token(step, i) >= block.count)
+          for (int lane = i; lane < kLanes; lane += K) rows.scores[step * kLanes + lane] = number;
+  };
+  for (int step = 0; step < steps && (key_scales || softcap > 0); ++step) {
     Vec score = Load(rows.scores + step * kLanes);
     if (key_scales) score *= key_scales.At(rows.head, step);
     if (softcap > 0) score = softcap * Tanh(score / softcap);
-    score = first + step * stride < block.count ? score : Vec{} + kLowest;
     Store(rows.scores + step * kLanes, score);
-    most = Larger(score, most);
   }
+  set_absent(kLowest);
+  Vec most = rows.highest;
+  for (int step = 0; step < steps; ++step) most = Larger(Load(rows.scores + step * kLanes), most);
   most = Together<K>(most, Larger);
   const Vec keep = Exp(rows.highest - most);
   Vec total = rows.total * keep;
+  for (int step = 0; step < steps; ++step)
+    Store(rows.scores + step * kLanes, Exp(Load(rows.scores + step * kLanes) - most));
+  set_absent(0);
   for (int step = 0; step < steps; ++step) {
-    Vec weight = Exp(Load(rows.scores + step * kLanes) - most);
-    weight = first + step * stride < block.count ? weight : Vec{};
+    const Vec weight = Load(rows.scores + step * kLanes);
     total += weight;
-    if (value_scales) weight *= value_scales.At(rows.head, step);
-    Store(rows.scores + step * kLanes, weight);
+    if (value_scales) Store(rows.scores + step * kLanes, weight * value_scales.At(rows.head, step));
   }
   rows.highest = most, rows.total = total;
   return keep;

@@ -70,11 +70,15 @@ struct Slots {
         }
         first = place - page * page_size;
       }
-      const int32_t* held =
-          key_positions ? key_positions + (b * lists + list) * extent : nullptr;
+      if (!key_positions) {
+        const int64_t some = std::min<int64_t>(run_end - cursor, kBlock - block.count);
+        for (int64_t i = 0; i < some; ++i) block.slots[block.count + i] = first + cursor + i;
+        block.count += some, cursor += some;
+        continue;
+      }
+      const int32_t* held = key_positions + (b * lists + list) * extent;
       for (; cursor < run_end && block.count < kBlock; ++cursor)
-        if (!held || Sees(query_positions[b], held[cursor]))
-          block.slots[block.count++] = first + cursor;
+        if (Sees(query_positions[b], held[cursor])) block.slots[block.count++] = first + cursor;
     }
     return block.count > 0;
   }

@@ -89,6 +89,21 @@ inline void TransposeFours(Vec (&v)[4]) {
 #undef ODD
 }
 
+// Weights of 16 tokens as a tile for one of values, whose rows are pairs of numbers of one token:
+// even numbers are mixed by the first 8 rows, odd ones by the others; of each half, 4 rows are the
+// queries' highest parts and 4 the rest.
+inline void ArrangeWeights(const float* scores, uint32_t* weights) {
+  Vec v[4];
+  UNROLL for (int i = 0; i < 4; ++i) v[i] = Load(scores + i * kLanes);
+  TransposeFours(v);  // of query g, 16 tokens
+  UNROLL for (int g = 0; g < kQueries; ++g)
+    UNROLL for (int part = 0; part < 2; ++part) {
+      const Words top = TakeNearest(v[g]);
+      *(Words*)&weights[(part * kQueries + g) * kTile] = top >> 16;
+      *(Words*)&weights[(8 + part * kQueries + g) * kTile] = top;
+    }
+}
+
 template <typename T>
 class TileUnit {
  public:
@@ -130,8 +145,9 @@ class TileUnit {
     const InTurn<kQueries> order;
     key_scales_.Load(job_.keys.scales, job_.heads, block, order);
     value_scales_.Load(job_.values.scales, job_.heads, block, order);
+    groups_ = (block.count + kTile - 1) / kTile;
+    ahead_.Start(*this, next);
     for (size_t i = 0; i < rows_.size(); ++i) {
-      if (next) Prefetch(*next, i);
       Rows& rows = rows_[i];
       Line* mix = &mix_[i * slices_ * kTile];
       Sources(job_.keys, block, rows.head);
@@ -145,17 +161,50 @@ class TileUnit {
     }
   }
 
-  // A part of the next block, into the cache that is nearest to this core but for one. It is as
-  // far ahead as this block takes, which the processor itself does not look.
-  void Prefetch(const Block& next, size_t part) const {
-    const int begin = next.count * part / rows_.size(), end = next.count * (part + 1) / rows_.size();
-    for (const Side* side : {&job_.keys, &job_.values})
-      for (int token = begin; token < end; ++token) {
-        const char* row = side->Row(next.slots[token], job_.heads);
-        for (const char* p = row + first_head_ * side->bytes; p < row + end_head_ * side->bytes; p += 64)
-          __builtin_prefetch(p, 0, 2);
+  // Lines of the next block, into the cache that is nearest to this core but for one, a few at a
+  // time all through the work on this block: the processor does not look as far by itself, and
+  // waits if it is asked for many at once.
+  class Ahead {
+   public:
+    void Start(const TileUnit& unit, const Block* next) {
+      unit_ = &unit, next_ = next, side_ = &unit.job_.keys, token_ = 0, line_ = end_ = nullptr;
+      if (!next) return;
+      const int64_t heads = unit.end_head_ - unit.first_head_;
+      const int64_t bytes = heads * (unit.job_.keys.bytes + unit.job_.values.bytes);
+      const int64_t passes = (unit.slices_ + 3) / 4;
+      const int64_t calls = unit.rows_.size() * (2 * unit.slices_ + unit.groups_ * passes);
+      each_ = (next->count * (bytes / 64 + 2) + calls - 1) / calls;
+    }
+    void Fetch() {
+      if (!next_) return;
+      for (int i = 0; i < each_; ++i, line_ += 64) {
+        if (line_ >= end_ && !NextRun()) return;
+        __builtin_prefetch(line_, 0, 2);
       }
-  }
+    }
+
+   private:
+    bool NextRun() {
+      if (token_ == next_->count) {
+        if (side_ == &unit_->job_.values) return false;
+        side_ = &unit_->job_.values, token_ = 0;
+      }
+      const Attention& job = unit_->job_;
+      const int first = token_++;
+      if (job.slots.lists == 1)  // all heads, so rows touch
+        while (token_ < next_->count && next_->slots[token_] == next_->slots[token_ - 1] + 1) ++token_;
+      line_ = side_->Row(next_->slots[first], job.heads) + unit_->first_head_ * side_->bytes;
+      end_ = side_->Row(next_->slots[token_ - 1], job.heads) + unit_->end_head_ * side_->bytes;
+      return true;
+    }
+
+    const TileUnit* unit_ = nullptr;
+    const Block* next_ = nullptr;
+    const Side* side_ = nullptr;
+    int token_ = 0;
+    int64_t each_ = 0;
+    const char *line_ = nullptr, *end_ = nullptr;
+  };
 
   // One head's vectors: as they are where a tile can be loaded from there, else copied or widened.
   void Sources(const Side& side, const Block& block, int64_t head) {
@@ -174,7 +223,6 @@ class TileUnit {
       for (int token = first; token < first + kTile; ++token, copy += size)
         Copy(side, side.Row(block.Slot(token), job_.heads) + head * side.bytes, copy);
     }
-    groups_ = (block.count + kTile - 1) / kTile;
   }
 
   void Copy(const Side& side, const char* vector, char* copy) const {
@@ -203,6 +251,7 @@ class TileUnit {
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t slice = 0; slice < slices_; ++slice) {
+      ahead_.Fetch();
       _tile_loadd(4, queries + slice * kTile * kTile, 64);
       LOAD_SOURCE(5, 0, slice);
       _tile_dpbf16ps(0, 5, 4);
@@ -210,6 +259,7 @@ class TileUnit {
         LOAD_SOURCE(6, 1, slice);
         _tile_dpbf16ps(1, 6, 4);
       }
+      ahead_.Fetch();
       if (groups_ > 2) {
         LOAD_SOURCE(7, 2, slice);
         _tile_dpbf16ps(2, 7, 4);
@@ -233,44 +283,39 @@ class TileUnit {
     }
   }
 
-  // A tile of weights for one of values, whose rows are pairs of numbers of one token: even
-  // numbers are mixed by the first 8 rows, odd ones by the others, in each half 4 queries' highest
-  // parts and then the rest.
+  // Adds a group's tokens to up to four slices of the mix at a time, as many as there are tiles for.
   void MixAll(const Rows& rows, Line* mix) {
-    alignas(64) uint32_t weights[kGroups][kTile * kTile];
-    for (int group = 0; group < groups_; ++group) {
-      Vec v[4];
-      UNROLL for (int i = 0; i < 4; ++i) v[i] = Load(rows.scores + (4 * group + i) * kLanes);
-      TransposeFours(v);  // of query g, 16 tokens
-      for (int g = 0; g < kQueries; ++g)
-        for (int part = 0; part < 2; ++part) {
-          const Words top = TakeNearest(v[g]);
-          *(Words*)&weights[group][(part * kQueries + g) * kTile] = top >> 16;
-          *(Words*)&weights[group][(8 + part * kQueries + g) * kTile] = top;
-        }
-    }
-    int64_t slice = 0;
-    for (; slice + 2 <= slices_; slice += 2, mix += 2 * kTile) {
+    alignas(64) uint32_t weights[kTile * kTile];
+    for (int64_t first = 0; first < slices_; first += 4, mix += 4 * kTile) {
+      const int64_t slices = std::min<int64_t>(4, slices_ - first);
       _tile_loadd(0, mix, 64);
-      _tile_loadd(1, mix + kTile, 64);
+      if (slices > 1) _tile_loadd(1, mix + kTile, 64);
+      if (slices > 2) _tile_loadd(2, mix + 2 * kTile, 64);
+      if (slices > 3) _tile_loadd(3, mix + 3 * kTile, 64);
       for (int group = 0; group < groups_; ++group) {
-        _tile_loadd(2, weights[group], 64);
-        LOAD_SOURCE(3, group, slice);
-        _tile_dpbf16ps(0, 2, 3);
-        LOAD_SOURCE(4, group, slice + 1);
-        _tile_dpbf16ps(1, 2, 4);
+        ahead_.Fetch();
+        ArrangeWeights(rows.scores + 4 * group * kLanes, weights);
+        _tile_loadd(4, weights, 64);
+        LOAD_SOURCE(5, group, first);
+        _tile_dpbf16ps(0, 4, 5);
+        if (slices > 1) {
+          LOAD_SOURCE(6, group, first + 1);
+          _tile_dpbf16ps(1, 4, 6);
+        }
+        if (slices > 2) {
+          LOAD_SOURCE(5, group, first + 2);
+          _tile_dpbf16ps(2, 4, 5);
+        }
+        if (slices > 3) {
+          LOAD_SOURCE(6, group, first + 3);
+          _tile_dpbf16ps(3, 4, 6);
+        }
       }
       _tile_stored(0, mix, 64);
-      _tile_stored(1, mix + kTile, 64);
+      if (slices > 1) _tile_stored(1, mix + kTile, 64);
+      if (slices > 2) _tile_stored(2, mix + 2 * kTile, 64);
+      if (slices > 3) _tile_stored(3, mix + 3 * kTile, 64);
     }
-    if (slice == slices_) return;
-    _tile_loadd(0, mix, 64);
-    for (int group = 0; group < groups_; ++group) {
-      _tile_loadd(2, weights[group], 64);
-      LOAD_SOURCE(3, group, slice);
-      _tile_dpbf16ps(0, 2, 3);
-    }
-    _tile_stored(0, mix, 64);
   }
 #undef LOAD_SOURCE
 
@@ -309,6 +354,7 @@ class TileUnit {
   alignas(64) float scores_[kBlock * kQueries];
   std::vector<Line> mix_, copy_;
   Scales<kQueries> key_scales_, value_scales_;
+  Ahead ahead_;
 };
 
 }  // namespace jaxkv

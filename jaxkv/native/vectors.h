@@ -173,19 +173,18 @@ inline Vec Added(Vec a, Vec b) { return a + b; }
 
 // exp of each lane, to 2 ulp where x is in [-87, 88]; below, 1.6e-38; of NaN, NaN.
 // Range reduction and polynomial as in Cephes' expf (Moshier).
-inline Vec Exp(Vec x) {
+inline __attribute__((always_inline)) Vec Exp(Vec x) {
   const Vec lowest = Vec{} - 87.0f;
   x = x < lowest ? lowest : x;
-  const Vec n = x * 1.44269504f;
-  const Ints k = __builtin_convertvector(n + (n > 0 ? Vec{} + 0.5f : Vec{} - 0.5f), Ints);
-  const Vec whole = __builtin_convertvector(k, Vec);
+  constexpr float kWhole = 0x1.8p23f;  // what is added to this is rounded to a whole number
+  const Vec n = x * 1.44269504f + kWhole, whole = n - kWhole;
   const Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
   Vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return (p * r * r + r + 1.0f) * (Vec)((k + 127) << 23);
+  return (p * r * r + r + 1.0f) * (Vec)(((Ints)n << 23) + (127 << 23));
 }
 
 // tanh of each lane, to 2 ulp; Cephes' tanhf: a polynomial near 0, where 1 - ... would cancel.
