@@ -25,22 +25,36 @@ inline Bytes16 LookUp(const int8_t* levels, Bytes16 codes) {
 }
 
 // One plane of a vector (jaxkv/codecs/packing.py): `width` bits of each code, the first codes of
-// all bytes before the second ones. Put at bit `low` of what `codes` holds.
-inline const uint8_t* AddPlane(const uint8_t* plane, int width, int low, int64_t head_dim,
-                               uint8_t* codes) {
-  const int64_t size = head_dim * width / 8;
-  const uint64_t mask = 0x0101010101010101u * ((1 << width) - 1);
-  for (int part = 0; part < 8 / width; ++part)
-    for (int64_t j = 0; j < size; j += 8) {  // head_dim is in whole sixteens: 8 bytes, or 2 or 4
-      const int64_t some = size - j < 8 ? size - j : 8;
-      uint64_t word = 0, held;
-      std::memcpy(&word, plane + j, some);
-      uint8_t* place = codes + part * size + j;
-      std::memcpy(&held, place, some);
-      word = (word >> part * width & mask) << low | (low ? held : 0);
-      std::memcpy(place, &word, some);
+// all bytes before the second ones. Put at bit `low` of what `codes` holds, a Word at a time.
+template <typename Word>
+inline void AddPlane(const uint8_t* plane, int64_t size, int width, int low, uint8_t* codes) {
+  Word mask, held{};
+  std::memset(&mask, (1 << width) - 1, sizeof mask);
+  for (int shift = 0; shift < 8; shift += width)
+    for (int64_t j = 0; j < size; j += sizeof(Word), codes += sizeof(Word)) {
+      Word word;
+      std::memcpy(&word, plane + j, sizeof word);
+      if (low) std::memcpy(&held, codes, sizeof held);
+      word = (Word)((Word)(word >> shift) & mask) << low | held;
+      std::memcpy(codes, &word, sizeof word);
     }
-  return plane + size;
+}
+
+// The codes of a vector, a byte each.
+inline void Unpack(const Side& side, int64_t head_dim, const char* vector, uint8_t* codes) {
+  typedef uint16_t Words16 __attribute__((vector_size(16)));
+  const uint8_t* plane = (const uint8_t*)vector;
+  for (int low = 0; low < side.bits; ) {
+    const int width = side.bits == 3 ? 2 - low / 2 : side.bits;  // 3 bits: two, and then one
+    const int64_t size = head_dim * width / 8;
+    if (size % 16 == 0)
+      AddPlane<Words16>(plane, size, width, low, codes);
+    else if (size % 8 == 0)
+      AddPlane<uint64_t>(plane, size, width, low, codes);
+    else
+      AddPlane<uint16_t>(plane, size, width, low, codes);  // head_dim is in whole sixteens
+    plane += size, low += width;
+  }
 }
 
 // A vector's levels; those of int8 are its codes.
@@ -49,14 +63,8 @@ inline void Levels(const Side& side, int64_t head_dim, const char* vector, int8_
     std::memcpy(levels, vector, head_dim);
     return;
   }
-  const uint8_t* packed = (const uint8_t*)vector;
   uint8_t* codes = (uint8_t*)levels;
-  if (side.bits == 3) {
-    packed = AddPlane(packed, 2, 0, head_dim, codes);
-    AddPlane(packed, 1, 2, head_dim, codes);
-  } else {
-    AddPlane(packed, side.bits, 0, head_dim, codes);
-  }
+  Unpack(side, head_dim, vector, codes);
   for (int64_t d = 0; d < head_dim; d += 16) {
     Bytes16 some;
     std::memcpy(&some, codes + d, 16);

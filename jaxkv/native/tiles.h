@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -32,6 +33,9 @@ inline bool TilesAllowed() {
   return allowed;
 }
 
+// Before a tile is loaded from what was just written: compilers do not know that it reads memory.
+inline void Written() { std::atomic_signal_fence(std::memory_order_seq_cst); }
+
 // All tiles of full size, for as long as this lives.
 class TilesInUse {
  public:
@@ -42,6 +46,7 @@ class TilesInUse {
       uint8_t rows[16] = {};
     } shape;
     for (int tile = 0; tile < 8; ++tile) shape.row_bytes[tile] = 64, shape.rows[tile] = kTile;
+    Written();
     _tile_loadconfig(&shape);
   }
   ~TilesInUse() { _tile_release(); }
@@ -221,22 +226,36 @@ class TileUnit {
       char* copy = (char*)&copy_[first * slices_];
       sources_[group] = {copy, size};
       for (int token = first; token < first + kTile; ++token, copy += size)
-        Copy(side, side.Row(block.Slot(token), job_.heads) + head * side.bytes, copy);
+        Copy(side, side.Row(block.Slot(token), job_.heads) + head * side.bytes, job_.head_dim, copy);
     }
   }
 
-  void Copy(const Side& side, const char* vector, char* copy) const {
+  static void Copy(const Side& side, const char* vector, int64_t head_dim, char* copy) {
     if constexpr (std::is_same_v<T, BFloat16>) {
       std::memcpy(copy, vector, side.bytes);
+    } else if (side.bits == 8) {
+      for (int64_t d = 0; d < head_dim; d += kSlice) {
+        const int8_t* codes = (const int8_t*)vector + d;
+        StoreNarrow(Load(codes), Load(codes + kTile), copy + d * sizeof(BFloat16));
+      }
     } else {
-      int8_t levels[kMostLevels];
-      Levels(side, job_.head_dim, vector, levels);
-      for (int64_t d = 0; d < job_.head_dim; d += kSlice) {
-        const __m512 first = (__m512)Load(levels + d), second = (__m512)Load(levels + d + kTile);
-        const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
-        std::memcpy(copy + d * sizeof(BFloat16), &both, sizeof both);
+      uint8_t codes[kMostLevels];
+      Unpack(side, head_dim, vector, codes);
+      char levels[sizeof(__m512i)] = {};
+      StoreNarrow(Load(side.levels), Vec{}, levels);
+      const __m512i table = _mm512_loadu_si512(levels);
+      for (int64_t d = 0; d < head_dim; d += kSlice) {
+        const __m256i some = _mm256_loadu_si256((const __m256i*)(codes + d));
+        const __m512i found = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(some), table);
+        std::memcpy(copy + d * sizeof(BFloat16), &found, sizeof found);
       }
     }
+  }
+
+  // Whole numbers as bfloat16.
+  static void StoreNarrow(Vec first, Vec second, char* to) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    std::memcpy(to, &both, sizeof both);
   }
 
 #define LOAD_SOURCE(tile, group, slice) \
@@ -246,6 +265,7 @@ class TileUnit {
   void ScoreAll(Rows& rows) {
     alignas(64) float parts[kBlock * kTile];
     const uint32_t* queries = (const uint32_t*)job_.arranged + TileOf(rows) * kTile * kTile;
+    Written();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -288,6 +308,7 @@ class TileUnit {
     alignas(64) uint32_t weights[kTile * kTile];
     for (int64_t first = 0; first < slices_; first += 4, mix += 4 * kTile) {
       const int64_t slices = std::min<int64_t>(4, slices_ - first);
+      Written();
       _tile_loadd(0, mix, 64);
       if (slices > 1) _tile_loadd(1, mix + kTile, 64);
       if (slices > 2) _tile_loadd(2, mix + 2 * kTile, 64);
@@ -295,6 +316,7 @@ class TileUnit {
       for (int group = 0; group < groups_; ++group) {
         ahead_.Fetch();
         ArrangeWeights(rows.scores + 4 * group * kLanes, weights);
+        Written();
         _tile_loadd(4, weights, 64);
         LOAD_SOURCE(5, group, first);
         _tile_dpbf16ps(0, 4, 5);
