@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "pool.h"
-#include "tiles.h"
+#include "tile_unit.h"
 #include "unit.h"
 
 namespace jaxkv {
@@ -16,17 +16,37 @@ constexpr int64_t kSmallestUnit = 64 << 10;  // bytes
 constexpr int64_t kUnitsPerThread = 2;  // sequences differ in length, and threads in speed
 constexpr int64_t kWorthWaking = 256 << 10;  // bytes that are read while a thread wakes up
 
+// How units of attention over elements of type T work.
+template <typename T>
+struct VectorUnits {
+  static constexpr int kWays = kWaysOf<T>;
+
+  static void Arrange(Attention& job, Scratch& scratch) {
+    const int64_t rows = job.slots.batch * job.rows();
+    job.arranged = scratch.Room(rows * job.head_dim);
+    for (int64_t row = 0; row < rows; ++row)
+      jaxkv::Arrange<T>(job.queries + row * job.head_dim, &job.arranged[row * job.head_dim],
+                        job.head_dim);
+  }
+  static void Run(Attention& job, int64_t b, int64_t first, int64_t end, int64_t chunk,
+                  int64_t list, int64_t from, int64_t to) {
+    if (job.group == 1)
+      Unit<T, kLanes>(job, b, first, end, chunk).Run(list, from, to);
+    else
+      Unit<T, 4>(job, b, first, end, chunk).Run(list, from, to);
+  }
+};
 #if JAXKV_TILES
-// Whether the processor's tiles serve elements of this type.
-template <typename T>
-bool UsesTiles(const Attention& job) {
-  if constexpr (std::is_same_v<T, BFloat16> || std::is_same_v<T, Code>)
-    return job.head_dim % kSlice == 0 && TilesAllowed();
-  return false;
-}
-#else
-template <typename T>
-bool UsesTiles(const Attention&) { return false; }
+template <typename Tiles>
+struct TileUnits {
+  static constexpr int kWays = Tiles::kWays;
+
+  static void Arrange(Attention& job, Scratch& scratch) { TileUnit<Tiles>::Arrange(job, scratch); }
+  static void Run(Attention& job, int64_t b, int64_t first, int64_t end, int64_t chunk,
+                  int64_t list, int64_t from, int64_t to) {
+    TileUnit<Tiles>(job, b, first, end, chunk).Run(list, from, to);
+  }
+};
 #endif
 
 // Joins the chunks of one query head, and gives its sink its share.
@@ -47,8 +67,8 @@ inline void Join(Attention& job, int64_t row, float* sum) {
   for (int64_t d = 0; d < job.head_dim; ++d) sum[d] = everything == 0 ? 0 : sum[d] / everything;
 }
 
-template <typename T>
-void RunUnit(Attention& job, bool tiles, int64_t unit) {
+template <typename Units>
+void RunUnit(Attention& job, int64_t unit) {
   const Slots& slots = job.slots;
   const int64_t chunk = unit % job.chunks, list = unit / job.chunks % slots.lists;
   const int64_t b = unit / job.chunks / slots.lists;
@@ -56,40 +76,11 @@ void RunUnit(Attention& job, bool tiles, int64_t unit) {
   const int64_t from = begin + span * chunk / job.chunks;
   const int64_t to = begin + span * (chunk + 1) / job.chunks;
   const int64_t heads = job.heads / slots.lists;
-  const auto run = [&](auto&& unit) { unit.Run(list, from, to); };
-#if JAXKV_TILES
-  if (tiles) return run(TileUnit<T>(job, b, list * heads, (list + 1) * heads, chunk));
-#endif
-  if (job.group == 1)
-    run(Unit<T, kLanes>(job, b, list * heads, (list + 1) * heads, chunk));
-  else
-    run(Unit<T, 4>(job, b, list * heads, (list + 1) * heads, chunk));
+  Units::Run(job, b, list * heads, (list + 1) * heads, chunk, list, from, to);
 }
 
-// Queries in the order in which a unit meets them, in place of job.queries.
-template <typename T>
-void ArrangeQueries(Attention& job, bool tiles) {
-  static thread_local Scratch scratch;
-  const int64_t rows = job.slots.batch * job.rows();
-#if JAXKV_TILES
-  if (tiles) {
-    const int64_t shared = (job.group + kQueries - 1) / kQueries;  // tiles of a KV head
-    const int64_t size = job.head_dim / kSlice * kTile * kTile;
-    job.arranged = scratch.Room(rows / job.group * shared * size);
-    uint32_t* to = (uint32_t*)job.arranged;
-    for (int64_t row = 0; row < rows; row += job.group)
-      for (int64_t g = 0; g < job.group; g += kQueries, to += size)
-        ArrangeTiles(job.queries + (row + g) * job.head_dim, std::min<int64_t>(kQueries, job.group - g), job.head_dim, to);
-    return;
-  }
-#endif
-  job.arranged = scratch.Room(rows * job.head_dim);
-  for (int64_t row = 0; row < rows; ++row)
-    Arrange<T>(job.queries + row * job.head_dim, &job.arranged[row * job.head_dim], job.head_dim);
-}
-
-template <typename T>
-void Attend(Attention& job, int64_t threads) {
+template <typename Units>
+void AttendIn(Attention& job, int64_t threads) {
   const Slots& slots = job.slots;
   int64_t longest = 0, all = 0;
   for (int64_t b = 0; b < slots.batch; ++b) {
@@ -101,22 +92,27 @@ void Attend(Attention& job, int64_t threads) {
   const int64_t smallest = std::max<int64_t>(kBlock, kSmallestUnit / slot_bytes);
   job.chunks = std::clamp<int64_t>(longest / smallest, 1, most_chunks);
   const int64_t rows = slots.batch * job.rows();
-  static thread_local Scratch highest, total, mix, sum;
-  const bool tiles = UsesTiles<T>(job);
-  ArrangeQueries<T>(job, tiles);
+  static thread_local Scratch arranged, highest, total, mix, sum;
+  Units::Arrange(job, arranged);
   job.highest = highest.Room(rows * job.chunks), job.total = total.Room(rows * job.chunks);
   job.mix = mix.Room(rows * job.chunks * job.head_dim);
   Pool::Get().Run(slots.batch * slots.lists * job.chunks, threads, all * slot_bytes > kWorthWaking,
-                  [&](int64_t unit) { RunUnit<T>(job, tiles, unit); });
+                  [&](int64_t unit) { RunUnit<Units>(job, unit); });
   for (int64_t row = 0; row < rows; ++row) {
-    float* out = job.out + row * job.head_dim;
-    if (tiles) {
-      Join(job, row, out);
-    } else {
-      Join(job, row, sum.Room(job.head_dim));
-      Restore<T>(sum.Room(job.head_dim), out, job.head_dim);
-    }
+    Join(job, row, sum.Room(job.head_dim));
+    Restore(Units::kWays, sum.Room(job.head_dim), job.out + row * job.head_dim, job.head_dim);
   }
+}
+
+template <typename T>
+void Attend(Attention& job, int64_t threads) {
+#if JAXKV_TILES
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (TileUnit<BFloat16Tiles>::Serves(job)) return AttendIn<TileUnits<BFloat16Tiles>>(job, threads);
+  if constexpr (std::is_same_v<T, int8_t> || std::is_same_v<T, Code>)
+    if (TileUnit<Int8Tiles>::Serves(job)) return AttendIn<TileUnits<Int8Tiles>>(job, threads);
+#endif
+  AttendIn<VectorUnits<T>>(job, threads);
 }
 
 }  // namespace jaxkv

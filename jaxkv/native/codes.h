@@ -73,10 +73,10 @@ inline void Levels(const Side& side, int64_t head_dim, const char* vector, int8_
   }
 }
 
-constexpr int64_t kMostLevels = 1024;  // of a vector
+constexpr int64_t kMostNumbers = 1024;  // of a vector
 
 inline void WidenCodes(const Side& side, int64_t head_dim, const char* vector, float* wide) {
-  int8_t levels[kMostLevels];
+  int8_t levels[kMostNumbers];
   Levels(side, head_dim, vector, levels);
   for (int64_t d = 0; d < head_dim; d += kLanes) Store(wide + d, Load(levels + d));
 }

@@ -69,7 +69,7 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
   const int64_t threads = pool.num_threads();
   const auto type = keys.element_type();
   const bool codes = key_bits > 0;
-  if (codes && (key_bits < 8 || value_bits < 8 || UsesTiles<Code>(job))) {
+  if (codes && (key_bits < 8 || value_bits < 8)) {
     Attend<Code>(job, threads);
   } else if (codes) {
     Attend<int8_t>(job, threads);

@@ -118,6 +118,15 @@ Vec Softmax(const Block& block, Order order, float softcap, const Scales<K>& key
   return keep;
 }
 
+// What was mixed so far, of up to kLanes / K queries.
+template <int K>
+void Shrink(const Rows& rows, Vec keep, int64_t head_dim, float* mix) {
+  for (int g = 0; g < rows.count; ++g, mix += head_dim) {
+    if (keep[g * K] == 1) continue;
+    for (int64_t d = 0; d < head_dim; d += kLanes) Store(mix + d, Load(mix + d) * keep[g * K]);
+  }
+}
+
 // What a unit found out, for `Join`.
 template <int K>
 void Report(Attention& job, const Rows& rows, int64_t chunk) {

@@ -135,7 +135,7 @@ void Finish(const Weight& weight, int64_t rows) {
         const float* of_part = weight.sums + (part * rows + m) * weight.out + c;
         sum[0] += Load(of_part), sum[1] += Load(of_part + kLanes);
       }
-      Restore<T>((const float*)sum, weight.y + m * weight.out + c, 2 * kLanes);
+      Restore(kWaysOf<T>, (const float*)sum, weight.y + m * weight.out + c, 2 * kLanes);
     }
 }
 

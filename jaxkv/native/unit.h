@@ -87,7 +87,8 @@ class Unit {
         Store(rows.scores + step * kLanes, Score<Wide, G, K>(keys, queries, job_.head_dim));
       });
       for (Rows& rows : rows_)
-        Shrink(rows, Softmax(block, order, job_.softcap, key_scales_, value_scales_, rows));
+        Shrink<K>(rows, Softmax(block, order, job_.softcap, key_scales_, value_scales_, rows),
+                  job_.head_dim, MixOf(rows));
       ForEach(job_.values, block, [&](auto g, int step, const Rows& rows, auto& values) {
         constexpr int G = decltype(g)::value;
         Mix<Wide, G, K>(values, rows.scores + step * kLanes, job_.head_dim, MixOf(rows));
@@ -145,15 +146,6 @@ class Unit {
       if (rows.count == 2) function(Number<2>{}, step, rows, of_head);
       if (rows.count == 3) function(Number<3>{}, step, rows, of_head);
       if (rows.count == 4) function(Number<4>{}, step, rows, of_head);
-    }
-  }
-
-  void Shrink(const Rows& rows, Vec keep) {
-    for (int g = 0; g < rows.count; ++g) {
-      if (keep[g * K] == 1) continue;
-      float* mix = MixOf(rows) + g * job_.head_dim;
-      for (int64_t d = 0; d < job_.head_dim; d += kLanes)
-        Store(mix + d, Load(mix + d) * keep[g * K]);
     }
   }
 

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -102,6 +103,8 @@ inline void LoadMany(const BFloat16* p, Vec (&v)[N]) {
   }
 }
 template <typename T>
+constexpr int kWaysOf = std::is_same_v<T, BFloat16> ? 2 : 1;
+template <typename T>
 void Arrange(const float* from, float* to, int64_t size) {
   std::memcpy(to, from, 4 * size);
 }
@@ -115,19 +118,13 @@ inline void Arrange<BFloat16>(const float* from, float* to, int64_t size) {
     }
   std::memcpy(to + paired, from + paired, 4 * (size - paired));
 }
-template <typename T>
-void Restore(const float* from, float* to, int64_t size) {
-  std::memcpy(to, from, 4 * size);
-}
-template <>
-inline void Restore<BFloat16>(const float* from, float* to, int64_t size) {
-  const int64_t paired = size / (2 * kLanes) * (2 * kLanes);
-  for (int64_t i = 0; i < paired; i += 2 * kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      to[i + 2 * lane] = from[i + lane];
-      to[i + 2 * lane + 1] = from[i + kLanes + lane];
-    }
-  std::memcpy(to + paired, from + paired, 4 * (size - paired));
+// Of each `ways` vectors, the first elements of all, then the second ones, and so on.
+inline void Restore(int ways, const float* from, float* to, int64_t size) {
+  const int64_t together = ways * kLanes, whole = size / together * together;
+  for (int64_t i = 0; i < whole; i += together)
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+      for (int way = 0; way < ways; ++way) to[i + lane * ways + way] = from[i + way * kLanes + lane];
+  std::memcpy(to + whole, from + whole, 4 * (size - whole));
 }
 
 // Folds two vectors of partial sums, each in groups of 2 * W lanes, into one of groups of W.

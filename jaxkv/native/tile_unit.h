@@ -1,0 +1,117 @@
+// A unit of attention in the processor's matrix tiles.
+#pragma once
+#include "tiles_bfloat16.h"
+#include "tiles_int8.h"
+#if JAXKV_TILES
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace jaxkv {
+
+template <typename Tiles>
+class TileUnit {
+ public:
+  static bool Serves(const Attention& job) {
+    return job.head_dim % Tiles::kNumbers == 0 && job.head_dim <= kMostNumbers && TilesAllowed();
+  }
+
+  // KV heads [first_head, end_head) of sequence b.
+  TileUnit(Attention& job, int64_t b, int64_t first_head, int64_t end_head, int64_t chunk)
+      : job_(job), b_(b), chunk_(chunk), first_head_(first_head), end_head_(end_head) {
+    for (int64_t head = first_head; head < end_head; ++head)
+      for (int64_t g = 0; g < job.group; g += kQueries) {
+        const int64_t row = head * job.group + g;
+        const int count = std::min<int64_t>(kQueries, job.group - g);
+        rows_.push_back({head, b * job.rows() + row, count, scores_});
+        std::fill_n(job.MixOf(b, chunk, row), count * job.head_dim, 0.0f);
+      }
+    slices_ = job.head_dim / Tiles::kNumbers;
+    copy_.resize(kBlock * slices_);
+  }
+
+  // Logical slots [from, to), seen as key positions' list `list` says.
+  void Run(int64_t list, int64_t from, int64_t to) {
+    const TilesInUse tiles;
+    Block blocks[2];
+    bool more = job_.slots.Collect(b_, list, from, to, blocks[0]);
+    for (int now = 0; more; now ^= 1) {
+      more = job_.slots.Collect(b_, list, from, to, blocks[1 - now]);
+      Add(blocks[now], blocks[1 - now]);
+    }
+    for (Rows& rows : rows_) Report<kQueries>(job_, rows, chunk_);
+  }
+
+  // All queries, in place of job.queries.
+  static void Arrange(Attention& job, Scratch& scratch) {
+    const int64_t rows = job.slots.batch * job.rows(), size = LinesOfQueries(job);
+    const int64_t shared = (job.group + kQueries - 1) / kQueries;  // tiles of a KV head
+    job.arranged = scratch.Room(rows / job.group * shared * size * kLanes);
+    Line* to = (Line*)job.arranged;
+    for (int64_t row = 0; row < rows; row += job.group)
+      for (int64_t g = 0; g < job.group; g += kQueries, to += size)
+        Tiles::Arrange(job.queries + (row + g) * job.head_dim,
+                       std::min<int64_t>(kQueries, job.group - g), job.head_dim, to);
+  }
+
+ private:
+  static int64_t LinesOfQueries(const Attention& job) {
+    return job.head_dim / Tiles::kNumbers * kTile + 1;
+  }
+
+  void Add(const Block& block, const Block& next) {
+    const InTurn<kQueries> order;
+    const int groups = (block.count + kTile - 1) / kTile;
+    key_scales_.Load(job_.keys.scales, job_.heads, block, order);
+    value_scales_.Load(job_.values.scales, job_.heads, block, order);
+    Ahead ahead(job_, first_head_, end_head_, next,
+                rows_.size() * (Tiles::FetchesOfScore(slices_) + Tiles::FetchesOfMix(slices_, groups)));
+    for (Rows& rows : rows_) {
+      float* mix = job_.MixOf(b_, chunk_, rows.row - b_ * job_.rows());
+      FindSources(job_.keys, block, rows.head);
+      Tiles::Score(QueriesOf(rows), sources_, groups, slices_, ahead, scores_);
+      const Vec keep = Softmax(block, order, job_.softcap, key_scales_, value_scales_, rows);
+      for (int step = block.Steps<kQueries>(); step < groups * kTile / 4; ++step)
+        Store(scores_ + step * kLanes, Vec{});  // of no token
+      Shrink<kQueries>(rows, keep, job_.head_dim, mix);
+      FindSources(job_.values, block, rows.head);
+      Tiles::Mix(scores_, sources_, groups, slices_, ahead, rows.count, job_.head_dim, mix);
+    }
+  }
+
+  // One head's vectors: as they are where a tile can be loaded from there, else copied.
+  void FindSources(const Side& side, const Block& block, int64_t head) {
+    for (int first = 0; first < block.count; first += kTile) {
+      const char* vector = side.Row(block.slots[first], job_.heads) + head * side.bytes;
+      if (Tiles::AsStored(side) && first + kTile <= block.count &&
+          block.slots[first + kTile - 1] == block.slots[first] + kTile - 1) {
+        sources_[first / kTile] = {vector, job_.heads * side.bytes};
+        continue;
+      }
+      const int64_t size = slices_ * sizeof(Line);
+      char* copy = (char*)&copy_[first * slices_];
+      sources_[first / kTile] = {copy, size};
+      for (int token = first; token < first + kTile; ++token, copy += size)
+        Tiles::Copy(side, side.Row(block.Slot(token), job_.heads) + head * side.bytes,
+                    job_.head_dim, copy);
+    }
+  }
+
+  const Line* QueriesOf(const Rows& rows) const {
+    const int64_t shared = (job_.group + kQueries - 1) / kQueries;
+    const int64_t number = rows.row / job_.group * shared + rows.row % job_.group / kQueries;
+    return (const Line*)job_.arranged + number * LinesOfQueries(job_);
+  }
+
+  Attention& job_;
+  const int64_t b_, chunk_, first_head_, end_head_;
+  int64_t slices_;
+  Source sources_[kGroups];
+  std::vector<Rows> rows_;
+  alignas(64) float scores_[kBlock * kQueries];
+  std::vector<Line> copy_;
+  Scales<kQueries> key_scales_, value_scales_;
+};
+
+}  // namespace jaxkv
+#endif

@@ -1,0 +1,161 @@
+// The products of attention in tiles of whole numbers: codes stand for levels of 8 bits, and are
+// multiplied as such.
+//
+// Queries and weights become fixed-point numbers of 24 bits, in units of their largest (a query's,
+// a block's), and their three digits of 8 bits are columns and rows of their own. Sums are exact.
+#pragma once
+#include "tiles.h"
+#if JAXKV_TILES
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "codes.h"
+
+namespace jaxkv {
+
+struct Int8Tiles {
+  static constexpr int kNumbers = 64;  // of a vector, in a tile's row
+  static constexpr int kWays = 4;      // mixes hold, of each 64 numbers, each fourth, then the next
+
+  // Whether vectors are read as they lie.
+  static bool AsStored(const Side& side) { return side.bits == 8; }
+  static void Copy(const Side& side, const char* vector, int64_t head_dim, char* copy) {
+    Levels(side, head_dim, vector, (int8_t*)copy);
+  }
+
+  // Queries of one KV head: row k of a tile holds digits of numbers 4k to 4k + 3, digit p of query
+  // g in column 4p + g. After the tiles, each query's unit, in lanes 4 g to 4 g + 3.
+  static void Arrange(const float* queries, int count, int64_t head_dim, Line* tiles) {
+    const int64_t slices = head_dim / kNumbers;
+    std::memset(tiles, 0, (slices * kTile + 1) * sizeof(Line));
+    float* units = tiles[slices * kTile].lanes;
+    for (int g = 0; g < count; ++g) {
+      const float* query = queries + g * head_dim;
+      float largest = 0;
+      for (int64_t d = 0; d < head_dim; ++d)
+        largest = std::abs(query[d]) > largest || query[d] != query[d] ? std::abs(query[d]) : largest;
+      const float unit = largest / kMostSigned;
+      std::fill_n(units + 4 * g, 4, unit);
+      if (!(unit > 0 && std::isfinite(unit))) continue;  // zeros; or not finite, as all scores then
+      for (int64_t d = 0; d < head_dim; ++d) {
+        int32_t rest = (int32_t)std::lrintf(query[d] / unit);
+        Line* row = &tiles[d / kNumbers * kTile + d % kNumbers / 4];
+        for (int part = 2; part >= 0; --part) {  // the lowest digit first, from -128 to 127
+          const int8_t digit = (int8_t)rest;
+          ((int8_t*)&row->lanes[part * kQueries + g])[d % 4] = digit;
+          rest = (rest - digit) >> 8;
+        }
+      }
+    }
+  }
+
+  static void Score(const Line* queries, const Source (&sources)[kGroups], int groups,
+                    int64_t slices, Ahead& ahead, float* scores) {
+    alignas(64) int32_t parts[kBlock * kTile];  // each token's row holds each query's three digits
+    Written();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t slice = 0; slice < slices; ++slice, queries += kTile) {
+      _tile_loadd(4, queries, 64);
+      ahead.Fetch();
+      LOAD_SOURCE(5, sources[0], slice);
+      _tile_dpbssd(0, 5, 4);
+      if (groups > 1) {
+        LOAD_SOURCE(6, sources[1], slice);
+        _tile_dpbssd(1, 6, 4);
+      }
+      ahead.Fetch();
+      if (groups > 2) {
+        LOAD_SOURCE(7, sources[2], slice);
+        _tile_dpbssd(2, 7, 4);
+      }
+      if (groups > 3) {
+        LOAD_SOURCE(5, sources[3], slice);
+        _tile_dpbssd(3, 5, 4);
+      }
+    }
+    _tile_stored(0, parts, 64);
+    _tile_stored(1, parts + kTile * kTile, 64);
+    _tile_stored(2, parts + 2 * kTile * kTile, 64);
+    _tile_stored(3, parts + 3 * kTile * kTile, 64);
+    const Vec units = Load(queries->lanes);
+    for (int step = 0; step < groups * kTile / 4; ++step) {
+      Vec v[4];
+      UNROLL for (int i = 0; i < 4; ++i) v[i] = Whole(parts + (4 * step + i) * kTile);
+      TransposeFours(v);
+      Store(scores + step * kLanes, Turned(v[0] * 65536.0f + (v[1] * 256.0f + v[2])) * units);
+    }
+  }
+  static int64_t FetchesOfScore(int64_t slices) { return 2 * slices; }
+
+  // Adds a block to the mixes of up to 4 queries.
+  static void Mix(const float* scores, const Source (&sources)[kGroups], int groups,
+                  int64_t slices, Ahead& ahead, int count, int64_t head_dim, float* mix) {
+    alignas(64) uint32_t weights[3][kTile * kTile];
+    alignas(64) int32_t sums[3][kTile * kTile];
+    Vec most = Vec{};
+    for (int step = 0; step < groups * kTile / 4; ++step)
+      most = Larger(Load(scores + step * kLanes), most);
+    most = Together<kQueries>(most, Larger);
+    const Vec units = most / kMostUnsigned, steps = most > 0 ? kMostUnsigned / most : Vec{};
+    for (int64_t slice = 0; slice < slices; ++slice) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      for (int group = 0; group < groups; ++group) {
+        ahead.Fetch();
+        ArrangeWeights(scores + 4 * group * kLanes, steps, weights);
+        Written();
+        LOAD_SOURCE(3, sources[group], slice);
+        _tile_loadd(4, weights[0], 64);
+        _tile_dpbusd(0, 4, 3);
+        _tile_loadd(5, weights[1], 64);
+        _tile_dpbusd(1, 5, 3);
+        _tile_loadd(6, weights[2], 64);
+        _tile_dpbusd(2, 6, 3);
+      }
+      _tile_stored(0, sums[0], 64);
+      _tile_stored(1, sums[1], 64);
+      _tile_stored(2, sums[2], 64);
+      for (int g = 0; g < count; ++g)
+        UNROLL for (int way = 0; way < kWays; ++way) {
+          const int64_t row = (way * kQueries + g) * kTile;
+          const Vec sum = Whole(sums[0] + row) * 65536.0f +
+                          (Whole(sums[1] + row) * 256.0f + Whole(sums[2] + row));
+          float* to = mix + g * head_dim + slice * kNumbers + way * kLanes;
+          Store(to, Load(to) + sum * units[4 * g]);
+        }
+    }
+  }
+  static int64_t FetchesOfMix(int64_t slices, int groups) { return slices * groups; }
+
+ private:
+  static constexpr float kMostSigned = (1 << 23) - (1 << 16), kMostUnsigned = (1 << 24) - 8;
+
+  static Vec Whole(const int32_t* numbers) {
+    return __builtin_convertvector(*(const Ints*)numbers, Vec);
+  }
+
+  // Weights of 16 tokens as a tile a digit, for one of values, whose rows are fours of numbers of
+  // one token: four rows, one a query, take the first of each four, the next four rows the second.
+  static void ArrangeWeights(const float* scores, Vec steps, uint32_t (&weights)[3][kTile * kTile]) {
+    Vec v[4];
+    UNROLL for (int i = 0; i < 4; ++i) v[i] = Load(scores + i * kLanes) * steps + kRound;
+    TransposeFours(v);  // of query g, 16 tokens
+    UNROLL for (int g = 0; g < kQueries; ++g) {
+      const Words fixed = (Words)__builtin_convertvector(v[g], Ints);
+      UNROLL for (int part = 0; part < 3; ++part) {
+        const Words digit = fixed >> (16 - 8 * part) & 0xff;
+        UNROLL for (int way = 0; way < kWays; ++way)
+          *(Words*)&weights[part][(way * kQueries + g) * kTile] = digit << (8 * way);
+      }
+    }
+  }
+  static constexpr float kRound = 0.5f;
+};
+
+}  // namespace jaxkv
+#endif
