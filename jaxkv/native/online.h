@@ -87,32 +87,31 @@ template <int K, typename Order>
 Vec Softmax(const Block& block, Order order, float softcap, const Scales<K>& key_scales,
             const Scales<K>& value_scales, Rows& rows) {
   const int steps = block.Steps<K>();
-  const auto set_absent = [&](float number) {  // where the last steps have no token
-    if (block.count == steps * K) return;
-    for (int step = 0; step < steps; ++step)
-      for (int i = 0; i < K; ++i)
-        if (order.Token(step, i) >= block.count)
-          for (int lane = i; lane < kLanes; lane += K) rows.scores[step * kLanes + lane] = number;
+  const bool full = block.count == steps * K;
+  Ints first;  // each lane's token, at step 0
+  for (int i = 0; i < kLanes; ++i) first[i] = order.Token(0, i % K);
+  const int stride = order.Token(1, 0) - order.Token(0, 0);
+  const auto of_tokens = [&](Vec v, int step, float where_none) {
+    if (full) return v;
+    return first + step * stride < block.count ? v : Vec{} + where_none;
   };
-  for (int step = 0; step < steps && (key_scales || softcap > 0); ++step) {
+  Vec most = rows.highest;
+  for (int step = 0; step < steps; ++step) {
     Vec score = Load(rows.scores + step * kLanes);
     if (key_scales) score *= key_scales.At(rows.head, step);
     if (softcap > 0) score = softcap * Tanh(score / softcap);
+    score = of_tokens(score, step, kLowest);
     Store(rows.scores + step * kLanes, score);
+    most = Larger(score, most);
   }
-  set_absent(kLowest);
-  Vec most = rows.highest;
-  for (int step = 0; step < steps; ++step) most = Larger(Load(rows.scores + step * kLanes), most);
   most = Together<K>(most, Larger);
   const Vec keep = Exp(rows.highest - most);
   Vec total = rows.total * keep;
-  for (int step = 0; step < steps; ++step)
-    Store(rows.scores + step * kLanes, Exp(Load(rows.scores + step * kLanes) - most));
-  set_absent(0);
   for (int step = 0; step < steps; ++step) {
-    const Vec weight = Load(rows.scores + step * kLanes);
+    Vec weight = of_tokens(Exp(Load(rows.scores + step * kLanes) - most), step, 0);
     total += weight;
-    if (value_scales) Store(rows.scores + step * kLanes, weight * value_scales.At(rows.head, step));
+    if (value_scales) weight *= value_scales.At(rows.head, step);
+    Store(rows.scores + step * kLanes, weight);
   }
   rows.highest = most, rows.total = total;
   return keep;

@@ -65,14 +65,16 @@ class TileUnit {
     key_scales_.Load(job_.keys.scales, job_.heads, block, order);
     value_scales_.Load(job_.values.scales, job_.heads, block, order);
     Ahead ahead(job_, first_head_, end_head_, next,
-                rows_.size() * (Tiles::FetchesOfScore(slices_) + Tiles::FetchesOfMix(slices_, groups)));
+                rows_.size() * (2 + Tiles::FetchesOfScore(slices_) + Tiles::FetchesOfMix(slices_, groups)));
     for (Rows& rows : rows_) {
       float* mix = job_.MixOf(b_, chunk_, rows.row - b_ * job_.rows());
       FindSources(job_.keys, block, rows.head);
       Tiles::Score(QueriesOf(rows), sources_, groups, slices_, ahead, scores_);
+      ahead.Fetch();
       const Vec keep = Softmax(block, order, job_.softcap, key_scales_, value_scales_, rows);
       for (int step = block.Steps<kQueries>(); step < groups * kTile / 4; ++step)
         Store(scores_ + step * kLanes, Vec{});  // of no token
+      ahead.Fetch();
       Shrink<kQueries>(rows, keep, job_.head_dim, mix);
       FindSources(job_.values, block, rows.head);
       Tiles::Mix(scores_, sources_, groups, slices_, ahead, rows.count, job_.head_dim, mix);

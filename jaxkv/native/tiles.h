@@ -62,7 +62,7 @@ class Ahead {
   Ahead(const Attention& job, int64_t first, int64_t end, const Block& next, int64_t calls)
       : job_(job), first_(first), end_head_(end), next_(next), side_(&job.keys) {
     const int64_t bytes = (end - first) * (job.keys.bytes + job.values.bytes);
-    each_ = (next.count * (bytes / 64 + 2) + calls - 1) / calls;
+    each_ = (next.count * ((bytes + 63) / 64) + calls - 1) / calls;
   }
 
   void Fetch() {
