@@ -58,7 +58,7 @@ class Scales {
  public:
   template <typename Order>
   void Load(const uint16_t* scales, int64_t heads, const Block& block, Order order) {
-    wide_.resize(scales ? heads * kBlock : 0);
+    wide_.resize(scales ? heads * kBlock + kLanes : 0);  // a load reaches past the last
     if (!scales) return;
     for (int step = 0; step < block.Steps<K>(); ++step)
       for (int i = 0; i < K; ++i) {
@@ -70,11 +70,9 @@ class Scales {
   explicit operator bool() const { return !wide_.empty(); }
   // Of a step's tokens, for each query.
   Vec At(int64_t head, int step) const {
-    const float* scales = &wide_[head * kBlock + step * K];
-    if constexpr (K == kLanes) return jaxkv::Load(scales);
-    typedef float Four __attribute__((vector_size(16), aligned(4)));
-    const Four four = *(const Four*)scales;
-    return __builtin_shufflevector(four, four, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+    const Vec scales = jaxkv::Load(&wide_[head * kBlock + step * K]);
+    if constexpr (K == kLanes) return scales;
+    return __builtin_shufflevector(scales, scales, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
   }
 
  private:

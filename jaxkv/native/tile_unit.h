@@ -62,10 +62,16 @@ class TileUnit {
   void Add(const Block& block, const Block& next) {
     const InTurn<kQueries> order;
     const int groups = (block.count + kTile - 1) / kTile;
+    for (int first = 0; first < block.count; first += kTile) {
+      bool& in_a_row = in_a_row_[first / kTile];
+      in_a_row = first + kTile <= block.count;
+      for (int i = 1; i < kTile && in_a_row; ++i)
+        in_a_row = block.slots[first + i] == block.slots[first] + i;
+    }
     key_scales_.Load(job_.keys.scales, job_.heads, block, order);
     value_scales_.Load(job_.values.scales, job_.heads, block, order);
     Ahead ahead(job_, first_head_, end_head_, next,
-                rows_.size() * (2 + Tiles::FetchesOfScore(slices_) + Tiles::FetchesOfMix(slices_, groups)));
+                rows_.size() * (2 + Tiles::FetchesOfScore(slices_, groups) + Tiles::FetchesOfMix(slices_, groups)));
     for (Rows& rows : rows_) {
       float* mix = job_.MixOf(b_, chunk_, rows.row - b_ * job_.rows());
       FindSources(job_.keys, block, rows.head);
@@ -84,18 +90,19 @@ class TileUnit {
   // One head's vectors: as they are where a tile can be loaded from there, else copied.
   void FindSources(const Side& side, const Block& block, int64_t head) {
     for (int first = 0; first < block.count; first += kTile) {
-      const char* vector = side.Row(block.slots[first], job_.heads) + head * side.bytes;
-      if (Tiles::AsStored(side) && first + kTile <= block.count &&
-          block.slots[first + kTile - 1] == block.slots[first] + kTile - 1) {
-        sources_[first / kTile] = {vector, job_.heads * side.bytes};
+      Source& source = sources_[first / kTile];
+      const auto vector = [&](int token) {
+        return side.Row(block.Slot(first + token), job_.heads) + head * side.bytes;
+      };
+      if (in_a_row_[first / kTile] && Tiles::AsStored(side)) {
+        source = {vector(0), job_.heads * side.bytes};
         continue;
       }
-      const int64_t size = slices_ * sizeof(Line);
+      const char* vectors[kTile];
+      for (int token = 0; token < kTile; ++token) vectors[token] = vector(token);
       char* copy = (char*)&copy_[first * slices_];
-      sources_[first / kTile] = {copy, size};
-      for (int token = first; token < first + kTile; ++token, copy += size)
-        Tiles::Copy(side, side.Row(block.Slot(token), job_.heads) + head * side.bytes,
-                    job_.head_dim, copy);
+      Tiles::Copy(side, vectors, job_.head_dim, copy);
+      source = {copy, slices_ * (int64_t)sizeof(Line)};
     }
   }
 
@@ -108,6 +115,7 @@ class TileUnit {
   Attention& job_;
   const int64_t b_, chunk_, first_head_, end_head_;
   int64_t slices_;
+  bool in_a_row_[kGroups];  // whether a tile's tokens are in slots one after the other
   Source sources_[kGroups];
   std::vector<Rows> rows_;
   alignas(64) float scores_[kBlock * kQueries];

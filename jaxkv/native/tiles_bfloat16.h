@@ -15,8 +15,11 @@ struct BFloat16Tiles {
 
   // Whether vectors are read as they lie.
   static bool AsStored(const Side&) { return true; }
-  static void Copy(const Side& side, const char* vector, int64_t, char* copy) {
-    std::memcpy(copy, vector, side.bytes);
+  static void Copy(const Side& side, const char* const (&vectors)[kTile], int64_t, char* copy) {
+    for (const char* vector : vectors) {
+      std::memcpy(copy, vector, side.bytes);
+      copy += side.bytes;
+    }
   }
 
   // Queries of one KV head: row k of a tile holds numbers 2k and 2k + 1, part p of query g in
@@ -68,13 +71,14 @@ struct BFloat16Tiles {
     _tile_stored(2, parts + 2 * kTile * kTile, 64);
     _tile_stored(3, parts + 3 * kTile * kTile, 64);
     for (int step = 0; step < groups * kTile / 4; ++step) {
+      if (step % 4 == 0) ahead.Fetch();
       Vec v[4];
       UNROLL for (int i = 0; i < 4; ++i) v[i] = Load(parts + (4 * step + i) * kTile);
       TransposeFours(v);
       Store(scores + step * kLanes, Turned(v[2] + v[1] + v[0]));
     }
   }
-  static int64_t FetchesOfScore(int64_t slices) { return 2 * slices; }
+  static int64_t FetchesOfScore(int64_t slices, int groups) { return 2 * slices + groups; }
 
   // Adds a block to the mixes of up to 4 queries, four slices at a time.
   static void Mix(const float* scores, const Source (&sources)[kGroups], int groups,

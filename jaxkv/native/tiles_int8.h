@@ -14,14 +14,65 @@
 
 namespace jaxkv {
 
+// 64 codes' bits of one plane of a vector (jaxkv/codecs/packing.py), a byte each.
+class Plane {
+ public:
+  static bool Serves(int64_t bits, int64_t head_dim) {
+    const int64_t smallest = head_dim * (bits == 3 ? 1 : bits) / 8;
+    return (head_dim & (head_dim - 1)) == 0 && smallest >= 8;
+  }
+
+  // `width` bits of each code, from byte `offset` of the vector on; codes [first, first + 64).
+  Plane(int width, int64_t offset, int64_t head_dim, int64_t first)
+      : size_(head_dim * width / 8), offset_(offset + first % size_),
+        mask_(_mm512_set1_epi8((1 << width) - 1)) {
+    alignas(64) int64_t shifts[8];
+    for (int i = 0; i < 8; ++i) shifts[i] = (first + 8 * i) / size_ * width;
+    shifts_ = _mm512_load_si512(shifts);
+  }
+
+  __m512i Of(const char* vector) const {
+    const char* p = vector + offset_;
+    const __m512i bytes = size_ >= 64   ? _mm512_loadu_si512(p)
+                          : size_ == 32 ? _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p))
+                          : size_ == 16 ? _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p))
+                                        : _mm512_set1_epi64(*(const int64_t*)p);
+    return _mm512_and_si512(_mm512_srlv_epi64(bytes, shifts_), mask_);
+  }
+
+ private:
+  const int64_t size_, offset_;
+  const __m512i mask_;
+  __m512i shifts_;
+};
+
 struct Int8Tiles {
   static constexpr int kNumbers = 64;  // of a vector, in a tile's row
   static constexpr int kWays = 4;      // mixes hold, of each 64 numbers, each fourth, then the next
 
   // Whether vectors are read as they lie.
   static bool AsStored(const Side& side) { return side.bits == 8; }
-  static void Copy(const Side& side, const char* vector, int64_t head_dim, char* copy) {
-    Levels(side, head_dim, vector, (int8_t*)copy);
+  // The levels of 16 tokens' codes, one token's after the other's.
+  static void Copy(const Side& side, const char* const (&vectors)[kTile], int64_t head_dim,
+                   char* copy) {
+    if (side.bits == 8 || !Plane::Serves(side.bits, head_dim)) {
+      for (const char* vector : vectors) {
+        Levels(side, head_dim, vector, (int8_t*)copy);
+        copy += head_dim;
+      }
+      return;
+    }
+    const __m512i levels = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)side.levels));
+    for (int64_t first = 0; first < head_dim; first += kNumbers) {
+      const bool three = side.bits == 3;  // two bits of all, and then one
+      const Plane low(three ? 2 : side.bits, 0, head_dim, first);
+      const Plane high(1, head_dim / 4, head_dim, first);
+      for (int token = 0; token < kTile; ++token) {
+        __m512i codes = low.Of(vectors[token]);
+        if (three) codes = _mm512_or_si512(codes, _mm512_slli_epi64(high.Of(vectors[token]), 2));
+        _mm512_storeu_si512(copy + token * head_dim + first, _mm512_shuffle_epi8(levels, codes));
+      }
+    }
   }
 
   // Queries of one KV head: row k of a tile holds digits of numbers 4k to 4k + 3, digit p of query
@@ -83,13 +134,14 @@ struct Int8Tiles {
     _tile_stored(3, parts + 3 * kTile * kTile, 64);
     const Vec units = Load(queries->lanes);
     for (int step = 0; step < groups * kTile / 4; ++step) {
+      if (step % 4 == 0) ahead.Fetch();
       Vec v[4];
       UNROLL for (int i = 0; i < 4; ++i) v[i] = Whole(parts + (4 * step + i) * kTile);
       TransposeFours(v);
       Store(scores + step * kLanes, Turned(v[0] * 65536.0f + (v[1] * 256.0f + v[2])) * units);
     }
   }
-  static int64_t FetchesOfScore(int64_t slices) { return 2 * slices; }
+  static int64_t FetchesOfScore(int64_t slices, int groups) { return 2 * slices + groups; }
 
   // Adds a block to the mixes of up to 4 queries.
   static void Mix(const float* scores, const Source (&sources)[kGroups], int groups,
