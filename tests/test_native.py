@@ -1,5 +1,6 @@
 """The native kernel's ways in and out; its answers are in the product table of test_attention."""
 
+import dataclasses
 import re
 import shutil
 
@@ -108,13 +109,9 @@ def test_long_contexts_of_every_grouping_equal_the_reference(codec, group, head_
     generator = np.random.default_rng(group)
     lengths = jnp.asarray([1500, 1, 700])
     shape = (3, 1500, kv_heads, head_dim)
-    config = jaxkv.KVCacheConfig(
-        2, 1501, kv_heads, head_dim, batch_size=3, codec=CODECS[codec]
-    )
+    config = jaxkv.KVCacheConfig(2, 1501, kv_heads, head_dim, batch_size=3, codec=CODECS[codec])
     keys = jnp.asarray(generator.standard_normal(shape, np.float32))
-    queries = jnp.asarray(
-        generator.standard_normal((3, 1, kv_heads * group, head_dim), np.float32)
-    )
+    queries = jnp.asarray(generator.standard_normal((3, 1, kv_heads * group, head_dim), np.float32))
     cache = jaxkv.append(jaxkv.create(config), keys, keys[::-1], layer=1, num_tokens=lengths)
     cache = jaxkv.advance(cache, lengths - 1)
     expected, got = (
@@ -122,6 +119,27 @@ def test_long_contexts_of_every_grouping_equal_the_reference(codec, group, head_
         for name in ("reference", "native")
     )
     np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("codec", ["bfloat16", "int8", "rotated4"])
+def test_slots_that_only_begin_and_end_in_a_row(codec):
+    """Of 16 tokens the first and last are 15 slots apart, and the pages between are not in order."""
+    available()
+    generator = np.random.default_rng(0)
+    tokens, pages = 96, 24
+    config = jaxkv.KVCacheConfig(1, tokens, 2, 64, batch_size=1, codec=CODECS[codec])
+    keys = jnp.asarray(generator.standard_normal((1, tokens, 2, 64), np.float32))
+    queries = jnp.asarray(generator.standard_normal((1, 1, 4, 64), np.float32))
+    table = np.arange(pages).reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(1, pages)
+    paged = config.replace(addressing=jaxkv.Paged(page_size=4, num_pages=pages))
+    in_pages = jaxkv.create(paged)
+    index = in_pages.index.with_table(jnp.asarray(table, jnp.int32))
+    outputs = []
+    for cache in (jaxkv.create(config), dataclasses.replace(in_pages, index=index)):
+        cache = jaxkv.append(cache, keys, keys[:, ::-1], layer=0)
+        cache = jaxkv.advance(cache, tokens - 1)
+        outputs.append(jaxkv.attend(cache, queries, layer=0, implementation="native"))
+    np.testing.assert_array_equal(*outputs)
 
 
 def test_under_vmap():

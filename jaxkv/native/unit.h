@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "ahead.h"
 #include "codes.h"
 #include "online.h"
 
@@ -76,12 +77,17 @@ class Unit {
 
   // Logical slots [from, to), seen as key positions' list `list` says.
   void Run(int64_t list, int64_t from, int64_t to) {
-    Block block;
-    while (job_.slots.Collect(b_, list, from, to, block)) {
+    Block blocks[2];
+    bool more = job_.slots.Collect(b_, list, from, to, blocks[0]);
+    for (int now = 0; more; now ^= 1) {
+      more = job_.slots.Collect(b_, list, from, to, blocks[1 - now]);
+      const Block& block = blocks[now];
       const InRuns order{block.Steps<K>()};
+      Ahead ahead(job_, rows_.front().head, rows_.back().head + 1, blocks[1 - now],
+                  2 * order.steps * rows_.size());
       key_scales_.Load(job_.keys.scales, job_.heads, block, order);
       value_scales_.Load(job_.values.scales, job_.heads, block, order);
-      ForEach(job_.keys, block, [&](auto g, int step, const Rows& rows, auto& keys) {
+      ForEach(job_.keys, block, ahead, [&](auto g, int step, const Rows& rows, auto& keys) {
         constexpr int G = decltype(g)::value;
         const float* queries = &job_.arranged[rows.row * job_.head_dim];
         Store(rows.scores + step * kLanes, Score<Wide, G, K>(keys, queries, job_.head_dim));
@@ -89,7 +95,7 @@ class Unit {
       for (Rows& rows : rows_)
         Shrink<K>(rows, Softmax(block, order, job_.softcap, key_scales_, value_scales_, rows),
                   job_.head_dim, MixOf(rows));
-      ForEach(job_.values, block, [&](auto g, int step, const Rows& rows, auto& values) {
+      ForEach(job_.values, block, ahead, [&](auto g, int step, const Rows& rows, auto& values) {
         constexpr int G = decltype(g)::value;
         Mix<Wide, G, K>(values, rows.scores + step * kLanes, job_.head_dim, MixOf(rows));
       });
@@ -109,7 +115,7 @@ class Unit {
 
   // function(G, step, rows, pointers) over a block's tokens, elements in memory order.
   template <typename Function>
-  void ForEach(const Side& side, const Block& block, const Function& function) {
+  void ForEach(const Side& side, const Block& block, Ahead& ahead, const Function& function) {
     const InRuns order{block.Steps<K>()};
     const Wide* of_head[K];
     if constexpr (kCodes) {
@@ -131,6 +137,7 @@ class Unit {
         for (int i = 0; i < K; ++i)
           tokens[i] = (const T*)side.Row(block.Slot(order.Token(step, i)), job_.heads);
         for (const Rows& rows : rows_) {
+          ahead.Fetch();
           UNROLL for (int i = 0; i < K; ++i) of_head[i] = tokens[i] + rows.head * job_.head_dim;
           OfCount(rows, step, of_head, function);
         }
