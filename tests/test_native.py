@@ -123,7 +123,7 @@ def test_long_contexts_of_every_grouping_equal_the_reference(codec, group, head_
 
 @pytest.mark.parametrize("codec", ["bfloat16", "int8", "rotated4"])
 def test_slots_that_only_begin_and_end_in_a_row(codec):
-    """Of 16 tokens the first and last are 15 slots apart, and the pages between are not in order."""
+    """Of 16 tokens the first and last are 15 slots apart, but those between are not in order."""
     available()
     generator = np.random.default_rng(0)
     tokens, pages = 96, 24
