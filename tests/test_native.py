@@ -96,6 +96,10 @@ CODECS = {
     "rotated3": jaxkv.Rotated(3),
     "rotated2/int8": jaxkv.KeysValues(jaxkv.Rotated(2), jaxkv.Int8()),
     "rotated1": jaxkv.Rotated(1),
+    "rotated4-centred": jaxkv.Centred(
+        jaxkv.KeysValues(jaxkv.Rotated(4), jaxkv.Rotated(2)), jaxkv.Rope.of(10_000, rotary_dim=48)
+    ),
+    "int8-centred": jaxkv.Centred(jaxkv.Int8()),
 }
 
 
@@ -112,10 +116,11 @@ def test_long_contexts_of_every_grouping_equal_the_reference(codec, group, head_
     config = jaxkv.KVCacheConfig(2, 1501, kv_heads, head_dim, batch_size=3, codec=CODECS[codec])
     keys = jnp.asarray(generator.standard_normal(shape, np.float32))
     queries = jnp.asarray(generator.standard_normal((3, 1, kv_heads * group, head_dim), np.float32))
-    cache = jaxkv.append(jaxkv.create(config), keys, keys[::-1], layer=1, num_tokens=lengths)
+    cache = jaxkv.append(jaxkv.create(config), keys + 1, keys[::-1], layer=1, num_tokens=lengths)
     cache = jaxkv.advance(cache, lengths - 1)
+    sinks = jnp.linspace(-1, 9, kv_heads * group)
     expected, got = (
-        jaxkv.attend(cache, queries, layer=1, window=900, implementation=name)
+        jaxkv.attend(cache, queries, layer=1, window=900, sinks=sinks, implementation=name)
         for name in ("reference", "native")
     )
     np.testing.assert_allclose(got, expected, atol=2e-6)

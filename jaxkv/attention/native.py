@@ -16,9 +16,10 @@ from jaxkv.addressing.kept import KeptIndex
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.blockwise import blockwise
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.codecs import Codec, Dense, Int8, KeysValues, Rotated
+from jaxkv.codecs import Centred, Codec, Dense, Int8, KeysValues, Rotated, rotate_values
 from jaxkv.kv_cache import KVCache
 from jaxkv.native import unavailable
+from jaxkv.vectors import means_of
 
 _LANES = 16
 _MOST_NUMBERS = 1024  # of a vector of codes, which is widened on the stack
@@ -61,9 +62,10 @@ def native(request: Request) -> Grouped:
     if sinks is None:
         sinks = jnp.full(queries.shape[1:3], _NO_SINK, jnp.float32)
     table, page_size = _pages(index)
-    output = jax.ffi.ffi_call(
+    centre_queries, rope_tables = _centre(request)
+    output, shares = jax.ffi.ffi_call(
         "jaxkv_decode",
-        jax.ShapeDtypeStruct(queries.shape, jnp.float32),
+        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (queries.shape, queries.shape[:3])],
         vmap_method="sequential",
     )(
         keys[0],
@@ -76,6 +78,8 @@ def native(request: Request) -> Grouped:
         request.positions[:, 0],
         request.lengths,
         sinks,
+        centre_queries,
+        rope_tables,
         table,
         _key_positions(request),
         key_bits=np.int64(_bits(key_codec)),
@@ -87,11 +91,27 @@ def native(request: Request) -> Grouped:
         kept_sinks=np.int64(index.sinks),
         softcap=np.float32(request.softcap or 0),
     )
+    codec = request.cache.config.codec
+    if isinstance(codec, Centred):
+        value_means = rotate_values(codec, means_of(request.cache, request.layer)[1])
+        output += shares[..., None] * value_means[:, None]
     return output[:, :, None]
 
 
+def _centre(request: Request) -> tuple[Array, Array]:
+    """The share of means in the scores: queries, and tables of cosines and sines; empty if none."""
+    codec = request.cache.config.codec
+    if not isinstance(codec, Centred):
+        return jnp.zeros((0, 0, 0, 0), jnp.float32), jnp.zeros((0, 0, 0, 0), jnp.float32)
+    queries = request.centre_queries[:, :, 0]
+    queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, -queries.shape[-1] % _LANES),))
+    tables = codec.rope.tables if codec.rope else np.zeros((0, 0, 0, 0), np.float32)
+    return queries, jnp.asarray(tables)
+
+
 def _sides(codec: Codec) -> tuple[Codec, Codec]:
-    """The codecs of keys and of values."""
+    """The codecs of keys and of values, or of what they differ from their means."""
+    codec = codec.codec if isinstance(codec, Centred) else codec
     return (codec.keys, codec.values) if isinstance(codec, KeysValues) else (codec, codec)
 
 
@@ -113,7 +133,7 @@ def _levels(codec: Codec) -> Int[Array, " codes"]:
 def _leaves(cache: KVCache, side: int) -> tuple[Array, Array]:
     """The buffers of one side's vectors and scales; no scales where vectors are what they are."""
     storage = cache.storage
-    if isinstance(cache.config.codec, KeysValues):
+    if "key_codes" in storage:
         name = ("key", "value")[side]
         return storage[f"{name}_codes"], storage[f"{name}_scales"]
     codes, *scales = storage.values()

@@ -50,6 +50,11 @@ class Rope:
         """How many of a head's numbers are turned."""
         return 2 * len(self.frequencies)
 
+    @property
+    def tables(self) -> Float[np.ndarray, "digits 2 base pairs"]:
+        """Cosines and sines of what each digit of a position adds to the angles, to 12 bits."""
+        return _tables(self.frequencies)
+
     def cos_sin(
         self, positions: Int[Array, "*shape"]
     ) -> tuple[Float[Array, "*shape pairs"], Float[Array, "*shape pairs"]]:
@@ -58,7 +63,7 @@ class Rope:
             jnp.maximum(positions, 0) >> number * _BASE_BITS & (1 << _BASE_BITS) - 1
             for number in range(_DIGITS)
         ]
-        tables = jnp.asarray(_tables(self.frequencies))
+        tables = jnp.asarray(self.tables)
         cos, sin = tables[0].at[:, digits[0]].get(mode="promise_in_bounds")
         for table, digit in zip(tables[1:], digits[1:], strict=True):
             more_cos, more_sin = table.at[:, digit].get(mode="promise_in_bounds")

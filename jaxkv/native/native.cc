@@ -38,10 +38,11 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
                   ffi::Buffer<ffi::S8> levels, ffi::Buffer<ffi::S32> layer,
                   ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::S32> positions,
                   ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> sinks,
+                  ffi::Buffer<ffi::F32> centre_queries, ffi::Buffer<ffi::F32> rope_tables,
                   ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> key_positions,
                   int64_t key_bits, int64_t value_bits, int64_t extent, int64_t page_size,
                   int64_t window, int64_t kept_window, int64_t kept_sinks, float softcap,
-                  ffi::ResultBuffer<ffi::F32> out) {
+                  ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> shares) {
   const auto shape = queries.dimensions();  // batch, heads, group, head_dim
   const int64_t number = layer.typed_data()[0];
 
@@ -52,7 +53,14 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
   job.values = SideOf(values, value_scales, levels, number, 1, value_bits);
   job.queries = queries.typed_data();
   job.sinks = sinks.typed_data();
-  job.out = out->typed_data();
+  job.out = out->typed_data(), job.shares = shares->typed_data();
+  if (centre_queries.element_count() > 0) {
+    const auto tables = rope_tables.dimensions();  // digits, 2, base, pairs
+    job.centre.queries = centre_queries.typed_data();
+    job.centre.features = centre_queries.dimensions()[3];
+    job.centre.tables = rope_tables.typed_data();
+    job.centre.digits = tables[0], job.centre.pairs = tables[3];
+  }
   job.heads = shape[1], job.group = shape[2], job.head_dim = shape[3];
   job.softcap = softcap;
 
@@ -128,6 +136,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxkvDecode, jaxkv::Decode,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<int64_t>("key_bits")
@@ -138,6 +148,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxkvDecode, jaxkv::Decode,
                                   .Attr<int64_t>("kept_window")
                                   .Attr<int64_t>("kept_sinks")
                                   .Attr<float>("softcap")
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxkvProducts, jaxkv::Products,

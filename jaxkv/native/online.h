@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "centre.h"
 #include "slots.h"
 #include "vectors.h"
 
@@ -29,9 +30,11 @@ struct Attention {
   const float* queries;  // [batch, heads, group, head_dim], scaled
   const float* sinks;    // [heads, group]
   float* out;            // like queries
+  float* shares;         // [batch, heads, group]: of probability, that went to tokens
   int64_t heads, group, head_dim;
   float softcap;
   Slots slots;
+  Centring centre;
 
   int64_t chunks = 1;
   float* arranged;         // queries, as the units want them
@@ -83,7 +86,7 @@ class Scales {
 // new highest score.
 template <int K, typename Order>
 Vec Softmax(const Block& block, Order order, float softcap, const Scales<K>& key_scales,
-            const Scales<K>& value_scales, Rows& rows) {
+            const Scales<K>& value_scales, const Centre<K>& centre, Rows& rows) {
   const int steps = block.Steps<K>();
   const bool full = block.count == steps * K;
   Ints first;  // each lane's token, at step 0
@@ -97,6 +100,7 @@ Vec Softmax(const Block& block, Order order, float softcap, const Scales<K>& key
   for (int step = 0; step < steps; ++step) {
     Vec score = Load(rows.scores + step * kLanes);
     if (key_scales) score *= key_scales.At(rows.head, step);
+    if (centre) score += centre.At(rows.row, rows.count, step, order);
     if (softcap > 0) score = softcap * Tanh(score / softcap);
     score = of_tokens(score, step, kLowest);
     Store(rows.scores + step * kLanes, score);

@@ -10,6 +10,7 @@ constexpr int kBlock = 64;  // slots that are worked on together
 // Up to kBlock visible slots, taken K at a time in one of two orders.
 struct Block {
   int64_t slots[kBlock];
+  int32_t positions[kBlock];  // of the tokens that are in them
   int count = 0;
 
   template <int K>
@@ -73,12 +74,16 @@ struct Slots {
       if (!key_positions) {
         const int64_t some = std::min<int64_t>(run_end - cursor, kBlock - block.count);
         for (int64_t i = 0; i < some; ++i) block.slots[block.count + i] = first + cursor + i;
+        for (int64_t i = 0; i < some; ++i) block.positions[block.count + i] = cursor + i;
         block.count += some, cursor += some;
         continue;
       }
       const int32_t* held = key_positions + (b * lists + list) * extent;
       for (; cursor < run_end && block.count < kBlock; ++cursor)
-        if (Sees(query_positions[b], held[cursor])) block.slots[block.count++] = first + cursor;
+        if (Sees(query_positions[b], held[cursor])) {
+          block.positions[block.count] = held[cursor];
+          block.slots[block.count++] = first + cursor;
+        }
     }
     return block.count > 0;
   }

@@ -18,7 +18,8 @@ class TileUnit {
 
   // KV heads [first_head, end_head) of sequence b.
   TileUnit(Attention& job, int64_t b, int64_t first_head, int64_t end_head, int64_t chunk)
-      : job_(job), b_(b), chunk_(chunk), first_head_(first_head), end_head_(end_head) {
+      : job_(job), b_(b), chunk_(chunk), first_head_(first_head), end_head_(end_head),
+        centre_(job.centre) {
     for (int64_t head = first_head; head < end_head; ++head)
       for (int64_t g = 0; g < job.group; g += kQueries) {
         const int64_t row = head * job.group + g;
@@ -70,6 +71,7 @@ class TileUnit {
     }
     key_scales_.Load(job_.keys.scales, job_.heads, block, order);
     value_scales_.Load(job_.values.scales, job_.heads, block, order);
+    centre_.Start(block);
     Ahead ahead(job_, first_head_, end_head_, next,
                 rows_.size() * (2 + Tiles::FetchesOfScore(slices_, groups) + Tiles::FetchesOfMix(slices_, groups)));
     for (Rows& rows : rows_) {
@@ -77,7 +79,7 @@ class TileUnit {
       FindSources(job_.keys, block, rows.head);
       Tiles::Score(QueriesOf(rows), sources_, groups, slices_, ahead, scores_);
       ahead.Fetch();
-      const Vec keep = Softmax(block, order, job_.softcap, key_scales_, value_scales_, rows);
+      const Vec keep = Softmax(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows);
       for (int step = block.Steps<kQueries>(); step < groups * kTile / 4; ++step)
         Store(scores_ + step * kLanes, Vec{});  // of no token
       ahead.Fetch();
@@ -121,6 +123,7 @@ class TileUnit {
   alignas(64) float scores_[kBlock * kQueries];
   std::vector<Line> copy_;
   Scales<kQueries> key_scales_, value_scales_;
+  Centre<kQueries> centre_;
 };
 
 }  // namespace jaxkv

@@ -6,55 +6,12 @@
 #include <vector>
 
 #include "ahead.h"
+#include "centre.h"
 #include "codes.h"
 #include "online.h"
+#include "vector_products.h"
 
 namespace jaxkv {
-
-template <int N>
-using Number = std::integral_constant<int, N>;
-
-// The scores of K tokens and G queries of one KV head: lane g * K + i.
-template <typename T, int G, int K>
-inline Vec Score(const T* const (&keys)[K], const float* queries, int64_t head_dim) {
-  Vec sums[kLanes] = {};
-  auto add = [&](auto number, int64_t d) {
-    constexpr int N = decltype(number)::value;
-    Vec query[G][N];
-    UNROLL for (int g = 0; g < G; ++g) LoadMany(queries + g * head_dim + d, query[g]);
-    UNROLL for (int i = 0; i < K; ++i) {
-      Vec key[N];
-      LoadMany(keys[i] + d, key);
-      UNROLL for (int g = 0; g < G; ++g)
-        UNROLL for (int n = 0; n < N; ++n) sums[g * K + i] += key[n] * query[g][n];
-    }
-  };
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) add(Number<2>{}, d);
-  if (d < head_dim) add(Number<1>{}, d);
-  return SumEach(sums);
-}
-
-// mix[g] += weights[g * K + i] * values[i], for K tokens and G queries of one KV head.
-template <typename T, int G, int K>
-inline void Mix(const T* const (&values)[K], const float* weights, int64_t head_dim, float* mix) {
-  auto add = [&](auto number, int64_t d) {
-    constexpr int N = decltype(number)::value;
-    Vec sums[G][N];
-    UNROLL for (int g = 0; g < G; ++g) LoadMany(mix + g * head_dim + d, sums[g]);
-    UNROLL for (int i = 0; i < K; ++i) {
-      Vec value[N];
-      LoadMany(values[i] + d, value);
-      UNROLL for (int g = 0; g < G; ++g)
-        UNROLL for (int n = 0; n < N; ++n) sums[g][n] += weights[g * K + i] * value[n];
-    }
-    UNROLL for (int g = 0; g < G; ++g)
-      UNROLL for (int n = 0; n < N; ++n) Store(mix + g * head_dim + d + n * kLanes, sums[g][n]);
-  };
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) add(Number<2>{}, d);
-  if (d < head_dim) add(Number<1>{}, d);
-}
 
 // Tokens K at a time: 16 for one query a KV head, else 4 and up to 4 queries.
 template <typename T, int K>
@@ -62,7 +19,7 @@ class Unit {
  public:
   // KV heads [first_head, end_head) of sequence b.
   Unit(Attention& job, int64_t b, int64_t first_head, int64_t end_head, int64_t chunk)
-      : job_(job), b_(b), chunk_(chunk) {
+      : job_(job), b_(b), chunk_(chunk), centre_(job.centre) {
     constexpr int kMost = K == kLanes ? 1 : kLanes / K;
     for (int64_t head = first_head; head < end_head; ++head)
       for (int64_t g = 0; g < job.group; g += kMost) {
@@ -87,13 +44,14 @@ class Unit {
                   2 * order.steps * rows_.size());
       key_scales_.Load(job_.keys.scales, job_.heads, block, order);
       value_scales_.Load(job_.values.scales, job_.heads, block, order);
+      centre_.Start(block);
       ForEach(job_.keys, block, ahead, [&](auto g, int step, const Rows& rows, auto& keys) {
         constexpr int G = decltype(g)::value;
         const float* queries = &job_.arranged[rows.row * job_.head_dim];
         Store(rows.scores + step * kLanes, Score<Wide, G, K>(keys, queries, job_.head_dim));
       });
       for (Rows& rows : rows_)
-        Shrink<K>(rows, Softmax(block, order, job_.softcap, key_scales_, value_scales_, rows),
+        Shrink<K>(rows, Softmax(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows),
                   job_.head_dim, MixOf(rows));
       ForEach(job_.values, block, ahead, [&](auto g, int step, const Rows& rows, auto& values) {
         constexpr int G = decltype(g)::value;
@@ -128,7 +86,7 @@ class Unit {
         for (int step = 0; step < order.steps; ++step) {
           for (int i = 0; i < K; ++i)
             of_head[i] = &widened_[std::min(order.Token(step, i), block.count - 1) * job_.head_dim];
-          OfCount(rows, step, of_head, function);
+          WithCount<K>(rows.count, [&](auto g) { function(g, step, rows, of_head); });
         }
       }
     } else {
@@ -139,20 +97,9 @@ class Unit {
         for (const Rows& rows : rows_) {
           ahead.Fetch();
           UNROLL for (int i = 0; i < K; ++i) of_head[i] = tokens[i] + rows.head * job_.head_dim;
-          OfCount(rows, step, of_head, function);
+          WithCount<K>(rows.count, [&](auto g) { function(g, step, rows, of_head); });
         }
       }
-    }
-  }
-
-  template <typename Function>
-  static void OfCount(const Rows& rows, int step, const Wide* const (&of_head)[K],
-                      const Function& function) {
-    if (K == kLanes || rows.count == 1) function(Number<1>{}, step, rows, of_head);
-    if constexpr (K != kLanes) {
-      if (rows.count == 2) function(Number<2>{}, step, rows, of_head);
-      if (rows.count == 3) function(Number<3>{}, step, rows, of_head);
-      if (rows.count == 4) function(Number<4>{}, step, rows, of_head);
     }
   }
 
@@ -161,6 +108,7 @@ class Unit {
   std::vector<Rows> rows_;
   std::vector<float> scores_, widened_;
   Scales<K> key_scales_, value_scales_;
+  Centre<K> centre_;
 };
 
 }  // namespace jaxkv
