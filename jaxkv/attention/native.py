@@ -101,7 +101,7 @@ def native(request: Request) -> Grouped:
 def _centre(request: Request) -> tuple[Array, Array]:
     """The share of means in the scores: queries, and tables of cosines and sines; empty if none."""
     codec = request.cache.config.codec
-    if not isinstance(codec, Centred):
+    if not isinstance(codec, Centred) or request.centre_queries is None:
         return jnp.zeros((0, 0, 0, 0), jnp.float32), jnp.zeros((0, 0, 0, 0), jnp.float32)
     queries = request.centre_queries[:, :, 0]
     queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, -queries.shape[-1] % _LANES),))
