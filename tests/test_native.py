@@ -147,6 +147,21 @@ def test_slots_that_only_begin_and_end_in_a_row(codec):
     np.testing.assert_array_equal(*outputs)
 
 
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8", "rotated4"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_not_finite_spoils_its_own_head_alone(codec, side):
+    available()
+    vectors = np.random.default_rng(0).standard_normal((2, 40, 2, 64), np.float32)
+    vectors[side, 3, 1] = np.nan
+    cache = jaxkv.create(jaxkv.KVCacheConfig(1, 40, 2, 64, codec=CODECS[codec]))
+    cache = jaxkv.append(cache, *jnp.asarray(vectors), layer=0)
+    cache = jaxkv.advance(cache, 39)
+    queries = jnp.ones((1, 4, 64))
+    got = jaxkv.attend(cache, queries, layer=0, implementation="native")[0]
+    assert jnp.isfinite(got[:2]).all()
+    assert jnp.isnan(got[2:]).all()
+
+
 def test_under_vmap():
     available()
     keys = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 2, 16), np.float32))

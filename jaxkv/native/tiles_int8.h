@@ -148,11 +148,14 @@ struct Int8Tiles {
                   int64_t slices, Ahead& ahead, int count, int64_t head_dim, float* mix) {
     alignas(64) uint32_t weights[3][kTile * kTile];
     alignas(64) int32_t sums[3][kTile * kTile];
-    Vec most = Vec{};
-    for (int step = 0; step < groups * kTile / 4; ++step)
-      most = Larger(Load(scores + step * kLanes), most);
-    most = Together<kQueries>(most, Larger);
-    const Vec units = most / kMostUnsigned, steps = most > 0 ? kMostUnsigned / most : Vec{};
+    Vec most = Vec{}, none = Vec{};  // none: 0, or NaN where a weight is not finite
+    for (int step = 0; step < groups * kTile / 4; ++step) {
+      const Vec some = Load(scores + step * kLanes);
+      most = Larger(some, most), none += some * 0.0f;
+    }
+    most = Together<kQueries>(most, Larger), none = Together<kQueries>(none, Added);
+    const Vec units = most / kMostUnsigned + none;
+    const Vec steps = most > 0 ? kMostUnsigned / most : Vec{};
     for (int64_t slice = 0; slice < slices; ++slice) {
       _tile_zero(0);
       _tile_zero(1);
