@@ -16,39 +16,6 @@ constexpr int64_t kSmallestUnit = 64 << 10;  // bytes
 constexpr int64_t kUnitsPerThread = 2;  // sequences differ in length, and threads in speed
 constexpr int64_t kWorthWaking = 256 << 10;  // bytes that are read while a thread wakes up
 
-// How units of attention over elements of type T work.
-template <typename T>
-struct VectorUnits {
-  static constexpr int kWays = kWaysOf<T>;
-
-  static void Arrange(Attention& job, Scratch& scratch) {
-    const int64_t rows = job.slots.batch * job.rows();
-    job.arranged = scratch.Room(rows * job.head_dim);
-    for (int64_t row = 0; row < rows; ++row)
-      jaxkv::Arrange<T>(job.queries + row * job.head_dim, &job.arranged[row * job.head_dim],
-                        job.head_dim);
-  }
-  static void Run(Attention& job, int64_t b, int64_t first, int64_t end, int64_t chunk,
-                  int64_t list, int64_t from, int64_t to) {
-    if (job.group == 1)
-      Unit<T, kLanes>(job, b, first, end, chunk).Run(list, from, to);
-    else
-      Unit<T, 4>(job, b, first, end, chunk).Run(list, from, to);
-  }
-};
-#if JAXKV_TILES
-template <typename Tiles>
-struct TileUnits {
-  static constexpr int kWays = Tiles::kWays;
-
-  static void Arrange(Attention& job, Scratch& scratch) { TileUnit<Tiles>::Arrange(job, scratch); }
-  static void Run(Attention& job, int64_t b, int64_t first, int64_t end, int64_t chunk,
-                  int64_t list, int64_t from, int64_t to) {
-    TileUnit<Tiles>(job, b, first, end, chunk).Run(list, from, to);
-  }
-};
-#endif
-
 // Joins the chunks of one query head, and gives its sink its share.
 inline void Join(Attention& job, int64_t row, float* sum) {
   const float sink = job.sinks[row % job.rows()];
@@ -68,7 +35,7 @@ inline void Join(Attention& job, int64_t row, float* sum) {
   job.shares[row] = everything == 0 ? 0 : 1 - std::exp(sink - most) / everything;
 }
 
-template <typename Units>
+template <typename Unit>
 void RunUnit(Attention& job, int64_t unit) {
   const Slots& slots = job.slots;
   const int64_t chunk = unit % job.chunks, list = unit / job.chunks % slots.lists;
@@ -77,10 +44,10 @@ void RunUnit(Attention& job, int64_t unit) {
   const int64_t from = begin + span * chunk / job.chunks;
   const int64_t to = begin + span * (chunk + 1) / job.chunks;
   const int64_t heads = job.heads / slots.lists;
-  Units::Run(job, b, list * heads, (list + 1) * heads, chunk, list, from, to);
+  Unit(job, b, list * heads, (list + 1) * heads, chunk).Run(list, from, to);
 }
 
-template <typename Units>
+template <typename Unit>
 void AttendIn(Attention& job, int64_t threads) {
   const Slots& slots = job.slots;
   int64_t longest = 0, all = 0;
@@ -94,26 +61,28 @@ void AttendIn(Attention& job, int64_t threads) {
   job.chunks = std::clamp<int64_t>(longest / smallest, 1, most_chunks);
   const int64_t rows = slots.batch * job.rows();
   static thread_local Scratch arranged, highest, total, mix, sum;
-  Units::Arrange(job, arranged);
+  Unit::Arrange(job, arranged);
   job.highest = highest.Room(rows * job.chunks), job.total = total.Room(rows * job.chunks);
   job.mix = mix.Room(rows * job.chunks * job.head_dim);
   Pool::Get().Run(slots.batch * slots.lists * job.chunks, threads, all * slot_bytes > kWorthWaking,
-                  [&](int64_t unit) { RunUnit<Units>(job, unit); });
+                  [&](int64_t unit) { RunUnit<Unit>(job, unit); });
   for (int64_t row = 0; row < rows; ++row) {
     Join(job, row, sum.Room(job.head_dim));
-    Restore(Units::kWays, sum.Room(job.head_dim), job.out + row * job.head_dim, job.head_dim);
+    Restore(Unit::kWays, sum.Room(job.head_dim), job.out + row * job.head_dim, job.head_dim);
   }
 }
 
 template <typename T>
 void Attend(Attention& job, int64_t threads) {
 #if JAXKV_TILES
-  if constexpr (std::is_same_v<T, BFloat16>)
-    if (TileUnit<BFloat16Tiles>::Serves(job)) return AttendIn<TileUnits<BFloat16Tiles>>(job, threads);
-  if constexpr (std::is_same_v<T, int8_t> || std::is_same_v<T, Code>)
-    if (TileUnit<Int8Tiles>::Serves(job)) return AttendIn<TileUnits<Int8Tiles>>(job, threads);
+  constexpr bool kCodes = std::is_same_v<T, int8_t> || std::is_same_v<T, Code>;
+  if constexpr (kCodes || std::is_same_v<T, BFloat16>) {
+    using Tiles = TileUnit<std::conditional_t<kCodes, Int8Tiles, BFloat16Tiles>>;
+    if (Tiles::Serves(job)) return AttendIn<Tiles>(job, threads);
+  }
 #endif
-  AttendIn<VectorUnits<T>>(job, threads);
+  if (job.group == 1) return AttendIn<Unit<T, kLanes>>(job, threads);
+  AttendIn<Unit<T, 4>>(job, threads);
 }
 
 }  // namespace jaxkv

@@ -12,6 +12,8 @@ namespace jaxkv {
 template <typename Tiles>
 class TileUnit {
  public:
+  static constexpr int kWays = Tiles::kWays;  // in which mixes hold their numbers
+
   static bool Serves(const Attention& job) {
     return job.head_dim % Tiles::kNumbers == 0 && job.head_dim <= kMostNumbers && TilesAllowed();
   }
@@ -72,14 +74,16 @@ class TileUnit {
     key_scales_.Load(job_.keys.scales, job_.heads, block, order);
     value_scales_.Load(job_.values.scales, job_.heads, block, order);
     centre_.Start(block);
-    Ahead ahead(job_, first_head_, end_head_, next,
-                rows_.size() * (2 + Tiles::FetchesOfScore(slices_, groups) + Tiles::FetchesOfMix(slices_, groups)));
+    const int64_t fetches =
+        2 + Tiles::FetchesOfScore(slices_, groups) + Tiles::FetchesOfMix(slices_, groups);
+    Ahead ahead(job_, first_head_, end_head_, next, rows_.size() * fetches);
     for (Rows& rows : rows_) {
       float* mix = job_.MixOf(b_, chunk_, rows.row - b_ * job_.rows());
       FindSources(job_.keys, block, rows.head);
       Tiles::Score(QueriesOf(rows), sources_, groups, slices_, ahead, scores_);
       ahead.Fetch();
-      const Vec keep = Softmax(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows);
+      const Vec keep =
+          Softmax(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows);
       for (int step = block.Steps<kQueries>(); step < groups * kTile / 4; ++step)
         Store(scores_ + step * kLanes, Vec{});  // of no token
       ahead.Fetch();

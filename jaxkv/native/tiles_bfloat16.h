@@ -11,7 +11,7 @@ namespace jaxkv {
 
 struct BFloat16Tiles {
   static constexpr int kNumbers = 32;  // of a vector, in a tile's row
-  static constexpr int kWays = 2;      // mixes hold, of each 32 numbers, even ones and then odd ones
+  static constexpr int kWays = 2;      // mixes hold, of each 32 numbers, even ones, then odd ones
 
   // Whether vectors are read as they lie.
   static bool AsStored(const Side&) { return true; }

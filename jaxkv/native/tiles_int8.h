@@ -33,14 +33,18 @@ class Plane {
 
   __m512i Of(const char* vector) const {
     const char* p = vector + offset_;
-    const __m512i bytes = size_ >= 64   ? _mm512_loadu_si512(p)
-                          : size_ == 32 ? _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p))
-                          : size_ == 16 ? _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p))
-                                        : _mm512_set1_epi64(*(const int64_t*)p);
-    return _mm512_and_si512(_mm512_srlv_epi64(bytes, shifts_), mask_);
+    return _mm512_and_si512(_mm512_srlv_epi64(Bytes(p), shifts_), mask_);
   }
 
  private:
+  // Where the plane's bytes are fewer, each code's more than once.
+  __m512i Bytes(const char* p) const {
+    if (size_ >= 64) return _mm512_loadu_si512(p);
+    if (size_ == 32) return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
+    if (size_ == 16) return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+    return _mm512_set1_epi64(*(const int64_t*)p);
+  }
+
   const int64_t size_, offset_;
   const __m512i mask_;
   __m512i shifts_;
@@ -85,7 +89,7 @@ struct Int8Tiles {
       const float* query = queries + g * head_dim;
       float largest = 0;
       for (int64_t d = 0; d < head_dim; ++d)
-        largest = std::abs(query[d]) > largest || query[d] != query[d] ? std::abs(query[d]) : largest;
+        if (std::abs(query[d]) > largest || std::isnan(query[d])) largest = std::abs(query[d]);
       const float unit = largest / kMostSigned;
       std::fill_n(units + 4 * g, 4, unit);
       if (!(unit > 0 && std::isfinite(unit))) continue;  // zeros; or not finite, as all scores then
@@ -196,9 +200,10 @@ struct Int8Tiles {
 
   // Weights of 16 tokens as a tile a digit, for one of values, whose rows are fours of numbers of
   // one token: four rows, one a query, take the first of each four, the next four rows the second.
-  static void ArrangeWeights(const float* scores, Vec steps, uint32_t (&weights)[3][kTile * kTile]) {
+  static void ArrangeWeights(const float* scores, Vec steps,
+                             uint32_t (&weights)[3][kTile * kTile]) {
     Vec v[4];
-    UNROLL for (int i = 0; i < 4; ++i) v[i] = Load(scores + i * kLanes) * steps + kRound;
+    UNROLL for (int i = 0; i < 4; ++i) v[i] = Load(scores + i * kLanes) * steps + 0.5f;
     TransposeFours(v);  // of query g, 16 tokens
     UNROLL for (int g = 0; g < kQueries; ++g) {
       const Words fixed = (Words)__builtin_convertvector(v[g], Ints);
@@ -209,7 +214,6 @@ struct Int8Tiles {
       }
     }
   }
-  static constexpr float kRound = 0.5f;
 };
 
 }  // namespace jaxkv

@@ -17,6 +17,16 @@ namespace jaxkv {
 template <typename T, int K>
 class Unit {
  public:
+  static constexpr int kWays = kWaysOf<T>;  // in which mixes hold their numbers
+
+  // All queries, in the order in which elements are loaded.
+  static void Arrange(Attention& job, Scratch& scratch) {
+    const int64_t rows = job.slots.batch * job.rows(), size = job.head_dim;
+    job.arranged = scratch.Room(rows * size);
+    for (int64_t row = 0; row < rows; ++row)
+      jaxkv::Arrange<T>(job.queries + row * size, job.arranged + row * size, size);
+  }
+
   // KV heads [first_head, end_head) of sequence b.
   Unit(Attention& job, int64_t b, int64_t first_head, int64_t end_head, int64_t chunk)
       : job_(job), b_(b), chunk_(chunk), centre_(job.centre) {
@@ -50,9 +60,11 @@ class Unit {
         const float* queries = &job_.arranged[rows.row * job_.head_dim];
         Store(rows.scores + step * kLanes, Score<Wide, G, K>(keys, queries, job_.head_dim));
       });
-      for (Rows& rows : rows_)
-        Shrink<K>(rows, Softmax(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows),
-                  job_.head_dim, MixOf(rows));
+      for (Rows& rows : rows_) {
+        const Vec keep =
+            Softmax(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows);
+        Shrink<K>(rows, keep, job_.head_dim, MixOf(rows));
+      }
       ForEach(job_.values, block, ahead, [&](auto g, int step, const Rows& rows, auto& values) {
         constexpr int G = decltype(g)::value;
         Mix<Wide, G, K>(values, rows.scores + step * kLanes, job_.head_dim, MixOf(rows));

@@ -123,7 +123,8 @@ inline void Restore(int ways, const float* from, float* to, int64_t size) {
   const int64_t together = ways * kLanes, whole = size / together * together;
   for (int64_t i = 0; i < whole; i += together)
     for (int64_t lane = 0; lane < kLanes; ++lane)
-      for (int way = 0; way < ways; ++way) to[i + lane * ways + way] = from[i + way * kLanes + lane];
+      for (int way = 0; way < ways; ++way)
+        to[i + lane * ways + way] = from[i + way * kLanes + lane];
   std::memcpy(to + whole, from + whole, 4 * (size - whole));
 }
 
