@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from jaxkv.policies import reconstruction_scores
     from jaxkv.snapshot import load, save
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "Addressing",
