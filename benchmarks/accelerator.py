@@ -1,19 +1,18 @@
 """On a GPU or TPU: is what jaxkv promises true there? Memory, in place, right answers, speed."""
 
-from collections.abc import Iterator
+import functools
+import signal
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 import jaxkv
-from benchmarks.accelerator_attention import agreement, sweep
+from benchmarks.accelerator_attention import CONTEXTS, agreement, sweep
+from benchmarks.accelerator_decode import decode, generate
 from benchmarks.measure import interleaved
 from benchmarks.report import Row, Table
-from jaxkv.decode import TOKENS_PER_DISPATCH
 from jaxkv.memory import device_memory
-from jaxkv.models import Decoder, DecoderConfig, load
-from jaxkv.text import format_bytes
 
 _LLAMA_3_8B = {"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}
 _QWEN_2_5 = {"num_layers": 24, "num_kv_heads": 2, "head_dim": 64}  # of 0.5B parameters
@@ -24,11 +23,32 @@ def run(quick: bool) -> Iterator[Table]:
     if jax.default_backend() == "cpu":
         yield Table("Accelerator: this machine has none", [])
         return
-    yield agreement()
-    yield from sweep(quick)
-    yield _memory()
-    yield _generate(quick)
-    yield _append()
+    print(f"device         {jax.devices()[0].device_kind}", flush=True)
+    yield _within("Agreement", 90, agreement)
+    for batch, context in CONTEXTS[:2] if quick else CONTEXTS:
+        title = f"Decode attention, {batch} x {context}"
+        yield _within(title, 120, functools.partial(sweep, batch, context))
+    yield _within("Memory", 60, _memory)
+    yield _within("Append", 60, _append)
+    yield _within("Generate", 90, generate)
+    yield _within("Decode", 300, lambda: decode(layers=8 if quick else 32))
+
+
+def _within(title: str, seconds: int, part: Callable[[], Table]) -> Table:
+    """A part's table; or why there is none, so that one part's failure is not that of the rest."""
+
+    def give_up(*_):
+        raise TimeoutError(f"not done after {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        return part()
+    except Exception as error:
+        return Table(title, [], [f"{type(error).__name__}: {str(error)[:300]}"])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def _memory() -> Table:
@@ -97,37 +117,3 @@ def _append() -> Table:
             }
         )
     return Table("Append: one token of one layer, by context", rows)
-
-
-def _generate(quick: bool) -> Table:
-    model, tokenizer = load()
-    prompt = tokenizer.encode("class Stack:\n    def push(self, item):\n").ids
-    small = jaxkv.generate(model, [prompt] * 4, max_new_tokens=256)
-    layers = 8 if quick else 32
-    shape = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
-    llama = Decoder(
-        DecoderConfig(**shape, num_layers=layers, num_heads=32, num_kv_heads=8, head_dim=128),
-        rngs=nnx.Rngs(0),
-        dtype=jnp.bfloat16,
-    )
-    large = jaxkv.generate(llama, [list(range(1, 1000))], max_new_tokens=128)
-    rows = [
-        {
-            "model": name,
-            "decode tokens/s": result.timings.decode_tokens_per_second,
-            "prefill tokens/s": result.timings.prefill_tokens_per_second,
-            "compile s": result.timings.compile_seconds,
-        }
-        for name, result in (
-            ("embedded, 4 prompts", small),
-            (f"{layers} layers of Llama-3-8B", large),
-        )
-    ]
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(llama)))
-    rate = weights * large.timings.decode_tokens_per_second / 1e9
-    note = (
-        f"{TOKENS_PER_DISPATCH} tokens a dispatch; Llama's {format_bytes(weights)} of weights are "
-        f"read at {rate:.0f} GB/s. The embedded model went on: "
-        f"{tokenizer.decode(small.tokens[0])[:60]!r}"
-    )
-    return Table("Generate", rows, [note])

@@ -6,8 +6,9 @@ import importlib
 import importlib.util
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ _KV_HEADS, _HEADS, _HEAD_DIM = 8, 32, 128  # of Llama-3-8B
 _CACHE_BYTES = 4 << 30  # the layers that are gone through: many times what a GPU's L2 holds
 _SAMPLE_SECONDS, _SAMPLES = 0.02, 5
 CONTEXTS = ((8, 16384), (8, 32768), (1, 4096), (1, 32768), (8, 4096), (64, 4096))
+_KINDS = ("bfloat16", "bfloat16, pages of 64", "int8", "rotated4")
 _WITH_EVERY_FORM = ((8, 16384),)  # XLA's own forms take long to run, flex attention to compile
 
 
@@ -101,28 +103,27 @@ def _on_host(queries, keys, values, lengths, window=None, softcap=None) -> np.nd
     return outputs
 
 
-def sweep(quick: bool) -> Iterator[Table]:
+def sweep(batch: int, context: int) -> Table:
     """Time a layer over the layers of a large cache, beside a copy and a sum of it, and torch."""
-    for batch, context in CONTEXTS[:2] if quick else CONTEXTS:
-        rates, rows = {}, []
-        for kind in ("bfloat16", "bfloat16, pages of 64", "int8"):
-            cache, queries = _long_cache(batch, context, kind)
-            layers, held = cache.config.num_layers, cache.config.size_bytes
-            competitors = _competitors(cache, queries, kind, (batch, context) in _WITH_EVERY_FORM)
-            for name, seconds in _timed(competitors).items():
-                moved = 2 * held if name.startswith("copy") else held
-                rates[f"{kind}: {name}"] = batch * context * layers / seconds
-                rows.append(
-                    {
-                        "cache": f"{layers} layers, {kind}",
-                        "what": name,
-                        "us a layer": seconds / layers * 1e6,
-                        "GB/s": moved / seconds / 1e9,
-                    }
-                )
-            del cache, queries, competitors
-        title = f"Decode attention, {batch} x {context}: all layers, bytes of the cache over time"
-        yield Table(title, rows, _targets(rates, batch, context))
+    rates, rows = {}, []
+    for kind in _KINDS:
+        cache, queries = _long_cache(batch, context, kind)
+        layers, held = cache.config.num_layers, cache.config.size_bytes
+        competitors = _competitors(cache, queries, kind, (batch, context) in _WITH_EVERY_FORM)
+        for name, seconds in _timed(competitors).items():
+            moved = 2 * held if name.startswith("copy") else held
+            rates[f"{kind}: {name}"] = batch * context * layers / seconds
+            row = {
+                "cache": f"{layers} layers, {kind}",
+                "what": name,
+                "us a layer": seconds / layers * 1e6,
+                "GB/s": moved / seconds / 1e9,
+            }
+            rows.append(row)
+            print(f"  {batch} x {context}:", *row.values(), file=sys.stderr, flush=True)
+        del cache, queries, competitors
+    title = f"Decode attention, {batch} x {context}: all layers, bytes of the cache over time"
+    return Table(title, rows, _targets(rates, batch, context))
 
 
 def _long_cache(batch: int, context: int, kind: str) -> tuple[jaxkv.KVCache, jax.Array]:
@@ -207,8 +208,10 @@ def _timed(competitors: dict[str, Callable[[], Any]]) -> dict[str, float]:
     for name, call in list(competitors.items()):
         try:
             _wait(call())
-        except RuntimeError as error:  # of a peer that cannot
-            print(f"{name}: {str(error).splitlines()[0][:100]}")
+        except TimeoutError:
+            raise
+        except Exception as error:  # of a peer that cannot
+            print(f"  {name} cannot: {type(error).__name__}: {str(error)[:300]}", flush=True)
             del competitors[name], samples[name]
             continue
         once = min(_seconds(call, 1) for _ in range(2))

@@ -1,0 +1,123 @@
+"""Decode of whole models on an accelerator, and what share that is of reading their bytes once."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jaxkv
+from benchmarks.caches import filled
+from benchmarks.report import Row, Table
+from jaxkv.decode import TOKENS_PER_DISPATCH, Program, State
+from jaxkv.models import Decoder, DecoderConfig, load
+from jaxkv.text import format_bytes
+
+_SHAPE = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}  # Llama-3-8B
+# Prompts, tokens that each holds already, and the cache's codec.
+_STATES = ((1, 1000, "bfloat16"), (8, 8000, "bfloat16"), (8, 8000, "int8"), (8, 8000, "rotated4"))
+_DISPATCHES = 6
+
+
+def generate() -> Table:
+    """The embedded model, from prompts."""
+    model, tokenizer = load()
+    prompt = tokenizer.encode("class Stack:\n    def push(self, item):\n").ids
+    result = jaxkv.generate(model, [prompt] * 4, max_new_tokens=256)
+    timings = result.timings
+    row = {
+        "model": "embedded, 4 prompts",
+        "decode tokens/s": timings.decode_tokens_per_second,
+        "prefill tokens/s": timings.prefill_tokens_per_second,
+        "compile s": timings.compile_seconds,
+    }
+    return Table("Generate", [row], [f"It went on: {tokenizer.decode(result.tokens[0])[:60]!r}"])
+
+
+def decode(layers: int) -> Table:
+    """Steps of Llama-3-8B's shapes, after many tokens."""
+    model = llama(layers)
+    # Of the table of embeddings a token reads one row.
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    weights = held - model.embed_tokens.weight[...].nbytes
+    reading = _reading_rate(model)
+    rows: list[Row] = []
+    for batch, length, codec in _STATES:
+        config = cache_config(model, batch, length, codec)
+        step, compile_seconds = decoding(model, config, length)
+        step()
+        seconds = statistics.median(step() for _ in range(_DISPATCHES)) / TOKENS_PER_DISPATCH
+        read = weights + config.size_bytes * length // config.max_context_length
+        rows.append(
+            {
+                "sequences": f"{batch} x {length:,}, {codec}",
+                "ms a step": seconds * 1e3,
+                "limit ms": read / reading * 1e3,
+                "share of limit": read / reading / seconds,
+                "tokens/s": batch / seconds,
+                "compile s": compile_seconds,
+            }
+        )
+        print(" ", *rows[-1].values(), file=sys.stderr, flush=True)
+        del step
+    note = (
+        f"{TOKENS_PER_DISPATCH} steps a dispatch, greedy. Limit: {format_bytes(weights)} of "
+        f"weights and the cache's tokens, read once at {reading / 1e9:,.0f} GB/s, XLA's sum of weights."
+    )
+    return Table(f"Decode: {layers} layers of Llama-3-8B, random weights, bfloat16", rows, [note])
+
+
+def llama(layers: int) -> Decoder:
+    """Llama-3-8B's shapes with random weights."""
+    config = DecoderConfig(**_SHAPE, num_layers=layers, num_heads=32, num_kv_heads=8, head_dim=128)
+    return Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+
+
+def cache_config(model: Decoder, batch: int, length: int, codec: str) -> jaxkv.KVCacheConfig:
+    """Room for these tokens and for those that are decoded here."""
+    slots = 64 * (-(-length // 64) + 4)
+    return model.cache_config(
+        max_context_length=slots, batch_size=batch, codec=jaxkv.codecs.CODECS[codec]
+    )
+
+
+def decoding(
+    model: Decoder, config: jaxkv.KVCacheConfig, length: int
+) -> tuple[Callable[[], float], float]:
+    """A call that decodes after ``length`` tokens of noise; its seconds, and those to compile."""
+    batch = config.batch_size
+    program = Program.of(model, jaxkv.Sampling(), ())
+    holder = [filled(config, length)]
+    state = State(*(np.full(batch, number, np.int32) for number in (1, 1 << 30, 0)))
+    started = time.perf_counter()
+    program.compile([], state, holder[0])
+    compile_seconds = time.perf_counter() - started
+
+    def step() -> float:
+        started = time.perf_counter()
+        _, cache, new = program.decode(State(*map(np.copy, state)), holder[0])
+        jax.block_until_ready(new)
+        elapsed = time.perf_counter() - started
+        holder[0] = jaxkv.truncate(cache, length)
+        return elapsed
+
+    return step, compile_seconds
+
+
+def _reading_rate(model: Decoder) -> float:
+    """Bytes a second at which XLA sums weights, many times what the device's L2 holds."""
+    leaves = [block.mlp.gate_proj.weight[...] for block in model.layers]
+    bits = (jax.lax.bitcast_convert_type(leaf, jnp.uint16) for leaf in leaves)
+    total = jax.jit(lambda leaves: [jnp.sum(leaf) for leaf in leaves])
+    leaves = list(bits)
+    jax.block_until_ready(total(leaves))
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        jax.block_until_ready(total(leaves))
+        times.append(time.perf_counter() - started)
+    return sum(leaf.nbytes for leaf in leaves) / statistics.median(times)
