@@ -136,6 +136,22 @@ INTERPRETED = {
         (40,),
         {},
     ),
+    "rotated4": (
+        {"num_kv_heads": 8, "batch_size": 1, "codec": jaxkv.Rotated(4)},
+        (132,),
+        {"softcap": 5.0},
+    ),
+    "rotated2": (
+        {
+            "num_kv_heads": 8,
+            "batch_size": 1,
+            "head_dim": 128,
+            "codec": jaxkv.Rotated(2),
+            "addressing": jaxkv.Paged(32),
+        },
+        (100,),
+        {"window": 60},
+    ),
 }
 
 
@@ -148,10 +164,10 @@ def test_interpreted_it_equals_the_reference_without_races(served, case):
     served(lambda request: mosaic._attend(request, interpret))
     fields, lengths, options = INTERPRETED[case]
     config, generator = config_of(**fields), np.random.default_rng(0)
-    shape = (len(lengths), max(lengths), config.num_kv_heads, 64)
+    shape = (len(lengths), max(lengths), config.num_kv_heads, config.head_dim)
     keys, values = jnp.asarray(generator.standard_normal((2, *shape), np.float32))
     heads = config.num_kv_heads * (2 if case == "bfloat16" else 1)
-    queries = jnp.asarray(generator.standard_normal((len(lengths), 1, heads, 64), np.float32))
+    queries = jnp.asarray(generator.standard_normal((len(lengths), 1, heads, config.head_dim), np.float32))
     cache = jaxkv.append(
         poisoned(jaxkv.create(config)), keys, values, layer=1, num_tokens=jnp.asarray(lengths)
     )

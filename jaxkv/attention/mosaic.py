@@ -8,6 +8,7 @@ can serve, what it is told of one, and how the parts of a context that it leaves
 
 import functools
 import importlib
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +19,24 @@ from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.addressing.paged import PagedIndex
 from jaxkv.attention.blockwise import blockwise
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.codecs import Dense, Int8, bitcast
+from jaxkv.codecs import Dense, Int8, Rotated, bitcast
 from jaxkv.kv_cache import KVCache
 
 Rows = Float[Array, "batch kv_heads rows head_dim"]
 
-_TILE = 64  # slots; as in mosaic_kernel, which is not imported before it is used
+_TILE = 64  # slots that are read at once, at least
 _HEAD_DIMS = (64, 128)
+_CODES = (Int8(), Rotated(bits=4), Rotated(bits=2))
 _MOST_GROUP = 32  # query heads of a KV head; more do not fit in registers
 _LOG2_E = 1.4426950408889634
 # Parts of a sequence are at most this long, so that one long one in a batch is read by many.
 _LONGEST_PART = 8192
 _MULTIPROCESSORS = 132  # of an H100 or H200, where there is no device to ask
 _SHARED_BYTES = 220 << 10  # of one multiprocessor
-_TILES_LOST = 2  # that could be read while a part begins and ends
+_SLOTS_LOST = 128  # that could be read while a part begins and ends
+# (packed codes?, codes?) -> slots of a tile, and parts at once on a multiprocessor.
+_TILES = {(False, False): (64, 2), (False, True): (64, 2), (True, True): (128, 3)}
+_OTHER_BYTES = 2 << 10  # sums, barriers, and what is lost to alignment
 _MOST_PARTS = 32  # of a sequence: what combines them is unrolled
 
 
@@ -55,12 +60,14 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
     bfloat16 = config.codec == Dense("bfloat16")
     if tokens != 1:
         return f"it serves one token a sequence, and this call has {tokens}"
-    if not bfloat16 and not isinstance(config.codec, Int8):
-        return f"it reads bfloat16 and int8, not {config.codec.name}"
+    if not bfloat16 and config.codec not in _CODES:
+        return f"it reads bfloat16, int8, rotated4 and rotated2, not {config.codec.name}"
     if config.head_dim not in _HEAD_DIMS:
         return f"head_dim is {config.head_dim}, and it takes 64 or 128"
+    if config.codec == Rotated(bits=2) and config.head_dim == 64:
+        return "it reads 32 bytes of a vector at once, and rotated2 with a head_dim of 64 has 16"
     if not bfloat16 and config.num_kv_heads % 8:
-        return f"int8 scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
+        return f"scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
     if isinstance(index, PagedIndex):
         if index.page_size % _TILE and (_TILE % index.page_size or index.page_size < 8):
             return f"page_size {index.page_size} is not 8, 16, 32 or a multiple of {_TILE}"
@@ -130,7 +137,8 @@ def _decode(request: Request, interpret: object) -> Grouped:
     first = jnp.zeros_like(last) if request.window is None else position + 1 - request.window
     bounds = jnp.stack([jnp.clip(first, 0, last), last], axis=-1)
     pages = index if isinstance(index, PagedIndex) else None
-    splits, stages = _parts(batch, kv_heads, head_dim, index.extent, len(leaves) == 2)
+    levels = getattr(cache.config.codec, "levels", None)
+    tile, splits, stages = _parts(cache, 2 * rows.shape[2])
     mixes, sums = kernel.decode_parts(
         jnp.concatenate([high, low], axis=2),
         step,
@@ -143,8 +151,10 @@ def _decode(request: Request, interpret: object) -> Grouped:
             paged=pages is not None,
             holes=pages is not None and pages.shared,
             splits=splits,
+            tile=tile,
             stages=stages,
             softcap=request.softcap,
+            levels=levels,
         ),
         interpret=interpret,
     )
@@ -155,30 +165,49 @@ def _decode(request: Request, interpret: object) -> Grouped:
     return _combined(coarse + fine, highest, totals, request.sinks)[:, :, None]
 
 
-def _parts(
-    batch: int, kv_heads: int, head_dim: int, extent: int, quantized: bool
-) -> tuple[int, int]:
-    """Parts of a sequence, and tiles that a part has on their way.
+def _parts(cache: KVCache, rows: int) -> tuple[int, int, int]:
+    """Slots of a tile, parts of a sequence, and tiles that a part has on their way.
 
-    Two parts on each multiprocessor hide each other's waiting. A single long sequence is read as
-    fast by one on each, which leaves fewer to combine, unless there are codes to widen.
+    Several parts on each multiprocessor hide each other's waiting. A single long sequence is read
+    as fast by one on each, which leaves fewer to combine, unless there are codes to widen.
+
+    Args:
+      rows: queries of a KV head, high parts and low parts.
     """
+    config, extent = cache.config, cache.index.extent
+    lists, head_dim = (config.batch_size or 1) * config.num_kv_heads, config.head_dim
     device = jax.local_devices()[0]
     multiprocessors = getattr(device, "core_count", None) or _MULTIPROCESSORS
-    lists = batch * kv_heads
-    at_once = 1 if lists * 4 <= multiprocessors and not quantized else 2
+    quantized, packed = not isinstance(config.codec, Dense), isinstance(config.codec, Rotated)
+    tile, at_once = _TILES[packed, quantized]
+    if not quantized and lists * 4 <= multiprocessors:
+        at_once = 1
+    if not _fits(cache, tile):
+        tile = _TILE
 
     def share_of_time_spent_reading(splits: int) -> float:
         rounds = -(-lists * splits // (at_once * multiprocessors))
-        tiles = -(-extent // (splits * _TILE))
+        slots = -(-extent // splits)
         busy = lists * splits / (rounds * at_once * multiprocessors)
-        return busy * tiles / (tiles + _TILES_LOST)
+        return busy * slots / (slots + _SLOTS_LOST)
 
     fewest = min(-(-extent // _LONGEST_PART), _MOST_PARTS)
     splits = max(range(fewest, _MOST_PARTS + 1), key=share_of_time_spent_reading)
-    tile_bytes = 2 * _TILE * (head_dim + 2 * kv_heads if quantized else 2 * head_dim)
-    fixed_bytes = (24 if quantized else 8) << 10
-    return splits, max(2, (_SHARED_BYTES // at_once - fixed_bytes) // tile_bytes)
+    # A row of numbers or codes of one head, and the scales of all of them.
+    (shape, dtype), *scales = config.codec.leaves(head_dim).values()
+    stored_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
+    tile_bytes = 2 * tile * (stored_bytes + len(scales) * 2 * config.num_kv_heads)
+    wide_bytes = tile * head_dim * (2 * quantized + packed)
+    fixed_bytes = wide_bytes + 2 * rows * (head_dim + tile) + _OTHER_BYTES
+    return tile, splits, max(2, (_SHARED_BYTES // at_once - fixed_bytes) // tile_bytes)
+
+
+def _fits(cache: KVCache, tile: int) -> bool:
+    """Whether tiles of so many slots are made of whole pages, or pages of whole tiles."""
+    index = cache.index
+    if isinstance(index, PagedIndex) and index.page_size % tile and tile % index.page_size:
+        return False
+    return cache.config.num_slots >= tile
 
 
 def _in_two_bytes(queries: Rows) -> tuple[Array, Array, Array]:

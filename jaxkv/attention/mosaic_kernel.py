@@ -2,7 +2,7 @@
 
 Flash-Decoding (Dao et al., 2023): the context is split over blocks of threads, each of which
 goes through its part by online softmax and leaves an unnormalized mix, a maximum and a total.
-Tiles of `TILE` slots come straight from the whole cache by the tensor memory accelerator, a
+Tiles of slots come straight from the whole cache by the tensor memory accelerator, a
 few ahead of their use. Slots are the rows of the products and query heads their columns: a
 tensor core has 64 rows, which the few query heads of a group would leave empty. Queries and
 weights are multiplied in two parts, high and low, which costs nothing beside reading the
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.attention import pallas_gpu as gpu
+from jaxkv.attention import pallas_levels as levels
 
-TILE = 64  # slots
 LOG2_E = math.log2(math.e)
 # A hidden slot's score lies so far below the least maximum that its weight is zero even in a
 # tile that is all hidden.
@@ -37,21 +37,25 @@ class Shape:
       paged: whether there is a page table; without one, a sequence is one page.
       holes: whether a page may be missing (-1 in the table) before the last token.
       splits: parts of a sequence.
+      tile: slots that are taken at once; a multiple of the 64 rows of a product.
       stages: tiles that a block of threads holds at once.
       softcap: of `attend`, or None.
+      levels: what packed codes stand for; None for numbers that are stored as they are.
     """
 
     page_size: int
     paged: bool
     holes: bool
     splits: int
+    tile: int
     stages: int
     softcap: float | None
+    levels: tuple[int, ...] | None
 
     @property
     def piece(self) -> int:
         """Slots that are read at once: a tile, or a page if that is smaller."""
-        return min(self.page_size, TILE) if self.paged else TILE
+        return min(self.page_size, self.tile) if self.paged else self.tile
 
 
 def decode_parts(
@@ -84,17 +88,17 @@ def decode_parts(
     quantized = len(leaves) == 2
     batch, kv_heads, both, head_dim = queries.shape
     rows = both // 2
-    stages, piece = shape.stages, shape.piece
-    pieces = TILE // piece
-    scores_shape, mix_shape = (TILE, rows), (head_dim, rows)
+    tile, stages, piece = shape.tile, shape.stages, shape.piece
+    pieces = tile // piece
+    scores_shape, mix_shape = (tile, rows), (head_dim, rows)
 
     def body(query_ref, step_ref, *refs):
         leaf_refs = refs[: len(leaves)]
         layer_ref, bounds_ref, table_ref, mix_out, sums_out, *scratch = refs[len(leaves) :]
-        query_tiles, (buffers, mix_tile), sums_tile, weight_tiles, wide, ready, arrived = scratch
+        query_tiles, (buffers, mix_tile), sums_tile, weight_tiles, *wide, ready, arrived = scratch
         head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
         layer, low, high = layer_ref[0], bounds_ref[row, 0], bounds_ref[row, 1]
-        first, last = lax.div(low, TILE), lax.div(high + (TILE - 1), TILE)
+        first, last = lax.div(low, tile), lax.div(high + (tile - 1), tile)
         share = lax.div(last - first + (shape.splits - 1), shape.splits)
         first = first + part * share
         count = jnp.clip(last - first, 0, share)
@@ -103,13 +107,13 @@ def decode_parts(
             """The page that each piece of a tile lies in."""
             if not shape.paged:
                 return (row,)
-            slots = [(first + number) * TILE + at * piece for at in range(pieces)]
+            slots = [(first + number) * tile + at * piece for at in range(pieces)]
             entries = [lax.div(slot, shape.page_size) for slot in slots]
             return tuple(table_ref[row, jnp.clip(at, 0, table.shape[1] - 1)] for at in entries)
 
         def fetch(number, stage, its_pages):
             for at, page in enumerate(its_pages):
-                inside = lax.rem((first + number) * TILE + at * piece, shape.page_size)
+                inside = lax.rem((first + number) * tile + at * piece, shape.page_size)
                 slots = gpu.span(jnp.maximum(page, 0) * shape.page_size + inside, piece)
                 place = stage if pieces == 1 else (stage, gpu.span(at * piece, piece))
                 for side in range(2):
@@ -139,8 +143,22 @@ def decode_parts(
         def scales_of(side, stage):
             return gpu.load(buffers[side][1].at[stage, :, head], gpu.ROW_VECTOR).astype(jnp.float32)
 
+        def widen(codes, whole):
+            """As the numbers that the codes of a tile stand for, under its scales."""
+            if shape.levels:
+                parts = levels.load_levels(codes, shape.levels, interpret=interpret is not None)
+            else:
+                parts = [gpu.load(codes, gpu.WIDENING)]
+            for number, part in enumerate(parts):
+                columns = gpu.span(number * part.shape[1], part.shape[1])
+                whole[:, columns] = part.astype(whole.dtype)
+
         def scores_of(stage):
             keys = buffers[0][0].at[stage]
+            if shape.levels:
+                widen(keys, wide[1])
+                gpu.commit()
+                keys = wide[1]
             parts = [gpu.transposed(query_tiles.at[gpu.span(at, rows)]) for at in (0, rows)]
             if not quantized:
                 return gpu.sum_of_products(keys, parts)
@@ -152,9 +170,9 @@ def decode_parts(
             """In bfloat16, without what hidden slots hold: zero times NaN is NaN."""
             values = buffers[1][0].at[stage]
             if quantized:
-                wide[...] = gpu.load(values, gpu.WIDENING).astype(jnp.bfloat16)
-                return wide
-            visible, whole = seen((TILE, head_dim))
+                widen(values, wide[0])
+                return wide[0]
+            visible, whole = seen((tile, head_dim))
 
             @gpu.when(jnp.logical_not(whole))
             def _():
@@ -164,11 +182,11 @@ def decode_parts(
 
         def one_tile(number, state):
             mix, highest, total, upcoming = state
-            stage, start, here = lax.rem(number, stages), (first + number) * TILE, upcoming[0]
+            stage, start, here = lax.rem(number, stages), (first + number) * tile, upcoming[0]
 
             def seen(matrix):
                 """Which slots of the tile are visible, for a matrix of a row a slot; if all are."""
-                whole = (start >= low) & (start + TILE <= high)
+                whole = (start >= low) & (start + tile <= high)
                 if shape.holes:
                     bits = [(page >= 0).astype(jnp.int32) << at for at, page in enumerate(here)]
                     held = functools.reduce(jnp.bitwise_or, bits)
@@ -220,9 +238,17 @@ def decode_parts(
         gpu.copy_out(sums_tile, sums_out.at[part, row, head])
         gpu.wait_out()
 
-    codes = gpu.shared_tiles((stages, TILE, head_dim), leaves[0].dtype)
-    scales = [gpu.shared((stages, TILE, kv_heads), leaf.dtype) for leaf in leaves[1:]]
+    stored = leaves[0].shape[-1]  # bytes of packed codes, or numbers
+    codes = gpu.shared_tiles((stages, tile, stored), leaves[0].dtype)
+    scales = [gpu.shared((stages, tile, kv_heads), leaf.dtype) for leaf in leaves[1:]]
     side = (codes, *scales)
+    # A run of columns is what one code of each byte makes: those are written together.
+    run = min(128, 2 * stored)
+    wide = []
+    if quantized:
+        wide = [gpu.shared_tiles((tile, head_dim), jnp.bfloat16, row_bytes=run)]
+    if shape.levels:
+        wide += [gpu.shared_tiles((tile, head_dim), jnp.int8, row_bytes=stored)]
     return gpu.run(
         body,
         [queries, steps, *leaves, layer, bounds, table],
@@ -231,11 +257,13 @@ def decode_parts(
             jax.ShapeDtypeStruct((shape.splits, batch, kv_heads, 2, rows), jnp.float32),
         ],
         scratch=[
-            gpu.shared_tiles((both, head_dim), queries.dtype),
+            gpu.shared_tiles(
+                (both, head_dim), queries.dtype, row_bytes=stored if shape.levels else 128
+            ),
             gpu.Either((side, side), gpu.shared_tiles((both, head_dim), jnp.bfloat16)),
             gpu.shared((2, rows), jnp.float32),
-            gpu.shared_tiles((both, TILE), jnp.bfloat16),
-            gpu.shared_tiles((TILE, head_dim), jnp.bfloat16) if quantized else None,
+            gpu.shared_tiles((both, tile), jnp.bfloat16, row_bytes=run if quantized else 128),
+            *wide,
             gpu.Barrier(),
             [gpu.Barrier(num_arrivals=pieces * len(leaves), num_barriers=stages)] * 2,
         ],
