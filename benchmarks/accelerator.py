@@ -24,7 +24,7 @@ def run(quick: bool) -> Iterator[Table]:
         yield Table("Accelerator: this machine has none", [])
         return
     print(f"device         {jax.devices()[0].device_kind}", flush=True)
-    yield _within("Agreement", 90, agreement)
+    yield _within("Agreement", 150, agreement)
     for batch, context in CONTEXTS[:2] if quick else CONTEXTS:
         title = f"Decode attention, {batch} x {context}"
         yield _within(title, 120, functools.partial(sweep, batch, context))

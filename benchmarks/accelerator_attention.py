@@ -38,6 +38,10 @@ def agreement() -> Table:
         ("bfloat16", pages, {}),
         ("int8", jaxkv.Contiguous(), {}),
         ("int8", pages, {"window": 700}),
+        ("rotated4", jaxkv.Contiguous(), {}),
+        ("rotated4", pages, {"window": 700, "softcap": 4.0}),
+        ("rotated2", jaxkv.Contiguous(), {}),
+        ("rotated4-centred", jaxkv.Contiguous(), {}),
     ):
         generator = np.random.default_rng()
         cache, lengths = _dirty_cache(codec, addressing, generator), (2500, 1201)
@@ -69,7 +73,7 @@ def _dirty_cache(codec: str, addressing: Any, generator: np.random.Generator) ->
     )  # fmt: skip
     cache = _shuffled(jaxkv.create(config), generator)
     dirty = {
-        name: jnp.full_like(leaf, 127 if leaf.dtype == jnp.int8 else jnp.nan)
+        name: jnp.full_like(leaf, 127 if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.nan)
         for name, leaf in cache.storage.items()
     }
     shape = (2, 2, 2500, _KV_HEADS, _HEAD_DIM)

@@ -141,16 +141,16 @@ INTERPRETED = {
         (132,),
         {"softcap": 5.0},
     ),
-    "rotated2": (
+    "rotated2-centred": (
         {
             "num_kv_heads": 8,
             "batch_size": 1,
             "head_dim": 128,
-            "codec": jaxkv.Rotated(2),
+            "codec": jaxkv.Centred(jaxkv.Rotated(2), jaxkv.Rope.of(10_000, rotary_dim=128)),
             "addressing": jaxkv.Paged(32),
         },
         (100,),
-        {"window": 60},
+        {"window": 60, "sinks": jnp.linspace(-1, 1, 8)},
     ),
 }
 
@@ -167,7 +167,9 @@ def test_interpreted_it_equals_the_reference_without_races(served, case):
     shape = (len(lengths), max(lengths), config.num_kv_heads, config.head_dim)
     keys, values = jnp.asarray(generator.standard_normal((2, *shape), np.float32))
     heads = config.num_kv_heads * (2 if case == "bfloat16" else 1)
-    queries = jnp.asarray(generator.standard_normal((len(lengths), 1, heads, config.head_dim), np.float32))
+    queries = jnp.asarray(
+        generator.standard_normal((len(lengths), 1, heads, config.head_dim), np.float32)
+    )
     cache = jaxkv.append(
         poisoned(jaxkv.create(config)), keys, values, layer=1, num_tokens=jnp.asarray(lengths)
     )

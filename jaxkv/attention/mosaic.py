@@ -8,7 +8,6 @@ can serve, what it is told of one, and how the parts of a context that it leaves
 
 import functools
 import importlib
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +17,18 @@ from jaxtyping import Array, Float
 from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.addressing.paged import PagedIndex
 from jaxkv.attention.blockwise import blockwise
+from jaxkv.attention.mosaic_plan import LEAST_TILE, fits, plan, stored_by
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.codecs import Dense, Int8, Rotated, bitcast
+from jaxkv.codecs import Centred, Dense, Int8, Rotated, bitcast, rotate_values
 from jaxkv.kv_cache import KVCache
+from jaxkv.vectors import means_of
 
 Rows = Float[Array, "batch kv_heads rows head_dim"]
 
-_TILE = 64  # slots that are read at once, at least
 _HEAD_DIMS = (64, 128)
 _CODES = (Int8(), Rotated(bits=4), Rotated(bits=2))
 _MOST_GROUP = 32  # query heads of a KV head; more do not fit in registers
 _LOG2_E = 1.4426950408889634
-# Parts of a sequence are at most this long, so that one long one in a batch is read by many.
-_LONGEST_PART = 8192
-_MULTIPROCESSORS = 132  # of an H100 or H200, where there is no device to ask
-_SHARED_BYTES = 220 << 10  # of one multiprocessor
-_SLOTS_LOST = 128  # that could be read while a part begins and ends
-# (packed codes?, codes?) -> slots of a tile, and parts at once on a multiprocessor.
-_TILES = {(False, False): (64, 2), (False, True): (64, 2), (True, True): (128, 3)}
-_OTHER_BYTES = 2 << 10  # sums, barriers, and what is lost to alignment
-_MOST_PARTS = 32  # of a sequence: what combines them is unrolled
 
 
 def cannot_serve(cache: KVCache, tokens: int) -> str | None:
@@ -57,26 +48,27 @@ def should_not_serve(cache: KVCache, tokens: int, heads: int) -> str | None:
 def cannot_read(cache: KVCache, tokens: int) -> str | None:
     """Why the kernel is not made for such a call, whatever the device is, or None."""
     config, index = cache.config, cache.index
+    codec = stored_by(cache)
     bfloat16 = config.codec == Dense("bfloat16")
     if tokens != 1:
         return f"it serves one token a sequence, and this call has {tokens}"
-    if not bfloat16 and config.codec not in _CODES:
+    if not bfloat16 and codec not in _CODES:
         return f"it reads bfloat16, int8, rotated4 and rotated2, not {config.codec.name}"
     if config.head_dim not in _HEAD_DIMS:
         return f"head_dim is {config.head_dim}, and it takes 64 or 128"
-    if config.codec == Rotated(bits=2) and config.head_dim == 64:
+    if codec == Rotated(bits=2) and config.head_dim == 64:
         return "it reads 32 bytes of a vector at once, and rotated2 with a head_dim of 64 has 16"
     if not bfloat16 and config.num_kv_heads % 8:
         return f"scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
+    if config.num_slots < LEAST_TILE:
+        return f"it reads {LEAST_TILE} slots at once, and the cache has {config.num_slots}"
     if isinstance(index, PagedIndex):
-        if index.page_size % _TILE and (_TILE % index.page_size or index.page_size < 8):
-            return f"page_size {index.page_size} is not 8, 16, 32 or a multiple of {_TILE}"
+        if index.page_size < 8 or not fits(cache, LEAST_TILE):
+            return f"page_size {index.page_size} is not 8, 16, 32 or a multiple of {LEAST_TILE}"
     elif not isinstance(index, ContiguousIndex):
         return f"it cannot read {config.addressing.name} caches"
     elif index.capacity % 8:
         return f"max_context_length {index.capacity} is not a multiple of 8"
-    if config.num_slots < _TILE:
-        return f"it reads {_TILE} slots at once, and the cache has {config.num_slots}"
     return None
 
 
@@ -122,7 +114,7 @@ def _decode(request: Request, interpret: object) -> Grouped:
     kernel = importlib.import_module("jaxkv.attention.mosaic_kernel")
     cache, index = request.cache, request.cache.index
     queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
-    batch, kv_heads, group, head_dim = queries.shape
+    *_, group, head_dim = queries.shape
     if group > _MOST_GROUP:
         raise ValueError(f"implementation 'mosaic' cannot serve this call: {_too_many(group)}.")
     specs = cache.config.codec.leaves(head_dim)
@@ -136,78 +128,47 @@ def _decode(request: Request, interpret: object) -> Grouped:
     last = jnp.minimum(position + 1, index.extent)
     first = jnp.zeros_like(last) if request.window is None else position + 1 - request.window
     bounds = jnp.stack([jnp.clip(first, 0, last), last], axis=-1)
-    pages = index if isinstance(index, PagedIndex) else None
-    levels = getattr(cache.config.codec, "levels", None)
-    tile, splits, stages = _parts(cache, 2 * rows.shape[2])
     mixes, sums = kernel.decode_parts(
         jnp.concatenate([high, low], axis=2),
         step,
         leaves,
         jnp.asarray(request.layer, jnp.int32).reshape(1),
         bounds,
-        jnp.zeros((1, 1), jnp.int32) if pages is None else pages.table.reshape(batch, -1),
-        shape=kernel.Shape(
-            page_size=index.capacity if pages is None else pages.page_size,
-            paged=pages is not None,
-            holes=pages is not None and pages.shared,
-            splits=splits,
-            tile=tile,
-            stages=stages,
-            softcap=request.softcap,
-            levels=levels,
-        ),
+        _page_table(cache),
+        _added(request, rows.shape[2]),
+        plan=plan(request, 2 * rows.shape[2]),
         interpret=interpret,
     )
     highest, totals = jnp.moveaxis(sums[..., :group], 3, 0)
     coarse, fine = (
         part[:, :, :, :group] for part in jnp.split(mixes.astype(jnp.float32), 2, axis=3)
     )
-    return _combined(coarse + fine, highest, totals, request.sinks)[:, :, None]
+    mix, share = _combined(coarse + fine, highest, totals, request.sinks)
+    if isinstance(codec := cache.config.codec, Centred):
+        mean = rotate_values(codec, means_of(cache, request.layer)[1])
+        mix += share[..., None] * mean[:, None]
+    return mix[:, :, None]
 
 
-def _parts(cache: KVCache, rows: int) -> tuple[int, int, int]:
-    """Slots of a tile, parts of a sequence, and tiles that a part has on their way.
-
-    Several parts on each multiprocessor hide each other's waiting. A single long sequence is read
-    as fast by one on each, which leaves fewer to combine, unless there are codes to widen.
-
-    Args:
-      rows: queries of a KV head, high parts and low parts.
-    """
-    config, extent = cache.config, cache.index.extent
-    lists, head_dim = (config.batch_size or 1) * config.num_kv_heads, config.head_dim
-    device = jax.local_devices()[0]
-    multiprocessors = getattr(device, "core_count", None) or _MULTIPROCESSORS
-    quantized, packed = not isinstance(config.codec, Dense), isinstance(config.codec, Rotated)
-    tile, at_once = _TILES[packed, quantized]
-    if not quantized and lists * 4 <= multiprocessors:
-        at_once = 1
-    if not _fits(cache, tile):
-        tile = _TILE
-
-    def share_of_time_spent_reading(splits: int) -> float:
-        rounds = -(-lists * splits // (at_once * multiprocessors))
-        slots = -(-extent // splits)
-        busy = lists * splits / (rounds * at_once * multiprocessors)
-        return busy * slots / (slots + _SLOTS_LOST)
-
-    fewest = min(-(-extent // _LONGEST_PART), _MOST_PARTS)
-    splits = max(range(fewest, _MOST_PARTS + 1), key=share_of_time_spent_reading)
-    # A row of numbers or codes of one head, and the scales of all of them.
-    (shape, dtype), *scales = config.codec.leaves(head_dim).values()
-    stored_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
-    tile_bytes = 2 * tile * (stored_bytes + len(scales) * 2 * config.num_kv_heads)
-    wide_bytes = tile * head_dim * (2 * quantized + packed)
-    fixed_bytes = wide_bytes + 2 * rows * (head_dim + tile) + _OTHER_BYTES
-    return tile, splits, max(2, (_SHARED_BYTES // at_once - fixed_bytes) // tile_bytes)
+def _page_table(cache: KVCache) -> Array:
+    """``[batch, pages]``; anything where there is none."""
+    if not isinstance(cache.index, PagedIndex):
+        return jnp.zeros((1, 1), jnp.int32)
+    return cache.index.table.reshape(cache.config.batch_size or 1, -1)
 
 
-def _fits(cache: KVCache, tile: int) -> bool:
-    """Whether tiles of so many slots are made of whole pages, or pages of whole tiles."""
-    index = cache.index
-    if isinstance(index, PagedIndex) and index.page_size % tile and tile % index.page_size:
-        return False
-    return cache.config.num_slots >= tile
+def _added(request: Request, rows: int) -> tuple[Float[Array, "batch kv_heads slots rows"], ...]:
+    """What keys were stored less, times the queries, in the units of the scores."""
+    codec, extent = request.cache.config.codec, request.cache.index.extent
+    if not isinstance(codec, Centred):
+        return ()
+    queries = request.centre_queries[:, :, 0]  # type: ignore[index]
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - queries.shape[2]), (0, 0)))
+    # Slot p holds position p. Behind a barrier, or XLA would compute the table while it compiles.
+    slots = lax.optimization_barrier(jnp.arange(extent, dtype=jnp.int32))
+    features = codec.centre_features(slots[None, None])[0, 0]
+    scores = jnp.einsum("bkgf,sf->bksg", queries, features, precision="highest")
+    return (scores * (1 if request.softcap else _LOG2_E),)
 
 
 def _in_two_bytes(queries: Rows) -> tuple[Array, Array, Array]:
@@ -234,14 +195,18 @@ def _combined(
     highest: Float[Array, "splits batch kv_heads group"],
     totals: Float[Array, "splits batch kv_heads group"],
     sinks: Float[Array, "kv_heads group"] | None,
-) -> Float[Array, "batch kv_heads group head_dim"]:
-    """What the parts of each sequence's context add up to, unrolled into one loop of XLA's."""
+) -> tuple[Float[Array, "batch kv_heads group head_dim"], Float[Array, "batch kv_heads group"]]:
+    """What the parts of each sequence's context add up to, unrolled into one loop of XLA's.
+
+    And what share of the probability is theirs, which is less than 1 beside sinks.
+    """
     peak = functools.reduce(jnp.maximum, highest)
     if sinks is not None:  # as a part of its own that gave nothing
         peak = jnp.maximum(peak, sinks * _LOG2_E)
     weights = [jnp.exp2(part - peak) for part in highest]
-    total = sum(part * weight for part, weight in zip(totals, weights, strict=True))
+    total = own = sum(part * weight for part, weight in zip(totals, weights, strict=True))
     if sinks is not None:
         total += jnp.exp2(sinks * _LOG2_E - peak)
+    total = jnp.where(total == 0, 1, total)
     mix = sum(part * weight[..., None] for part, weight in zip(mixes, weights, strict=True))
-    return mix / jnp.where(total == 0, 1, total)[..., None]
+    return mix / total[..., None], own / total

@@ -9,7 +9,6 @@ weights are multiplied in two parts, high and low, which costs nothing beside re
 cache, so that the result is a float32 one.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -19,43 +18,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.attention import pallas_gpu as gpu
-from jaxkv.attention import pallas_levels as levels
+from jaxkv.attention.mosaic_plan import Plan
+from jaxkv.attention.pallas_levels import widen
 
 LOG2_E = math.log2(math.e)
 # A hidden slot's score lies so far below the least maximum that its weight is zero even in a
 # tile that is all hidden.
 LOWEST, HIDDEN = -1e30, -2e30
 LOW_STEPS = 254  # int8 queries: steps of the low part in one step of the high part
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What is static of a call.
-
-    Attributes:
-      page_size: slots from one entry of the page table to the next.
-      paged: whether there is a page table; without one, a sequence is one page.
-      holes: whether a page may be missing (-1 in the table) before the last token.
-      splits: parts of a sequence.
-      tile: slots that are taken at once; a multiple of the 64 rows of a product.
-      stages: tiles that a block of threads holds at once.
-      softcap: of `attend`, or None.
-      levels: what packed codes stand for; None for numbers that are stored as they are.
-    """
-
-    page_size: int
-    paged: bool
-    holes: bool
-    splits: int
-    tile: int
-    stages: int
-    softcap: float | None
-    levels: tuple[int, ...] | None
-
-    @property
-    def piece(self) -> int:
-        """Slots that are read at once: a tile, or a page if that is smaller."""
-        return min(self.page_size, self.tile) if self.paged else self.tile
 
 
 def decode_parts(
@@ -65,8 +35,9 @@ def decode_parts(
     layer: jax.Array,
     bounds: jax.Array,
     table: jax.Array,
+    added: tuple[jax.Array, ...],
     *,
-    shape: Shape,
+    plan: Plan,
     interpret: Any = None,
 ) -> list[jax.Array]:
     """The parts of each sequence's attention, for `mosaic` to combine.
@@ -80,6 +51,7 @@ def decode_parts(
       layer: int32 ``[1]``.
       bounds: int32 ``[batch, 2]``: the first visible slot, and the one after the last.
       table: int32 ``[batch, pages]``; not read unless there are pages.
+      added: nothing, or what is added to scores, float32 ``[batch, kv_heads, slots, rows]``.
 
     Returns:
       Mixes ``[splits, batch, kv_heads, 2 * rows, head_dim]``, again high parts and then low ones,
@@ -88,33 +60,39 @@ def decode_parts(
     quantized = len(leaves) == 2
     batch, kv_heads, both, head_dim = queries.shape
     rows = both // 2
-    tile, stages, piece = shape.tile, shape.stages, shape.piece
+    tile, stages, piece = plan.tile, plan.stages, plan.piece
     pieces = tile // piece
     scores_shape, mix_shape = (tile, rows), (head_dim, rows)
 
     def body(query_ref, step_ref, *refs):
-        leaf_refs = refs[: len(leaves)]
-        layer_ref, bounds_ref, table_ref, mix_out, sums_out, *scratch = refs[len(leaves) :]
-        query_tiles, (buffers, mix_tile), sums_tile, weight_tiles, *wide, ready, arrived = scratch
+        leaf_refs, added_refs = refs[: len(leaves)], refs[len(leaves) :][: len(added)]
+        refs = refs[len(leaves) + len(added) :]
+        layer_ref, bounds_ref, table_ref, mix_out, sums_out, *scratch = refs
+        query_tiles, (buffers, mix_tile), sums_tile, weight_tiles, wide, addends, ready, arrived = (
+            scratch
+        )
         head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
         layer, low, high = layer_ref[0], bounds_ref[row, 0], bounds_ref[row, 1]
         first, last = lax.div(low, tile), lax.div(high + (tile - 1), tile)
-        share = lax.div(last - first + (shape.splits - 1), shape.splits)
+        share = lax.div(last - first + (plan.splits - 1), plan.splits)
         first = first + part * share
         count = jnp.clip(last - first, 0, share)
 
         def pages_of(number):
             """The page that each piece of a tile lies in."""
-            if not shape.paged:
+            if not plan.paged:
                 return (row,)
             slots = [(first + number) * tile + at * piece for at in range(pieces)]
-            entries = [lax.div(slot, shape.page_size) for slot in slots]
+            entries = [lax.div(slot, plan.page_size) for slot in slots]
             return tuple(table_ref[row, jnp.clip(at, 0, table.shape[1] - 1)] for at in entries)
 
         def fetch(number, stage, its_pages):
+            for source, buffer in zip(added_refs, addends, strict=True):
+                slots = gpu.span((first + number) * tile, tile)
+                gpu.copy_in(source.at[row, head, slots], buffer.at[stage], arrived[0].at[stage])
             for at, page in enumerate(its_pages):
-                inside = lax.rem((first + number) * tile + at * piece, shape.page_size)
-                slots = gpu.span(jnp.maximum(page, 0) * shape.page_size + inside, piece)
+                inside = lax.rem((first + number) * tile + at * piece, plan.page_size)
+                slots = gpu.span(jnp.maximum(page, 0) * plan.page_size + inside, piece)
                 place = stage if pieces == 1 else (stage, gpu.span(at * piece, piece))
                 for side in range(2):
                     sources = [leaf_refs[0].at[layer, side, slots, head]]
@@ -143,20 +121,10 @@ def decode_parts(
         def scales_of(side, stage):
             return gpu.load(buffers[side][1].at[stage, :, head], gpu.ROW_VECTOR).astype(jnp.float32)
 
-        def widen(codes, whole):
-            """As the numbers that the codes of a tile stand for, under its scales."""
-            if shape.levels:
-                parts = levels.load_levels(codes, shape.levels, interpret=interpret is not None)
-            else:
-                parts = [gpu.load(codes, gpu.WIDENING)]
-            for number, part in enumerate(parts):
-                columns = gpu.span(number * part.shape[1], part.shape[1])
-                whole[:, columns] = part.astype(whole.dtype)
-
         def scores_of(stage):
             keys = buffers[0][0].at[stage]
-            if shape.levels:
-                widen(keys, wide[1])
+            if plan.levels:
+                widen(keys, wide[1], plan.levels, interpret=interpret is not None)
                 gpu.commit()
                 keys = wide[1]
             parts = [gpu.transposed(query_tiles.at[gpu.span(at, rows)]) for at in (0, rows)]
@@ -170,7 +138,7 @@ def decode_parts(
             """In bfloat16, without what hidden slots hold: zero times NaN is NaN."""
             values = buffers[1][0].at[stage]
             if quantized:
-                widen(values, wide[0])
+                widen(values, wide[0], plan.levels, interpret=interpret is not None)
                 return wide[0]
             visible, whole = seen((tile, head_dim))
 
@@ -187,7 +155,7 @@ def decode_parts(
             def seen(matrix):
                 """Which slots of the tile are visible, for a matrix of a row a slot; if all are."""
                 whole = (start >= low) & (start + tile <= high)
-                if shape.holes:
+                if plan.holes:
                     bits = [(page >= 0).astype(jnp.int32) << at for at, page in enumerate(here)]
                     held = functools.reduce(jnp.bitwise_or, bits)
                     whole &= held == (1 << pieces) - 1
@@ -195,7 +163,7 @@ def decode_parts(
                 def visible():
                     slot = gpu.iota(matrix, 0)
                     inside = (slot >= low - start) & (slot < high - start)
-                    if not shape.holes:
+                    if not plan.holes:
                         return inside
                     return inside & (((held >> lax.div(slot, piece)) & 1) == 1)
 
@@ -203,8 +171,10 @@ def decode_parts(
 
             gpu.wait(arrived[0].at[stage])
             scores = scores_of(stage)
-            if shape.softcap is not None:
-                scores = capped(scores, shape.softcap)
+            for buffer in addends:
+                scores += gpu.load(buffer.at[stage])
+            if plan.softcap is not None:
+                scores = capped(scores, plan.softcap)
             visible = seen(scores_shape)[0]()
             scores = jnp.where(visible, scores, HIDDEN)
             new_highest = jnp.maximum(highest, scores.max(axis=0))
@@ -247,27 +217,29 @@ def decode_parts(
     wide = []
     if quantized:
         wide = [gpu.shared_tiles((tile, head_dim), jnp.bfloat16, row_bytes=run)]
-    if shape.levels:
+    if plan.levels:
         wide += [gpu.shared_tiles((tile, head_dim), jnp.int8, row_bytes=stored)]
+    copies = pieces * len(leaves) + len(added), pieces * len(leaves)
     return gpu.run(
         body,
-        [queries, steps, *leaves, layer, bounds, table],
+        [queries, steps, *leaves, *added, layer, bounds, table],
         outputs=[
-            jax.ShapeDtypeStruct((shape.splits, batch, kv_heads, both, head_dim), jnp.bfloat16),
-            jax.ShapeDtypeStruct((shape.splits, batch, kv_heads, 2, rows), jnp.float32),
+            jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, both, head_dim), jnp.bfloat16),
+            jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, 2, rows), jnp.float32),
         ],
         scratch=[
             gpu.shared_tiles(
-                (both, head_dim), queries.dtype, row_bytes=stored if shape.levels else 128
+                (both, head_dim), queries.dtype, row_bytes=stored if plan.levels else 128
             ),
             gpu.Either((side, side), gpu.shared_tiles((both, head_dim), jnp.bfloat16)),
             gpu.shared((2, rows), jnp.float32),
             gpu.shared_tiles((both, tile), jnp.bfloat16, row_bytes=run if quantized else 128),
-            *wide,
+            wide,
+            [gpu.shared((stages, tile, rows), jnp.float32) for _ in added],
             gpu.Barrier(),
-            [gpu.Barrier(num_arrivals=pieces * len(leaves), num_barriers=stages)] * 2,
+            [gpu.Barrier(num_arrivals=arrivals, num_barriers=stages) for arrivals in copies],
         ],
-        grid={"head": kv_heads, "part": shape.splits, "row": batch},
+        grid={"head": kv_heads, "part": plan.splits, "row": batch},
         interpret=interpret,
     )
 

@@ -18,17 +18,27 @@ from jaxlib.mlir.dialects import llvm, vector
 
 from jaxkv.attention import pallas_gpu as gpu
 
-_LAYOUT = gpu.WIDENING  # four bytes that lie side by side are in one register
+_LAYOUT = plgpu.Layout.WGMMA_UPCAST_4X  # of eight bytes that lie side by side
 
 
-def load_levels(codes: Any, levels: tuple[int, ...], *, interpret: bool) -> list[jax.Array]:
-    """The int8 levels of packed codes of 4 or 2 bits, one array for each code of a byte.
+def widen(codes: Any, numbers: Any, levels: tuple[int, ...] | None, *, interpret: bool) -> None:
+    """Write the numbers that a tile's codes stand for, but for its scales, to shared memory.
 
     Args:
-      codes: uint8 in shared memory, ``[slots, bytes]``, as `codecs.packing.pack` lays them out.
-      levels: what each code stands for.
+      codes: int8 ``[slots, head_dim]``; or uint8 ``[slots, bytes]``, packed 4 or 2 bits each as
+        `codecs.packing.pack` does.
+      numbers: ``[slots, head_dim]``, of a dtype that holds them all.
+      levels: what each packed code stands for; None for codes that are the numbers.
       interpret: whether no GPU is there.
     """
+    parts = [gpu.load(codes, gpu.WIDENING)] if levels is None else _load(codes, levels, interpret)
+    for number, part in enumerate(parts):
+        columns = gpu.span(number * part.shape[1], part.shape[1])
+        numbers[:, columns] = part.astype(numbers.dtype)
+
+
+def _load(codes: Any, levels: tuple[int, ...], interpret: bool) -> list[jax.Array]:
+    """The int8 levels of packed codes, an array for each code of a byte."""
     width = {16: 4, 4: 2}[len(levels)]
     packed = gpu.load(codes, _LAYOUT)
     if interpret:
@@ -60,18 +70,22 @@ def _one_by_one(codes: jax.Array, levels: tuple[int, ...]) -> jax.Array:
 def _look_up(register: Any, levels: tuple[int, ...]) -> list[Any]:
     """The levels of the codes in four bytes: a register for each code of a byte."""
     word = ir.IntegerType.get_signless(32)
-    bytes_of_word = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
-    one = ir.VectorType.get((1,), word)
-    packed = vector.extract(vector.bitcast(one, register), [], [0])
+    [num_bytes] = ir.VectorType(register.type).shape
+    words = ir.VectorType.get((num_bytes // 4,), word)
     assembly, count = (_SIXTEEN, 2) if len(levels) == 16 else (_FOUR, 4)
-    outputs = llvm.inline_asm(
-        llvm.StructType.get_literal([word] * count),
-        [packed],
-        assembly.format(*_tables(levels), x=f"${count}"),
-        ",".join(["=r"] * count + ["r"]),
-    )
-    found = [llvm.extractvalue(word, outputs, [number]) for number in range(count)]
-    return [vector.bitcast(bytes_of_word, vector.broadcast(one, each)) for each in found]
+    found = [llvm.mlir_undef(words) for _ in range(count)]
+    packed = vector.bitcast(words, register)
+    for at in range(num_bytes // 4):
+        outputs = llvm.inline_asm(
+            llvm.StructType.get_literal([word] * count),
+            [vector.extract(packed, [], [at])],
+            assembly.format(*_tables(levels), x=f"${count}"),
+            ",".join(["=r"] * count + ["r"]),
+        )
+        for number in range(count):
+            one = llvm.extractvalue(word, outputs, [number])
+            found[number] = vector.insert(one, found[number], [], [at])
+    return [vector.bitcast(register.type, each) for each in found]
 
 
 def _tables(levels: tuple[int, ...]) -> list[str]:

@@ -105,7 +105,9 @@ class Request:
         """Those slots' scores, with the share of means that keys are stored without, and capped."""
         if isinstance(codec := self.cache.config.codec, Centred):
             features = codec.centre_features(self.key_positions(start, size))
-            scores += jnp.einsum("bktgf,bksf->bktgs", self.centre_queries, features)
+            # On a GPU they would be rounded to TF32.
+            centres = "bktgf,bksf->bktgs", self.centre_queries, features
+            scores += jnp.einsum(*centres, precision="highest")
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
     def key_positions(
