@@ -127,10 +127,10 @@ def decode_parts(
                 widen(keys, wide[1], plan.levels, interpret=interpret is not None)
                 gpu.commit()
                 keys = wide[1]
-            parts = [gpu.transposed(query_tiles.at[gpu.span(at, rows)]) for at in (0, rows)]
+            in_parts = gpu.transposed(query_tiles)
+            coarse, fine = gpu.products(keys, in_parts, jnp.int32 if quantized else jnp.float32)
             if not quantized:
-                return gpu.sum_of_products(keys, parts)
-            coarse, fine = gpu.products(keys, parts, jnp.int32)
+                return coarse + fine
             whole = (coarse * LOW_STEPS + fine).astype(jnp.float32)
             return whole * gpu.across(scales_of(0, stage) * step, scores_shape, 0)
 
@@ -188,9 +188,9 @@ def decode_parts(
                 weights = jnp.where(visible, weights, 0)
             store_in_two(weight_tiles, weights)
             gpu.commit()
-            parts = [gpu.transposed(weight_tiles.at[gpu.span(at, rows)]) for at in (0, rows)]
-            mix = mix * gpu.across(keep, mix_shape, 1)
-            mix += gpu.sum_of_products(gpu.transposed(values), parts)
+            in_parts = gpu.transposed(weight_tiles)
+            coarse, fine = gpu.products(gpu.transposed(values), in_parts, jnp.float32)
+            mix = mix * gpu.across(keep, mix_shape, 1) + (coarse + fine)
 
             @gpu.when(number + stages < count)
             def _():

@@ -80,27 +80,20 @@ def store_transposed(ref: Any, matrix: jax.Array) -> None:
     transposed(ref)[...] = plgpu.layout_cast(matrix, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
-def products(left: Any, rights: Sequence[Any], dtype: Any) -> list[jax.Array]:
-    """``left @ right`` for each of ``rights``, all in shared memory."""
-    shape = (left.shape[0], rights[0].shape[1])
+def products(left: Any, right: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """``left @ right``, both in shared memory, as the two halves of its columns.
 
-    def multiply(*totals):
-        for total, right in zip(totals, rights, strict=True):
-            plgpu.wgmma(total, left, right)
-        return [total[...] for total in totals]
-
-    return pl.run_scoped(multiply, *(plgpu.ACC(shape, dtype) for _ in rights))
-
-
-def sum_of_products(left: Any, rights: Sequence[Any]) -> jax.Array:
-    """``sum(left @ right)`` over ``rights``, all in shared memory, in float32."""
+    One product: the tensor cores read all of ``left`` for each, and take as long for few columns.
+    """
+    rows, columns = left.shape[0], right.shape[1]
 
     def multiply(total):
-        for right in rights:
-            plgpu.wgmma(total, left, right)
+        plgpu.wgmma(total, left, right)
         return total[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((left.shape[0], rights[0].shape[1]), jnp.float32))
+    whole = pl.run_scoped(multiply, plgpu.ACC((rows, columns), dtype))
+    half = columns // 2
+    return lax.slice(whole, (0, 0), (rows, half)), lax.slice(whole, (0, half), (rows, columns))
 
 
 def wait_out() -> None:
