@@ -115,8 +115,7 @@ def decode_parts(
             """The other way round, in bfloat16: what it is rounded to, and then the rest."""
             coarse = matrix.astype(jnp.bfloat16)
             fine = (matrix - coarse.astype(jnp.float32)).astype(jnp.bfloat16)
-            for at, rounded in ((0, coarse), (rows, fine)):
-                gpu.store_transposed(tiles.at[gpu.span(at, rows)], rounded)
+            gpu.store_transposed(tiles, lax.concatenate([coarse, fine], 1))
 
         def scales_of(side, stage):
             return gpu.load(buffers[side][1].at[stage, :, head], gpu.ROW_VECTOR).astype(jnp.float32)
@@ -208,17 +207,12 @@ def decode_parts(
         gpu.copy_out(sums_tile, sums_out.at[part, row, head])
         gpu.wait_out()
 
-    stored = leaves[0].shape[-1]  # bytes of packed codes, or numbers
-    codes = gpu.shared_tiles((stages, tile, stored), leaves[0].dtype)
+    codes = gpu.shared_tiles((stages, tile, leaves[0].shape[-1]), leaves[0].dtype)
     scales = [gpu.shared((stages, tile, kv_heads), leaf.dtype) for leaf in leaves[1:]]
     side = (codes, *scales)
-    # A run of columns is what one code of each byte makes: those are written together.
-    run = min(128, 2 * stored)
-    wide = []
-    if quantized:
-        wide = [gpu.shared_tiles((tile, head_dim), jnp.bfloat16, row_bytes=run)]
+    wide = [gpu.shared_tiles((tile, head_dim), jnp.bfloat16)] if quantized else []
     if plan.levels:
-        wide += [gpu.shared_tiles((tile, head_dim), jnp.int8, row_bytes=stored)]
+        wide += [gpu.shared_tiles((tile, head_dim), jnp.int8)]
     copies = pieces * len(leaves) + len(added), pieces * len(leaves)
     return gpu.run(
         body,
@@ -228,12 +222,10 @@ def decode_parts(
             jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, 2, rows), jnp.float32),
         ],
         scratch=[
-            gpu.shared_tiles(
-                (both, head_dim), queries.dtype, row_bytes=stored if plan.levels else 128
-            ),
+            gpu.shared_tiles((both, head_dim), queries.dtype),
             gpu.Either((side, side), gpu.shared_tiles((both, head_dim), jnp.bfloat16)),
             gpu.shared((2, rows), jnp.float32),
-            gpu.shared_tiles((both, tile), jnp.bfloat16, row_bytes=run if quantized else 128),
+            gpu.shared_tiles((both, tile), jnp.bfloat16),
             wide,
             [gpu.shared((stages, tile, rows), jnp.float32) for _ in added],
             gpu.Barrier(),

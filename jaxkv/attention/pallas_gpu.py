@@ -37,12 +37,9 @@ def shared(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype)
 
 
-def shared_tiles(shape: tuple[int, ...], dtype: Any, *, row_bytes: int = 128) -> Any:
-    """Shared memory in the order in which tensor cores read it without bank conflicts.
-
-    Columns lie together in runs of ``row_bytes``, which both sides of a product must share.
-    """
-    row_bytes = min(row_bytes, shape[-1] * jnp.dtype(dtype).itemsize)
+def shared_tiles(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory in the order in which tensor cores read it without bank conflicts."""
+    row_bytes = min(128, shape[-1] * jnp.dtype(dtype).itemsize)
     tiling = plgpu.TilingTransform((8, row_bytes // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(row_bytes)))
 

@@ -1,8 +1,11 @@
 """Packed codes to the whole numbers that they stand for, in registers of a Hopper GPU.
 
-A thread holds four bytes of codes in a register. One instruction, ``prmt``, takes four numbers of
-four bits and gives a byte of a table of eight for each; sixteen levels take two tables. As many
-operations in Pallas's own terms, a number at a time, would take longer than reading the cache.
+A thread holds four bytes of codes in a register. As many operations in Pallas's own terms, a
+number at a time, take longer than reading the cache, so this is written in the GPU's assembly.
+
+Keys become bytes: one instruction, ``prmt``, takes four numbers of four bits and gives a byte of
+a table of eight for each, and sixteen levels take two tables. Values become bfloat16, where the
+sixteen levels are a polynomial: that leaves half of the work to units that are idle otherwise.
 """
 
 import functools
@@ -11,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -19,6 +23,9 @@ from jaxlib.mlir.dialects import llvm, vector
 from jaxkv.attention import pallas_gpu as gpu
 
 _LAYOUT = plgpu.Layout.WGMMA_UPCAST_4X  # of eight bytes that lie side by side
+# With t half a step from the middle code, levels are ``10 t`` and what this polynomial of t rounds
+# to: ``t (A + B t^2 + C t^4)``. All steps are bfloat16, and so is the result, exactly.
+A, B, C = 0.10498046875, 0.0015869140625, 0.0011444091796875
 
 
 def widen(codes: Any, numbers: Any, levels: tuple[int, ...] | None, *, interpret: bool) -> None:
@@ -27,73 +34,94 @@ def widen(codes: Any, numbers: Any, levels: tuple[int, ...] | None, *, interpret
     Args:
       codes: int8 ``[slots, head_dim]``; or uint8 ``[slots, bytes]``, packed 4 or 2 bits each as
         `codecs.packing.pack` does.
-      numbers: ``[slots, head_dim]``, of a dtype that holds them all.
+      numbers: ``[slots, head_dim]``, int8 or bfloat16.
       levels: what each packed code stands for; None for codes that are the numbers.
       interpret: whether no GPU is there.
     """
-    parts = [gpu.load(codes, gpu.WIDENING)] if levels is None else _load(codes, levels, interpret)
-    for number, part in enumerate(parts):
-        columns = gpu.span(number * part.shape[1], part.shape[1])
-        numbers[:, columns] = part.astype(numbers.dtype)
+    if levels is None:
+        parts = [gpu.load(codes, gpu.WIDENING)]
+    elif interpret:
+        parts = _one_by_one(gpu.load(codes, _LAYOUT), levels)
+    else:
+        parts = _together(gpu.load(codes, _LAYOUT), levels, numbers.dtype)
+    numbers[...] = lax.concatenate(parts, 1).astype(numbers.dtype)  # at once: a write is fenced
 
 
-def _load(codes: Any, levels: tuple[int, ...], interpret: bool) -> list[jax.Array]:
-    """The int8 levels of packed codes, an array for each code of a byte."""
-    width = {16: 4, 4: 2}[len(levels)]
-    packed = gpu.load(codes, _LAYOUT)
-    if interpret:
-        shifts = range(0, 8, width)
-        return [_one_by_one(packed >> shift & len(levels) - 1, levels) for shift in shifts]
-    result = plgpu.ShapeDtypeStruct(codes.shape, jnp.int8, layout=_LAYOUT)
+def _one_by_one(packed: jax.Array, levels: tuple[int, ...]) -> list[jax.Array]:
+    width = len(levels).bit_length() - 1
+    parts = []
+    for shift in range(0, 8, width):
+        codes = packed >> shift & len(levels) - 1
+        chosen = (jnp.where(codes == code, level, 0) for code, level in enumerate(levels))
+        parts.append(functools.reduce(jnp.add, chosen).astype(jnp.int8))
+    return parts
 
-    @plgpu.inline_mgpu(arg_types=(_LAYOUT,), return_type=(result,) * (8 // width))
-    def looked_up(_, packed):
-        many = [np.empty_like(packed.registers) for _ in range(8 // width)]
+
+def _together(packed: jax.Array, levels: tuple[int, ...], dtype: Any) -> list[jax.Array]:
+    """An array for each code of a byte, int8 or, if that is asked for and known, bfloat16."""
+    dtype = dtype if len(levels) == 16 else jnp.int8
+    count = 16 // len(levels) if len(levels) == 4 else 2
+    result = plgpu.ShapeDtypeStruct(packed.shape, dtype, layout=_LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=(_LAYOUT,), return_type=(result,) * count)
+    def decoded(_, packed):
+        many = [np.empty_like(packed.registers) for _ in range(count)]
         for place, register in np.ndenumerate(packed.registers):
-            for array, found in zip(many, _look_up(register, levels), strict=True):
+            for array, found in zip(many, _decode(register, levels, dtype, count), strict=True):
                 array[place] = found
+        is_signed = True if dtype == jnp.int8 else None
         return tuple(
             fragmented_array.FragmentedArray(
-                _registers=array, _layout=packed.layout, _is_signed=True
+                _registers=array, _layout=packed.layout, _is_signed=is_signed
             )
             for array in many
         )
 
-    return list(looked_up(packed))
+    return list(decoded(packed))
 
 
-def _one_by_one(codes: jax.Array, levels: tuple[int, ...]) -> jax.Array:
-    chosen = (jnp.where(codes == code, level, 0) for code, level in enumerate(levels))
-    return functools.reduce(jnp.add, chosen).astype(jnp.int8)
-
-
-def _look_up(register: Any, levels: tuple[int, ...]) -> list[Any]:
-    """The levels of the codes in four bytes: a register for each code of a byte."""
+def _decode(register: Any, levels: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
+    """What the codes in some bytes stand for: a vector for each code of a byte."""
     word = ir.IntegerType.get_signless(32)
     [num_bytes] = ir.VectorType(register.type).shape
-    words = ir.VectorType.get((num_bytes // 4,), word)
-    assembly, count = (_SIXTEEN, 2) if len(levels) == 16 else (_FOUR, 4)
+    packed = vector.bitcast(ir.VectorType.get((num_bytes // 4,), word), register)
+    each = jnp.dtype(dtype).itemsize  # words that the codes of a word make
+    assembly = _assembly(levels, dtype, x=f"${count * each}")
+    words = ir.VectorType.get((num_bytes // 4 * each,), word)
     found = [llvm.mlir_undef(words) for _ in range(count)]
-    packed = vector.bitcast(words, register)
     for at in range(num_bytes // 4):
         outputs = llvm.inline_asm(
-            llvm.StructType.get_literal([word] * count),
+            llvm.StructType.get_literal([word] * (count * each)),
             [vector.extract(packed, [], [at])],
-            assembly.format(*_tables(levels), x=f"${count}"),
-            ",".join(["=r"] * count + ["r"]),
+            assembly,
+            ",".join(["=r"] * (count * each) + ["r"]),
         )
         for number in range(count):
-            one = llvm.extractvalue(word, outputs, [number])
-            found[number] = vector.insert(one, found[number], [], [at])
-    return [vector.bitcast(register.type, each) for each in found]
+            for part in range(each):
+                one = llvm.extractvalue(word, outputs, [number * each + part])
+                found[number] = vector.insert(one, found[number], [], [at * each + part])
+    element = ir.IntegerType.get_signless(8) if each == 1 else ir.BF16Type.get()
+    return [vector.bitcast(ir.VectorType.get((num_bytes,), element), one) for one in found]
 
 
-def _tables(levels: tuple[int, ...]) -> list[str]:
-    """Four bytes a word; of sixteen levels without their signs, the upper ones first."""
-    numbers = np.asarray(levels, np.int8)
-    if len(levels) == 16:
-        numbers = np.roll(numbers, 8) & 0x7F
+def _assembly(levels: tuple[int, ...], dtype: Any, x: str) -> str:
+    if len(levels) == 4:
+        return _FOUR.format(*_tables(np.asarray(levels, np.int8)), x=x)
+    if dtype == jnp.int8:  # without their signs, the upper half first
+        return _SIXTEEN.format(*_tables(np.roll(np.asarray(levels, np.int8), 8) & 0x7F), x=x)
+    numbers = {"middle": -23.5, "a": A, "b": B, "c": C, "ten": 10, "whole": 192, "back": -192}
+    moves = (f"mov.b32 {name}, {_twice(number)};\n" for name, number in numbers.items())
+    return _POLYNOMIAL.format(x=x, names=", ".join(numbers), moves="".join(moves))
+
+
+def _tables(numbers: np.ndarray) -> list[str]:
+    """Four bytes a word."""
     return [f"0x{word:08x}" for word in numbers.view(np.uint32).tolist()]
+
+
+def _twice(number: float) -> str:
+    """Two of it in bfloat16."""
+    return "0x" + 2 * f"{int(np.asarray(number, jnp.bfloat16).view(np.uint16)):04x}"
 
 
 # A selector of eight or more gives not a byte but its sign, repeated: zero here. So of the two
@@ -136,3 +164,30 @@ prmt.b32 $1, found2, found3, 0x6420;
 prmt.b32 $3, found2, found3, 0x7531;
 }}
 """
+# Codes as the fraction of bfloat16 numbers from 16 up, in eighths; two a word, half a word apart.
+_EACH = """
+shl.b32 t{n}, {{x}}, {left};
+shr.u32 t{n}, t{n}, {right};
+lop3.b32 t{n}, t{n}, 0x00780078, 0x41804180, 0xea;
+add.rn.bf16x2 t{n}, t{n}, middle;
+mul.rn.bf16x2 square, t{n}, t{n};
+fma.rn.bf16x2 more, square, c, b;
+fma.rn.bf16x2 more, more, square, a;
+fma.rn.bf16x2 more, more, t{n}, whole;
+add.rn.bf16x2 more, more, back;
+fma.rn.bf16x2 t{n}, t{n}, ten, more;
+"""
+_POLYNOMIAL = (
+    "\n{{\n.reg .b32 t<4>, square, more, {names};\n{moves}"
+    + "".join(
+        _EACH.format(n=number, left=max(0, 3 - 4 * number), right=max(0, 4 * number - 3))
+        for number in range(4)
+    )
+    + """
+prmt.b32 $0, t0, t2, 0x5410;
+prmt.b32 $1, t0, t2, 0x7632;
+prmt.b32 $2, t1, t3, 0x5410;
+prmt.b32 $3, t1, t3, 0x7632;
+}}
+"""
+)
