@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxkv
-from jaxkv.attention import IMPLEMENTATIONS, mosaic
+from jaxkv.attention import IMPLEMENTATIONS, mosaic, mosaic_plan
 from tests.oracle import jit, poisoned
 
 kernel = pytest.importorskip(
@@ -45,10 +45,16 @@ def test_explain_says_what_it_needs():
 
 REASONS = {
     "more tokens": ({}, 2, "serves one token a sequence, and this call has 2"),
-    "float32": ({"codec": jaxkv.Dense("float32")}, 1, "reads bfloat16 and int8, not float32"),
+    "float32": (
+        {"codec": jaxkv.Dense("float32")},
+        1,
+        "reads bfloat16, int8, rotated4 and rotated2, not float32",
+    ),
     "float8": ({"codec": jaxkv.Float8()}, 1, "not float8"),
     "head_dim": ({"head_dim": 80}, 1, "head_dim is 80, and it takes 64 or 128"),
-    "scales": ({"codec": jaxkv.Int8()}, 1, "int8 scales of 2 KV heads are not a multiple of 16"),
+    "scales": ({"codec": jaxkv.Int8()}, 1, "scales of 2 KV heads are not a multiple of 16 bytes"),
+    "three bits": ({"codec": jaxkv.Centred(jaxkv.Rotated(3))}, 1, "not rotated3-centred"),
+    "short codes": ({"codec": jaxkv.Rotated(2)}, 1, "rotated2 with a head_dim of 64 has 16"),
     "page size": ({"addressing": jaxkv.Paged(24)}, 1, "page_size 24 is not 8, 16, 32 or a"),
     "small pages": ({"addressing": jaxkv.Paged(4)}, 1, "page_size 4 is not 8, 16, 32 or a"),
     "ring": ({"addressing": jaxkv.Ring(window=64)}, 1, "cannot read ring caches"),
@@ -77,6 +83,7 @@ def test_what_it_cannot_read(case):
         {},
         {"head_dim": 128},
         {"codec": jaxkv.Int8(), "num_kv_heads": 8},
+        {"codec": jaxkv.Centred(jaxkv.Rotated(4)), "num_kv_heads": 8},
         {"addressing": jaxkv.Paged(16)},
         {"addressing": jaxkv.Paged(64, num_pages=9), "batch_size": 3},
     ],
@@ -95,8 +102,12 @@ def test_a_group_that_fills_the_registers_is_left_to_others(served):
 
 @pytest.mark.parametrize(
     ("codec", "addressing"),
-    [(jaxkv.Dense("bfloat16"), jaxkv.Contiguous()), (jaxkv.Int8(), jaxkv.Paged(16, num_pages=20))],
-    ids=["bfloat16", "int8 pages"],
+    [
+        (jaxkv.Dense("bfloat16"), jaxkv.Contiguous()),
+        (jaxkv.Int8(), jaxkv.Paged(16, num_pages=20)),
+        (jaxkv.Rotated(4), jaxkv.Contiguous()),
+    ],
+    ids=["bfloat16", "int8 pages", "rotated4"],
 )
 def test_it_lowers_and_is_given_the_whole_cache(served, codec, addressing):
     served()
@@ -116,7 +127,7 @@ def test_it_lowers_and_is_given_the_whole_cache(served, codec, addressing):
         .lower(lowering_platforms=("cuda",))
         .as_text()
     )
-    whole = re.findall(rf"tensor<2x2x{config.num_slots}x8(?:x64)?x\w+>", lowered)
+    whole = re.findall(rf"tensor<2x2x{config.num_slots}x8(?:x\d+)?x\w+>", lowered)
     taking_it = [line for line in lowered.splitlines() if whole[0] in line]
     assert [line for line in taking_it if "stablehlo." in line] == [
         line for line in taking_it if "custom_call @mosaic_gpu" in line
@@ -204,8 +215,9 @@ numbers = st.floats(-1e4, 1e4, width=32)
 def test_queries_in_two_parts_keep_16_bits(row):
     queries = jnp.asarray(row, jnp.float32).reshape(1, 1, 2, 8)
     largest = float(jnp.abs(queries).max())
-    high, low, step = mosaic._in_two_bytes(queries)
-    whole = (high.astype(jnp.float32) * kernel.LOW_STEPS + low.astype(jnp.float32)) * step[0, 0]
+    high, low, most = mosaic._in_two_bytes(queries)
+    whole = high.astype(jnp.float32) * kernel.LOW_STEPS + low.astype(jnp.float32)
+    whole *= most[0, 0] / (127 * kernel.LOW_STEPS)
     np.testing.assert_allclose(whole, queries, atol=largest * 2**-15 + 1e-30)
     high, low, _ = jax.jit(mosaic._in_two_bfloat16)(queries)
     assert high.dtype == low.dtype == jnp.bfloat16
@@ -213,12 +225,29 @@ def test_queries_in_two_parts_keep_16_bits(row):
     np.testing.assert_allclose(whole, queries, rtol=2**-16, atol=1e-37)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("codec", [jaxkv.Dense("bfloat16"), jaxkv.Int8(), jaxkv.Rotated(4)])
 @pytest.mark.parametrize(
-    ("batch", "kv_heads", "extent"), [(1, 8, 64), (1, 1, 1 << 20), (64, 32, 4096)]
+    ("batch", "kv_heads", "extent"), [(1, 8, 64), (1, 8, 1 << 20), (64, 32, 4096)]
 )
-def test_parts_fit_a_multiprocessor(batch, kv_heads, extent, quantized):
-    splits, stages = mosaic._parts(batch, kv_heads, 128, extent, quantized)
-    assert 1 <= splits <= mosaic._MOST_PARTS
-    assert splits >= min(extent // mosaic._LONGEST_PART, mosaic._MOST_PARTS)
+def test_parts_fit_a_multiprocessor(batch, kv_heads, extent, codec):
+    shape = {"batch_size": batch, "num_kv_heads": kv_heads, "max_context_length": extent}
+    config = config_of(**shape, codec=codec, head_dim=128)
+    cache = jax.eval_shape(lambda: jaxkv.create(config))
+    splits, stages = mosaic_plan.parts(cache, rows=16)
+    assert 1 <= splits <= mosaic_plan.MOST_PARTS
+    assert splits >= min(extent // 8192, mosaic_plan.MOST_PARTS)
     assert stages >= 2
+
+
+def test_the_polynomial_gives_the_levels_of_four_bits():
+    """As the GPU computes it: a rounding to bfloat16 a step, and fused products."""
+    levels = pytest.importorskip("jaxkv.attention.pallas_levels")
+
+    def rounded(exact):
+        return np.asarray(exact, jnp.bfloat16).astype(np.float64)
+
+    t = rounded(rounded(16 + np.arange(16)) - 23.5)
+    square = rounded(t * t)
+    more = rounded(rounded(square * levels.C + levels.B) * square + levels.A)
+    found = rounded(t * 10 + rounded(rounded(more * t + 192) - 192))
+    assert tuple(found) == jaxkv.Rotated(4).levels

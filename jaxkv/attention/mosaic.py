@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.addressing.paged import PagedIndex
 from jaxkv.attention.blockwise import blockwise
-from jaxkv.attention.mosaic_plan import LEAST_TILE, fits, plan, stored_by
+from jaxkv.attention.mosaic_plan import TILE, plan, stored_by
 from jaxkv.attention.request import Grouped, Request
 from jaxkv.codecs import Centred, Dense, Int8, Rotated, bitcast, rotate_values
 from jaxkv.kv_cache import KVCache
@@ -57,14 +57,14 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
     if config.head_dim not in _HEAD_DIMS:
         return f"head_dim is {config.head_dim}, and it takes 64 or 128"
     if codec == Rotated(bits=2) and config.head_dim == 64:
-        return "it reads 32 bytes of a vector at once, and rotated2 with a head_dim of 64 has 16"
+        return "it takes at least 32 bytes a vector, and rotated2 with a head_dim of 64 has 16"
     if not bfloat16 and config.num_kv_heads % 8:
         return f"scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
-    if config.num_slots < LEAST_TILE:
-        return f"it reads {LEAST_TILE} slots at once, and the cache has {config.num_slots}"
+    if config.num_slots < TILE:
+        return f"it reads {TILE} slots at once, and the cache has {config.num_slots}"
     if isinstance(index, PagedIndex):
-        if index.page_size < 8 or not fits(cache, LEAST_TILE):
-            return f"page_size {index.page_size} is not 8, 16, 32 or a multiple of {LEAST_TILE}"
+        if index.page_size % TILE and (TILE % index.page_size or index.page_size < 8):
+            return f"page_size {index.page_size} is not 8, 16, 32 or a multiple of {TILE}"
     elif not isinstance(index, ContiguousIndex):
         return f"it cannot read {config.addressing.name} caches"
     elif index.capacity % 8:
@@ -122,7 +122,7 @@ def _decode(request: Request, interpret: object) -> Grouped:
     if request.softcap is None:
         queries = queries * _LOG2_E
     rows = jnp.pad(queries, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))
-    high, low, step = _in_two_bytes(rows) if len(leaves) == 2 else _in_two_bfloat16(rows)
+    high, low, largest = _in_two_bytes(rows) if len(leaves) == 2 else _in_two_bfloat16(rows)
 
     position = request.positions[:, 0]
     last = jnp.minimum(position + 1, index.extent)
@@ -130,7 +130,7 @@ def _decode(request: Request, interpret: object) -> Grouped:
     bounds = jnp.stack([jnp.clip(first, 0, last), last], axis=-1)
     mixes, sums = kernel.decode_parts(
         jnp.concatenate([high, low], axis=2),
-        step,
+        largest,
         leaves,
         jnp.asarray(request.layer, jnp.int32).reshape(1),
         bounds,
@@ -172,15 +172,15 @@ def _added(request: Request, rows: int) -> tuple[Float[Array, "batch kv_heads sl
 
 
 def _in_two_bytes(queries: Rows) -> tuple[Array, Array, Array]:
-    """Queries as ``(254 * high + low) * step``, exact to 16 bits of a group's largest number.
+    """Queries as ``(254 * high + low) / (127 * 254)`` of a group's largest number, which is last.
 
     Integers are multiplied with the stored codes as they are, so keys need not be widened.
     """
-    largest = jnp.max(jnp.abs(queries), axis=(2, 3), keepdims=True)
-    step = jnp.maximum(largest, 1e-30) / (127 * 254)
+    largest = jnp.maximum(jnp.max(jnp.abs(queries), axis=(2, 3), keepdims=True), 1e-30)
+    step = largest / (127 * 254)
     high = jnp.round(queries / (254 * step))
     low = jnp.round(queries / step - 254 * high)
-    return high.astype(jnp.int8), low.astype(jnp.int8), step[:, :, 0, 0]
+    return high.astype(jnp.int8), low.astype(jnp.int8), largest[:, :, 0, 0]
 
 
 def _in_two_bfloat16(queries: Rows) -> tuple[Array, Array, Array]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.attention import pallas_gpu as gpu
-from jaxkv.attention.mosaic_plan import Plan
+from jaxkv.attention.mosaic_plan import TILE, Plan
 from jaxkv.attention.pallas_levels import widen
 
 LOG2_E = math.log2(math.e)
@@ -30,7 +30,7 @@ LOW_STEPS = 254  # int8 queries: steps of the low part in one step of the high p
 
 def decode_parts(
     queries: jax.Array,
-    steps: jax.Array,
+    largest: jax.Array,
     leaves: tuple[jax.Array, ...],
     layer: jax.Array,
     bounds: jax.Array,
@@ -46,7 +46,7 @@ def decode_parts(
       queries: high parts and then low parts, ``[batch, kv_heads, 2 * rows, head_dim]`` in the
         dtype of the codes. A group's queries are padded to a multiple of 8 rows. In units of
         log2(e) unless there is a softcap.
-      steps: float32 ``[batch, kv_heads]``: what 1 means in the low part of int8 queries.
+      largest: float32 ``[batch, kv_heads]``: what ``127 * LOW_STEPS`` means in int8 queries.
       leaves: of the cache: ``[layers, 2, ctx, kv_heads, ...]``.
       layer: int32 ``[1]``.
       bounds: int32 ``[batch, 2]``: the first visible slot, and the one after the last.
@@ -60,11 +60,11 @@ def decode_parts(
     quantized = len(leaves) == 2
     batch, kv_heads, both, head_dim = queries.shape
     rows = both // 2
-    tile, stages, piece = plan.tile, plan.stages, plan.piece
-    pieces = tile // piece
-    scores_shape, mix_shape = (tile, rows), (head_dim, rows)
+    stages, piece = plan.stages, plan.piece
+    pieces = TILE // piece
+    scores_shape, mix_shape = (TILE, rows), (head_dim, rows)
 
-    def body(query_ref, step_ref, *refs):
+    def body(query_ref, largest_ref, *refs):
         leaf_refs, added_refs = refs[: len(leaves)], refs[len(leaves) :][: len(added)]
         refs = refs[len(leaves) + len(added) :]
         layer_ref, bounds_ref, table_ref, mix_out, sums_out, *scratch = refs
@@ -73,7 +73,7 @@ def decode_parts(
         )
         head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
         layer, low, high = layer_ref[0], bounds_ref[row, 0], bounds_ref[row, 1]
-        first, last = lax.div(low, tile), lax.div(high + (tile - 1), tile)
+        first, last = lax.div(low, TILE), lax.div(high + (TILE - 1), TILE)
         share = lax.div(last - first + (plan.splits - 1), plan.splits)
         first = first + part * share
         count = jnp.clip(last - first, 0, share)
@@ -82,16 +82,16 @@ def decode_parts(
             """The page that each piece of a tile lies in."""
             if not plan.paged:
                 return (row,)
-            slots = [(first + number) * tile + at * piece for at in range(pieces)]
+            slots = [(first + number) * TILE + at * piece for at in range(pieces)]
             entries = [lax.div(slot, plan.page_size) for slot in slots]
             return tuple(table_ref[row, jnp.clip(at, 0, table.shape[1] - 1)] for at in entries)
 
         def fetch(number, stage, its_pages):
             for source, buffer in zip(added_refs, addends, strict=True):
-                slots = gpu.span((first + number) * tile, tile)
+                slots = gpu.span((first + number) * TILE, TILE)
                 gpu.copy_in(source.at[row, head, slots], buffer.at[stage], arrived[0].at[stage])
             for at, page in enumerate(its_pages):
-                inside = lax.rem((first + number) * tile + at * piece, plan.page_size)
+                inside = lax.rem((first + number) * TILE + at * piece, plan.page_size)
                 slots = gpu.span(jnp.maximum(page, 0) * plan.page_size + inside, piece)
                 place = stage if pieces == 1 else (stage, gpu.span(at * piece, piece))
                 for side in range(2):
@@ -108,14 +108,14 @@ def decode_parts(
             def _(number=number):
                 fetch(jnp.int32(number), number, upcoming[number])
 
-        step = step_ref[row, head] if quantized else None
+        step = largest_ref[row, head] / (127 * LOW_STEPS) if quantized else None
         gpu.wait(ready)
 
         def store_in_two(tiles, matrix):
             """The other way round, in bfloat16: what it is rounded to, and then the rest."""
             coarse = matrix.astype(jnp.bfloat16)
             fine = (matrix - coarse.astype(jnp.float32)).astype(jnp.bfloat16)
-            gpu.store_transposed(tiles, lax.concatenate([coarse, fine], 1))
+            gpu.store_transposed(tiles, [coarse, fine])
 
         def scales_of(side, stage):
             return gpu.load(buffers[side][1].at[stage, :, head], gpu.ROW_VECTOR).astype(jnp.float32)
@@ -139,7 +139,7 @@ def decode_parts(
             if quantized:
                 widen(values, wide[0], plan.levels, interpret=interpret is not None)
                 return wide[0]
-            visible, whole = seen((tile, head_dim))
+            visible, whole = seen((TILE, head_dim))
 
             @gpu.when(jnp.logical_not(whole))
             def _():
@@ -149,11 +149,11 @@ def decode_parts(
 
         def one_tile(number, state):
             mix, highest, total, upcoming = state
-            stage, start, here = lax.rem(number, stages), (first + number) * tile, upcoming[0]
+            stage, start, here = lax.rem(number, stages), (first + number) * TILE, upcoming[0]
 
             def seen(matrix):
                 """Which slots of the tile are visible, for a matrix of a row a slot; if all are."""
-                whole = (start >= low) & (start + tile <= high)
+                whole = (start >= low) & (start + TILE <= high)
                 if plan.holes:
                     bits = [(page >= 0).astype(jnp.int32) << at for at, page in enumerate(here)]
                     held = functools.reduce(jnp.bitwise_or, bits)
@@ -207,16 +207,16 @@ def decode_parts(
         gpu.copy_out(sums_tile, sums_out.at[part, row, head])
         gpu.wait_out()
 
-    codes = gpu.shared_tiles((stages, tile, leaves[0].shape[-1]), leaves[0].dtype)
-    scales = [gpu.shared((stages, tile, kv_heads), leaf.dtype) for leaf in leaves[1:]]
+    codes = gpu.shared_tiles((stages, TILE, leaves[0].shape[-1]), leaves[0].dtype)
+    scales = [gpu.shared((stages, TILE, kv_heads), leaf.dtype) for leaf in leaves[1:]]
     side = (codes, *scales)
-    wide = [gpu.shared_tiles((tile, head_dim), jnp.bfloat16)] if quantized else []
+    wide = [gpu.shared_tiles((TILE, head_dim), jnp.bfloat16)] if quantized else []
     if plan.levels:
-        wide += [gpu.shared_tiles((tile, head_dim), jnp.int8)]
+        wide += [gpu.shared_tiles((TILE, head_dim), jnp.int8)]
     copies = pieces * len(leaves) + len(added), pieces * len(leaves)
     return gpu.run(
         body,
-        [queries, steps, *leaves, *added, layer, bounds, table],
+        [queries, largest, *leaves, *added, layer, bounds, table],
         outputs=[
             jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, both, head_dim), jnp.bfloat16),
             jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, 2, rows), jnp.float32),
@@ -225,9 +225,9 @@ def decode_parts(
             gpu.shared_tiles((both, head_dim), queries.dtype),
             gpu.Either((side, side), gpu.shared_tiles((both, head_dim), jnp.bfloat16)),
             gpu.shared((2, rows), jnp.float32),
-            gpu.shared_tiles((both, tile), jnp.bfloat16),
+            gpu.shared_tiles((both, TILE), jnp.bfloat16),
             wide,
-            [gpu.shared((stages, tile, rows), jnp.float32) for _ in added],
+            [gpu.shared((stages, TILE, rows), jnp.float32) for _ in added],
             gpu.Barrier(),
             [gpu.Barrier(num_arrivals=arrivals, num_barriers=stages) for arrivals in copies],
         ],

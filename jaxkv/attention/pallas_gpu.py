@@ -19,8 +19,9 @@ WIDENING = plgpu.Layout.WGMMA_UPCAST_2X  # from one byte to two
 Barrier = plgpu.Barrier
 Either = plgpu.RefUnion  # one piece of shared memory, used first as one thing, then as another
 
+_IS_0_10 = jax.__version_info__ < (0, 11)
 # jax 0.10 wants an index beside the reference, 0.11 warns of one.
-_NO_INDEX = ((),) if jax.__version_info__ < (0, 11) else ()
+_NO_INDEX = ((),) if _IS_0_10 else ()
 
 axis_index = lax.axis_index
 fori_loop = lax.fori_loop
@@ -72,9 +73,18 @@ def transposed(ref: Any) -> Any:
     return plgpu.transpose_ref(ref, (1, 0))  # jax 0.10
 
 
-def store_transposed(ref: Any, matrix: jax.Array) -> None:
-    """From registers to shared memory, the other way round."""
-    transposed(ref)[...] = plgpu.layout_cast(matrix, plgpu.Layout.WGMMA_TRANSPOSED)
+def store_transposed(ref: Any, parts: Sequence[jax.Array]) -> None:
+    """From registers to shared memory, the other way round, one part's columns after another's.
+
+    At once, since each write is fenced from others; jax 0.10 cannot join what is in registers.
+    """
+    if _IS_0_10:
+        for number, part in enumerate(parts):
+            rows = span(number * part.shape[1], part.shape[1])
+            transposed(ref.at[rows])[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
+        return
+    joined = lax.concatenate(list(parts), 1)
+    transposed(ref)[...] = plgpu.layout_cast(joined, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
 def products(left: Any, right: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:

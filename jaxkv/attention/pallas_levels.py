@@ -39,45 +39,45 @@ def widen(codes: Any, numbers: Any, levels: tuple[int, ...] | None, *, interpret
       interpret: whether no GPU is there.
     """
     if levels is None:
-        parts = [gpu.load(codes, gpu.WIDENING)]
+        found = gpu.load(codes, gpu.WIDENING)
     elif interpret:
-        parts = _one_by_one(gpu.load(codes, _LAYOUT), levels)
+        found = _one_by_one(gpu.load(codes, _LAYOUT), levels)
     else:
-        parts = _together(gpu.load(codes, _LAYOUT), levels, numbers.dtype)
-    numbers[...] = lax.concatenate(parts, 1).astype(numbers.dtype)  # at once: a write is fenced
+        found = _together(gpu.load(codes, _LAYOUT), levels, numbers.dtype)
+    numbers[...] = found.astype(numbers.dtype)  # at once, since each write is fenced from others
 
 
-def _one_by_one(packed: jax.Array, levels: tuple[int, ...]) -> list[jax.Array]:
+def _one_by_one(packed: jax.Array, levels: tuple[int, ...]) -> jax.Array:
     width = len(levels).bit_length() - 1
     parts = []
     for shift in range(0, 8, width):
         codes = packed >> shift & len(levels) - 1
         chosen = (jnp.where(codes == code, level, 0) for code, level in enumerate(levels))
         parts.append(functools.reduce(jnp.add, chosen).astype(jnp.int8))
-    return parts
+    return lax.concatenate(parts, 1)
 
 
-def _together(packed: jax.Array, levels: tuple[int, ...], dtype: Any) -> list[jax.Array]:
-    """An array for each code of a byte, int8 or, if that is asked for and known, bfloat16."""
+def _together(packed: jax.Array, levels: tuple[int, ...], dtype: Any) -> jax.Array:
+    """In int8 or, if that is asked for and known, bfloat16."""
     dtype = dtype if len(levels) == 16 else jnp.int8
-    count = 16 // len(levels) if len(levels) == 4 else 2
-    result = plgpu.ShapeDtypeStruct(packed.shape, dtype, layout=_LAYOUT)
+    slots, num_bytes = packed.shape
+    count = 8 // (len(levels).bit_length() - 1)  # codes of a byte
+    shape = slots, num_bytes * count
+    result = plgpu.ShapeDtypeStruct(shape, dtype, layout=_LAYOUT)
 
-    @plgpu.inline_mgpu(arg_types=(_LAYOUT,), return_type=(result,) * count)
+    @plgpu.inline_mgpu(arg_types=(_LAYOUT,), return_type=result)
     def decoded(_, packed):
-        many = [np.empty_like(packed.registers) for _ in range(count)]
+        parts = [np.empty_like(packed.registers) for _ in range(count)]
         for place, register in np.ndenumerate(packed.registers):
-            for array, found in zip(many, _decode(register, levels, dtype, count), strict=True):
-                array[place] = found
-        is_signed = True if dtype == jnp.int8 else None
-        return tuple(
-            fragmented_array.FragmentedArray(
-                _registers=array, _layout=packed.layout, _is_signed=is_signed
-            )
-            for array in many
+            for part, found in zip(parts, _decode(register, levels, dtype, count), strict=True):
+                part[place] = found
+        return fragmented_array.FragmentedArray(
+            _registers=np.concatenate(parts, axis=1),  # columns of tiles of registers
+            _layout=packed.layout,
+            _is_signed=True if dtype == jnp.int8 else None,
         )
 
-    return list(decoded(packed))
+    return decoded(packed)
 
 
 def _decode(register: Any, levels: tuple[int, ...], dtype: Any, count: int) -> list[Any]:

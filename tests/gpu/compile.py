@@ -49,6 +49,8 @@ PROGRAMS = {
     "bfloat16": (jaxkv.Dense("bfloat16"), jaxkv.Contiguous(), 128),
     "bfloat16 pages": (jaxkv.Dense("bfloat16"), jaxkv.Paged(16, num_pages=2000), 64),
     "int8": (jaxkv.Int8(), jaxkv.Contiguous(), 128),
+    "rotated4": (jaxkv.Rotated(bits=4), jaxkv.Contiguous(), 128),
+    "rotated2 pages": (jaxkv.Rotated(bits=2), jaxkv.Paged(16, num_pages=2050), 128),
 }
 
 
