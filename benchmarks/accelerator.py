@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxkv
-from benchmarks.accelerator_attention import CONTEXTS, agreement, sweep
+from benchmarks.accelerator_agreement import agreement
+from benchmarks.accelerator_attention import CONTEXTS, sweep
 from benchmarks.accelerator_decode import decode, generate
 from benchmarks.measure import interleaved
 from benchmarks.report import Row, Table

@@ -19,6 +19,7 @@ _SHARED_BYTES = 220 << 10  # of one multiprocessor
 _OTHER_BYTES = 2 << 10  # sums, barriers, and what is lost to alignment
 # Parts at once on a multiprocessor, which hide each other's waiting: more where more is computed.
 _OF_NUMBERS, _OF_CODES, _OF_PACKED = 2, 3, 4
+_FEW_ROWS = 16  # whose registers leave room for so many
 _TILES_LOST = 2  # that could be read while a part begins and ends
 MOST_PARTS = 32  # of a sequence: what combines them is unrolled
 
@@ -89,6 +90,8 @@ def parts(cache: KVCache, rows: int) -> tuple[int, int]:
     most = _OF_PACKED if packed else _OF_CODES if quantized else _OF_NUMBERS
     if not quantized and lists * 4 <= multiprocessors:
         most = 1  # a single long sequence is read as fast, and leaves fewer parts to combine
+    elif rows > _FEW_ROWS:
+        most = 2
     at_once = max((number for number in range(1, most + 1) if stages(number) >= 2), default=1)
 
     def share_of_time_spent_reading(splits: int) -> float:
