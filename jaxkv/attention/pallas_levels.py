@@ -90,7 +90,7 @@ def _decode(register: Any, levels: tuple[int, ...], dtype: Any, count: int) -> l
     words = ir.VectorType.get((num_bytes // 4 * each,), word)
     found = [llvm.mlir_undef(words) for _ in range(count)]
     for at in range(num_bytes // 4):
-        outputs = llvm.inline_asm(
+        outputs: Any = llvm.inline_asm(
             llvm.StructType.get_literal([word] * (count * each)),
             [vector.extract(packed, [], [at])],
             assembly,
