@@ -138,9 +138,9 @@ def test_it_lowers_and_is_given_the_whole_cache(served, codec, addressing):
 # Two sequences, several tiles, pages and options; and codes, whose scales want 8 heads.
 INTERPRETED = {
     "bfloat16": (
-        {"batch_size": 2, "num_kv_heads": 1, "addressing": jaxkv.Paged(16)},
+        {"batch_size": 2, "num_kv_heads": 1, "addressing": jaxkv.Paged(16, window=50)},
         (70, 3),
-        {"window": 50, "softcap": 5.0, "sinks": jnp.asarray([0.5, -0.5])},
+        {"softcap": 5.0, "sinks": jnp.asarray([0.5, -0.5])},
     ),
     "int8": (
         {"batch_size": 1, "num_kv_heads": 8, "max_context_length": 72, "codec": jaxkv.Int8()},
@@ -149,8 +149,8 @@ INTERPRETED = {
     ),
     "rotated4": (
         {"num_kv_heads": 8, "batch_size": 1, "codec": jaxkv.Rotated(4)},
-        (132,),
-        {"softcap": 5.0},
+        (70,),
+        {"softcap": 5.0, "window": 66},
     ),
     "rotated2-centred": (
         {
@@ -166,7 +166,10 @@ INTERPRETED = {
 }
 
 
-@pytest.mark.parametrize("case", INTERPRETED)
+@pytest.mark.parametrize(
+    "case",
+    ["bfloat16", "int8", "rotated4", pytest.param("rotated2-centred", marks=pytest.mark.slow)],
+)
 def test_interpreted_it_equals_the_reference_without_races(served, case):
     plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
     if not hasattr(plgpu, "InterpretGPUParams"):

@@ -126,7 +126,8 @@ def _decode(request: Request, interpret: object) -> Grouped:
 
     position = request.positions[:, 0]
     last = jnp.minimum(position + 1, index.extent)
-    first = jnp.zeros_like(last) if request.window is None else position + 1 - request.window
+    windows = [window for window in (request.window, index.window) if window is not None]
+    first = position + 1 - min(windows, default=index.extent)
     bounds = jnp.stack([jnp.clip(first, 0, last), last], axis=-1)
     mixes, sums = kernel.decode_parts(
         jnp.concatenate([high, low], axis=2),

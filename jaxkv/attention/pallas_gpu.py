@@ -1,4 +1,4 @@
-"""All that jaxkv uses of Pallas for Mosaic GPU, whose interface moves between JAX releases.
+"""All that jaxkv uses of Pallas for Mosaic GPU, whose interface moves, but for `pallas_levels`.
 
 The kernel itself is in `mosaic_kernel`. Imported only when that kernel runs: Pallas is slow to
 import, and is not there on every platform.
