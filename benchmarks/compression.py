@@ -1,19 +1,32 @@
 """Eviction: what policies still recall of a context when a share of its tokens is kept.
 
-On the model of `benchmarks.recall`, which is trained first where it was not yet (needs optax).
+On the models of `benchmarks.recall`, which are trained first where they were not yet (needs optax).
+Models that answer every question differ in what they lose with a token, far more than samples of
+questions do: so there are several, and intervals are over models.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 
 import jaxkv
-from benchmarks.recall import CONTEXT, LENGTH, PAIRS, QUESTION, START, questions, recall_model
-from benchmarks.report import Table
+from benchmarks.recall import (
+    CONFIG,
+    CONTEXT,
+    LENGTH,
+    MODELS,
+    PAIRS,
+    QUESTION,
+    START,
+    questions,
+    recall_model,
+)
+from benchmarks.report import Row, Table
 from jaxkv.codecs import CODECS
 from jaxkv.compression import score
 from jaxkv.policies import (
@@ -29,64 +42,100 @@ from jaxkv.policies import (
 SHARES = (0.5, 0.25, 0.1)
 _ASKED = CONTEXT + QUESTION * np.arange(PAIRS) + 1  # where the answer is next
 _SINKS = 1
+_FREQUENCIES = tuple(CONFIG.rope.frequencies(LENGTH).tolist())
+_POLICIES = {
+    "oracle": Oracle(),
+    "KVzip": None,
+    "KeyDiff": KeyDiff(),
+    "H2O": HeavyHitters(),
+    "random": Random(),
+    "SnapKV": QueryWindow(window=8),
+    "TOVA": QueryWindow(window=1, pool=1, per_head=False),
+    "Expected Attention": ExpectedAttention(_FREQUENCIES, future=LENGTH - CONTEXT, sinks=_SINKS),
+    "StreamingLLM": SinksAndRecent(_SINKS),
+}
 _CODECS = ("float32", "bfloat16", "int8", "rotated4", "rotated4-centred", "rotated2-centred")
 
 
-def run(quick: bool) -> list[Table]:
+def run(quick: bool) -> Iterator[Table]:
     """Recall by policy and share, and of KVzip beside codecs."""
-    model = recall_model()
-    seeds, size = (1, 16) if quick else (3, 64)
-    batches = [questions(np.random.default_rng(100 + seed), size) for seed in range(seeds)]
-    tokens = jnp.concatenate([jnp.asarray(batch.tokens) for batch in batches])
-    return [_policies(model, tokens), _composition(model, tokens)]
+    models = [recall_model(seed) for seed in range(1 if quick else MODELS)]
+    yield from _policies(models, 16 if quick else 64)
+    yield _composition(models, 16 if quick else 256)
 
 
-def _policies(model, tokens) -> Table:
-    frequencies = tuple(model.config.rope.frequencies(LENGTH).tolist())
-    policies = {
-        "oracle": Oracle(),
-        "KVzip": None,
-        "KeyDiff": KeyDiff(),
-        "H2O": HeavyHitters(),
-        "random": Random(),
-        "SnapKV": QueryWindow(window=8),
-        "TOVA": QueryWindow(window=1, pool=1, per_head=False),
-        "Expected Attention": ExpectedAttention(frequencies, future=LENGTH - CONTEXT, sinks=_SINKS),
-        "StreamingLLM": SinksAndRecent(_SINKS),
+def _contexts(model: int, count: int) -> jax.Array:
+    """Of each model its own, which no training has seen."""
+    return jnp.asarray(questions(np.random.default_rng(100 + model), count).tokens)
+
+
+def _policies(models: list, count: int) -> Iterator[Table]:
+    modes = {
+        "unknown": (_Agnostic, "The context is compressed before any question is known."),
+        "known": (_Aware, "It is compressed once a question was read, and that one is asked."),
     }
-    rows = []
-    agnostic, aware = _Agnostic(model, tokens), _Aware(model, tokens)
-    for name, policy in policies.items():
-        row: dict = {"policy": name}
-        for mode, setting in (("agnostic", agnostic), ("aware", aware)):
-            scores = setting.scores(policy)
+    for known, (setting_of, note) in modes.items():
+        settings = [setting_of(model, _contexts(i, count)) for i, model in enumerate(models)]
+        rows = []
+        for name, policy in _POLICIES.items():
+            scores = [setting.scores(policy) for setting in settings]
+            row: Row = {"policy": name}
             for share in SHARES:
-                row[f"{mode} {share:.0%}"] = setting.recall(scores, share)
-        rows.append(row)
-    full = agnostic.recall(None, 1.0)
-    notes = [
-        f"{tokens.shape[0] * PAIRS} questions on contexts of {CONTEXT} tokens, float32; nothing "
-        f"dropped: {full:.3f}. The first token always stays.",
-        "agnostic: the context is compressed before any question is known; then all are asked. "
-        "aware: it is compressed once a question was read, and that one is asked.",
-    ]
-    return Table("Recall after eviction", rows, notes)
+                right = [
+                    setting.right(of_model, share).mean()
+                    for setting, of_model in zip(settings, scores, strict=True)
+                ]
+                row[f"{share:.0%}"], row[f"+- {share:.0%}"] = _mean(right)
+            rows.append(row)
+        notes = [
+            f"{note} {len(models)} models, {count * PAIRS} questions each on contexts of {CONTEXT} "
+            "tokens, float32; the first token always stays. +-: the 95 % interval of the mean over "
+            "models (Student's t)."
+        ]
+        if known == "unknown":
+            full = np.mean([setting.right(None, 1.0).mean() for setting in settings])
+            notes.append(f"Nothing dropped: {full:.3f}.")
+        yield Table(f"Recall after eviction, question {known}", rows, notes)
 
 
-def _composition(model, tokens) -> Table:
-    rows = []
+def _composition(models: list, count: int) -> Table:
+    """All codecs read the same contexts, so that losses are of pairs."""
+    contexts = [_contexts(1000 + i, count) for i in range(len(models))]
+    rows, alone = [], np.zeros(0)
     for name in _CODECS:
-        setting = _Agnostic(model, tokens, CODECS[name])
-        scores = setting.scores(None)
+        whole, half = [], []
+        for model, tokens in zip(models, contexts, strict=True):
+            setting = _Agnostic(model, tokens, CODECS[name])
+            scores = setting.scores(None)
+            whole.append(setting.right(None, 1.0))
+            half.append(setting.right(scores, 0.5))
+        right = np.concatenate(half)
+        alone = alone if rows else right  # the first codec is float32
+        loss, interval = _mean(alone - right)
         rows.append(
             {
                 "codec": name,
-                "all tokens": setting.recall(None, 1.0),
-                "KVzip 50%": setting.recall(scores, 0.5),
+                "all tokens": float(np.mean(whole)),
+                "KVzip 50%": float(right.mean()),
+                "loss": loss,
+                "+-": interval,
                 "bytes of the whole in float32": _size_share(setting, scores),
             }
         )
-    return Table("KVzip at half the tokens, beside codecs", rows)
+    note = (
+        f"{len(models)} models, {len(alone) * PAIRS} questions. Loss: beside eviction alone, with "
+        "the 95 % interval of its mean over contexts."
+    )
+    return Table("KVzip at half the tokens, beside codecs", rows, [note])
+
+
+def _mean(samples) -> tuple[float, float | None]:
+    """The mean, and half the width of its 95 % interval if there is more than one sample."""
+    count = len(samples)
+    if count == 1:
+        return float(samples[0]), None
+    width = scipy.stats.t.ppf(0.975, count - 1) * np.std(samples, ddof=1) / count**0.5
+    return float(np.mean(samples)), float(width)
 
 
 def _size_share(setting: "_Agnostic", scores: jax.Array) -> float:
@@ -121,10 +170,11 @@ class _Agnostic:
             _, _, queries = _observed(self.model, self.later, self.cache)
         return score(self.cache, policy, queries)
 
-    def recall(self, scores: jax.Array | None, share: float) -> float:
+    def right(self, scores: jax.Array | None, share: float) -> np.ndarray:
+        """The share of each context's questions that are answered."""
         logits, _, _ = _observed(self.model, self.later, self.kept(scores, share))
         answers = logits[:, _ASKED - CONTEXT].argmax(axis=-1)
-        return float((answers == self.tokens[:, _ASKED + 1]).mean())
+        return np.asarray((answers == self.tokens[:, _ASKED + 1]).mean(axis=1))
 
     def kept(self, scores: jax.Array | None, share: float) -> jaxkv.KVCache:
         if scores is None:
@@ -154,9 +204,9 @@ class _Aware(_Agnostic):
         newest = self.queries[:, :, -2:] if isinstance(policy, Oracle) else self.queries
         return score(self.with_question, policy, newest)
 
-    def recall(self, scores: jax.Array | None, share: float) -> float:
+    def right(self, scores: jax.Array | None, share: float) -> np.ndarray:
         logits, _, _ = _observed(self.model, self.later, self.kept(scores, share))
-        return float((logits[:, -1].argmax(axis=-1) == self.tokens[:, -1]).mean())
+        return np.asarray(logits[:, -1].argmax(axis=-1) == self.tokens[:, -1], np.float32)
 
     def kept(self, scores: jax.Array, share: float) -> jaxkv.KVCache:
         keep = math.ceil(share * CONTEXT) + 2  # the question itself is taken back again
