@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from jaxkv.engine import Engine
     from jaxkv.measure import measure_error
     from jaxkv.policies import reconstruction_scores
-    from jaxkv.snapshot import load, save
+    from jaxkv.snapshot import load, load_prefix, save
 
 __version__ = "0.3.0"
 
@@ -92,6 +92,7 @@ __all__ = [
     "generate",
     "layer",
     "load",
+    "load_prefix",
     "measure_error",
     "models",
     "next_positions",
@@ -119,6 +120,7 @@ _NAMES = {
     "evict": "compression",
     "evicting": "compression",
     "load": "snapshot",
+    "load_prefix": "snapshot",
     "measure_error": "measure",
     "reconstruction_scores": "policies",
     "save": "snapshot",

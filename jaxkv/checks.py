@@ -1,5 +1,6 @@
 """What the verbs refuse, before anything changes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -134,3 +135,23 @@ def check_intact(cache: KVCache) -> None:
         f"takes back {cache.index.chunk} tokens at most; create it with a larger chunk to "
         "roll back further, or reset it."
     )
+
+
+def checked_prompt(
+    prompt: Sequence[int], vocabulary: int | None, what: str = "a prompt"
+) -> np.ndarray:
+    """The ids of a prompt, int32, all of them in the vocabulary if that is known.
+
+    Raises:
+      ValueError: an empty prompt, what are no ints, or a token outside the vocabulary.
+    """
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+        got = "an empty one" if ids.size == 0 else f"{ids.dtype} of shape {ids.shape}"
+        raise ValueError(f"{what} must be a list of at least one token id, got {got}.")
+    bad = ids[(ids < 0) | (ids >= (vocabulary or np.iinfo(np.int32).max))]
+    if bad.size:
+        raise ValueError(
+            f"{what} has token {bad[0]}, outside the vocabulary of {vocabulary} tokens."
+        )
+    return ids.astype(np.int32)

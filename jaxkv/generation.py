@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.checks import checked_prompt
 from jaxkv.codecs import Codec
 from jaxkv.decode import PREFILL_CHUNK, Chunk, Model, New, Program, State
 from jaxkv.display import progress_bar
@@ -122,7 +123,13 @@ def generate(
     >>> jaxkv.generate(count_up, [[3], [5, 6]], max_new_tokens=3, config=config).tokens
     [[4, 5, 6], [7, 8, 9]]
     """
-    checked = _checked_prompts(model, prompts)
+    if len(prompts) == 0:
+        raise ValueError("generate: no prompts were given.")
+    vocabulary = getattr(model, "vocab_size", None)
+    checked = [
+        checked_prompt(prompt, vocabulary, f"generate: prompt {number}")
+        for number, prompt in enumerate(prompts)
+    ]
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}.")
     config = _cache_config(model, checked, max_new_tokens, max_context_length, codec, config)
@@ -197,28 +204,6 @@ def _chunks(prompts: list[np.ndarray]) -> Iterator[Chunk]:
         for row, prompt, count in zip(tokens, prompts, num_tokens, strict=True):
             row[:count] = prompt[start : start + count]
         yield tokens, num_tokens
-
-
-def _checked_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    vocabulary = getattr(model, "vocab_size", None)
-    if len(prompts) == 0:
-        raise ValueError("generate: no prompts were given.")
-    checked = []
-    for number, prompt in enumerate(prompts):
-        ids = np.asarray(prompt)
-        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(
-                f"generate: prompt {number} must be a list of at least one token id, got "
-                f"{'an empty one' if ids.size == 0 else f'{ids.dtype} of shape {ids.shape}'}."
-            )
-        bad = ids[(ids < 0) | (ids >= (vocabulary or np.iinfo(np.int32).max))]
-        if bad.size:
-            raise ValueError(
-                f"generate: prompt {number} has token {bad[0]}, outside the vocabulary of "
-                f"{vocabulary} tokens."
-            )
-        checked.append(ids.astype(np.int32))
-    return checked
 
 
 def _cache_config(

@@ -38,6 +38,7 @@ SLOW = re.compile(
     r"|compression/test_evict\.py::test_(heavy|sinks)"
     r"|test_streaming\.py::test_(the_block_with|offload|what_is_written|ragged)"
     r"|test_generation\.py::test_greedy"
+    r"|test_saved_prefix\.py.*\[int8"
     r"|integrations/test_flax\.py::test_prefill_chunks"
     r"|test_cache\.py::test_(eager|selected|verbs_under_jit.*batch)"
     r"|test_cache_full\.py::test_full_inside_jit.*(float16|float8)"

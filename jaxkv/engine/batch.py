@@ -1,6 +1,8 @@
-"""The requests that run: their rows, their pages, and the steps that move them on."""
+"""The requests that run or wait: their rows, their pages, and the steps that move them on."""
 
-from collections.abc import Callable, Iterable, Sequence
+import collections
+import contextlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from jaxkv.engine.figures import Figures
 from jaxkv.engine.request import MOST_STOP_TOKENS, Request
 from jaxkv.errors import PoolFullError
 from jaxkv.memory.session import Session
-from jaxkv.paging import Copy, PageAllocator
+from jaxkv.paging import Copy, PageAllocator, Prompt
 from jaxkv.sampling import Sampling
 
 Arrived = list[tuple[Request, list[int]]]
@@ -26,7 +28,10 @@ class Batch:
       session: holds the cache.
       pages: its books.
       prefill_chunk, decode_steps: tokens that a step takes.
-      on_preempt: given each request that had to make room for another.
+
+    Attributes:
+      rows: the request of each row, or None.
+      waiting: requests without a row, the next first.
     """
 
     def __init__(
@@ -38,12 +43,12 @@ class Batch:
         *,
         prefill_chunk: int,
         decode_steps: int,
-        on_preempt: Callable[[Request], None],
     ):
         self.rows: list[Request | None] = [None] * (session.config.batch_size or 1)
+        self.waiting: collections.deque[Request] = collections.deque()
         self.pages, self.figures = pages, Figures()
         self._structure, self._leaves = Structure.split(model)
-        self._sampling, self._session, self._on_preempt = sampling, session, on_preempt
+        self._sampling, self._session = sampling, session
         self._chunk, self._decode_steps = prefill_chunk, decode_steps
 
     @property
@@ -57,12 +62,25 @@ class Batch:
         """Those of them whose prompts are not all computed yet."""
         return [request for request in self.running if request.is_prefilling]
 
-    def admit(self, request: Request) -> None:
-        """Give a request a free row, and pages for its prompt and for what it answered before.
+    def admit_waiting(self) -> None:
+        """Give waiting requests rows and pages, in their order, while they last."""
+        with contextlib.suppress(PoolFullError):
+            while self.waiting and None in self.rows:
+                if self._is_computing(self.waiting[0].prompt):
+                    return
+                self._admit(self.waiting[0])
+                self.waiting.popleft()
 
-        Raises:
-          PoolFullError: not enough pages are free.
-        """
+    def _is_computing(self, prompt: Prompt) -> bool:
+        """Will a running prefill leave more of this prompt in the pool than there is now?"""
+        others = self.prefilling if prompt.reuse else []
+        ahead = max((other.prompt.num_common(prompt) for other in others), default=0)
+        if ahead < prompt.num_shareable:
+            ahead -= ahead % self._chunk
+        return ahead > 0 and ahead > self.pages.find(prompt)
+
+    def _admit(self, request: Request) -> None:
+        """A free row, and pages for its prompt and for what it answered before."""
         admission = self.pages.admit(request.number, request.prompt, ahead=len(request.tokens))
         self._copy(admission.copies)
         request.length = admission.num_cached
@@ -194,7 +212,7 @@ class Batch:
         request.length = 0
         request.num_preemptions += 1
         self.figures.preemptions += 1
-        self._on_preempt(request)
+        self.waiting.appendleft(request)
 
     def _copy(self, copies: list[Copy]) -> None:
         """Before the next step; padded to one shape."""

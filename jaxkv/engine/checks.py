@@ -1,7 +1,5 @@
 """What an engine refuses, before anything changes."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from jaxkv.addressing import Paged
@@ -45,20 +43,6 @@ def check_config(
             f"{decode_steps}."
         )
     return groups, sizes.pop()
-
-
-def checked_prompt(prompt: Sequence[int], vocabulary: int | None) -> np.ndarray:
-    """The ids of a prompt, all of them in the vocabulary."""
-    ids = np.asarray(prompt)
-    if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-        got = "an empty one" if ids.size == 0 else f"{ids.dtype} of shape {ids.shape}"
-        raise ValueError(f"a prompt must be a list of at least one token id, got {got}.")
-    bad = ids[(ids < 0) | (ids >= (vocabulary or np.iinfo(np.int32).max))]
-    if bad.size:
-        raise ValueError(
-            f"the prompt has token {bad[0]}, outside the vocabulary of {vocabulary} tokens."
-        )
-    return ids
 
 
 def check_request(

@@ -1,14 +1,14 @@
 """Continuous batching over one paged pool: many requests, each as if it were alone."""
 
-import collections
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
+from jaxkv.checks import checked_prompt
 from jaxkv.decode import PREFILL_CHUNK, Model
 from jaxkv.display import progress_bar
 from jaxkv.engine.batch import Arrived, Batch
-from jaxkv.engine.checks import check_config, check_request, checked_prompt
+from jaxkv.engine.checks import check_config, check_request
 from jaxkv.engine.figures import Figures
 from jaxkv.engine.request import Request
 from jaxkv.errors import PoolFullError, UnknownRequestError
@@ -81,7 +81,6 @@ class Engine:
         self._vocabulary = getattr(model, "vocab_size", None)
         self._stop_tokens, self._budget = tuple(stop_tokens), token_budget
         self._chunk, self._decode_steps = prefill_chunk, decode_steps
-        self._waiting: collections.deque[Request] = collections.deque()
         self._num_submitted = 0
         self.pages = PageAllocator(
             groups,
@@ -101,7 +100,6 @@ class Engine:
             self.pages,
             prefill_chunk=prefill_chunk,
             decode_steps=decode_steps,
-            on_preempt=self._waiting.appendleft,
         )
         self.figures: Figures = self._batch.figures
 
@@ -131,7 +129,7 @@ class Engine:
         ids = checked_prompt(prompt, self._vocabulary)
         named, stops = self.pages.prompt(ids, salt=salt), (*self._stop_tokens, *stop_tokens)
         request = self._new_request(named, max_new_tokens, seed, stops)
-        self._waiting.append(request)
+        self._batch.waiting.append(request)
         return request
 
     def fork(self, request: Request, *, seed: int) -> Request:
@@ -147,11 +145,11 @@ class Engine:
         child = self._new_request(request.prompt, request.max_new_tokens, seed, request.stop_tokens)
         child.tokens, child.logprobs = list(request.tokens), list(request.logprobs)
         rows = self._batch.rows
-        if request in rows and None in rows and not (request.is_prefilling or self._waiting):
+        if request in rows and None in rows and not (request.is_prefilling or self._batch.waiting):
             with contextlib.suppress(PoolFullError):
                 self._batch.fork(request, child)
                 return child
-        self._waiting.append(child)
+        self._batch.waiting.append(child)
         return child
 
     def cancel(self, request: Request) -> None:
@@ -167,16 +165,16 @@ class Engine:
         if request in self._batch.rows:
             self._batch.leave(request)
         else:
-            self._waiting.remove(request)
+            self._batch.waiting.remove(request)
 
     @property
     def busy(self) -> bool:
         """Is any request not over?"""
-        return bool(self._waiting or self._batch.running)
+        return bool(self._batch.waiting or self._batch.running)
 
     def step(self) -> Arrived:
         """One round. Returns the new tokens of each request that got any."""
-        self._admit()
+        self._batch.admit_waiting()
         num_decoding = len(self._batch.running) - len(self._batch.prefilling)
         budget = self._budget - num_decoding * self._decode_steps
         self._batch.prefill(max(1, budget // self._chunk))
@@ -196,7 +194,7 @@ class Engine:
 
     def run(self) -> None:
         """Run until every request is over, with a progress bar over the tokens that may come."""
-        requests = [*self._waiting, *self._batch.running]
+        requests = [*self._batch.waiting, *self._batch.running]
         wanted = sum(request.max_new_tokens - len(request.tokens) for request in requests)
         with progress_bar("tokens", wanted) as advance_bar:
             while self.busy:
@@ -204,7 +202,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what runs and free the cache."""
-        for request in [*self._waiting, *self._batch.running]:
+        for request in [*self._batch.waiting, *self._batch.running]:
             self.cancel(request)
         self._stack.close()
 
@@ -216,8 +214,15 @@ class Engine:
 
     @property
     def cache(self) -> AnyCache:
-        """The pool, for those who want to look. Tables and lengths are the last dispatch's."""
+        """The pool. Tables and lengths are the last dispatch's.
+
+        Set it to what a function between two rounds gives back, as `jaxkv.load_prefix`.
+        """
         return self._held.cache
+
+    @cache.setter
+    def cache(self, cache: AnyCache) -> None:
+        self._held.cache = cache
 
     def _new_request(
         self, prompt: Prompt, max_new_tokens: int, seed: int, stop_tokens: Sequence[int]
@@ -229,26 +234,8 @@ class Engine:
         return request
 
     def _check_alive(self, request: Request) -> None:
-        if request not in self._batch.rows and request not in self._waiting:
+        if request not in self._batch.rows and request not in self._batch.waiting:
             raise UnknownRequestError(
                 f"request {request.number} is not in this engine: it has ended "
                 f"({request.finish_reason}), or belongs to another."
             )
-
-    def _admit(self) -> None:
-        """Give waiting requests rows and pages, in their order."""
-        with contextlib.suppress(PoolFullError):
-            while self._waiting and None in self._batch.rows:
-                if self._is_being_computed(self._waiting[0]):
-                    return
-                self._batch.admit(self._waiting[0])
-                self._waiting.popleft()
-
-    def _is_being_computed(self, request: Request) -> bool:
-        """Will a running prefill leave more of this prompt in the pool than there is now?"""
-        prompt = request.prompt
-        others = self._batch.prefilling if prompt.reuse else []
-        ahead = max((other.prompt.num_common(prompt) for other in others), default=0)
-        if ahead < prompt.num_shareable:
-            ahead -= ahead % self._chunk
-        return ahead > 0 and ahead > self.pages.find(prompt)

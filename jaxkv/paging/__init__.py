@@ -5,6 +5,17 @@ from jaxkv.paging.audit import Usage
 from jaxkv.paging.group import Group
 from jaxkv.paging.prefix_index import Event
 from jaxkv.paging.prompt import Content, Prompt
+from jaxkv.paging.restore import restore
 from jaxkv.paging.sequence import Admission, Copy
 
-__all__ = ["Admission", "Content", "Copy", "Event", "Group", "PageAllocator", "Prompt", "Usage"]
+__all__ = [
+    "Admission",
+    "Content",
+    "Copy",
+    "Event",
+    "Group",
+    "PageAllocator",
+    "Prompt",
+    "Usage",
+    "restore",
+]

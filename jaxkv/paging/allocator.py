@@ -107,9 +107,7 @@ class PageAllocator:
           CacheFullError: the prompt needs more pages than there are.
           ValueError: the request is there already, or the prompt has another page size.
         """
-        self._check_new(request)
-        if prompt.page_size != self.page_size:
-            raise ValueError(f"a prompt of pages of {prompt.page_size}, a pool of {self.page_size}")
+        self.check_new(request, prompt)
         check_fits(self.groups, len(prompt) + ahead)
         search = PrefixSearch(self.groups, prompt, self.chunk, ahead)
         hit = search.longest_that_fits(self.reserve if self.sequences else 0)
@@ -172,8 +170,8 @@ class PageAllocator:
           ValueError: the child is there already.
           UnknownRequestError: the parent was not admitted, or released.
         """
-        self._check_new(child)
         parent = self._sequence(request)
+        self.check_new(child, parent.prompt)
         shared = parent.length // self.page_size
         known = -(-max(parent.length, len(parent.prompt)) // self.page_size)
         ends = [min(len(table), known) for table in parent.tables]
@@ -236,9 +234,12 @@ class PageAllocator:
         if found := problems(self):
             raise BookkeepingError(f"The books of the page pool are wrong: {'; '.join(found)}.")
 
-    def _check_new(self, request: Request) -> None:
+    def check_new(self, request: Request, prompt: Prompt) -> None:
+        """Refuse a request that is there already, and a prompt of other pages."""
         if request in self.sequences:
             raise ValueError(f"request {request!r} was admitted already, and not released.")
+        if prompt.page_size != self.page_size:
+            raise ValueError(f"a prompt of pages of {prompt.page_size}, a pool of {self.page_size}")
 
     def _sequence(self, request: Request) -> HeldSequence:
         if request not in self.sequences:

@@ -127,7 +127,7 @@ def _problems_of(sequence: HeldSequence, group: GroupPages, table: list[int]) ->
         and (start is None or num_tokens(start.tokens) <= rest),
         "a page is found by another content than its tokens": all(
             contents[page] == sequence.prompt.content(number)
-            for number, page in enumerate(table[: sequence.num_published])
+            for number, page in enumerate(table[: sequence.num_published // group.page_size])
             if page in contents
         ),
     }

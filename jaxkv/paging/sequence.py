@@ -35,14 +35,14 @@ class HeldSequence:
       length: tokens that are in the pages.
       tables: of each group, page number -> page, -1 where it was given back.
       num_shareable: tokens from the start that are those of the prompt and may be published.
-      num_published: pages that are findable, or were when they were computed.
+      num_published: of them, those in pages that are findable, or were when they were computed.
     """
 
     def __init__(self, prompt: Prompt, length: int):
         self.prompt, self.length = prompt, length
         self.tables: list[list[int]] = []
         self.num_shareable = prompt.num_shareable
-        self.num_published = length // prompt.page_size
+        self.num_published = length
 
     def fork(
         self, groups: Sequence[GroupPages], ends: Sequence[int]
@@ -70,19 +70,20 @@ class HeldSequence:
 
     def publish(self, groups: Sequence[GroupPages], length: int) -> None:
         """Make findable what the step up to ``length`` computed of the prompt."""
-        known = min(length, self.num_shareable)
-        end = known // self.prompt.page_size
-        for number in range(self.num_published, end):
+        known, page_size = min(length, self.num_shareable), self.prompt.page_size
+        end = known // page_size
+        for number in range(self.num_published // page_size, end):
             content = self.prompt.content(number)
             for group, table in zip(groups, self.tables, strict=True):
                 if table[number] >= 0:
                     table[number] = group.pool.store(table[number], content)
-        self.num_published = max(self.num_published, end)
-        if self.length < known == self.prompt.num_shareable and known % self.prompt.page_size:
+        if self.num_published < known == self.prompt.num_shareable and known % page_size:
             # The rest of this page is still to be written; its start stays what it is.
             content = self.prompt.content(end)
             for group, table in zip(groups, self.tables, strict=True):
-                group.pool.index.add_start(table[end], content)
+                if table[end] >= 0:
+                    group.pool.index.add_start(table[end], content)
+        self.num_published = max(self.num_published, known)
 
     def let_go(self, group: GroupPages, table: list[int], end: int) -> None:
         """Give back the pages before ``end``, the later ones the first to be taken again."""
@@ -123,7 +124,7 @@ class HeldSequence:
                 pool.index.remove_after(table[last], rest)
         self.length = length
         self.num_shareable = min(self.num_shareable, length)
-        self.num_published = min(self.num_published, length // self.prompt.page_size)
+        self.num_published = min(self.num_published, length)
         return copies
 
     def num_wasted_slots(self) -> int:

@@ -1,7 +1,8 @@
 """Going on from a saved cache."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,9 @@ def load(
     (3, 64)
     """
     file = Path(path)
-
-    def layout_of(json: Any) -> container.Layout:
-        return manifest.read(file, json, codec, addressing).layout()
-
-    with container.opened(file, layout_of) as (json, tensors):
-        saved = manifest.read(file, json, codec, addressing)
+    with opened(file, codec, addressing) as (saved, tensors):
         if model is not None:
-            _check_model(file, saved, fingerprint(model))
+            check_model(file, saved, model)
         if tokens is not None:
             _check_tokens(file, saved, tensors, tokens)
         if into is None:
@@ -108,6 +104,19 @@ def load(
         ]
         filled = tuple(fill() for fill in fills)  # once all of them are known to fit
     return HybridCache(filled, cache.config) if isinstance(cache, HybridCache) else filled[0]
+
+
+@contextlib.contextmanager
+def opened(
+    file: Path, codec: Codec | None, addressing: Addressing | None
+) -> Iterator[tuple[Manifest, dict[str, np.ndarray]]]:
+    """What a file says of itself and its tensors, every byte checked; see `container.opened`."""
+
+    def layout_of(json: Any) -> container.Layout:
+        return manifest.read(file, json, codec, addressing).layout()
+
+    with container.opened(file, layout_of) as (json, tensors):
+        yield manifest.read(file, json, codec, addressing), tensors
 
 
 def _new(
@@ -130,16 +139,7 @@ def _checked_rows(
     file: Path, saved: Manifest, into: AnyCache, rows: Sequence[int] | None
 ) -> list[int]:
     """The rows of ``into`` that the file's sequences go to."""
-    for cache in caches_of(into):
-        check_on_device(cache)
-    theirs = [group.config for group in saved.groups]
-    ours = [cache.config for cache in caches_of(into)]
-    for field in ("num_layers", "num_kv_heads", "head_dim", "codec"):
-        saved_as, wanted = ([getattr(c, field) for c in configs] for configs in (theirs, ours))
-        if saved_as != wanted:
-            raise SnapshotError(
-                f"{file} has {field} {saved_as}, and the cache to load it into {wanted}."
-            )
+    check_kind(file, saved, into)
     count = into.config.batch_size or 1
     chosen = list(range(count)) if rows is None else [int(row) for row in rows]
     if len(chosen) != len(saved.lengths) or len(set(chosen)) != len(chosen):
@@ -152,7 +152,29 @@ def _checked_rows(
     return chosen
 
 
-def _check_model(file: Path, saved: Manifest, given: dict[str, str]) -> None:
+def check_kind(file: Path, saved: Manifest, into: AnyCache) -> None:
+    """Refuse a cache whose vectors are not like those of the file."""
+    for cache in caches_of(into):
+        check_on_device(cache)
+    layers = getattr(into.config, "group_of_layer", None)
+    if saved.group_of_layer != layers:
+        raise SnapshotError(
+            f"{file} has layers in groups {saved.group_of_layer}, and the cache to load it into "
+            f"{layers}."
+        )
+    theirs = [group.config for group in saved.groups]
+    ours = [cache.config for cache in caches_of(into)]
+    for field in ("num_layers", "num_kv_heads", "head_dim", "codec"):
+        saved_as, wanted = ([getattr(c, field) for c in configs] for configs in (theirs, ours))
+        if saved_as != wanted:
+            raise SnapshotError(
+                f"{file} has {field} {saved_as}, and the cache to load it into {wanted}."
+            )
+
+
+def check_model(file: Path, saved: Manifest, model: Any) -> None:
+    """Refuse the file of another model."""
+    given = fingerprint(model)
     if saved.model is None:
         raise SnapshotError(
             f"{file} does not say which model wrote it. Save it with model=, or load it without."

@@ -1,114 +1,31 @@
 """An engine that shares one pool among many requests, against each request run alone."""
 
 import contextlib
-import dataclasses
 import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import jaxkv
 from jaxkv import decode
 from jaxkv.engine import steps
 from jaxkv.model_shape import Shape
-from jaxkv.models import Decoder, DecoderConfig
-
-CONTEXT, PAGE, CHUNK, ROWS = 160, 8, 16, 4
-PAGES = 18  # fewer than the requests below would take: some have to wait, or make room
-START = [7, 3, 9, 1, 8] * 8  # 40 tokens that several prompts share
-PROMPTS = [
-    [5],
-    [*START, 11, 12, 13],
-    [1, 2, 3, 4, 5, 6, 7],
-    [*START, 21],
-    [9] * 33,
-    [*START, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21],
-    [2, 4],
-    [*START, 11, 12, 13],
-]
-NEW = 24
-HOT = jaxkv.Sampling(temperature=1.5, top_k=20)
-
-
-@pytest.fixture(scope="module")
-def model():
-    config = DecoderConfig(64, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
-    model = Decoder(config, rngs=nnx.Rngs(0))
-    # Sharper than at the start of training, so that the most likely token is never a near tie.
-    model.embed_tokens.weight[...] = model.embed_tokens.weight[...] * 30
-    return model
-
-
-@pytest.fixture(scope="module")
-def alone(model):
-    """Tokens of each prompt by `generate`, one at a time, greedy and seeded."""
-
-    def run(sampling):
-        return [
-            jaxkv.generate(
-                model,
-                [prompt],
-                max_new_tokens=NEW,
-                sampling=sampling,
-                seed=seed,
-                max_context_length=CONTEXT,
-            ).tokens[0]
-            for seed, prompt in enumerate(PROMPTS)
-        ]
-
-    return {sampling: run(sampling) for sampling in (jaxkv.Sampling(), HOT)}
-
-
-def engine(model, num_pages=PAGES, codec="float32", **options):
-    config = model.cache_config(
-        max_context_length=CONTEXT,
-        batch_size=ROWS,
-        codec=jaxkv.codecs.CODECS[codec],
-        addressing=jaxkv.Paged(PAGE, num_pages),
-    )
-    options = {"prefill_chunk": CHUNK, "decode_steps": 4, "token_budget": 48} | options
-    return jaxkv.Engine(model, config, **options)
-
-
-def submit_all(running, new=NEW):
-    return [
-        running.submit(prompt, max_new_tokens=new, seed=seed) for seed, prompt in enumerate(PROMPTS)
-    ]
-
-
-def poison_blank(running):
-    """NaN in every page that nobody holds and nothing can find."""
-    for number, group in enumerate(running.pages.groups):
-        free = [page for page, count in enumerate(group.pool.references) if not count]
-        blank = [page for page in free if page not in group.pool.index.contents]
-        pages = np.zeros(group.pool.num_pages, bool)
-        pages[blank] = True
-        cache = steps.groups_of(running.cache)[number]
-        storage = {
-            name: jnp.where(
-                np.repeat(pages, PAGE)[:, None, None],
-                jnp.asarray(np.nan if leaf.dtype == jnp.float32 else 127).astype(leaf.dtype),
-                leaf,
-            )
-            for name, leaf in cache.storage.items()
-        }
-        poisoned = dataclasses.replace(cache, storage=storage)
-        whole = running.cache
-        hybrid = isinstance(whole, jaxkv.HybridCache)
-        running._held.cache = whole.with_group(number, poisoned) if hybrid else poisoned
-
-
-def run(running):
-    """To the end, the books proved and the free pages poisoned before each round."""
-    while running.busy:
-        poison_blank(running)
-        running.step()
-        running.pages.check()
-    usage = running.pages.usage()
-    assert (usage.held_pages, usage.num_requests) == (0, 0)
+from tests.engine.requests import (
+    CHUNK,
+    CONTEXT,
+    HOT,
+    NEW,
+    PAGE,
+    PAGES,
+    PROMPTS,
+    ROWS,
+    engine,
+    outcome,
+    run,
+    submit_all,
+)
 
 
 @pytest.mark.parametrize("sampling", [jaxkv.Sampling(), HOT], ids=["greedy", "seeded"])
@@ -126,25 +43,6 @@ def test_tokens_are_those_of_each_request_alone(model, alone, sampling):
         assert np.isfinite(np.concatenate([request.logprobs for request in requests])).all()
         assert usage.hit_tokens > 0
         assert usage.evictions > 0
-
-
-def contents(running, request, length):
-    """The stored keys and values of a request's tokens, whatever pages they are in, as bytes."""
-    pages = running.pages.table(request.number)
-    slots = (pages[:, None] * PAGE + np.arange(PAGE)).reshape(-1)[:length]
-    return {name: np.asarray(leaf)[:, :, slots] for name, leaf in running.cache.storage.items()}
-
-
-def outcome(running, prompt, seed):
-    """What a request leaves: its tokens, log-probabilities and stored prompt, bit for bit."""
-    request = running.submit(prompt, max_new_tokens=9, seed=seed)
-    stored = None
-    while not request.done:
-        running.step()
-        running.pages.check()
-        if request.tokens and not request.done:
-            stored = contents(running, request, len(prompt) - 1)
-    return request, (request.tokens, request.logprobs, stored)
 
 
 @pytest.mark.parametrize("codec", ["float32", "int8"])

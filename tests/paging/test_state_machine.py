@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from jaxkv.errors import CacheFullError, PoolFullError, UnknownRequestError
-from jaxkv.paging import Group, PageAllocator
+from jaxkv.paging import Group, PageAllocator, restore
 from tests.paging.device import Device
 
 # Examples of up to 50 calls: some 3,000 calls by default, 100,000 with
@@ -94,6 +94,28 @@ class Pool(RuleBasedStateMachine):
         assert hit == len(tokens) - 1 or hit % self.pages.chunk == 0
         self.device.make(admission.copies)
         self.live[request] = [tokens, tokens[:hit], salt]
+
+    @rule(
+        start=st.sampled_from(STARTS),
+        rest=st.lists(st.integers(1, 2), min_size=1, max_size=8),
+        share=st.floats(0, 1),
+        salt=st.sampled_from(SALTS),
+        reuse=st.sampled_from([True, True, False]),
+    )
+    def restore(self, start, rest, share, salt, reuse):
+        """Tokens from elsewhere: a saved prompt, or what a preempted request had."""
+        answer = (2, 1) if share > 0.8 else ()
+        prompt = (*start, *rest)
+        tokens = (prompt + answer)[: int(share * (len(prompt) + 2))]
+        named = self.pages.prompt(prompt, salt=salt, reuse=reuse)
+        request, self.count = self.count, self.count + 1
+        self.unchanged_by(restore, self.pages, request, named, len(tokens))
+        if request not in self.pages.sequences:
+            return
+        self.pages.check()
+        self.device.write(request, 0, tokens, salt)
+        self.pages.advance(request, len(tokens))
+        self.live[request] = [prompt, tokens, salt]
 
     @rule(data=st.data(), next_token=st.integers(1, 2), count=st.integers(1, 7))
     def compute(self, data, next_token, count):
