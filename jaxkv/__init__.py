@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from jaxkv.engine import Engine
     from jaxkv.measure import measure_error
     from jaxkv.policies import reconstruction_scores
-    from jaxkv.snapshot import load, load_prefix, save
+    from jaxkv.snapshot.load import load
+    from jaxkv.snapshot.prefix import load_prefix
+    from jaxkv.snapshot.save import save
 
 __version__ = "0.3.0"
 

@@ -63,6 +63,10 @@ class KVCacheConfig:
             problems.append(
                 f"addressing must be one such as jaxkv.Contiguous(), got {self.addressing!r}"
             )
+        for field in ("num_layers", "num_kv_heads"):  # of compressed caches, whose heads differ
+            own = getattr(self, field)
+            if getattr(self.addressing, field, own) != own:
+                problems.append(f"{field} must be that of {self.addressing}, got {own}")
         if self.placement is not None:
             problems.append(self._check_placement())
         if problems := [problem for problem in problems if problem]:

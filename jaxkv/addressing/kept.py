@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +47,12 @@ class Kept:
     within: Contiguous | Paged = Contiguous()
 
     def __post_init__(self):
-        for field in ("tokens", "new", "num_layers", "num_kv_heads"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Kept: {field} must be an int of at least 1, got {value!r}.")
+        check_counts(self, "tokens", "new", "num_layers", "num_kv_heads")
+        if not isinstance(self.sums, bool) or not isinstance(self.within, Contiguous | Paged):
+            raise ValueError(
+                f"Kept: sums must be True or False and within Contiguous() or Paged(), got "
+                f"{self.sums!r} and {self.within!r}."
+            )
         if isinstance(self.within, Paged) and self.within.num_pages is not None:
             raise ValueError("Kept: within must be Paged() without num_pages, a pool of its own.")
 
@@ -89,6 +91,15 @@ class Kept:
             max_context_length,
             self.new,
         )
+
+
+def check_counts(addressing: Any, *fields: str) -> None:
+    """Refuse fields that are no counts."""
+    for field in fields:
+        value = getattr(addressing, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            name = type(addressing).__name__
+            raise ValueError(f"{name}: {field} must be an int of at least 1, got {value!r}.")
 
 
 @functools.partial(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing.addressing import Layer
 from jaxkv.addressing.contiguous import Contiguous
-from jaxkv.addressing.kept import KeptIndex
+from jaxkv.addressing.kept import KeptIndex, check_counts
 from jaxkv.addressing.runs import first_slots
 
 
@@ -30,6 +30,9 @@ class KeptByHead:
       new: see `Kept`.
       num_layers, num_kv_heads: of the config.
 
+    Raises:
+      ValueError: a number that is not one of places, tokens, layers or heads.
+
     >>> import jaxkv
     >>> kept = KeptByHead(places=4000, longest=900, new=24, num_layers=32, num_kv_heads=8)
     >>> config = jaxkv.KVCacheConfig(32, 100_000, num_kv_heads=8, head_dim=128, addressing=kept)
@@ -42,6 +45,9 @@ class KeptByHead:
     new: int
     num_layers: int
     num_kv_heads: int
+
+    def __post_init__(self):
+        check_counts(self, "places", "longest", "new", "num_layers", "num_kv_heads")
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from jaxkv.codecs import Leaves
 from jaxkv.errors import CacheFullError, SnapshotError
 from jaxkv.kv_cache import KVCache
 from jaxkv.snapshot.manifest import Group, Manifest
-from jaxkv.snapshot.places import places_of
+from jaxkv.snapshot.places import means_of_file, places_of
 
 # Tokens that are on their way to the device at once, and so in its memory beside the cache.
 _TOKENS_AT_ONCE = 512
@@ -37,7 +37,7 @@ class Fill:
         self._index = _index(cache.index, group, saved.lengths, rows)
         places = places_of(self._index)
         room = np.broadcast_to(self._index.room, self._index.lengths.shape).reshape(-1)
-        self._means = _means(file, cache, tensors.get(f"{number}.means"))
+        self._means = means_of_file(file, cache, tensors.get(f"{number}.means"))
         self._moves = []
         for sequence, (row, length) in enumerate(zip(rows, saved.lengths, strict=True)):
             if length > room[row]:
@@ -73,19 +73,6 @@ class Fill:
                 }
                 storage = _put(storage, targets, portions)
         return KVCache(storage, self._index, config, self._means)
-
-
-def _means(file: Path, cache: KVCache, stored: np.ndarray | None) -> Array | None:
-    """What vectors of the file are stored less; another cache's vectors may have other means."""
-    if cache.means is None or stored is None:
-        return cache.means
-    own = np.asarray(cache.means)
-    if own.any() and (own != stored).any():
-        raise SnapshotError(
-            f"{file} was centred by other means than the cache that it is to be loaded into, which "
-            "has been used before. Load it into a new one."
-        )
-    return jax.device_put(stored, cache.means.sharding)
 
 
 @functools.partial(jax.jit, donate_argnames="storage")

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxkv.addressing import Addressing
+from jaxkv.addressing import Addressing, Kept, KeptByHead, KeptIndex
 from jaxkv.checks import check_on_device
 from jaxkv.codecs import Codec
 from jaxkv.creation import create
-from jaxkv.errors import CacheFullError, SnapshotError
-from jaxkv.hybrid import AnyCache, HybridCache
+from jaxkv.errors import CacheFullError, ConfigError, SnapshotError
+from jaxkv.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
 from jaxkv.memory.allocate import allocate
 from jaxkv.snapshot import container, manifest
 from jaxkv.snapshot.fill import Fill
 from jaxkv.snapshot.fingerprint import differences, fingerprint
+from jaxkv.snapshot.kept import check_kept
+from jaxkv.snapshot.kept_fill import KeptFill
 from jaxkv.snapshot.manifest import Manifest
 from jaxkv.snapshot.places import caches_of
 from jaxkv.snapshot.save import Tokens, token_ids
@@ -94,12 +96,14 @@ def load(
         if tokens is not None:
             _check_tokens(file, saved, tensors, tokens)
         if into is None:
-            cache = _new(saved, max_context_length, addressing, device)
+            cache = _new(file, saved, max_context_length, addressing, device)
             rows = range(len(saved.lengths))
         else:
             cache, rows = into, _checked_rows(file, saved, into, rows)
         fills = [
-            Fill(file, saved, number, group, rows, tensors)
+            (KeptFill if isinstance(group.index, KeptIndex) else Fill)(
+                file, saved, number, group, rows, tensors
+            )
             for number, group in enumerate(caches_of(cache))
         ]
         filled = tuple(fill() for fill in fills)  # once all of them are known to fit
@@ -116,20 +120,32 @@ def opened(
         return manifest.read(file, json, codec, addressing).layout()
 
     with container.opened(file, layout_of) as (json, tensors):
-        yield manifest.read(file, json, codec, addressing), tensors
+        saved = manifest.read(file, json, codec, addressing)
+        for number, group in enumerate(saved.groups):
+            if group.is_compressed:
+                check_kept(file, saved, number, tensors)
+        yield saved, tensors
 
 
 def _new(
-    saved: Manifest, max_context_length: int | None, addressing: Addressing | None, device: Any
+    file: Path,
+    saved: Manifest,
+    max_context_length: int | None,
+    addressing: Addressing | None,
+    device: Any,
 ) -> AnyCache:
     fields = {"max_context_length": max_context_length, "addressing": addressing}
-    config = saved.config.replace(**{name: value for name, value in fields.items() if value})
+    try:
+        config = saved.config.replace(**{name: value for name, value in fields.items() if value})
+    except ConfigError as error:
+        raise SnapshotError(f"{file} does not fit what was asked for: {error}") from error
     longest = max(saved.lengths)
     if longest > config.max_context_length:
         raise CacheFullError(
             f"The saved cache holds {longest} tokens, more than max_context_length="
             f"{config.max_context_length}."
         )
+    _check_compressed(file, saved, config)
     if isinstance(device, Sharding):
         return create(config, device=device)
     return allocate(config, device=device)
@@ -169,6 +185,20 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache) -> None:
         if saved_as != wanted:
             raise SnapshotError(
                 f"{file} has {field} {saved_as}, and the cache to load it into {wanted}."
+            )
+
+    _check_compressed(file, saved, into.config)
+
+
+def _check_compressed(file: Path, saved: Manifest, config: AnyConfig) -> None:
+    """Chosen tokens of each head go to a cache of such, and others to others."""
+    configs = config.groups if isinstance(config, HybridConfig) else (config,)
+    for group, wanted in zip(saved.groups, configs, strict=True):
+        if group.is_compressed != isinstance(wanted.addressing, Kept | KeptByHead):
+            raise SnapshotError(
+                f"{file} was saved {'after' if group.is_compressed else 'before'} jaxkv.compress, "
+                f"with {group.config.addressing.name} addressing, and cannot be loaded with "
+                f"{wanted.addressing.name}: load it with the addressing that it was saved with."
             )
 
 

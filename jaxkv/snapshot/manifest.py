@@ -5,31 +5,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxkv.addressing import ADDRESSINGS, Addressing
-from jaxkv.codecs import CODECS, Codec, KeysValues, Rope, leaf_specs
+from jaxkv.addressing import ADDRESSINGS, Addressing, Kept, KeptByHead
+from jaxkv.codecs import CODECS, Codec, KeysValues, Rope
 from jaxkv.config import KVCacheConfig
 from jaxkv.errors import SnapshotError
 from jaxkv.hybrid import AnyConfig, HybridConfig
 from jaxkv.snapshot.container import Layout, Spec
 from jaxkv.snapshot.fingerprint import Fingerprint
+from jaxkv.snapshot.group import Group
 
 FORMAT = 1
 _LARGEST = 2**31 - 1
 _SHAPE = ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size")
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """One `KVCache` of the file: all of it, or a hybrid cache's layers of one kind.
-
-    Attributes:
-      written: how far each sequence was ever written; more than its length after a rollback.
-      held: tokens of each sequence that are in the file; fewer than its length for a ring.
-    """
-
-    config: KVCacheConfig
-    written: tuple[int, ...]
-    held: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +57,10 @@ class Manifest:
 
     def _vectors(self) -> Iterator[tuple[str, Spec]]:
         for number, group in enumerate(self.groups):
-            config = group.config
-            if config.means_shape:
-                yield f"{number}.means", Spec("float32", config.means_shape)
-            for sequence, (held, length) in enumerate(zip(group.held, self.lengths, strict=True)):
-                for leaf, (shape, dtype, sides) in leaf_specs(
-                    config.codec, config.head_dim
-                ).items():
-                    whole = (config.num_layers, sides, held, config.num_kv_heads, *shape)
-                    yield f"{number}.{sequence}.{leaf}", Spec(dtype, whole)
-                if held != length:
-                    yield f"{number}.{sequence}.positions", Spec("int32", (held,))
+            if group.config.means_shape:
+                yield f"{number}.means", Spec("float32", group.config.means_shape)
+            for name, spec in group.layout(self.lengths):
+                yield f"{number}.{name}", spec
 
     def to_json(self) -> dict[str, Any]:
         groups = [
@@ -152,13 +132,17 @@ class _Reader:
         written, held = self._counts("written", written), self._counts("held", held)
         if not len(written) == len(held) == len(lengths):
             raise ValueError("lengths, written and held must be one a sequence.")
+        group = Group(config, written, held)
+        heads = config.num_layers * config.num_kv_heads if group.is_compressed else 1
+        most = config.num_slots * heads
         for length, reach, count in zip(lengths, written, held, strict=True):
-            if not count <= length <= min(reach, config.max_context_length):
+            fits = count <= (most if group.is_compressed else length)
+            if not fits or length > min(reach, config.max_context_length):
                 raise ValueError(
                     f"a sequence of {length} tokens cannot hold {count}, have been written up to "
                     f"{reach}, and stand in a context of {config.max_context_length}."
                 )
-        return Group(config, written, held)
+        return group
 
     def _config(self, json: Any) -> KVCacheConfig:
         *shape, codec, addressing = self._fields(json, " ".join((*_SHAPE, "codec", "addressing")))
@@ -177,7 +161,8 @@ class _Reader:
         given = self._given[what]
         if given is not None and _kind_json(given) == json:
             return given
-        kinds = {kind.__name__: kind for kind in (*map(type, table.values()), KeysValues, Rope)}
+        also = (KeysValues, Rope, Kept, KeptByHead)
+        kinds = {kind.__name__: kind for kind in (*map(type, table.values()), *also)}
         name, fields = self._fields(json, "kind fields")
         if not isinstance(name, str) or name not in kinds or not isinstance(fields, dict):
             raise SnapshotError(

@@ -1,7 +1,9 @@
 """Where the tokens of a cache are: what a save reads, and what a load writes."""
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -22,11 +24,6 @@ class Places(NamedTuple):
 def places_of(index: Index) -> list[Places]:
     """For each sequence of a cache, in order."""
     claimed = index.key_positions(0, index.lengths, 0, index.extent)
-    if claimed.ndim > index.lengths.ndim + 1:
-        raise SnapshotError(
-            "A compressed cache cannot be saved or loaded into: each of its heads keeps tokens of "
-            "its own. Save it before compressing, and compress what is loaded."
-        )
     slots = index.slots(jnp.asarray(claimed))
     found = []
     for positions, row in zip(_rows(claimed), _rows(slots), strict=True):
@@ -34,6 +31,29 @@ def places_of(index: Index) -> list[Places]:
         held = order[np.count_nonzero(positions < 0) :]
         found.append(Places(positions[held], row[held]))
     return found
+
+
+def buffer_of_layers(cache: KVCache, leaf: str) -> Any:
+    """A buffer to gather from layer by layer: where it is, for it may be larger than the host."""
+    stored = cache.storage[leaf]
+    devices: list[Any] = list(stored.sharding.device_set)
+    kind = stored.sharding.memory_kind or ""
+    # Numpy sees it without a copy.
+    seen = len(devices) == 1 and (devices[0].platform == "cpu" or "host" in kind)
+    return np.asarray(stored) if seen else stored
+
+
+def means_of_file(file: Path, cache: KVCache, stored: np.ndarray | None) -> Array | None:
+    """What vectors of the file are stored less; another cache's vectors may have other means."""
+    if cache.means is None or stored is None:
+        return cache.means
+    own = np.asarray(cache.means)
+    if own.any() and (own != stored).any():
+        raise SnapshotError(
+            f"{file} was centred by other means than the cache that it is to be loaded into, which "
+            "has been used before. Load it into a new one."
+        )
+    return jax.device_put(stored, cache.means.sharding)
 
 
 def caches_of(cache: AnyCache) -> tuple[KVCache, ...]:

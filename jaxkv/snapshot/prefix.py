@@ -18,7 +18,7 @@ from jaxkv.paging import PageAllocator, restore
 from jaxkv.rearrange import select
 from jaxkv.snapshot.fill import Fill
 from jaxkv.snapshot.load import check_kind, check_model, opened
-from jaxkv.snapshot.places import caches_of
+from jaxkv.snapshot.places import caches_of, means_of_file
 
 
 def load_prefix(
@@ -68,6 +68,8 @@ def load_prefix(
     with opened(file, codec, None) as (saved, tensors):
         check_model(file, saved, model)
         check_kind(file, saved, cache)
+        for number, group in enumerate(groups):
+            means_of_file(file, group, tensors.get(f"{number}.means"))
         if len(saved.lengths) != 1 or not saved.has_tokens:
             raise SnapshotError(
                 f"{file} holds {len(saved.lengths)} sequences, with"

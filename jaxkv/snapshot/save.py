@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxkv.addressing import KeptIndex
 from jaxkv.cache import check
 from jaxkv.codecs import leaf_specs
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
 from jaxkv.snapshot import container
 from jaxkv.snapshot.fingerprint import fingerprint
+from jaxkv.snapshot.kept import KeptSource
 from jaxkv.snapshot.manifest import Group, Manifest
-from jaxkv.snapshot.places import Places, caches_of, places_of, written_of
+from jaxkv.snapshot.places import Places, buffer_of_layers, caches_of, places_of, written_of
 
 Tokens = Sequence[int] | Sequence[Sequence[int]] | Int[Array, "*batch tokens"]
 
@@ -32,7 +34,7 @@ def save(
     a crash leaves the old file or the new one; every byte is under a checksum.
 
     Args:
-      cache: of any codec and addressing, single, batched or hybrid.
+      cache: of any codec and addressing, single, batched, hybrid or compressed.
       path: the file; replaced if there is one.
       tokens: the ids that the cache was filled with, as many as it is long (a list a sequence for
         a batch), to be compared on `load` and to enter a prefix cache.
@@ -40,7 +42,6 @@ def save(
 
     Raises:
       CacheFullError, CacheClosedError: the cache is not sound.
-      SnapshotError: a compressed cache, whose heads keep tokens of their own.
       ValueError: tokens that are not as many as the cache holds.
       OSError: the file cannot be written. What was there before is as it was.
 
@@ -54,7 +55,10 @@ def save(
     from jaxkv import __version__
 
     check(cache)
-    sources = [_Source.of(group) for group in caches_of(cache)]
+    sources = [
+        KeptSource.of(group) if isinstance(group.index, KeptIndex) else _Source.of(group)
+        for group in caches_of(cache)
+    ]
     lengths = tuple(np.asarray(cache.lengths).reshape(-1).tolist())
     ids = None if tokens is None else token_ids(tokens, cache.config.batch_size, lengths)
     manifest = Manifest(
@@ -119,18 +123,7 @@ class _Source:
         if leaf == "positions":
             yield positions
             return
-        config, stored = self.cache.config, self.cache.storage[leaf]
+        config, layers = self.cache.config, buffer_of_layers(self.cache, leaf)
         dtype = leaf_specs(config.codec, config.head_dim)[leaf].dtype
-        buffer: Any = np.asarray(stored) if _is_in_host_memory(stored) else stored
         for layer in range(config.num_layers):
-            # Gathered where the buffer is: a pool may be larger than the memory here.
-            rows = buffer[layer][:, slots]
-            yield np.asarray(rows).view(jnp.dtype(dtype))
-
-
-def _is_in_host_memory(buffer: Array) -> bool:
-    """Whether numpy can see it without a copy."""
-    devices: list[Any] = list(buffer.sharding.device_set)
-    return len(devices) == 1 and (
-        devices[0].platform == "cpu" or "host" in (buffer.sharding.memory_kind or "")
-    )
+            yield np.asarray(layers[layer][:, slots]).view(jnp.dtype(dtype))

@@ -4,16 +4,19 @@ A few hundred by default, 10,000 with ``--hypothesis-profile=nightly``.
 """
 
 import copy
+import dataclasses
 import importlib
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxkv
+from jaxkv.addressing import KeptByHead
 from jaxkv.errors import JaxkvError
 from jaxkv.snapshot import container, load, manifest
 from tests.snapshot.test_snapshot import filled, small_config
@@ -23,6 +26,8 @@ FIELDS = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 4}
 CACHES = {
     "int8": small_config("int8", **FIELDS),
     "ring": small_config("bfloat16", "ring", batch_size=2, **FIELDS),
+    "kept": small_config("int8", jaxkv.Kept(4, 5, 1, 1, sums=True), **FIELDS),
+    "kept by head": small_config("int8", KeptByHead(4, 4, 5, 1, 1), **FIELDS),
 }
 kinds = st.sampled_from(sorted(CACHES))
 many = settings(
@@ -35,11 +40,22 @@ def saved(tmp_path_factory):
     """Kind -> (bytes of a file, what is loaded from it)."""
     folder, found = tmp_path_factory.mktemp("saved"), {}
     for kind, config in CACHES.items():
-        cache = filled(config, 9 if kind == "int8" else np.array([12, 3]))
-        ids = np.arange(9) if kind == "int8" else [range(12), range(3)]
+        if kind.startswith("kept"):
+            cache = with_chosen_tokens(filled(config, 2))
+        else:
+            cache = filled(config, 9 if kind == "int8" else np.array([12, 3]))
+        ids = [range(12), range(3)] if kind == "ring" else np.arange(9)
         jaxkv.save(cache, folder / kind, tokens=ids, model="tiny")
         found[kind] = (folder / kind).read_bytes(), contents_of(load(folder / kind))
     return found
+
+
+def with_chosen_tokens(cache):
+    """Nine tokens, of which the first seven are not all kept any more."""
+    index = dataclasses.replace(cache.index, lengths=jnp.int32(9))
+    if hasattr(index, "with_runs"):
+        index = index.with_runs(jnp.full((1, 1), 4))
+    return dataclasses.replace(cache, index=index.with_kept(0, jnp.int32([[0, 5, -1, 3]])))
 
 
 def contents_of(cache):

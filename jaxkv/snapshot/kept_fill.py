@@ -1,0 +1,163 @@
+"""From a file to the slots of a compressed cache, each head for itself."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxkv.addressing import KeptIndex, Sums
+from jaxkv.addressing.kept_by_head import KeptByHeadIndex
+from jaxkv.codecs import Leaves
+from jaxkv.compression.moves import write_heads
+from jaxkv.errors import CacheFullError, SnapshotError
+from jaxkv.kv_cache import KVCache
+from jaxkv.snapshot.kept import (
+    BySlot,
+    index_of,
+    places_of_heads,
+    positions_of_heads,
+    used_slots,
+)
+from jaxkv.snapshot.manifest import Manifest
+from jaxkv.snapshot.places import means_of_file
+
+# Vectors of one head that are on their way to the device at once.
+_VECTORS_AT_ONCE = 4096
+
+
+class KeptFill:
+    """The tokens of a compressed cache's file, and where they go; see `Fill`."""
+
+    def __init__(
+        self,
+        file: Path,
+        saved: Manifest,
+        number: int,
+        cache: KVCache,
+        rows: Sequence[int],
+        tensors: dict[str, np.ndarray],
+    ):
+        self._cache, self._rows = cache, list(rows)
+        self._means = means_of_file(file, cache, tensors.get(f"{number}.means"))
+        names = [f"{number}.{sequence}" for sequence in range(len(self._rows))]
+        self._sequences = [
+            {name.removeprefix(f"{prefix}."): tensors[name] for name in tensors
+             if name.startswith(f"{prefix}.")}
+            for prefix in names
+        ]  # fmt: skip
+        lengths = np.array(saved.lengths, np.int32)
+        num_new = lengths - [int(sequence["first_new"]) for sequence in self._sequences]
+        counts = np.stack([sequence["counts"] for sequence in self._sequences], axis=1)
+        num_kept = counts - num_new[:, None]
+        self._check_room(file, lengths, num_new, num_kept)
+        self._used = used_slots(index_of(cache), num_new[:, None], num_kept)
+        self._index = self._filled_index(lengths, num_new, num_kept)
+        self._places = places_of_heads(dataclasses.replace(cache, index=self._index))[:, self._rows]
+        if (self._places[self._used] < 0).any():
+            raise CacheFullError(f"{file} needs more pages: assign them to the sequence before.")
+
+    def _check_room(self, file, lengths, num_new, num_kept) -> None:
+        index, config = index_of(self._cache), self._cache.config
+        checks = [
+            ("tokens", lengths.max(), index.capacity),
+            ("new tokens of one sequence", num_new.max(), index.new),
+            ("kept tokens of one head", num_kept.max(), index.extent - index.new),
+        ]
+        if isinstance(index, KeptByHeadIndex):
+            if self._rows != list(range(config.batch_size or 1)):
+                raise SnapshotError(
+                    f"{file} has a number of tokens for each head: it is loaded whole, not by rows."
+                )
+            places = index.positions.shape[-1]
+            checks.append(("kept tokens of all heads", num_kept.sum(axis=(1, 2)).max(), places))
+        for what, held, room in checks:
+            if held > room:
+                raise CacheFullError(
+                    f"{file} holds {held} {what}, and the cache has room for {room}. Load it with "
+                    "the addressing that it was saved with."
+                )
+
+    def _filled_index(self, lengths, num_new, num_kept) -> KeptIndex:
+        index, rows = index_of(self._cache), self._rows
+
+        def merged(old: Array, new: Any, axis: int = 0) -> Array:
+            """The old array with the new values in our rows of its batch axis."""
+            batched = np.array(old if index.lengths.ndim else jnp.expand_dims(old, axis))
+            batched[(slice(None),) * axis + (rows,)] = new
+            return jax.device_put(batched.reshape(old.shape), old.sharding)
+
+        positions = positions_of_heads(self._cache)
+        positions[:, rows] = self._by_slot("positions", -1)
+        kept = positions[..., index.new :]
+        kept = kept.reshape(len(kept), *index.lengths.shape, *kept.shape[2:])
+        runs = None
+        if isinstance(index, KeptByHeadIndex):
+            runs = merged(index.counts, num_kept, axis=1)
+        if index.sums is not None:
+            since = merged(index.sums.since, [int(each["since"]) for each in self._sequences])
+            attention = merged(index.sums.attention, self._by_slot("sums", 0), axis=1)
+            index = index.with_sums(Sums(attention, since))
+        index = dataclasses.replace(
+            index,
+            lengths=merged(index.lengths, lengths),
+            within=index.within.with_lengths(merged(index.within.lengths, num_new)),
+        )
+        return _with_kept(index, kept, runs)
+
+    def _by_slot(self, name: str, empty: int) -> BySlot:
+        values = np.full(self._used.shape, empty, self._sequences[0][name].dtype)
+        for sequence, tensors in enumerate(self._sequences):
+            values[:, sequence][self._used[:, sequence]] = tensors[name]
+        return values
+
+    def __call__(self) -> KVCache:
+        storage, config = self._cache.storage, self._cache.config
+        size = min(_VECTORS_AT_ONCE, config.num_slots * config.num_kv_heads)
+        for sequence, tensors in enumerate(self._sequences):
+            end = 0
+            for layer in range(config.num_layers):
+                places = self._places[layer, sequence][self._used[layer, sequence]]
+                begin, end = end, end + len(places)
+                for start in range(0, len(places), size):
+                    count = min(size, len(places) - start)
+                    targets = np.full(size, -1, np.int32)
+                    targets[:count] = places[start : start + count]
+                    storage = _put(
+                        storage,
+                        jnp.int32(layer),
+                        targets,
+                        {
+                            name: _padded(leaf, tensors[name][begin + start :][:count], size)
+                            for name, leaf in storage.items()
+                        },
+                    )
+        return KVCache(storage, self._index, config, self._means)
+
+
+@jax.jit
+def _with_kept(index: KeptIndex, positions: Array, runs: Array | None) -> KeptIndex:
+    """The same index with these kept tokens, in runs of these lengths where it has runs."""
+    if isinstance(index, KeptByHeadIndex) and runs is not None:
+        index = index.with_runs(runs)
+    for layer in range(len(positions)):
+        index = index.with_kept(layer, positions[layer])
+    return index
+
+
+@functools.partial(jax.jit, donate_argnames="storage")
+def _put(storage: Leaves, layer: Array, targets: Array, vectors: Leaves) -> Leaves:
+    return {
+        name: write_heads(leaf, layer, targets, vectors[name]) for name, leaf in storage.items()
+    }
+
+
+def _padded(leaf: Array, vectors: np.ndarray, size: int) -> np.ndarray:
+    padded = np.zeros((size, *vectors.shape[1:]), leaf.dtype)
+    padded[: len(vectors)] = vectors.view(leaf.dtype)
+    return padded
