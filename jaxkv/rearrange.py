@@ -89,12 +89,7 @@ def copy_pages(
         raise TypeError(
             f"copy_pages needs a paged cache, got a {cache.config.addressing.name} one."
         )
-    page_size, num_slots = cache.index.page_size, cache.config.num_slots
-    within = jnp.arange(page_size, dtype=jnp.int32)
-    skipped = num_slots + jnp.arange(destinations.size * page_size, dtype=jnp.int32)
-    targets = (destinations[:, None] * page_size + within).reshape(-1)
-    targets = jnp.where((targets < 0) | (targets >= num_slots), skipped, targets)
-    origins = (jnp.maximum(sources, 0)[:, None] * page_size + within).reshape(-1)
+    targets, origins = slots_of_pages(cache, destinations), slots_of_pages(cache, sources)
     storage = {
         name: leaf.at[:, :, targets].set(
             leaf.at[:, :, origins].get(mode="clip"), mode="drop", unique_indices=True
@@ -102,3 +97,12 @@ def copy_pages(
         for name, leaf in cache.storage.items()
     }
     return dataclasses.replace(cache, storage=storage)
+
+
+def slots_of_pages(cache: KVCache, pages: Int[Array, " pages"]) -> Int[Array, " slots"]:
+    """The ctx slots of pages of a pool; of pages that there are not, slots past the end."""
+    assert isinstance(cache.index, PagedIndex)
+    page_size, num_slots = cache.index.page_size, cache.config.num_slots
+    slots = (pages[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(-1)
+    past_the_end = num_slots + jnp.arange(slots.size, dtype=jnp.int32)
+    return jnp.where((slots < 0) | (slots >= num_slots), past_the_end, slots)

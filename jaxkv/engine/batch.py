@@ -12,9 +12,10 @@ from jaxkv.decode import Model, Structure
 from jaxkv.engine import steps
 from jaxkv.engine.figures import Figures
 from jaxkv.engine.request import MOST_STOP_TOKENS, Request
+from jaxkv.engine.swap import SwapSpace, pages_in_use
 from jaxkv.errors import PoolFullError
 from jaxkv.memory.session import Session
-from jaxkv.paging import Copy, PageAllocator, Prompt
+from jaxkv.paging import Copy, PageAllocator, Prompt, restore
 from jaxkv.sampling import Sampling
 
 Arrived = list[tuple[Request, list[int]]]
@@ -28,6 +29,7 @@ class Batch:
       session: holds the cache.
       pages: its books.
       prefill_chunk, decode_steps: tokens that a step takes.
+      swap_space: bytes of host memory for pages of requests that had to make room.
 
     Attributes:
       rows: the request of each row, or None.
@@ -43,10 +45,12 @@ class Batch:
         *,
         prefill_chunk: int,
         decode_steps: int,
+        swap_space: int,
     ):
         self.rows: list[Request | None] = [None] * (session.config.batch_size or 1)
         self.waiting: collections.deque[Request] = collections.deque()
         self.pages, self.figures = pages, Figures()
+        self._swap = SwapSpace(swap_space, self.figures)
         self._structure, self._leaves = Structure.split(model)
         self._sampling, self._session = sampling, session
         self._chunk, self._decode_steps = prefill_chunk, decode_steps
@@ -66,10 +70,14 @@ class Batch:
         """Give waiting requests rows and pages, in their order, while they last."""
         with contextlib.suppress(PoolFullError):
             while self.waiting and None in self.rows:
-                if self._is_computing(self.waiting[0].prompt):
+                request = self.waiting[0]
+                if request in self._swap:
+                    self._resume(request)
+                elif self._is_computing(request.prompt):
                     return
-                self._admit(self.waiting[0])
-                self.waiting.popleft()
+                else:
+                    self._admit(request)
+                self.rows[self.rows.index(None)] = self.waiting.popleft()
 
     def _is_computing(self, prompt: Prompt) -> bool:
         """Will a running prefill leave more of this prompt in the pool than there is now?"""
@@ -80,13 +88,19 @@ class Batch:
         return ahead > 0 and ahead > self.pages.find(prompt)
 
     def _admit(self, request: Request) -> None:
-        """A free row, and pages for its prompt and for what it answered before."""
+        """Pages for its prompt and for what it answered before."""
         admission = self.pages.admit(request.number, request.prompt, ahead=len(request.tokens))
         self._copy(admission.copies)
         request.length = admission.num_cached
         if request.num_cached is None:
             request.num_cached = admission.num_cached
-        self.rows[self.rows.index(None)] = request
+
+    def _resume(self, request: Request) -> None:
+        """Other pages with what was kept of its old ones; nothing of it is computed again."""
+        restore(self.pages, request.number, request.prompt, request.length)
+        pages = pages_in_use(self.pages, request)
+        self._session.cache = self._swap.put_back(request, self._session.cache, pages)
+        self.pages.advance(request.number, request.length)
 
     def fork(self, request: Request, child: Request) -> None:
         """Give a request a free row, and the tokens of one that runs.
@@ -100,9 +114,13 @@ class Batch:
         self.rows[self.rows.index(None)] = child
 
     def leave(self, request: Request) -> None:
-        """Take the row and the pages of a request."""
-        self.rows[self.rows.index(request)] = None
-        self.pages.release(request.number)
+        """Take the row and the pages of a request, or its place among those that wait."""
+        if request in self.rows:
+            self.rows[self.rows.index(request)] = None
+            self.pages.release(request.number)
+        else:
+            self.waiting.remove(request)
+            self._swap.drop(request)
 
     def prefill(self, num_chunks: int) -> None:
         """Compute so many chunks of prompts, those admitted first first."""
@@ -207,9 +225,10 @@ class Batch:
                     return False
 
     def _preempt(self, request: Request) -> None:
-        """Take its pages. It will be computed again, in the same way, so its bits are the same."""
+        """Take its pages. They come back, or are computed again in the same way: the same bits."""
+        if not self._swap.keep(request, self._session.cache, pages_in_use(self.pages, request)):
+            request.length = 0
         self.leave(request)
-        request.length = 0
         request.num_preemptions += 1
         self.figures.preemptions += 1
         self.waiting.appendleft(request)

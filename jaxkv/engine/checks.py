@@ -10,7 +10,7 @@ from jaxkv.paging import Group, PageAllocator
 
 
 def check_config(
-    config: AnyConfig, prefill_chunk: int, decode_steps: int, token_budget: int
+    config: AnyConfig, prefill_chunk: int, decode_steps: int, token_budget: int, swap_space: int
 ) -> tuple[list[Group], int]:
     """The groups of pages that a cache is made of, and their page size."""
     configs = config.groups if isinstance(config, HybridConfig) else (config,)
@@ -30,13 +30,14 @@ def check_config(
     sizes = {paged.page_size for paged in addressings if isinstance(paged, Paged)}
     if len(sizes) > 1:
         raise ConfigError(f"Engine: all groups need the same page_size, got {sorted(sizes)}.")
-    for name, number in (
-        ("prefill_chunk", prefill_chunk),
-        ("decode_steps", decode_steps),
-        ("token_budget", token_budget),
+    for name, number, least in (
+        ("prefill_chunk", prefill_chunk, 1),
+        ("decode_steps", decode_steps, 1),
+        ("token_budget", token_budget, 1),
+        ("swap_space", swap_space, 0),
     ):
-        if number < 1:
-            raise ConfigError(f"Engine: {name} must be at least 1, got {number}.")
+        if number < least:
+            raise ConfigError(f"Engine: {name} must be at least {least}, got {number}.")
     if decode_steps > prefill_chunk:  # what a window's pool has room for beyond its window
         raise ConfigError(
             f"Engine: decode_steps must be at most prefill_chunk, {prefill_chunk}, got "

@@ -24,7 +24,7 @@ class Engine:
     A round (`step`) admits waiting requests in their order while rows and pages last, computes
     chunks of their prompts within a token budget, and decodes a few tokens of all that are ready.
     When the pool runs dry, the request admitted last gives its pages back and waits; later it is
-    computed again, and its answer goes on where it was.
+    computed again, or its pages come back from host memory, and its answer goes on where it was.
 
     What a request answers depends on its prompt and its seed. Pages that prompts have in
     common are computed once; a page found holds the same bits as a page computed.
@@ -40,6 +40,8 @@ class Engine:
       token_budget: tokens, prefilled and decoded, that a round is to stay within; at least one
         chunk is prefilled.
       sharing: False to compute every prompt anew.
+      swap_space: bytes of host memory in which preempted requests may keep their pages; those
+        that find no room there are computed again. `Figures` reports what is used.
       tracker: a ledger that the cache is entered in.
       device: where the cache lives.
 
@@ -73,10 +75,13 @@ class Engine:
         decode_steps: int = 8,
         token_budget: int = 512,
         sharing: bool = True,
+        swap_space: int = 0,
         tracker: MemoryTracker | None = None,
         device: Any = None,
     ):
-        groups, page_size = check_config(config, prefill_chunk, decode_steps, token_budget)
+        groups, page_size = check_config(
+            config, prefill_chunk, decode_steps, token_budget, swap_space
+        )
         self.config = config
         self._vocabulary = getattr(model, "vocab_size", None)
         self._stop_tokens, self._budget = tuple(stop_tokens), token_budget
@@ -100,6 +105,7 @@ class Engine:
             self.pages,
             prefill_chunk=prefill_chunk,
             decode_steps=decode_steps,
+            swap_space=swap_space,
         )
         self.figures: Figures = self._batch.figures
 
@@ -162,10 +168,7 @@ class Engine:
             return
         self._check_alive(request)
         request.finish_reason = "cancelled"
-        if request in self._batch.rows:
-            self._batch.leave(request)
-        else:
-            self._batch.waiting.remove(request)
+        self._batch.leave(request)
 
     @property
     def busy(self) -> bool:

@@ -14,6 +14,9 @@ class Figures:
       generated_tokens: tokens of answers.
       repeated_tokens: of answers, that were computed again after a preemption.
       preemptions: requests that gave their pages back to wait.
+      swaps: of them, those that kept their pages in host memory.
+      swapped_bytes: of host memory that holds such pages now.
+      most_swapped_bytes: at any time so far.
       dispatches: of decode.
     """
 
@@ -21,6 +24,9 @@ class Figures:
     generated_tokens: int = 0
     repeated_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0
+    swapped_bytes: int = 0
+    most_swapped_bytes: int = 0
     dispatches: int = 0
     _held_slots: int = 0
     _wasted_slots: int = 0

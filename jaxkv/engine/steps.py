@@ -1,4 +1,4 @@
-"""The three compiled programs of an engine: prefill a chunk, decode a few tokens, copy pages.
+"""The compiled programs of an engine: prefill a chunk, decode a few tokens, move pages.
 
 Each takes the cache donated, and the page tables from the host, which keeps the books. Shapes
 depend on the engine alone, so it compiles each once in its life.
@@ -17,10 +17,11 @@ from jaxtyping import Array, Int
 
 from jaxkv.addressing import PagedIndex
 from jaxkv.cache import truncate
+from jaxkv.codecs import Leaves
 from jaxkv.decode import New, Structure
 from jaxkv.hybrid import AnyCache, HybridCache
 from jaxkv.kv_cache import KVCache
-from jaxkv.rearrange import copy_pages, select
+from jaxkv.rearrange import copy_pages, select, slots_of_pages
 from jaxkv.sampling import Sampling, sample
 
 # From the host, or traced.
@@ -119,6 +120,34 @@ def copy(
         copy_pages(group, *map(jnp.asarray, pages))
         for group, *pages in zip(groups_of(cache), sources, destinations, strict=True)
     ]
+    return _with_groups(cache, groups)
+
+
+@jax.jit
+def read(pages: Sequence[Int[Ints, " pages"]], cache: AnyCache) -> tuple[Leaves, ...]:
+    """What pages of each group hold, ``[layers, sides, pages * page_size, ...]``; any for -1."""
+    return tuple(
+        {
+            name: leaf.at[:, :, slots_of_pages(group, jnp.maximum(own, 0))].get(mode="clip")
+            for name, leaf in group.storage.items()
+        }
+        for group, own in zip(groups_of(cache), pages, strict=True)
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def write(
+    pages: Sequence[Int[Ints, " pages"]], contents: Sequence[Leaves], cache: AnyCache
+) -> AnyCache:
+    """The inverse of `read`; a page of -1 is skipped."""
+    groups = []
+    for group, own, leaves in zip(groups_of(cache), pages, contents, strict=True):
+        slots = slots_of_pages(group, jnp.asarray(own))
+        storage = {
+            name: leaf.at[:, :, slots].set(leaves[name], mode="drop", unique_indices=True)
+            for name, leaf in group.storage.items()
+        }
+        groups.append(dataclasses.replace(group, storage=storage))
     return _with_groups(cache, groups)
 
 

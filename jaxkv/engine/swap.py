@@ -1,0 +1,102 @@
+"""Pages of preempted requests in host memory, instead of computing their tokens again."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxkv.engine import steps
+from jaxkv.engine.figures import Figures
+from jaxkv.engine.request import Request
+from jaxkv.hybrid import AnyCache
+from jaxkv.kv_cache import KVCache
+from jaxkv.paging import PageAllocator
+
+# Pages of each group that one program moves, so that it is compiled once.
+PAGES_AT_ONCE = 16
+
+# Of each group, the pages of one request, in the order of its tokens.
+Pages = Sequence[np.ndarray]
+HostLeaves = dict[str, np.ndarray]
+
+
+class SwapSpace:
+    """Host memory that preempted requests may keep their pages in; Kwon et al. (2023), 4.5.
+
+    Args:
+      size_bytes: at most.
+      figures: where ``swapped_bytes`` are counted.
+    """
+
+    def __init__(self, size_bytes: int, figures: Figures):
+        self._size_bytes, self._figures = size_bytes, figures
+        self._kept: dict[Request, list[list[HostLeaves]]] = {}
+
+    def __contains__(self, request: Request) -> bool:
+        return request in self._kept
+
+    def keep(self, request: Request, cache: AnyCache, pages: Pages) -> bool:
+        """Copy these pages of a request, or do nothing: False if there is no room for them."""
+        groups = steps.groups_of(cache)
+        needed = sum(
+            len(own) * steps.paged_index(group).page_size * group.config.bytes_per_token
+            for group, own in zip(groups, pages, strict=True)
+        )
+        if not 0 < needed <= self._size_bytes - self._figures.swapped_bytes:
+            return False
+        self._kept[request] = []
+        for numbers in _portions(pages):
+            contents = jax.device_get(steps.read(_padded(numbers), cache))
+            # Copies, for a part of what a device gave would keep all of it in memory.
+            self._kept[request].append([
+                {
+                    name: np.array(leaf[:, :, : len(own) * steps.paged_index(group).page_size])
+                    for name, leaf in leaves.items()
+                }
+                for group, own, leaves in zip(groups, numbers, contents, strict=True)
+            ])  # fmt: skip
+        self._figures.swapped_bytes += needed
+        most = max(self._figures.most_swapped_bytes, self._figures.swapped_bytes)
+        self._figures.most_swapped_bytes, self._figures.swaps = most, self._figures.swaps + 1
+        return True
+
+    def put_back(self, request: Request, cache: AnyCache, pages: Pages) -> AnyCache:
+        """The cache, donated, with what was kept of a request in these pages, as many as before."""
+        for numbers, contents in zip(_portions(pages), self._kept[request], strict=True):
+            padded = tuple(
+                {name: _filled_up(leaf, group) for name, leaf in leaves.items()}
+                for group, leaves in zip(steps.groups_of(cache), contents, strict=True)
+            )
+            cache = steps.write(_padded(numbers), padded, cache)
+        self.drop(request)
+        return cache
+
+    def drop(self, request: Request) -> None:
+        """Forget what was kept of a request, if anything was."""
+        for contents in self._kept.pop(request, []):
+            self._figures.swapped_bytes -= sum(leaf.nbytes for leaf in jax.tree.leaves(contents))
+
+
+def pages_in_use(books: PageAllocator, request: Request) -> Pages:
+    """The pages of a request that hold tokens which a later query may see."""
+    end = -(-request.length // books.page_size)
+    tables = [books.table(request.number, number)[:end] for number in range(len(books.groups))]
+    return [table[table >= 0] for table in tables]
+
+
+def _portions(pages: Pages) -> list[Pages]:
+    longest = max(len(own) for own in pages)
+    starts = range(0, longest, PAGES_AT_ONCE)
+    return [[own[start : start + PAGES_AT_ONCE] for own in pages] for start in starts]
+
+
+def _padded(pages: Pages) -> tuple[np.ndarray, ...]:
+    return tuple(
+        np.concatenate([own, np.full(PAGES_AT_ONCE - len(own), -1)]).astype(np.int32)
+        for own in pages
+    )
+
+
+def _filled_up(leaf: np.ndarray, group: KVCache) -> np.ndarray:
+    missing = PAGES_AT_ONCE * steps.paged_index(group).page_size - leaf.shape[2]
+    return np.pad(leaf, [(0, missing) if axis == 2 else (0, 0) for axis in range(leaf.ndim)])

@@ -1,0 +1,35 @@
+"""A small model, and two kinds of pools for it, one with all that an engine's cache can have."""
+
+import jax.numpy as jnp
+import numpy as np
+
+import jaxkv
+from jaxkv.model_shape import Shape
+from tests.engine.requests import CHUNK, PAGE
+
+embedding = jnp.asarray(np.random.default_rng(0).standard_normal((64, 32)), jnp.float32)
+
+
+def model(tokens, cache):
+    x = embedding[tokens]
+    for layer in range(2):
+        heads = x.reshape(*x.shape[:-1], 2, 16)
+        cache = jaxkv.append(cache, heads, heads, layer=layer)
+        x = x + 0.5 * jaxkv.attend(cache, heads, layer=layer).reshape(x.shape)
+    return x @ embedding.T, jaxkv.advance(cache, tokens.shape[-1])
+
+
+SHAPE = {"num_kv_heads": 2, "head_dim": 16}
+FIELDS = {"max_context_length": 96, "batch_size": 2, "addressing": jaxkv.Paged(PAGE, 14)}
+POOLS = {
+    # Of layers that see 20 tokens a pool has the newest alone.
+    "windows": Shape(2, **SHAPE)
+    .sliding(20, full_every=2)
+    .cache_config(codec=jaxkv.Dense("float32"), chunk=CHUNK, **FIELDS),
+    "centred int8": jaxkv.KVCacheConfig(2, codec=jaxkv.Centred(jaxkv.Int8()), **SHAPE, **FIELDS),
+}
+
+
+def engine(config, **options):
+    options = {"prefill_chunk": CHUNK, "decode_steps": 4} | options
+    return jaxkv.Engine(model, config, **options)
