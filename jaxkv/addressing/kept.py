@@ -27,7 +27,8 @@ class Kept:
       new: tokens that fit beside them, until `jaxkv.evict` chooses again.
       num_layers, num_kv_heads: of the config; there is a position for each of their tokens.
       sums: also holds what each token was attended to so far (`jaxkv.policies.HeavyHitters`).
-      within: where the logical slots are, `Contiguous` or `Paged` without a shared pool.
+      within: where the logical slots are, `Contiguous` or `Paged`; pages of a shared pool are
+        assigned by `jaxkv.compress`.
 
     Raises:
       ValueError: a number that is not one of tokens, layers or heads.
@@ -53,8 +54,6 @@ class Kept:
                 f"Kept: sums must be True or False and within Contiguous() or Paged(), got "
                 f"{self.sums!r} and {self.within!r}."
             )
-        if isinstance(self.within, Paged) and self.within.num_pages is not None:
-            raise ValueError("Kept: within must be Paged() without num_pages, a pool of its own.")
 
     @property
     def name(self) -> str:
@@ -158,7 +157,8 @@ class KeptIndex:
 
     @property
     def room(self) -> Int[Array, "*batch"]:
-        return jnp.minimum(self.first_new + self.new, self.capacity)
+        new = jnp.minimum(self.within.room, self.new)  # fewer where pages are missing
+        return jnp.minimum(self.first_new + new, self.capacity)
 
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
         # Rolled back beyond the last choice, kept tokens from there on are gone for good: the

@@ -1,33 +1,36 @@
 """After prefill: score, choose, and gather what stays into a smaller cache."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import Contiguous, Kept, KeptByHead, KeptIndex, Paged, Ring, Sums
-from jaxkv.addressing.kept_by_head import KeptByHeadIndex
+from jaxkv.addressing import (
+    Addressing,
+    Contiguous,
+    Kept,
+    KeptByHead,
+    KeptIndex,
+    Paged,
+    PagedIndex,
+    Ring,
+)
 from jaxkv.checks import check_alive
 from jaxkv.compression.budgets import Keep, host_lengths, is_by_head, limits_of
-from jaxkv.compression.moves import picked, write_heads
+from jaxkv.compression.gather import gathered
 from jaxkv.compression.scoring import (
     LayerQueries,
     LayerScores,
     averaged,
-    held_positions,
-    per_sequence,
     score,
     summed,
 )
-from jaxkv.config import KVCacheConfig
 from jaxkv.hybrid import AnyCache, HybridCache, HybridConfig
 from jaxkv.kv_cache import KVCache
-from jaxkv.policies import HeavyHitters, Policy, select
+from jaxkv.policies import HeavyHitters, Policy
 
 
 def compress(
@@ -39,6 +42,7 @@ def compress(
     queries: LayerQueries | Sequence[Array] | None = None,
     sinks: int = 4,
     recent: int = 0,
+    pages: Int[Array, "*batch pages"] | None = None,
 ) -> AnyCache:
     """A smaller cache that holds the tokens which a policy scores highest, in each layer and head.
 
@@ -47,8 +51,8 @@ def compress(
     is as it was; let go of it to free its memory.
 
     Args:
-      cache: after prefill, with any codec. A paged one gives one with pages of its own. Rings in
-        a hybrid cache, which are bounded already, stay as they are.
+      cache: after prefill, with any codec. A paged one gives one with pages of its own, unless
+        ``pages`` are given. Rings in a hybrid cache, which are bounded already, stay as they are.
       policy: see `jaxkv.policies`, or scores ``[layers, *batch, kv_heads, slots]`` of one's own.
       keep: tokens that each head keeps; a float is a share of each sequence's tokens. One
         number; or one a layer, such as of `jaxkv.compression.pyramid`, which gives a hybrid cache;
@@ -58,10 +62,13 @@ def compress(
       queries: of the newest tokens, for policies that look at them; `jaxkv.observed` gives them.
       sinks: first tokens of a sequence that stay whatever their score.
       recent: newest tokens of a sequence that stay whatever their score.
+      pages: for sequences of a shared pool that are to stay in it: free pages for ``new`` and
+        kept tokens, from the pool's books. Its buffers are donated, and are those of the result;
+        other pages are not written.
 
     Raises:
-      ValueError: a number of tokens that cannot be kept, scores of another shape, or a policy
-        without the queries that it needs.
+      ValueError: a number of tokens that cannot be kept, scores of another shape, a policy
+        without the queries that it needs, or pages that do not fit.
       TypeError: a ring, or something that needs lengths while they are traced.
 
     >>> import jaxkv
@@ -72,8 +79,12 @@ def compress(
     (0.4, 80)
     """
     check_alive(cache)
-    options = {"new": new, "sinks": sinks, "recent": recent}
+    options = {"new": new, "sinks": sinks, "recent": recent, "pages": pages}
     every_layer = np.arange(cache.config.num_layers)
+    if isinstance(cache, HybridCache) and pages is not None:
+        raise ValueError(
+            "compress: pages are of one pool; give a hybrid cache's groups one by one."
+        )
     if not isinstance(cache, HybridCache):
         return _joined(_compressed(cache, every_layer, policy, keep, queries, options))
     parts = []
@@ -111,6 +122,12 @@ def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[
     by_head = is_by_head(keep)
     per_layer = limits.reshape(len(limits), -1)
     sizes = per_layer.sum(axis=1) if by_head else per_layer.max(axis=1)
+    pages, pool = options["pages"], None
+    if pages is not None:
+        if by_head or len(set(sizes.tolist())) > 1:
+            raise ValueError("compress: in a pool all heads and layers keep one number of tokens.")
+        pages, pool = _checked_pages(cache, pages, int(new + sizes[0])), cache.storage
+        cache = dataclasses.replace(cache, storage={})
     parts = []
     for size in dict.fromkeys(sizes.tolist()):
         chosen = np.flatnonzero(sizes == size)
@@ -119,14 +136,16 @@ def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[
         if by_head:
             addressing = KeptByHead(places=size, longest=int(limits[chosen].max()), **shape)
         else:
-            within = _like(config.addressing)
+            within = _like(config.addressing, pages is not None)
             addressing = Kept(tokens=size, sums=sums is not None, within=within, **shape)
-        smaller = _gathered(
+        smaller = gathered(
             cache,
             scores,
             sums,
             jnp.asarray(chosen, jnp.int32),
             jnp.asarray(limits[chosen]),
+            pool=pool,
+            pages=pages,
             config=config.replace(num_layers=len(chosen), addressing=addressing),
             addressing=addressing,
             sinks=options["sinks"],
@@ -145,67 +164,37 @@ def _joined(parts: list[Part]) -> AnyCache:
     return HybridCache(groups, HybridConfig(tuple(group.config for group in groups), numbers))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "addressing", "sinks", "recent"))
-def _gathered(
-    cache: KVCache,
-    scores: LayerScores,
-    sums: Sums | None,
-    layers: Int[Array, " kept_layers"],
-    limits: Int[Array, "kept_layers *batch kv_heads"],
-    *,
-    config: KVCacheConfig,
-    addressing: Kept | KeptByHead,
-    sinks: int,
-    recent: int,
-) -> KVCache:
-    """A cache of ``config`` that holds the best tokens of these layers of another."""
-    index: KeptIndex = addressing.init(config.max_context_length, config.batch_size)
-    index = dataclasses.replace(index, lengths=cache.lengths)
-    if isinstance(index, KeptByHeadIndex):
-        index = index.with_runs(limits)
-    keep = index.extent - index.new
-    storage = {
-        name: jnp.zeros((len(layers), leaf.shape[1], config.num_slots, *leaf.shape[3:]), leaf.dtype)
-        for name, leaf in cache.storage.items()
-    }
+def _like(addressing: Addressing, in_pool: bool) -> Contiguous | Paged:
+    """Where a compressed cache has its slots: pages for a paged one, of its own or of the pool."""
+    within = addressing.within if isinstance(addressing, Kept) else addressing
+    if not isinstance(within, Paged):
+        return Contiguous()
+    return Paged(within.page_size, within.num_pages if in_pool else None)
 
-    def choose(scores: Array, positions: Array, limit: Array) -> tuple[Array, Array]:
-        return select(scores, positions, keep, most=limit, sinks=sinks, recent=recent)
 
-    def one_layer(state, job):
-        storage, index = state
-        number, layer, limit = job
-        positions = held_positions(cache, layer)
-        slots, kept = per_sequence(cache, choose)(scores[layer], positions, limit)
-        logical = jnp.broadcast_to(index.new + jnp.arange(keep, dtype=jnp.int32), slots.shape)
-        targets = index.head_slots(number, jnp.where(kept >= 0, logical, -1))
-        moved = {
-            name: write_heads(
-                leaf,
-                number,
-                targets,
-                picked(cache, cache.storage[name], layer, slots, cache.index.extent),
+def _checked_pages(cache: KVCache, pages: Array, slots: int) -> Int[Array, "*batch pages"]:
+    """Pages of the cache's pool for so many slots a sequence, none of them its own."""
+    index = cache.index.within if isinstance(cache.index, KeptIndex) else cache.index
+    if not isinstance(index, PagedIndex) or not index.shared:
+        raise ValueError(
+            f"compress: pages are of a shared pool, and this cache is {cache.config.addressing}."
+        )
+    expected = (*cache.config.batch_shape, -(-slots // index.page_size))
+    pages = jnp.asarray(pages, jnp.int32)
+    if pages.shape != expected:
+        raise ValueError(
+            f"compress: pages must be int32{list(expected)}, for {slots} slots a sequence in pages "
+            f"of {index.page_size}, got {list(pages.shape)}."
+        )
+    if not isinstance(pages, jax.core.Tracer) and not isinstance(index.table, jax.core.Tracer):
+        given, num_pages = np.asarray(pages).ravel(), cache.config.num_slots // index.page_size
+        bad = (given < 0) | (given >= num_pages) | np.isin(given, np.asarray(index.table))
+        if bad.any() or len(set(given.tolist())) < len(given):
+            raise ValueError(
+                f"compress: pages must be different ones of {num_pages} that the sequences do not "
+                f"have yet, got {given.tolist()}."
             )
-            for name, leaf in storage.items()
-        }
-        index = index.with_kept(number, kept)
-        if index.sums is not None and sums is not None:
-            drawn = jnp.take_along_axis(sums.attention[layer], slots, axis=-1)
-            attention = index.sums.attention.at[number, ..., index.new :].set(drawn)
-            index = index.with_sums(Sums(attention, sums.since))
-        return (moved, index), None
-
-    jobs = jnp.arange(len(layers), dtype=jnp.int32), layers, limits
-    (storage, index), _ = lax.scan(one_layer, (storage, index), jobs)
-    means = None if cache.means is None else cache.means[layers]
-    return KVCache(storage, index, config, means)
-
-
-def _like(addressing) -> Contiguous | Paged:
-    """Where a compressed cache has its slots: pages for a paged one, of its own."""
-    if isinstance(addressing, Kept):
-        return addressing.within
-    return Paged(addressing.page_size) if isinstance(addressing, Paged) else Contiguous()
+    return pages
 
 
 def of_layers(arrays: Array | Sequence[Array], layers: np.ndarray) -> Array:
