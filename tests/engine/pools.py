@@ -11,12 +11,13 @@ embedding = jnp.asarray(np.random.default_rng(0).standard_normal((64, 32)), jnp.
 
 
 def model(tokens, cache):
+    """Its answer is a mix of all that it sees, and of little else."""
     x = embedding[tokens]
     for layer in range(2):
         heads = x.reshape(*x.shape[:-1], 2, 16)
         cache = jaxkv.append(cache, heads, heads, layer=layer)
-        x = x + 0.5 * jaxkv.attend(cache, heads, layer=layer).reshape(x.shape)
-    return x @ embedding.T, jaxkv.advance(cache, tokens.shape[-1])
+        x = jaxkv.attend(cache, heads, layer=layer, scale=0.1).reshape(x.shape)
+    return 0.5 * x @ embedding.T, jaxkv.advance(cache, tokens.shape[-1])
 
 
 SHAPE = {"num_kv_heads": 2, "head_dim": 16}
@@ -31,5 +32,6 @@ POOLS = {
 
 
 def engine(config, **options):
-    options = {"prefill_chunk": CHUNK, "decode_steps": 4} | options
+    hot = jaxkv.Sampling(temperature=1.0)  # or it would say one word over and over
+    options = {"prefill_chunk": CHUNK, "decode_steps": 4, "sampling": hot} | options
     return jaxkv.Engine(model, config, **options)

@@ -104,9 +104,9 @@ class Pool(RuleBasedStateMachine):
     )
     def restore(self, start, rest, share, salt, reuse):
         """Tokens from elsewhere: a saved prompt, or what a preempted request had."""
-        answer = (2, 1) if share > 0.8 else ()
+        answer = (2, 1) * 4
         prompt = (*start, *rest)
-        tokens = (prompt + answer)[: int(share * (len(prompt) + 2))]
+        tokens = (prompt + answer)[: int(share * (len(prompt) + len(answer)))]
         named = self.pages.prompt(prompt, salt=salt, reuse=reuse)
         request, self.count = self.count, self.count + 1
         self.unchanged_by(restore, self.pages, request, named, len(tokens))
