@@ -30,6 +30,7 @@ SLOW = re.compile(
     r"|test_compress\.py::test_every_policy.*(paged|float16|float8|rotated)"
     r"|test_compress\.py::test_codecs_with_a_space"
     r"|test_snapshot\.py.*(rotated|float16|float8)"
+    r"|test_kept\.py.*evicting|test_pool\.py.*int8-False"
     r"|integrations/test_(flax|linen|nnx)\.py.*(scan|remat|equivalence|codec_and_addressing)"
     r"|models/test_goldens\.py::test_(a_codec_a_layer|logits_of_chunks.*\[\w+ )"
     r"|jaxkv/(models/(decoder|gpt2|load)|policies/|measure|attention/fetched|generation)"
