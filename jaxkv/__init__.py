@@ -26,6 +26,7 @@ from jaxkv.known_models import cache_config
 from jaxkv.kv_cache import KVCache
 from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
 from jaxkv.model_shape import wide_at_the_ends
+from jaxkv.newest import Newest
 from jaxkv.placement import HostMemory
 from jaxkv.rearrange import copy_pages, fork, select
 from jaxkv.sampling import Sampling, sample
@@ -67,6 +68,7 @@ __all__ = [
     "Kept",
     "KeysValues",
     "MemoryTracker",
+    "Newest",
     "Paged",
     "Plan",
     "PoolFullError",

@@ -89,7 +89,10 @@ def append(
         )
         for name, leaf in cache.storage.items()
     }
-    return dataclasses.replace(cache, storage=storage, means=means)
+    newest = cache.newest
+    if newest is not None:
+        newest = append(newest, keys, values, layer=num_layer, num_tokens=num_tokens)
+    return dataclasses.replace(cache, storage=storage, means=means, newest=newest)
 
 
 @in_every_group

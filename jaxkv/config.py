@@ -7,10 +7,11 @@ import os
 from collections.abc import Mapping
 from typing import Any, Self
 
-from jaxkv.addressing import Addressing, Contiguous
+from jaxkv.addressing import Addressing, Contiguous, Kept, KeptByHead
 from jaxkv.codecs import Centred, Codec, Dense, bytes_per_token
 from jaxkv.errors import ConfigError
 from jaxkv.hf_config import hf_shape, read_hf, text_config
+from jaxkv.newest import Newest, NewestSlots
 from jaxkv.placement import HostMemory
 from jaxkv.text import sequences
 
@@ -30,6 +31,7 @@ class KVCacheConfig:
       codec: how a vector is stored.
       addressing: which slot holds which token.
       placement: None for all on the device; `HostMemory` for contexts that do not fit there.
+      newest: None, or the newest tokens by a finer codec as well; see `Newest`.
 
     Raises:
       ConfigError: a `ValueError` that names every bad field.
@@ -50,6 +52,7 @@ class KVCacheConfig:
     codec: Codec = Dense("bfloat16")
     addressing: Addressing = Contiguous()
     placement: HostMemory | None = None
+    newest: Newest | None = None
 
     def __post_init__(self):
         problems = [self._normalize_count(field) for field in _COUNTS]
@@ -69,6 +72,8 @@ class KVCacheConfig:
                 problems.append(f"{field} must be that of {self.addressing}, got {own}")
         if self.placement is not None:
             problems.append(self._check_placement())
+        if self.newest is not None:
+            problems.append(self._check_newest())
         if problems := [problem for problem in problems if problem]:
             raise ConfigError("KVCacheConfig: " + "; ".join(problems) + ".")
 
@@ -77,6 +82,19 @@ class KVCacheConfig:
             return f"placement must be jaxkv.HostMemory(...) or None, got {self.placement!r}"
         if not isinstance(self.addressing, Contiguous):
             return f"placement in host memory needs Contiguous addressing, got {self.addressing!r}"
+        return None
+
+    def _check_newest(self) -> str | None:
+        if not isinstance(self.newest, Newest):
+            return f"newest must be jaxkv.Newest(...) or None, got {self.newest!r}"
+        if self.placement is not None:
+            return "newest needs a cache on the device, got placement in host memory"
+        shared = getattr(self.addressing, "num_pages", None) is not None
+        if shared or isinstance(self.addressing, Kept | KeptByHead):
+            return (
+                "newest needs sequences that own their slots and hold all their tokens, got "
+                f"{self.addressing!r}"
+            )
         return None
 
     def _normalize_count(self, field: str, also_allowed: str = "") -> str | None:
@@ -146,7 +164,17 @@ class KVCacheConfig:
     def size_bytes(self) -> int:
         """Exact bytes of the keys and values, scales and means included, wherever they are."""
         means = 4 * math.prod(self.means_shape) if self.means_shape else 0
-        return (self.num_slots + self.num_resident_slots) * self.bytes_per_token + means
+        newest = 0 if self.newest_config is None else self.newest_config.size_bytes
+        return (self.num_slots + self.num_resident_slots) * self.bytes_per_token + means + newest
+
+    @property
+    def newest_config(self) -> "KVCacheConfig | None":
+        """Of the cache of the `Newest` tokens, which never reaches beyond what a query sees."""
+        if self.newest is None:
+            return None
+        tokens = min(self.newest.tokens, getattr(self.addressing, "window", None) or 1 << 31)
+        codec = self.newest.codec_beside(self.codec)
+        return self.replace(codec=codec, addressing=NewestSlots(tokens), newest=None)
 
     @property
     def num_resident_slots(self) -> int:
@@ -169,6 +197,8 @@ class KVCacheConfig:
     def index_bytes(self) -> int:
         """Exact bytes of what stands beside them: lengths, and page tables where there are any."""
         index = self.addressing.index_bytes(self.max_context_length, self.batch_size)
+        if self.newest_config is not None:
+            return index + self.newest_config.index_bytes
         if self.placement is None:
             return index
         return index + 4 * (self.batch_size or 1) + self._bounds_bytes
@@ -184,14 +214,19 @@ class KVCacheConfig:
     @property
     def codec_name(self) -> str:
         """Of the codec, for messages and tables."""
-        return self.codec.name
+        if self.newest is None:
+            return self.codec.name
+        return f"{self.codec.name}, newest {self.newest.tokens} {self.newest.codec.name}"
 
     def to_dict(self) -> dict[str, Any]:
         """Its fields as plain values, codec and addressing by name."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         placement = None if self.placement is None else dataclasses.asdict(self.placement)
         names = {"codec": self.codec.name, "addressing": self.addressing.name}
-        return fields | names | {"placement": placement}
+        newest = None
+        if self.newest is not None:
+            newest = {"tokens": self.newest.tokens, "codec": self.newest.codec.name}
+        return fields | names | {"placement": placement, "newest": newest}
 
     def describe(self) -> str:
         """One line for messages: ``4096 tokens x 32 layers x 8 KV heads x 128, bfloat16, ring``.
@@ -201,6 +236,6 @@ class KVCacheConfig:
         batch = "" if self.batch_size is None else f"{sequences(self.batch_size)} x "
         return (
             f"{batch}{self.max_context_length} tokens x {self.num_layers} layers x "
-            f"{self.num_kv_heads} KV heads x {self.head_dim}, {self.codec.name}"
+            f"{self.num_kv_heads} KV heads x {self.head_dim}, {self.codec_name}"
             f"{'' if isinstance(self.addressing, Contiguous) else f', {self.addressing.name}'}"
         )

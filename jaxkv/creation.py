@@ -54,7 +54,8 @@ def _create(config: KVCacheConfig, device: Any) -> KVCache:
     elif isinstance(device, jax.Device):
         index, resident = jax.device_put((index, resident), device)
     storage = buffers(config.num_slots, jnp.zeros if resident is None else zeros_in_host_memory)
-    return KVCache(storage, index, config, means, resident)
+    newest = None if config.newest_config is None else _create(config.newest_config, device)
+    return KVCache(storage, index, config, means, resident, newest)
 
 
 def _platform(device: Any) -> str:

@@ -11,6 +11,7 @@ from jaxkv.errors import ConfigError
 from jaxkv.hf_config import Source, hf_shape, layer_windows, read_hf, text_config
 from jaxkv.hybrid import AnyConfig
 from jaxkv.model_shape import RING_CHUNK, Shape
+from jaxkv.newest import Newest
 
 # As in the config.json files on the Hugging Face hub.
 KNOWN_MODELS: dict[str, Shape] = {
@@ -75,6 +76,7 @@ def cache_config(
     codec: Codec | Sequence[Codec] = Dense("bfloat16"),
     addressing: Addressing = Contiguous(),
     chunk: int | None = RING_CHUNK,
+    newest: Newest | None = None,
 ) -> AnyConfig:
     """The cache that a model needs, layers with windows in rings.
 
@@ -87,6 +89,7 @@ def cache_config(
       addressing: which slot holds which token, in layers that see all tokens.
       chunk: the most tokens that a step brings. Layers with a window keep ``window - 1 + chunk``
         tokens. None for steps of any size: then all layers keep all tokens.
+      newest: the newest tokens by a finer codec as well, see `Newest`.
 
     Returns:
       A `KVCacheConfig`, or a `HybridConfig` where layers differ.
@@ -111,6 +114,7 @@ def cache_config(
         codec=codec,
         addressing=addressing,
         chunk=chunk,
+        newest=newest,
     )
 
 

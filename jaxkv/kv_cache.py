@@ -26,7 +26,7 @@ NumTokens = int | Int[Array, "*batch"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["storage", "index", "means", "resident"],
+    data_fields=["storage", "index", "means", "resident", "newest"],
     meta_fields=["config"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -42,6 +42,8 @@ class KVCache:
       means: of `Centred`, ``[layers, 2, kv_heads, head_dim]``, None for other codecs.
       resident: where ``config.placement`` puts the buffers into host memory, what stays on the
         device; else None.
+      newest: where ``config.newest`` keeps the newest tokens by a finer codec too, the cache of
+        them; else None.
 
     >>> import jax, jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 64, num_kv_heads=1, head_dim=16))
@@ -56,6 +58,7 @@ class KVCache:
     config: KVCacheConfig
     means: Float32[Array, "layers 2 kv_heads head_dim"] | None = None
     resident: Resident | None = None
+    newest: "KVCache | None" = None
 
     @property
     def lengths(self) -> Int[Array, "*batch"]:
@@ -70,14 +73,17 @@ class KVCache:
     @property
     def size_bytes(self) -> int:
         """Bytes of the keys and values; equal to ``config.size_bytes``."""
-        newest = None if self.resident is None else self.resident.storage
-        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.storage, self.means, newest)))
+        resident = None if self.resident is None else self.resident.storage
+        held = self.storage, self.means, resident
+        newest = 0 if self.newest is None else self.newest.size_bytes
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(held)) + newest
 
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> "KVCache":
         """The same buffers with other lengths: for those who write verbs."""
         resident = None if self.resident is None else self.resident.with_lengths(lengths)
+        newest = None if self.newest is None else self.newest.with_lengths(lengths)
         index = self.index.with_lengths(lengths)
-        return dataclasses.replace(self, index=index, resident=resident)
+        return dataclasses.replace(self, index=index, resident=resident, newest=newest)
 
     def __repr__(self) -> str:
         held, unknown = _lengths(self)

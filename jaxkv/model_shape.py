@@ -9,6 +9,7 @@ from jaxkv.codecs import Codec, Dense
 from jaxkv.config import KVCacheConfig
 from jaxkv.errors import ConfigError
 from jaxkv.hybrid import AnyConfig, HybridConfig
+from jaxkv.newest import Newest
 
 RING_CHUNK = 128  # tokens; what `jaxkv.generate` prefills at once
 
@@ -46,6 +47,7 @@ class Shape(NamedTuple):
         codec: Codec | Sequence[Codec] = Dense("bfloat16"),
         addressing: Addressing = Contiguous(),
         chunk: int | None = RING_CHUNK,
+        newest: Newest | None = None,
     ) -> AnyConfig:
         """The cache: a `KVCacheConfig`, or a `HybridConfig` where layers differ.
 
@@ -57,6 +59,7 @@ class Shape(NamedTuple):
             chunk`` tokens: in a `Ring`, or in pages of their own where ``addressing`` is a
             shared pool. None for steps of any size: they keep all tokens, in ``addressing``,
             and see the newest.
+          newest: in each layer, see `Newest`.
 
         Raises:
           ConfigError: as `KVCacheConfig`, or codecs that are not one a layer.
@@ -85,6 +88,7 @@ class Shape(NamedTuple):
                 batch_size=batch_size,
                 addressing=kind[0],
                 codec=kind[1],
+                newest=newest,
             )
             for kind in kinds
         )

@@ -42,7 +42,8 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     if slots is not None:
         storage = {name: jnp.take(leaf, slots, axis=2) for name, leaf in storage.items()}
     config = cache.config.replace(batch_size=chosen.size)
-    return dataclasses.replace(cache, storage=storage, index=index, config=config)
+    newest = None if cache.newest is None else select(cache.newest, chosen)
+    return dataclasses.replace(cache, storage=storage, index=index, config=config, newest=newest)
 
 
 def fork(cache: AnyCache, num_copies: int) -> AnyCache:

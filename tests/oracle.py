@@ -191,7 +191,8 @@ def poisoned(cache, poison=np.nan):
         return jnp.full_like(leaf, poison if floating else jnp.iinfo(leaf.dtype).max)
 
     storage = {name: fill(leaf) for name, leaf in cache.storage.items()}
-    return dataclasses.replace(cache, storage=storage)
+    newest = None if cache.newest is None else poisoned(cache.newest, poison)
+    return dataclasses.replace(cache, storage=storage, newest=newest)
 
 
 def padded(array, num_tokens, padding):

@@ -9,6 +9,7 @@ import jaxkv
 SHAPE = {"num_layers": 2, "max_context_length": 8, "num_kv_heads": 2, "head_dim": 4}
 SINGLE = jaxkv.KVCacheConfig(**SHAPE)
 BATCH = jaxkv.KVCacheConfig(**SHAPE, batch_size=3)
+NEWEST = SINGLE.replace(newest=jaxkv.Newest())
 
 
 def zeros(*shape, dtype="float32"):
@@ -176,6 +177,41 @@ MISUSES = {
         lambda: jaxkv.truncate(jaxkv.create(SINGLE), -1),
         ValueError,
         "length must be at least 0, got -1",
+    ),
+    "newest tokens that are none": (
+        lambda: jaxkv.Newest(0),
+        ValueError,
+        "Newest: tokens must be an int of at least 1, got 0",
+    ),
+    "newest tokens that are no Newest": (
+        lambda: SINGLE.replace(newest=16),
+        jaxkv.ConfigError,
+        r"newest must be jaxkv.Newest\(...\) or None, got 16",
+    ),
+    "newest tokens of a shared pool": (
+        lambda: NEWEST.replace(addressing=jaxkv.Paged(num_pages=4)),
+        jaxkv.ConfigError,
+        "newest needs sequences that own their slots and hold all their tokens, got Paged",
+    ),
+    "newest tokens beside host memory": (
+        lambda: NEWEST.replace(placement=jaxkv.HostMemory()),
+        jaxkv.ConfigError,
+        "newest needs a cache on the device, got placement in host memory",
+    ),
+    "compression of a cache with newest tokens": (
+        lambda: jaxkv.compress(jaxkv.create(NEWEST), jaxkv.policies.SinksAndRecent(), keep=0.5),
+        TypeError,
+        "keeps its newest tokens by bfloat16 as well cannot be compressed",
+    ),
+    "a file of a cache with newest tokens": (
+        lambda: jaxkv.save(jaxkv.create(NEWEST), "never-written"),
+        jaxkv.SnapshotError,
+        "cannot be saved. Create it with newest=None",
+    ),
+    "offload of a cache with newest tokens": (
+        lambda: jaxkv.offload(jaxkv.create(NEWEST)),
+        ValueError,
+        "cannot be moved between memories",
     ),
     "truncate of another batch": (
         lambda: jaxkv.truncate(jaxkv.create(BATCH), jnp.array([1, 2])),

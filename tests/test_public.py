@@ -19,7 +19,7 @@ PACKAGE = ROOT / "jaxkv"
 FLOORS = [
     {"errors", "display", "text", "hf_config", "html", "native"},
     {"codecs", "addressing", "paging"},
-    {"placement"},
+    {"placement", "newest"},
     {"config"},
     {"kv_cache"},
     {"vectors"},

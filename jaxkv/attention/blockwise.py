@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from jaxkv.attention.online import Online
 from jaxkv.attention.request import Grouped, Request
+from jaxkv.codecs import Codec, rotate_values, unrotate
 
 KEY_BLOCK = 1024  # slots
 QUERY_BLOCK = 256  # tokens
@@ -31,6 +32,20 @@ def blockwise(request: Request) -> Grouped:
 
 
 def _one_query_block(request: Request) -> Grouped:
+    state = _all_blocks(request)
+    if request.newest is not None:
+        state = state.joined(_newest(request.newest, request.cache.config.codec))
+    return state.output()
+
+
+def _newest(request: Request, codec: Codec) -> Online:
+    """What queries know of the newest tokens, turned as the codec of the whole cache turns it."""
+    state = _all_blocks(request)
+    mix = rotate_values(codec, unrotate(request.cache.config.codec, state.mix))
+    return state._replace(mix=mix)
+
+
+def _all_blocks(request: Request) -> Online:
     extent = request.cache.index.extent
     size = min(KEY_BLOCK, extent)
 
@@ -46,5 +61,4 @@ def _one_query_block(request: Request) -> Grouped:
         return lax.cond(seen.any(), read, lambda state: state, state), None
 
     blocks = jnp.arange(-(-extent // size))
-    state, _ = lax.scan(one_key_block, Online.start(request), blocks)
-    return state.output()
+    return lax.scan(one_key_block, Online.start(request), blocks)[0]

@@ -53,6 +53,13 @@ class Online(NamedTuple):
         total = self.total * keep + weights.sum(axis=-1)
         return Online(highest, total, self.mix * keep[..., None] + mix_of(weights, values))
 
+    def joined(self, other: "Online") -> "Online":
+        """After the slots of both, of which no one is in both."""
+        highest = lax.stop_gradient(jnp.maximum(self.highest, other.highest))
+        ours, theirs = jnp.exp(self.highest - highest), jnp.exp(other.highest - highest)
+        mix = self.mix * ours[..., None] + other.mix * theirs[..., None]
+        return Online(highest, self.total * ours + other.total * theirs, mix)
+
     def output(self) -> Grouped:
         """The attention output; zeros for a query that has seen nothing."""
         return self.mix / jnp.where(self.total == 0, 1, self.total)[..., None]

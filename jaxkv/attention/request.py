@@ -14,6 +14,7 @@ from jaxkv.cache import token_positions
 from jaxkv.checks import check_layer
 from jaxkv.codecs import Centred, rotate, rotate_values
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.newest import NewestIndex
 from jaxkv.vectors import means_of, read_stored
 
 # Query head h * group + g reads KV head h, so queries are kept grouped by what they read.
@@ -24,7 +25,10 @@ Vectors = Float[Array, "batch slots kv_heads head_dim"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "queries", "layer", "positions", "lengths", "sinks", "centre_queries"],
+    data_fields=[
+        *("cache", "queries", "layer", "positions", "lengths", "sinks"),
+        *("centre_queries", "newest"),
+    ],
     meta_fields=["softcap", "window"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Request:
       lengths: of each sequence, after these tokens.
       sinks: a learned logit a query head that takes probability and gives nothing, or None.
       centre_queries: what a `Centred` codec's features of a position are multiplied with.
+      newest: the same call of the cache of `Newest` tokens, which are not read here then; or None.
     """
 
     cache: KVCache
@@ -49,6 +54,7 @@ class Request:
     window: int | None = None
     sinks: Float[Array, "kv_heads group"] | None = None
     centre_queries: Float[Array, "batch kv_heads tokens group features"] | None = None
+    newest: "Request | None" = None
 
     @classmethod
     def of(cls, cache: KVCache, queries: Grouped, layer: Layer, **fields: Any) -> Self:
@@ -76,6 +82,7 @@ class Request:
             queries=take(self.queries, 2, 0),
             positions=take(self.positions, 1, -1),
             centre_queries=None if centre_queries is None else take(centre_queries, 2, 0),
+            newest=None if self.newest is None else self.newest.take_queries(start, size),
         )
 
     def keys_and_values(self, start: Int[Array, ""] | int, size: int) -> tuple[Vectors, Vectors]:
@@ -99,7 +106,20 @@ class Request:
         seen = visible(self.positions[:, None], positions, index.window, index.sinks)
         if self.window is not None:
             seen &= visible(self.positions[:, None], positions, self.window)
+        if self.newest is not None:
+            seen &= ~self._in_newest(positions)
         return seen[:, :, :, None, :]
+
+    def _in_newest(
+        self, positions: Int[Array, "batch #kv_heads slots"]
+    ) -> Bool[Array, "batch #kv_heads tokens slots"]:
+        """Which of these tokens each query reads from the cache of `Newest` ones."""
+        assert self.newest is not None
+        index = self.newest.cache.index
+        assert isinstance(index, NewestIndex)
+        first = index.first_position(self.lengths.reshape(index.lengths.shape)).reshape(-1)
+        near = visible(self.positions[:, None], positions, index.window)
+        return near & (positions >= first[:, None, None])[:, :, None]
 
     def logits(self, scores: Scores, start: Int[Array, ""] | int, size: int) -> Scores:
         """Those slots' scores, with the share of means that keys are stored without, and capped."""
@@ -136,6 +156,10 @@ def request_of(
     grouped = queries.reshape(batch, tokens, config.num_kv_heads, group, head_dim)
     scaled = grouped.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)
     added = tokens if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
+    newest = None
+    if cache.newest is not None:  # sinks take their share once
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
+        newest = request_of(cache.newest, queries, layer, num_tokens, **options)
     return Request.of(
         cache,
         jnp.moveaxis(scaled, 1, 2),
@@ -145,4 +169,5 @@ def request_of(
         softcap=softcap,
         window=window,
         sinks=None if sinks is None else sinks.astype(jnp.float32).reshape(-1, group),
+        newest=newest,
     )

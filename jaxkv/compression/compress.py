@@ -18,7 +18,7 @@ from jaxkv.addressing import (
     PagedIndex,
     Ring,
 )
-from jaxkv.checks import check_alive
+from jaxkv.checks import check_alive, check_plain
 from jaxkv.compression.budgets import Keep, host_lengths, is_by_head, limits_of
 from jaxkv.compression.gather import gathered
 from jaxkv.compression.scoring import (
@@ -106,6 +106,7 @@ Part = tuple[np.ndarray, KVCache]
 
 def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[Part]:
     """A smaller cache for each number of tokens to keep."""
+    check_plain(cache, "compressed", TypeError)
     config, new = cache.config, options["new"]
     if isinstance(config.addressing, Ring):
         raise TypeError("compress: a ring keeps a bounded number of tokens already.")

@@ -12,6 +12,7 @@ from jaxkv.codecs import Centred, Codec, Dense, Rope
 from jaxkv.hybrid import AnyConfig
 from jaxkv.model_shape import RING_CHUNK, Shape
 from jaxkv.models.layers import Embedding, Linear, matmul
+from jaxkv.newest import Newest
 
 
 class Model(nnx.Module):
@@ -43,6 +44,7 @@ class Model(nnx.Module):
         codec: Codec | Sequence[Codec] | None = None,
         addressing: Addressing = Contiguous(),
         chunk: int | None = RING_CHUNK,
+        newest: Newest | None = None,
     ) -> AnyConfig:
         """The cache that fits this model.
 
@@ -55,6 +57,7 @@ class Model(nnx.Module):
           chunk: the most tokens that a call brings. Layers with a window keep ``window - 1 +
             chunk`` tokens. None for calls of any size: then all layers keep all tokens, in
             ``addressing``.
+          newest: the newest tokens by a finer codec as well, see `jaxkv.Newest`.
         """
         config = self.config
         windows = getattr(config, "windows", ())
@@ -74,6 +77,7 @@ class Model(nnx.Module):
             codec=codecs,
             addressing=addressing,
             chunk=chunk,
+            newest=newest,
         )
 
     def _logits(

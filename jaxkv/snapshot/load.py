@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxkv.addressing import Addressing, Kept, KeptByHead, KeptIndex
-from jaxkv.checks import check_on_device
+from jaxkv.checks import check_on_device, check_plain
 from jaxkv.codecs import Codec
 from jaxkv.creation import create
 from jaxkv.errors import CacheFullError, ConfigError, SnapshotError
@@ -172,6 +172,7 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache) -> None:
     """Refuse a cache whose vectors are not like those of the file."""
     for cache in caches_of(into):
         check_on_device(cache)
+        check_plain(cache, "loaded into")
     layers = getattr(into.config, "group_of_layer", None)
     if saved.group_of_layer != layers:
         raise SnapshotError(

@@ -12,7 +12,9 @@ from jaxtyping import Array, Int
 
 from jaxkv.addressing import KeptIndex
 from jaxkv.cache import check
+from jaxkv.checks import check_plain
 from jaxkv.codecs import leaf_specs
+from jaxkv.errors import SnapshotError
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
 from jaxkv.snapshot import container
@@ -42,6 +44,7 @@ def save(
 
     Raises:
       CacheFullError, CacheClosedError: the cache is not sound.
+      SnapshotError: a cache that keeps `jaxkv.Newest` tokens.
       ValueError: tokens that are not as many as the cache holds.
       OSError: the file cannot be written. What was there before is as it was.
 
@@ -55,6 +58,8 @@ def save(
     from jaxkv import __version__
 
     check(cache)
+    for group in caches_of(cache):
+        check_plain(group, "saved", SnapshotError)
     sources = [
         KeptSource.of(group) if isinstance(group.index, KeptIndex) else _Source.of(group)
         for group in caches_of(cache)

@@ -158,6 +158,7 @@ def test_json():
         "codec": "bfloat16",
         "addressing": "contiguous",
         "placement": None,
+        "newest": None,
     }
     assert answer["fits"] is True
     assert answer["needed_bytes"] == 2**30 + 4

@@ -1,0 +1,150 @@
+"""The newest tokens of each sequence, kept a second time by a better codec."""
+
+import dataclasses
+import functools
+from typing import ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxkv.addressing import Layer
+from jaxkv.addressing.runs import first_slots, read_runs, slots_of_runs
+from jaxkv.codecs import Centred, Codec, Dense
+
+
+@dataclasses.dataclass(frozen=True)
+class Newest:
+    """Beside a cache of few bits: its newest tokens by another codec, in a ring.
+
+    What attention gives falls mostly to the last few tokens, and so does what rounding them costs:
+    KIVI (Liu et al., 2024, section 3.3) keeps a residual of them unrounded, and loses much of its
+    quality without. Here every token is stored by the cache's own codec at once and for good, and
+    nothing is ever stored again; for as long as a token is among the ``tokens`` newest, queries
+    read its better copy.
+
+    A query reads the better copies of the ``tokens`` newest tokens, itself included, as far as the
+    ring still holds them when it comes: all of them in decode. Of an `append` of more tokens the
+    ring holds the last ones, and the earlier queries read what the cache's codec made of theirs.
+    After a rollback it holds what was not written over.
+
+    It takes ``tokens`` slots a sequence of that codec, whatever the context, and its means where
+    it is `Centred`.
+
+    Args:
+      tokens: of each sequence.
+      codec: a finer one than the cache's. A `Centred` one without a rope takes that of the cache's
+        codec.
+
+    Raises:
+      ValueError: a number that is not one of tokens.
+
+    >>> import jaxkv
+    >>> config = jaxkv.KVCacheConfig(
+    ...     32, 8192, num_kv_heads=8, head_dim=128, codec=jaxkv.Rotated(bits=2),
+    ...     newest=jaxkv.Newest(16, jaxkv.Rotated(bits=4)),
+    ... )
+    >>> config.size_bytes == 2 * 32 * 8 * (8192 * (32 + 2) + 16 * (64 + 2))
+    True
+    """
+
+    tokens: int = 16
+    codec: Codec = Dense("bfloat16")
+
+    def __post_init__(self):
+        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 1:
+            raise ValueError(f"Newest: tokens must be an int of at least 1, got {self.tokens!r}.")
+
+    def codec_beside(self, codec: Codec) -> Codec:
+        """Its codec beside the cache's own, whose rope it is under."""
+        if isinstance(self.codec, Centred) and isinstance(codec, Centred):
+            return self.codec.under(codec.rope)
+        return self.codec
+
+
+@dataclasses.dataclass(frozen=True)
+class NewestSlots:
+    """The addressing of `Newest`: a ring of ``tokens`` slots a sequence.
+
+    Unlike `Ring` it takes any number of tokens at once, of which it holds the last, and any
+    rollback: what it lost is still in the cache that it stands beside.
+    """
+
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return "newest"
+
+    def num_slots(self, max_context_length: int, batch_size: int | None) -> int:
+        return min(self.tokens, max_context_length) * (batch_size or 1)
+
+    def index_bytes(self, max_context_length: int, batch_size: int | None) -> int:
+        return 8 * (batch_size or 1)
+
+    def init(self, max_context_length: int, batch_size: int | None) -> "NewestIndex":
+        shape = () if batch_size is None else (batch_size,)
+        lengths, first = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32)
+        return NewestIndex(lengths, first, max_context_length, self.tokens)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["lengths", "first"],
+    meta_fields=["capacity", "window"],
+)
+@dataclasses.dataclass(frozen=True)
+class NewestIndex:
+    """Lengths, and where what is held begins after a rollback.
+
+    Position p is in slot ``p % window``, as long as it is among the ``window`` newest.
+    """
+
+    lengths: Int[Array, "*batch"]
+    first: Int[Array, "*batch"]
+    capacity: int
+    window: int
+
+    chunk: ClassVar[None] = None
+    sinks: ClassVar[int] = 0
+    intact: ClassVar[bool] = True
+
+    @property
+    def extent(self) -> int:
+        return min(self.window, self.capacity)
+
+    @property
+    def room(self) -> int:
+        return self.capacity
+
+    def first_position(self, lengths: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
+        """Tokens from this position on are held; ``lengths`` are those after the newest."""
+        return jnp.maximum(self.first, lengths - self.window)
+
+    def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
+        # Tokens that are taken back have written over those ``window`` before them.
+        first = jnp.minimum(self.first_position(self.lengths), lengths)
+        return dataclasses.replace(self, lengths=lengths, first=jnp.maximum(first, 0))
+
+    def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
+        kept = (positions >= 0) & (positions < self.capacity)
+        newest = jnp.where(kept, positions, -1).max(axis=-1, keepdims=True)
+        kept &= positions > newest - self.window
+        first = first_slots(self.lengths.shape, self.extent)
+        return jnp.where(kept, first + positions % self.window, -1)
+
+    def key_positions(
+        self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
+    ) -> Int[Array, "*batch size"]:
+        newest = lengths[..., None] - 1
+        positions = newest - (newest - start - jnp.arange(size, dtype=jnp.int32)) % self.window
+        return jnp.where(positions >= jnp.maximum(self.first, 0)[..., None], positions, -1)
+
+    def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:
+        batch = self.lengths.shape
+        return read_runs(leaf, layer, start, size, batch=batch, extent=self.extent)
+
+    def select(self, rows: Int[Array, " rows"]) -> tuple[Self, Int[Array, " ctx"]]:
+        lengths, first = self.lengths.reshape(-1)[rows], self.first.reshape(-1)[rows]
+        selected = dataclasses.replace(self, lengths=lengths, first=first)
+        return selected, slots_of_runs(rows, self.extent)
