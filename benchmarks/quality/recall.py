@@ -69,7 +69,7 @@ def biased(model: Decoder) -> Decoder:
 
 def _logits(model: Decoder, store: Store, tokens: np.ndarray) -> jax.Array:
     slots = -(-task.LENGTH // GROUP) * GROUP
-    config = model.cache_config(max_context_length=slots, codec=store.codec)
+    config = store.cache_config(model, slots)
 
     def one(model, tokens):
         _, cache = model(tokens[: task.CONTEXT], jaxkv.create(config))

@@ -23,6 +23,8 @@ class Store:
       after: from ``(cache, chunk)`` to a cache, where ``chunk`` tokens were just added; an eviction
         policy, or an emulation of a method that needs more than a codec.
       bits: a number of a key or value, if not what the codec takes, for ``(head_dim, tokens)``.
+      newest: the newest tokens by another codec as well; then a model is given one token at a time
+        after its prompt, as in decode.
       control: it must be visibly worse, or the measurement shows nothing.
     """
 
@@ -30,12 +32,27 @@ class Store:
     after: Callable[[jaxkv.KVCache, int], jaxkv.KVCache] | None = None
     bits: Callable[[int, int], float] | None = None
     control: bool = False
+    newest: jaxkv.Newest | None = None
 
     def bits_per_number(self, head_dim: int, tokens: int) -> float:
         """Scales included; means of a `Centred` codec, which no token adds to, are not."""
         if self.bits:
             return self.bits(head_dim, tokens)
-        return 8 * bytes_per_token(self.codec, head_dim) / (2 * head_dim)
+        bits = 8 * bytes_per_token(self.codec, head_dim) / (2 * head_dim)
+        if self.newest is None:
+            return bits
+        finer = 8 * bytes_per_token(self.newest.codec, head_dim) / (2 * head_dim)
+        return bits + self.newest.tokens / tokens * finer
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that a model is given at once after its prompt."""
+        return 1 if self.newest else CHUNK
+
+    def cache_config(self, model, max_context_length: int) -> jaxkv.KVCacheConfig:
+        return model.cache_config(
+            max_context_length=max_context_length, codec=self.codec, newest=self.newest
+        )
 
     def next(self, cache: jaxkv.KVCache, chunk: int) -> jaxkv.KVCache:
         return self.after(cache, chunk) if self.after else cache
@@ -56,6 +73,10 @@ def _kivi(bits: int) -> Store:
     )
 
 
+def _newest(codec: jaxkv.Codec, finer: jaxkv.Codec) -> Store:
+    return Store(jaxkv.Centred(codec), newest=jaxkv.Newest(16, jaxkv.Centred(finer)))
+
+
 _EXACT = "float32"
 STORES: dict[str, Store] = {
     _EXACT: Store(jaxkv.Dense("float32")),
@@ -63,22 +84,28 @@ STORES: dict[str, Store] = {
     "float8": Store(jaxkv.Float8()),
     "int8": Store(jaxkv.Int8()),
     "int8-centred": Store(jaxkv.Centred(jaxkv.Int8())),
+    "int8-centred, newest 16": _newest(jaxkv.Int8(), jaxkv.Dense("float32")),
     "rotated4": Store(jaxkv.Rotated(4)),
     "rotated4-centred": Store(jaxkv.Centred(jaxkv.Rotated(4))),
     "rotated3": Store(jaxkv.Rotated(3)),
     "rotated3-centred": Store(jaxkv.Centred(jaxkv.Rotated(3))),
+    "rotated3-centred, newest 16": _newest(jaxkv.Rotated(3), jaxkv.Rotated(4)),
     "rotated4/rotated2-centred": Store(
         jaxkv.Centred(jaxkv.KeysValues(jaxkv.Rotated(4), jaxkv.Rotated(2)))
     ),
     "rotated2": Store(jaxkv.Rotated(2)),
     "rotated2-centred": Store(jaxkv.Centred(jaxkv.Rotated(2))),
+    "rotated2-centred, newest 16": _newest(jaxkv.Rotated(2), jaxkv.Rotated(4)),
     "KIVI-2 (emulated)": _kivi(bits=2),
     "1 bit (control)": Store(jaxkv.Rotated(1), control=True),
     "other keys (control)": Store(jaxkv.Dense("float32"), _random_keys, control=True),
 }
 EXACT = STORES[_EXACT]
 # For the short form, in tests.
-FEW = ("float32", "int8", "rotated2-centred", "KIVI-2 (emulated)", "1 bit (control)")
+FEW = (
+    *("float32", "int8", "rotated2-centred", "rotated2-centred, newest 16"),
+    *("KIVI-2 (emulated)", "1 bit (control)"),
+)
 
 
 def chosen(quick: bool) -> dict[str, Store]:
@@ -94,7 +121,7 @@ def one_by_one(quick: bool, description: str) -> Iterator[tuple[str, Store]]:
             advance_bar(1)
 
 
-def logits_through(model, store: Store, tokens: Array, config: jaxkv.KVCacheConfig) -> Array:
+def logits_through(model, store: Store, tokens: Array) -> Array:
     """Of the second half of one sequence, ``[tokens / 2, vocabulary]``.
 
     The first half is its prompt; then come chunks that see all before them, and themselves, as
@@ -103,10 +130,10 @@ def logits_through(model, store: Store, tokens: Array, config: jaxkv.KVCacheConf
 
     def one_chunk(cache, chunk):
         logits, cache = model(chunk, cache)
-        return store.next(cache, CHUNK), logits
+        return store.next(cache, store.chunk), logits
 
     prompt, rest = jnp.split(tokens, 2)
-    _, cache = model(prompt, jaxkv.create(config))
+    _, cache = model(prompt, jaxkv.create(store.cache_config(model, len(tokens))))
     cache = store.next(cache, len(prompt))
-    _, logits = lax.scan(one_chunk, cache, rest.reshape(-1, CHUNK))
+    _, logits = lax.scan(one_chunk, cache, rest.reshape(-1, store.chunk))
     return logits.reshape(len(rest), -1)
