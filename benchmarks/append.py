@@ -10,11 +10,15 @@ from jax import lax
 import jaxkv
 from benchmarks.measure import interleaved
 from benchmarks.report import Row, Table, target
+from jaxkv.codecs import CODECS
 
 _SHORT, _LONG = 4_096, 131_072
 _LAYERS, _KV_HEADS, _HEAD_DIM = 4, 2, 64
 _TOKENS_PER_LOOP = 64
-_DTYPES = ("float32", "bfloat16", "float16")
+_ROPE = jaxkv.Rope.of(10_000, _HEAD_DIM)
+# Each codec by a call of its own; plain ones in loops too, where XLA may find more to copy.
+_LOOPED = ("float32", "bfloat16", "float16")
+_NEWEST = "rotated2-centred, newest 16"
 _MOST = 1.5  # times as long in the long cache as in the short one
 
 
@@ -52,9 +56,12 @@ _FORMS: dict[str, tuple[Callable, int, int]] = {
 
 
 def run(quick: bool) -> Iterator[Table]:
-    """One row a dtype and form."""
+    """One row a codec and form."""
     repeats = 15 if quick else 51
-    rows = [_row(dtype, form, repeats) for dtype in _DTYPES for form in _FORMS]
+    one_call = next(iter(_FORMS))
+    looped = [(name, form) for name in _LOOPED for form in _FORMS]
+    others = [(name, one_call) for name in (*CODECS, _NEWEST) if name not in _LOOPED]
+    rows = [_row(name, form, repeats) for name, form in looped + others]
     worst = max(row["ratio"] for row in rows)
     least_alias = min(row["alias %"] for row in rows)
     most_temp = max(row["temp %"] for row in rows)
@@ -70,9 +77,9 @@ def run(quick: bool) -> Iterator[Table]:
     yield Table("Append: one token, by context length", rows, notes)
 
 
-def _row(dtype: str, form: str, repeats: int) -> Row:
+def _row(name: str, form: str, repeats: int) -> Row:
     function, appends, calls = _FORMS[form]
-    steps = {slots: _Step(dtype, slots, function) for slots in (_SHORT, _LONG)}
+    steps = {slots: _Step(name, slots, function) for slots in (_SHORT, _LONG)}
     timings = interleaved(
         {str(slots): step for slots, step in steps.items()}, repeats=repeats, calls=calls
     )
@@ -80,7 +87,7 @@ def _row(dtype: str, form: str, repeats: int) -> Row:
     size = steps[_LONG].size_bytes
     memory = steps[_LONG].compiled.memory_analysis()
     return {
-        "dtype": dtype,
+        "codec": name,
         "form": form,
         f"us at {_SHORT:,}": short.seconds / appends * 1e6,
         f"us at {_LONG:,}": long.seconds / appends * 1e6,
@@ -94,10 +101,18 @@ def _row(dtype: str, form: str, repeats: int) -> Row:
 class _Step:
     """A compiled append that keeps its own cache, and is called without arguments."""
 
-    def __init__(self, dtype: str, slots: int, function: Callable):
-        config = jaxkv.KVCacheConfig(_LAYERS, slots, _KV_HEADS, _HEAD_DIM, codec=jaxkv.Dense(dtype))
+    def __init__(self, name: str, slots: int, function: Callable):
+        codec, newest = CODECS[name.split(",")[0]], None
+        if isinstance(codec, jaxkv.Centred):
+            codec = codec.under(_ROPE)
+        if name == _NEWEST:
+            newest = jaxkv.Newest(16, jaxkv.Centred(jaxkv.Rotated(4)))
+        config = jaxkv.KVCacheConfig(
+            _LAYERS, slots, _KV_HEADS, _HEAD_DIM, codec=codec, newest=newest
+        )
         self.size_bytes = config.size_bytes
         self.cache = jaxkv.advance(jaxkv.create(config), slots // 2)
+        dtype = codec.dtype if isinstance(codec, jaxkv.Dense) else "bfloat16"
         self.token = jnp.ones((1, _KV_HEADS, _HEAD_DIM), dtype)
         step = functools.partial(jax.jit, donate_argnums=0)(function)
         self.compiled = step.lower(self.cache, self.token, self.token).compile()

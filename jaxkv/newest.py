@@ -124,7 +124,9 @@ class NewestIndex:
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
         # Tokens that are taken back have written over those ``window`` before them.
         first = jnp.minimum(self.first_position(self.lengths), lengths)
-        return dataclasses.replace(self, lengths=lengths, first=jnp.maximum(first, 0))
+        # The cache beside it has these lengths too, and no buffer can be donated twice.
+        own = jnp.array(lengths, copy=True)
+        return dataclasses.replace(self, lengths=own, first=jnp.maximum(first, 0))
 
     def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
         kept = (positions >= 0) & (positions < self.capacity)

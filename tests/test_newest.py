@@ -162,6 +162,12 @@ def test_one_token_at_a_time_stores_bitwise_what_bulk_stores(codecs):
     assert_same_storage(start.newest, bulk.newest)
 
 
+def test_a_cache_that_grew_outside_jit_can_be_donated():
+    cache = jaxkv.truncate(jaxkv.advance(jaxkv.create(config_of()), 5), 4)
+    cache = jax.jit(lambda cache: jaxkv.advance(cache, 1), donate_argnums=0)(cache)
+    assert int(cache.lengths) == int(cache.newest.lengths) == 5
+
+
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_its_bytes_are_announced(batch_size):
     config = config_of(batch_size=batch_size)
