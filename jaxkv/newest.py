@@ -17,11 +17,10 @@ from jaxkv.codecs import Centred, Codec, Dense
 class Newest:
     """Beside a cache of few bits: its newest tokens by another codec, in a ring.
 
-    What attention gives falls mostly to the last few tokens, and so does what rounding them costs:
-    KIVI (Liu et al., 2024, section 3.3) keeps a residual of them unrounded, and loses much of its
-    quality without. Here every token is stored by the cache's own codec at once and for good, and
-    nothing is ever stored again; for as long as a token is among the ``tokens`` newest, queries
-    read its better copy.
+    Attention falls mostly on the last few tokens, and so does the cost of rounding them; KIVI (Liu
+    et al., 2024, section 3.3) keeps a residual of them unrounded, and rounds it later. Here every
+    token is stored by the cache's own codec at once and for good. For as long as it is among the
+    ``tokens`` newest, there is a better copy, and queries read that.
 
     A query reads the better copies of the ``tokens`` newest tokens, itself included, as far as the
     ring still holds them when it comes: all of them in decode. Of an `append` of more tokens the
@@ -29,7 +28,9 @@ class Newest:
     After a rollback it holds what was not written over.
 
     It takes ``tokens`` slots a sequence of that codec, whatever the context, and its means where
-    it is `Centred`.
+    it is `Centred`. `jaxkv.layer` gives what the cache's own codec made of every token. Such a
+    cache is read by the blockwise implementation alone, and cannot be compressed, offloaded or
+    saved; nor can its slots be in a shared pool, whose sequences come and go without it.
 
     Args:
       tokens: of each sequence.
