@@ -123,7 +123,7 @@ def test_attention_is_that_of_the_rule(monkeypatch, codecs, addressing, options,
             oracle.truncate(length)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     window=st.integers(1, 5),
     moves=st.lists(st.tuples(st.booleans(), st.integers(0, 7)), max_size=12),
