@@ -8,7 +8,7 @@ and what it holds, so it serves every addressing.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing import Index, PagedIndex
 from jaxkv.addressing.contiguous import ContiguousIndex
@@ -16,14 +16,16 @@ from jaxkv.addressing.kept import KeptIndex
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.blockwise import blockwise
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.codecs import Centred, Codec, Dense, Int8, KeysValues, Rotated, rotate_values
+from jaxkv.codecs import Centred, Codec, Dense, Int8, KeysValues, Rotated, rotate_values, unrotate
 from jaxkv.kv_cache import KVCache
 from jaxkv.native import unavailable
+from jaxkv.newest import NewestIndex
 from jaxkv.vectors import means_of
 
+_INDICES = (ContiguousIndex, PagedIndex, RingIndex, KeptIndex, NewestIndex)
 _LANES = 16
 _MOST_NUMBERS = 1024  # of a vector of codes, which is widened on the stack
-_NO_SINK = -1e30
+_LOWEST = -1e30  # a finite "minus infinity", as in the kernel
 
 
 def cannot_serve(cache: KVCache, tokens: int) -> str | None:
@@ -35,12 +37,14 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
         return f"it serves one token a sequence, and this call has {tokens}"
     if not isinstance(config.codec, Dense) and not all(map(_bits, _sides(config.codec))):
         return f"it cannot read {config.codec.name}"
-    if not isinstance(cache.index, ContiguousIndex | PagedIndex | RingIndex | KeptIndex):
+    if not isinstance(cache.index, _INDICES):
         return f"it cannot read {config.addressing.name} caches"
     if config.head_dim % _LANES:
         return f"head_dim {config.head_dim} is not a multiple of {_LANES}"
     if config.head_dim > _MOST_NUMBERS:
         return f"head_dim {config.head_dim} is more than {_MOST_NUMBERS}"
+    if cache.newest is not None and (reason := cannot_serve(cache.newest, tokens)):
+        return f"of the newest tokens, {reason}"
     return unavailable()
 
 
@@ -54,16 +58,31 @@ def should_not_serve(cache: KVCache, tokens: int, heads: int) -> str | None:
 @jax.custom_jvp
 def native(request: Request) -> Grouped:
     """Attend with one query a sequence."""
-    index = request.cache.index
-    key_codec, value_codec = _sides(request.cache.config.codec)
+    output, log_total = _read(request)
+    if request.newest is not None:
+        newest, newest_log_total = _read(request.newest)
+        newest = unrotate(request.newest.cache.config.codec, newest)
+        newest = rotate_values(request.cache.config.codec, newest)
+        share = jax.nn.sigmoid(newest_log_total - log_total)[..., None]
+        output = output * (1 - share) + newest * share
+    return output[:, :, None]
+
+
+def _read(
+    request: Request,
+) -> tuple[Float[Array, "batch kv_heads group head_dim"], Float[Array, "batch kv_heads group"]]:
+    """The output, turned as values are, and the log of all scores' exponentials, sinks' too."""
+    index, codec = request.cache.index, request.cache.config.codec
+    key_codec, value_codec = _sides(codec)
     keys, values = _leaves(request.cache, 0), _leaves(request.cache, 1)
     queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
     sinks = request.sinks
     if sinks is None:
-        sinks = jnp.full(queries.shape[1:3], _NO_SINK, jnp.float32)
+        sinks = jnp.full(queries.shape[1:3], _LOWEST, jnp.float32)
     table, page_size = _pages(index)
     centre_queries, rope_tables = _centre(request)
-    output, shares = jax.ffi.ffi_call(
+    hidden_from = _hidden_from(request)
+    output, log_total = jax.ffi.ffi_call(
         "jaxkv_decode",
         [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (queries.shape, queries.shape[:3])],
         vmap_method="sequential",
@@ -76,12 +95,12 @@ def native(request: Request) -> Grouped:
         jnp.asarray(request.layer, jnp.int32),
         queries,
         request.positions[:, 0],
-        request.lengths,
+        jnp.minimum(request.lengths, hidden_from),
         sinks,
         centre_queries,
         rope_tables,
         table,
-        _key_positions(request),
+        _key_positions(request, hidden_from),
         key_bits=np.int64(_bits(key_codec)),
         value_bits=np.int64(_bits(value_codec)),
         extent=np.int64(index.extent),
@@ -91,11 +110,21 @@ def native(request: Request) -> Grouped:
         kept_sinks=np.int64(index.sinks),
         softcap=np.float32(request.softcap or 0),
     )
-    codec = request.cache.config.codec
     if isinstance(codec, Centred):
         value_means = rotate_values(codec, means_of(request.cache, request.layer)[1])
-        output += shares[..., None] * value_means[:, None]
-    return output[:, :, None]
+        share = 1 - jnp.exp(jnp.minimum(sinks - log_total, 0))  # of probability, that tokens took
+        output += share[..., None] * value_means[:, None]
+    return output, log_total
+
+
+def _hidden_from(request: Request) -> Int[Array, " batch"]:
+    """Tokens from this position on are read from the cache of newest ones."""
+    if request.newest is None:
+        return request.lengths
+    index = request.newest.cache.index
+    assert isinstance(index, NewestIndex)
+    first = index.first_position(request.lengths.reshape(index.lengths.shape)).reshape(-1)
+    return jnp.maximum(first, request.positions[:, 0] + 1 - index.window)
 
 
 def _centre(request: Request) -> tuple[Array, Array]:
@@ -148,12 +177,13 @@ def _pages(index: Index) -> tuple[Int[Array, "*batch pages"], int]:
     return jnp.zeros(0, jnp.int32), index.extent
 
 
-def _key_positions(request: Request) -> Int[Array, " positions"]:
+def _key_positions(request: Request, hidden_from: Int[Array, " batch"]) -> Int[Array, " positions"]:
     """What each logical slot holds; empty where slot p holds position p, if that is written."""
     index = request.cache.index
     if isinstance(index, ContiguousIndex | PagedIndex):
         return jnp.zeros(0, jnp.int32)
-    return request.key_positions(0, index.extent).reshape(-1)
+    positions = request.key_positions(0, index.extent)
+    return jnp.where(positions < hidden_from[:, None, None], positions, -1).reshape(-1)
 
 
 @native.defjvp

@@ -32,7 +32,7 @@ inline void Join(Attention& job, int64_t row, float* sum) {
       Store(sum + d, Load(sum + d) + Load(mix + d) * weight);
   }
   for (int64_t d = 0; d < job.head_dim; ++d) sum[d] = everything == 0 ? 0 : sum[d] / everything;
-  job.shares[row] = everything == 0 ? 0 : 1 - std::exp(sink - most) / everything;
+  job.log_total[row] = everything == 0 ? kLowest : most + std::log(everything);
 }
 
 template <typename Unit>

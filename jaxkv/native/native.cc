@@ -42,7 +42,7 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
                   ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> key_positions,
                   int64_t key_bits, int64_t value_bits, int64_t extent, int64_t page_size,
                   int64_t window, int64_t kept_window, int64_t kept_sinks, float softcap,
-                  ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> shares) {
+                  ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> log_total) {
   const auto shape = queries.dimensions();  // batch, heads, group, head_dim
   const int64_t number = layer.typed_data()[0];
 
@@ -53,7 +53,7 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
   job.values = SideOf(values, value_scales, levels, number, 1, value_bits);
   job.queries = queries.typed_data();
   job.sinks = sinks.typed_data();
-  job.out = out->typed_data(), job.shares = shares->typed_data();
+  job.out = out->typed_data(), job.log_total = log_total->typed_data();
   if (centre_queries.element_count() > 0) {
     const auto tables = rope_tables.dimensions();  // digits, 2, base, pairs
     job.centre.queries = centre_queries.typed_data();

@@ -30,7 +30,7 @@ struct Attention {
   const float* queries;  // [batch, heads, group, head_dim], scaled
   const float* sinks;    // [heads, group]
   float* out;            // like queries
-  float* shares;         // [batch, heads, group]: of probability, that went to tokens
+  float* log_total;      // [batch, heads, group]: of all scores' exponentials, the sink's too
   int64_t heads, group, head_dim;
   float softcap;
   Slots slots;
