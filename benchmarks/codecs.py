@@ -16,7 +16,7 @@ _CONTEXTS = (4_096, 16_384, 65_536)
 _CHUNK = 2_048  # tokens that are written at once while filling
 _CODECS = (
     *("bfloat16", "int8", "rotated4", "rotated3", "rotated2"),
-    *("rotated4-centred", "rotated2-centred"),
+    *("rotated4-centred", "rotated2-centred", "rotated2-centred, newest 16"),
 )
 
 
@@ -54,10 +54,14 @@ class _Step:
 
     def __init__(self, codec: str, context: int):
         rope = jaxkv.Rope.of(500_000, _HEAD_DIM)
-        chosen = CODECS[codec]
+        chosen, newest = CODECS[codec.split(",")[0]], None
+        if "newest" in codec:
+            newest = jaxkv.Newest(16, jaxkv.Centred(jaxkv.Rotated(4)))
         if isinstance(chosen, jaxkv.Centred):
             chosen = chosen.under(rope)
-        config = jaxkv.KVCacheConfig(_LAYERS, context, _KV_HEADS, _HEAD_DIM, codec=chosen)
+        config = jaxkv.KVCacheConfig(
+            _LAYERS, context, _KV_HEADS, _HEAD_DIM, codec=chosen, newest=newest
+        )
         self.size_bytes, self.cache = config.size_bytes, jaxkv.create(config)
         for _ in range(context // _CHUNK):
             self.cache = _add_chunk(self.cache)
