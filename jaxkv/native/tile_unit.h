@@ -75,7 +75,7 @@ class TileUnit {
     value_scales_.Load(job_.values.scales, job_.heads, block, order);
     centre_.Start(block);
     const int64_t fetches =
-        2 + Tiles::FetchesOfScore(slices_, groups) + Tiles::FetchesOfMix(slices_, groups);
+        2 + FetchesOfScore(slices_, groups) + Tiles::FetchesOfMix(slices_, groups);
     Ahead ahead(job_, first_head_, end_head_, next, rows_.size() * fetches);
     for (Rows& rows : rows_) {
       float* mix = job_.MixOf(b_, chunk_, rows.row - b_ * job_.rows());

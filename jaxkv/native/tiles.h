@@ -54,6 +54,50 @@ struct Source {
 #define LOAD_SOURCE(tile, source, slice) \
   _tile_loadd(tile, (source).vectors + (slice) * 64, (source).stride)
 
+// Each token's products with all columns of the queries' tiles, a row of `parts`: of whole numbers,
+// or of bfloat16.
+template <bool kWhole, typename Sum>
+inline void MultiplyAll(const Line* queries, const Source (&sources)[kGroups], int groups,
+                        int64_t slices, Ahead& ahead, Sum* parts) {
+#define PRODUCT(sum, a, b)      \
+  if constexpr (kWhole) {       \
+    _tile_dpbssd(sum, a, b);    \
+  } else {                      \
+    _tile_dpbf16ps(sum, a, b);  \
+  }
+  Written();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t slice = 0; slice < slices; ++slice, queries += kTile) {
+    _tile_loadd(4, queries, 64);
+    ahead.Fetch();
+    LOAD_SOURCE(5, sources[0], slice);
+    PRODUCT(0, 5, 4)
+    if (groups > 1) {
+      LOAD_SOURCE(6, sources[1], slice);
+      PRODUCT(1, 6, 4)
+    }
+    ahead.Fetch();
+    if (groups > 2) {
+      LOAD_SOURCE(7, sources[2], slice);
+      PRODUCT(2, 7, 4)
+    }
+    if (groups > 3) {
+      LOAD_SOURCE(5, sources[3], slice);
+      PRODUCT(3, 5, 4)
+    }
+  }
+  _tile_stored(0, parts, 64);
+  _tile_stored(1, parts + kTile * kTile, 64);
+  _tile_stored(2, parts + 2 * kTile * kTile, 64);
+  _tile_stored(3, parts + 3 * kTile * kTile, 64);
+#undef PRODUCT
+}
+// How often a score fetches ahead: here, and once a group where parts are added up.
+inline int64_t FetchesOfScore(int64_t slices, int groups) { return 2 * slices + groups; }
+
 // Of four vectors, the first four lanes of all, then the second four, and so on.
 inline void TransposeFours(Vec (&v)[4]) {
 #define HALVES(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)

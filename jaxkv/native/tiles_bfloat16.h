@@ -42,34 +42,7 @@ struct BFloat16Tiles {
   static void Score(const Line* queries, const Source (&sources)[kGroups], int groups,
                     int64_t slices, Ahead& ahead, float* scores) {
     alignas(64) float parts[kBlock * kTile];  // each token's row holds each query's three parts
-    Written();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t slice = 0; slice < slices; ++slice, queries += kTile) {
-      _tile_loadd(4, queries, 64);
-      ahead.Fetch();
-      LOAD_SOURCE(5, sources[0], slice);
-      _tile_dpbf16ps(0, 5, 4);
-      if (groups > 1) {
-        LOAD_SOURCE(6, sources[1], slice);
-        _tile_dpbf16ps(1, 6, 4);
-      }
-      ahead.Fetch();
-      if (groups > 2) {
-        LOAD_SOURCE(7, sources[2], slice);
-        _tile_dpbf16ps(2, 7, 4);
-      }
-      if (groups > 3) {
-        LOAD_SOURCE(5, sources[3], slice);
-        _tile_dpbf16ps(3, 5, 4);
-      }
-    }
-    _tile_stored(0, parts, 64);
-    _tile_stored(1, parts + kTile * kTile, 64);
-    _tile_stored(2, parts + 2 * kTile * kTile, 64);
-    _tile_stored(3, parts + 3 * kTile * kTile, 64);
+    MultiplyAll<false>(queries, sources, groups, slices, ahead, parts);
     for (int step = 0; step < groups * kTile / 4; ++step) {
       if (step % 4 == 0) ahead.Fetch();
       Vec v[4];
@@ -78,7 +51,6 @@ struct BFloat16Tiles {
       Store(scores + step * kLanes, Turned(v[2] + v[1] + v[0]));
     }
   }
-  static int64_t FetchesOfScore(int64_t slices, int groups) { return 2 * slices + groups; }
 
   // Adds a block to the mixes of up to 4 queries, four slices at a time.
   static void Mix(const float* scores, const Source (&sources)[kGroups], int groups,

@@ -108,35 +108,8 @@ struct Int8Tiles {
   static void Score(const Line* queries, const Source (&sources)[kGroups], int groups,
                     int64_t slices, Ahead& ahead, float* scores) {
     alignas(64) int32_t parts[kBlock * kTile];  // each token's row holds each query's three digits
-    Written();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t slice = 0; slice < slices; ++slice, queries += kTile) {
-      _tile_loadd(4, queries, 64);
-      ahead.Fetch();
-      LOAD_SOURCE(5, sources[0], slice);
-      _tile_dpbssd(0, 5, 4);
-      if (groups > 1) {
-        LOAD_SOURCE(6, sources[1], slice);
-        _tile_dpbssd(1, 6, 4);
-      }
-      ahead.Fetch();
-      if (groups > 2) {
-        LOAD_SOURCE(7, sources[2], slice);
-        _tile_dpbssd(2, 7, 4);
-      }
-      if (groups > 3) {
-        LOAD_SOURCE(5, sources[3], slice);
-        _tile_dpbssd(3, 5, 4);
-      }
-    }
-    _tile_stored(0, parts, 64);
-    _tile_stored(1, parts + kTile * kTile, 64);
-    _tile_stored(2, parts + 2 * kTile * kTile, 64);
-    _tile_stored(3, parts + 3 * kTile * kTile, 64);
-    const Vec units = Load(queries->lanes);
+    MultiplyAll<true>(queries, sources, groups, slices, ahead, parts);
+    const Vec units = Load(queries[slices * kTile].lanes);
     for (int step = 0; step < groups * kTile / 4; ++step) {
       if (step % 4 == 0) ahead.Fetch();
       Vec v[4];
@@ -145,7 +118,6 @@ struct Int8Tiles {
       Store(scores + step * kLanes, Turned(v[0] * 65536.0f + (v[1] * 256.0f + v[2])) * units);
     }
   }
-  static int64_t FetchesOfScore(int64_t slices, int groups) { return 2 * slices + groups; }
 
   // Adds a block to the mixes of up to 4 queries.
   static void Mix(const float* scores, const Source (&sources)[kGroups], int groups,
