@@ -42,6 +42,7 @@ def interleaved(
     *,
     repeats: int,
     calls: int = 1,
+    lead_in: int = 0,
     warm_up: int = 2,
     most_seconds: float = 30.0,
 ) -> dict[str, Timing]:
@@ -51,6 +52,8 @@ def interleaved(
       competitors: name -> one call; what it returns is waited for.
       repeats: samples of each, if time allows.
       calls: made a sample, for calls that are too short to time alone.
+      lead_in: calls right before each sample that are not timed, after which caches hold what they
+        hold in a loop of such calls, and not what the last competitor read.
       warm_up: samples that are thrown away.
       most_seconds: no further turn begins after this time, once there are three.
     """
@@ -61,6 +64,8 @@ def interleaved(
             break
         for name, call in competitors.items():
             time.sleep(_SETTLE_SECONDS)
+            for _ in range(lead_in):
+                jax.block_until_ready(call())
             started = time.perf_counter()
             for _ in range(calls):
                 result = call()
