@@ -3,6 +3,9 @@
 On the models of `benchmarks.recall`, which are trained first where they were not yet (needs optax).
 Models that answer every question differ in what they lose with a token, far more than samples of
 questions do: so there are several, and intervals are over models.
+
+KVzip shares one budget among the heads of all layers, as its paper does (section 4.1), and has a
+row without. All others keep as many tokens in each head.
 """
 
 import dataclasses
@@ -28,7 +31,8 @@ from benchmarks.recall import (
 )
 from benchmarks.report import Row, Table
 from jaxkv.codecs import CODECS
-from jaxkv.compression import score
+from jaxkv.compression import adaptive, score
+from jaxkv.hybrid import AnyCache
 from jaxkv.policies import (
     ExpectedAttention,
     HeavyHitters,
@@ -44,9 +48,11 @@ _ASKED = CONTEXT + QUESTION * np.arange(PAIRS) + 1  # where the answer is next
 _SINKS = 1
 _MOST_LOST = 0.005  # of recall, at 4 bits
 _FREQUENCIES = tuple(CONFIG.rope.frequencies(LENGTH).tolist())
+_EQUAL_HEADS = "KVzip, equal heads"
 _POLICIES = {
     "oracle": Oracle(),
     "KVzip": None,
+    _EQUAL_HEADS: None,
     "KeyDiff": KeyDiff(),
     "H2O": HeavyHitters(),
     "random": Random(),
@@ -83,7 +89,7 @@ def _policies(models: list, count: int) -> Iterator[Table]:
             row: Row = {"policy": name}
             for share in SHARES:
                 right = [
-                    setting.right(of_model, share).mean()
+                    setting.right(of_model, share, pooled=name == "KVzip").mean()
                     for setting, of_model in zip(settings, scores, strict=True)
                 ]
                 row[f"{share:.0%}"], row[f"+- {share:.0%}"] = _mean(right)
@@ -112,7 +118,7 @@ def _composition(models: list, count: int) -> Table:
             setting = _Agnostic(model, tokens, CODECS[name])
             scores = setting.scores(None)
             whole.append(setting.right(None, 1.0))
-            half.append(setting.right(scores, 0.5))
+            half.append(setting.right(scores, 0.5, pooled=True))
         right = np.concatenate(half)
         alone = alone if rows else right  # the first codec is float32
         loss, interval = _mean(alone - right)
@@ -150,12 +156,12 @@ def _mean(samples) -> tuple[float, float | None]:
 
 def _size_share(setting: "_Agnostic", scores: jax.Array) -> float:
     """Bytes of the tokens kept, positions too, as a share of the whole context's in float32."""
-    kept = setting.kept(scores, 0.5)
-    index = kept.index
-    of_kept = kept.size_bytes * (index.extent - index.new) / index.extent
-    whole = setting.cache.config.replace(codec=jaxkv.Dense("float32"))
-    of_context = whole.size_bytes * CONTEXT / whole.max_context_length
-    return (of_kept + index.positions.nbytes) / of_context
+    kept, config = setting.kept(scores, 0.5, pooled=True), setting.cache.config
+    groups = kept.groups if isinstance(kept, jaxkv.HybridCache) else (kept,)
+    held = sum(group.size_bytes + group.index.positions.nbytes for group in groups)
+    new = config.replace(max_context_length=LENGTH - CONTEXT)
+    whole = config.replace(max_context_length=CONTEXT, codec=jaxkv.Dense("float32"))
+    return (held - new.size_bytes) / whole.size_bytes
 
 
 class _Agnostic:
@@ -180,17 +186,23 @@ class _Agnostic:
             _, _, queries = _observed(self.model, self.later, self.cache)
         return score(self.cache, policy, queries)
 
-    def right(self, scores: jax.Array | None, share: float) -> np.ndarray:
+    def right(self, scores: jax.Array | None, share: float, *, pooled: bool = False) -> np.ndarray:
         """The share of each context's questions that are answered."""
-        logits, _, _ = _observed(self.model, self.later, self.kept(scores, share))
+        logits, _, _ = _observed(self.model, self.later, self.kept(scores, share, pooled))
         answers = logits[:, _ASKED - CONTEXT].argmax(axis=-1)
         return np.asarray((answers == self.tokens[:, _ASKED + 1]).mean(axis=1))
 
-    def kept(self, scores: jax.Array | None, share: float) -> jaxkv.KVCache:
+    def kept(self, scores: jax.Array | None, share: float, pooled: bool) -> AnyCache:
         if scores is None:
             return self.cache
-        new = LENGTH - CONTEXT
-        return jaxkv.compress(self.cache, scores, keep=share, sinks=_SINKS, new=new)
+        keep = math.ceil(share * CONTEXT)
+        return jaxkv.compress(
+            self.cache,
+            scores,
+            keep=_pooled(self.cache, scores, keep) if pooled else keep,
+            sinks=_SINKS,
+            new=LENGTH - CONTEXT,
+        )
 
 
 class _Aware(_Agnostic):
@@ -214,16 +226,26 @@ class _Aware(_Agnostic):
         newest = self.queries[:, :, -2:] if isinstance(policy, Oracle) else self.queries
         return score(self.with_question, policy, newest)
 
-    def right(self, scores: jax.Array | None, share: float) -> np.ndarray:
-        logits, _, _ = _observed(self.model, self.later, self.kept(scores, share))
+    def right(self, scores: jax.Array | None, share: float, *, pooled: bool = False) -> np.ndarray:
+        logits, _, _ = _observed(self.model, self.later, self.kept(scores, share, pooled))
         return np.asarray(logits[:, -1].argmax(axis=-1) == self.tokens[:, -1], np.float32)
 
-    def kept(self, scores: jax.Array, share: float) -> jaxkv.KVCache:
-        keep = math.ceil(share * CONTEXT) + 2  # the question itself is taken back again
+    def kept(self, scores: jax.Array, share: float, pooled: bool) -> AnyCache:
+        keep = math.ceil(share * CONTEXT)
+        # The question itself stays beside what is kept, and is taken back again.
         small = jaxkv.compress(
-            self.with_question, scores, keep=keep, sinks=_SINKS, recent=2, new=LENGTH - CONTEXT
+            self.with_question,
+            scores,
+            keep=2 + (_pooled(self.cache, scores, keep) if pooled else keep),
+            sinks=_SINKS,
+            recent=2,
+            new=LENGTH - CONTEXT,
         )
         return jaxkv.truncate(small, CONTEXT)
+
+
+def _pooled(cache: jaxkv.KVCache, scores: jax.Array, keep: int) -> np.ndarray:
+    return adaptive(cache, scores, keep, least=0, across_layers=True)
 
 
 @jax.jit

@@ -40,7 +40,7 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     rope=RopeConfig(head_dim=32),
 )
-MODELS = 3
+MODELS = 8
 _STEPS_PER_DISPATCH = 20
 _WARM_UP = 50  # steps
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from jaxkv.compression.scoring import LayerScores, held_positions
+from jaxkv.compression.scoring import LayerScores, for_all_slots, held_positions
 from jaxkv.kv_cache import KVCache
 
 # One number, one a layer, or one a layer, sequence and head; a float is a share of tokens.
@@ -51,32 +51,53 @@ def limits_of(cache: KVCache, keep: Keep) -> np.ndarray:
 
 
 def adaptive(
-    cache: KVCache, scores: LayerScores, keep: int, *, least: float = 0.2
+    cache: KVCache,
+    scores: LayerScores,
+    keep: int,
+    *,
+    least: float = 0.2,
+    across_layers: bool = False,
 ) -> Int[np.ndarray, "layers *batch kv_heads"]:
     """Budgets for `jaxkv.compress` that give heads with many high scores more tokens.
 
     Feng et al., "Ada-KV: optimizing KV cache eviction by adaptive budget allocation for efficient
     LLM inference" (2024), section 3.3: the heads of a layer share ``kv_heads * keep`` tokens, which
-    go to the highest scores wherever they are. They depend on the content, so a step is compiled
-    anew for each new longest run.
+    go to the highest scores wherever they are. Kim et al., "KVzip" (2025), section 4.1, share one
+    budget among the heads of all layers. They depend on the content, so a step is compiled anew for
+    each new longest run.
 
     Args:
       cache: that was scored.
-      scores: of `score`, comparable between heads (attention weights are).
+      scores: as `jaxkv.compress` takes them, comparable between the heads that share, as attention
+        weights are.
       keep: tokens a head, on average.
-      least: share of ``keep`` that every head has.
+      least: share of ``keep`` that every head has, and at least one token.
+      across_layers: whether the heads of all layers share, and not those of each.
     """
     positions = np.stack(
         [np.asarray(held_positions(cache, layer)) for layer in range(cache.config.num_layers)]
     )
-    ranked = np.where(positions >= 0, np.nan_to_num(np.asarray(scores), nan=-np.inf), -np.inf)
-    *outer, kv_heads, slots = ranked.shape
+    scores = np.nan_to_num(np.asarray(for_all_slots(cache, scores)), nan=-np.inf, posinf=np.inf)
+    ranked = np.where(positions >= 0, scores, -np.inf)
+    if not across_layers:
+        return _shared(ranked, keep, least)
+    by_sequence = np.moveaxis(ranked, 0, -3)  # [*batch, layers, kv_heads, slots]
+    *batch, layers, kv_heads, slots = by_sequence.shape
+    counts = _shared(by_sequence.reshape(*batch, layers * kv_heads, slots), keep, least)
+    return np.moveaxis(counts.reshape(*batch, layers, kv_heads), -2, 0)
+
+
+def _shared(
+    ranked: Float[np.ndarray, "*pools heads slots"], keep: int, least: float
+) -> Int[np.ndarray, "*pools heads"]:
+    """How many of the highest scores of each pool are of each head."""
+    *pools, heads, slots = ranked.shape
     sure = min(max(1, int(least * keep)), slots)
     best_first = np.argsort(-ranked, axis=-1, kind="stable")
     np.put_along_axis(ranked, best_first[..., :sure], np.inf, axis=-1)
-    pooled = np.argsort(-ranked.reshape(*outer, -1), axis=-1, kind="stable")
-    heads = pooled[..., : kv_heads * keep] // slots
-    return (heads[..., None] == np.arange(kv_heads)).sum(axis=-2).astype(np.int32)
+    pooled = np.argsort(-ranked.reshape(*pools, -1), axis=-1, kind="stable")
+    chosen = pooled[..., : heads * keep] // slots
+    return (chosen[..., None] == np.arange(heads)).sum(axis=-2).astype(np.int32)
 
 
 def host_lengths(cache: KVCache, why: str) -> np.ndarray:

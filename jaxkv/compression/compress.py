@@ -25,6 +25,7 @@ from jaxkv.compression.scoring import (
     LayerQueries,
     LayerScores,
     averaged,
+    for_all_slots,
     score,
     summed,
 )
@@ -118,7 +119,7 @@ def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[
         sums = summed(cache, policy, queries)
         policy = averaged(cache, policy, sums)
     scores = score(cache, policy, queries) if callable(policy) else policy
-    scores = _for_all_slots(cache, scores)
+    scores = for_all_slots(cache, scores)
 
     by_head = is_by_head(keep)
     per_layer = limits.reshape(len(limits), -1)
@@ -202,17 +203,3 @@ def of_layers(arrays: Array | Sequence[Array], layers: np.ndarray) -> Array:
     if isinstance(arrays, Sequence):
         return jnp.stack([arrays[layer] for layer in layers])
     return arrays[layers]
-
-
-def _for_all_slots(cache: KVCache, scores: Array) -> LayerScores:
-    """Scores of the first slots, with the lowest for the rest."""
-    config = cache.config
-    expected = (config.num_layers, *config.batch_shape, config.num_kv_heads, cache.index.extent)
-    if scores.shape[:-1] != expected[:-1] or scores.shape[-1] > expected[-1]:
-        axes = ["layers", *["batch"] * len(config.batch_shape), "kv_heads", "slots"]
-        raise ValueError(
-            f"a policy must give [kv_heads, tokens], in all [{', '.join(axes)}] = "
-            f"{list(expected)}, got {list(scores.shape)}."
-        )
-    missing = expected[-1] - scores.shape[-1]
-    return jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)

@@ -66,6 +66,24 @@ def averaged(cache: KVCache, policy: HeavyHitters, sums: Sums) -> LayerScores:
     return map_layers(cache, one_layer, sums.attention)
 
 
+def for_all_slots(cache: KVCache, scores: Array) -> LayerScores:
+    """Scores of the first slots, with the lowest for the rest.
+
+    Raises:
+      ValueError: scores of another shape.
+    """
+    config = cache.config
+    expected = (config.num_layers, *config.batch_shape, config.num_kv_heads, cache.index.extent)
+    if scores.shape[:-1] != expected[:-1] or scores.shape[-1] > expected[-1]:
+        axes = ["layers", *["batch"] * len(config.batch_shape), "kv_heads", "slots"]
+        raise ValueError(
+            f"a policy must give [kv_heads, tokens], in all [{', '.join(axes)}] = "
+            f"{list(expected)}, got {list(scores.shape)}."
+        )
+    missing = expected[-1] - scores.shape[-1]
+    return jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
+
+
 def held(
     cache: KVCache, layer: Layer, queries: Array | None
 ) -> tuple[Array, Array, Array | None, Int[Array, "*batch kv_heads slots"]]:

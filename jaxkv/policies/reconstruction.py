@@ -31,7 +31,9 @@ def reconstruction_scores(
     Kim et al., "KVzip: query-agnostic KV cache compression with context reconstruction" (2025),
     section 3: the model reads its context again, a chunk at a time after the context itself, and
     a token scores the most attention that any query of its chunk's second reading gives it. That
-    costs two to three prefills, once, and serves any number of questions.
+    costs two to three prefills, once, and serves any number of questions. The paper lets the heads
+    of all layers share one budget (section 4.1): give `jaxkv.compress` the ``keep`` that
+    `jaxkv.compression.adaptive` makes of the scores with ``across_layers=True``.
 
     Args:
       model: ``model(tokens, cache) -> (logits, cache)``, with a static layer in each `attend`.

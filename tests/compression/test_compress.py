@@ -151,6 +151,23 @@ def test_adaptive_budgets_follow_the_scores():
     assert budgets.min() >= 2
 
 
+def test_heads_of_all_layers_share_a_budget_of_each_sequence():
+    cache = Filled(batch_size=2).cache
+    scores = np.random.default_rng(0).standard_normal((LAYERS, 2, KV_HEADS, 16))
+    scores[1, 0] += 1  # the second layer matters more to the first sequence
+    budgets = adaptive(cache, jnp.asarray(scores), 4, least=0, across_layers=True)
+    ranked = np.where(positions_of(cache, 0) >= 0, scores, -np.inf)
+    for sequence in range(2):
+        highest = np.sort(ranked[:, sequence].ravel())[-4 * LAYERS * KV_HEADS]
+        expected = (ranked[:, sequence] >= highest).sum(axis=-1)
+        np.testing.assert_array_equal(budgets[:, sequence], expected)
+    assert budgets[0, 0].sum() < budgets[1, 0].sum()
+    small = jaxkv.compress(cache, jnp.asarray(scores), keep=budgets, new=2, sinks=0)
+    for layer in range(LAYERS):
+        kept = (positions_of(small, layer) >= 0).sum(axis=-1)
+        np.testing.assert_array_equal(kept, budgets[layer])
+
+
 def test_layers_that_slide_stay_as_they_are():
     full = jaxkv.KVCacheConfig(1, 64, 1, 4)
     config = jaxkv.HybridConfig(
