@@ -58,6 +58,7 @@ _POLICIES = {
     "random": Random(),
     "SnapKV": QueryWindow(window=8),
     "TOVA": QueryWindow(window=1, pool=1, per_head=False),
+    "TOVA, by head": QueryWindow(window=1, pool=1),
     "Expected Attention": ExpectedAttention(_FREQUENCIES, future=LENGTH - CONTEXT, sinks=_SINKS),
     "StreamingLLM": SinksAndRecent(_SINKS),
 }
