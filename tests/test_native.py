@@ -49,7 +49,8 @@ def test_it_is_chosen_for_decode_alone(one_cpu):
         "head_dim 8 is not a multiple of 16"
         in explained(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 8)))["native"]
     )
-    assert "cannot read float8" in explained(cache_of(codec=jaxkv.Float8()))["native"]
+    two_kinds = jaxkv.KeysValues(jaxkv.Float8(), jaxkv.Int8())
+    assert f"cannot read {two_kinds.name}" in explained(cache_of(codec=two_kinds))["native"]
 
 
 def test_several_devices_leave_it_to_others():
@@ -100,6 +101,8 @@ CODECS = {
         jaxkv.KeysValues(jaxkv.Rotated(4), jaxkv.Rotated(2)), jaxkv.Rope.of(10_000, rotary_dim=48)
     ),
     "int8-centred": jaxkv.Centred(jaxkv.Int8()),
+    "float8-centred": jaxkv.Centred(jaxkv.Float8(), jaxkv.Rope.of(10_000, rotary_dim=64)),
+    "bfloat16-centred": jaxkv.Centred(jaxkv.Dense("bfloat16")),
 }
 
 
@@ -160,6 +163,20 @@ def test_what_is_not_finite_spoils_its_own_head_alone(codec, side):
     got = jaxkv.attend(cache, queries, layer=0, implementation="native")[0]
     assert jnp.isfinite(got[:2]).all()
     assert jnp.isnan(got[2:]).all()
+
+
+def test_every_float8_is_read_as_what_it_is():
+    """Denormals and both NaNs too, which no encoding makes."""
+    available()
+    codes = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)  # 16 heads, a token of 16 numbers
+    cache = jaxkv.create(jaxkv.KVCacheConfig(1, 1, 16, 16, codec=jaxkv.Float8()))
+    storage = {
+        "codes": cache.storage["codes"].at[0, 1].set(codes[0]),
+        "scales": cache.storage["scales"].at[:].set(jnp.bfloat16(1).view(jnp.uint16)),
+    }
+    cache = dataclasses.replace(cache, storage=storage)
+    got = jaxkv.attend(cache, jnp.ones((1, 16, 16)), layer=0, implementation="native")
+    np.testing.assert_array_equal(got.ravel(), codes.ravel().view(jnp.float8_e4m3fn).astype(float))
 
 
 def test_under_vmap():

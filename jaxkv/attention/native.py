@@ -16,7 +16,17 @@ from jaxkv.addressing.kept import KeptIndex
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.blockwise import blockwise
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.codecs import Centred, Codec, Dense, Int8, KeysValues, Rotated, rotate_values, unrotate
+from jaxkv.codecs import (
+    Centred,
+    Codec,
+    Dense,
+    Float8,
+    Int8,
+    KeysValues,
+    Rotated,
+    rotate_values,
+    unrotate,
+)
 from jaxkv.kv_cache import KVCache
 from jaxkv.native import unavailable
 from jaxkv.newest import NewestIndex
@@ -35,7 +45,9 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
         return f"it reads on a CPU, and the backend is {jax.default_backend()}"
     if tokens != 1:
         return f"it serves one token a sequence, and this call has {tokens}"
-    if not isinstance(config.codec, Dense) and not all(map(_bits, _sides(config.codec))):
+    keys, values = _sides(config.codec)
+    elements = keys == values and isinstance(keys, Dense | Float8)
+    if not elements and not (_bits(keys) and _bits(values)):
         return f"it cannot read {config.codec.name}"
     if not isinstance(cache.index, _INDICES):
         return f"it cannot read {config.addressing.name} caches"
@@ -145,7 +157,7 @@ def _sides(codec: Codec) -> tuple[Codec, Codec]:
 
 
 def _bits(codec: Codec) -> int:
-    """Of a code; 0 for a codec that has none that the kernel can read."""
+    """Of a code that stands for a whole number; 0 for a codec that has none."""
     match codec:
         case Int8():
             return 8

@@ -83,6 +83,8 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
     Attend<int8_t>(job, threads);
   } else if (type == ffi::F32) {
     Attend<float>(job, threads);
+  } else if (type == ffi::U8) {
+    Attend<Float8>(job, threads);
   } else if (type == ffi::U16) {
     Attend<BFloat16>(job, threads);
   } else if (type == ffi::F16) {

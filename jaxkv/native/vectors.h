@@ -22,6 +22,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1)));
+typedef uint8_t UnsignedBytes __attribute__((vector_size(kLanes), aligned(1)));
 typedef int16_t SignedShorts __attribute__((vector_size(2 * kLanes)));
 
 struct alignas(64) Line { float lanes[kLanes]; };  // of the processor's caches
@@ -41,6 +42,7 @@ class Scratch {
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
+struct Float8 { uint8_t bits; };  // e4m3, as in the OCP's specification of 8-bit floats
 
 inline Words Bits(const void* p) {
   return __builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Words);
@@ -74,6 +76,15 @@ inline Vec Load(const int8_t* p) {
   const auto wide = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), SignedShorts);
   return __builtin_convertvector(__builtin_convertvector(wide, Ints), Vec);
 #endif
+}
+inline Vec Load(const Float8* p) {
+  const auto bytes = *reinterpret_cast<const UnsignedBytes*>(p);
+  const Words word = __builtin_convertvector(__builtin_convertvector(bytes, Shorts), Words);
+  const Words magnitude = word & 0x7f;
+  const Words normal = (magnitude << 20) + (120 << 23);  // float's exponent bias is larger
+  const Words small = (Words)(__builtin_convertvector(Ints(magnitude), Vec) * 0x1p-9f);
+  const Words finite = magnitude < 8 ? small : normal;
+  return (Vec)((magnitude == 0x7f ? Words{} + 0x7fc00000 : finite) | (word & 0x80) << 24);
 }
 inline float Widen(uint16_t bits) {  // one bfloat16
   const uint32_t wide = (uint32_t)bits << 16;
