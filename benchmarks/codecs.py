@@ -13,9 +13,10 @@ from jaxkv.codecs import CODECS
 
 _LAYERS, _KV_HEADS, _GROUP, _HEAD_DIM = 2, 8, 4, 128
 _CONTEXTS = (4_096, 16_384, 65_536)
+_CALLS = 4  # a sample, and as many before it, as in a loop of them
 _CHUNK = 2_048  # tokens that are written at once while filling
 _CODECS = (
-    *("bfloat16", "int8", "rotated4", "rotated3", "rotated2"),
+    *("bfloat16", "float8", "int8", "rotated4", "rotated3", "rotated2"),
     *("rotated4-centred", "rotated2-centred", "rotated2-centred, newest 16"),
 )
 
@@ -24,7 +25,9 @@ def run(quick: bool) -> Iterator[Table]:
     """A table a context length."""
     for context in _CONTEXTS[:1] if quick else _CONTEXTS:
         steps = {name: _Step(name, context) for name in _CODECS}
-        timings = interleaved(steps, repeats=5 if quick else 15, warm_up=1)
+        timings = interleaved(
+            steps, repeats=5 if quick else 15, calls=_CALLS, lead_in=_CALLS, warm_up=1
+        )
         base = timings["bfloat16"].seconds
         rows: list[Row] = [
             {
@@ -44,7 +47,8 @@ def run(quick: bool) -> Iterator[Table]:
             notes.insert(
                 0,
                 f"{_LAYERS} layers, {_KV_HEADS} KV heads of {_HEAD_DIM}, {_GROUP} queries each; a "
-                "token is written to each layer, attended, and feeds the next. Medians, in turns.",
+                "token is written to each layer, attended, and feeds the next. Medians of samples "
+                f"of {_CALLS} calls after {_CALLS} that are not timed, in turns.",
             )
         yield Table(f"Decode attention by codec: {context:,} tokens", rows, notes)
 
