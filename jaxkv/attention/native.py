@@ -145,6 +145,8 @@ def _centre(request: Request) -> tuple[Array, Array]:
     if not isinstance(codec, Centred) or request.centre_queries is None:
         return jnp.zeros((0, 0, 0, 0), jnp.float32), jnp.zeros((0, 0, 0, 0), jnp.float32)
     queries = request.centre_queries[:, :, 0]
+    if codec.rope and codec.rope.rotary_dim == request.cache.config.head_dim:
+        queries = queries[..., :-1]  # no number is left unturned
     queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, -queries.shape[-1] % _LANES),))
     tables = codec.rope.tables if codec.rope else np.zeros((0, 0, 0, 0), np.float32)
     return queries, jnp.asarray(tables)
