@@ -73,9 +73,12 @@ def append(
 
     positions = token_positions(cache, tokens, num_tokens)
     encoded, means = encode(cache, num_layer, keys, values, positions)
+    newest = cache.newest
+    if newest is not None:
+        newest = append(newest, keys, values, layer=num_layer, num_tokens=num_tokens)
+    cache = dataclasses.replace(cache, means=means, newest=newest)
     if in_host_memory(next(iter(cache.storage.values()))):
-        cache = append_to_host(cache, num_layer, encoded, keys, positions)
-        return dataclasses.replace(cache, means=means)
+        return append_to_host(cache, num_layer, encoded, keys, positions)
     slots = cache.index.slots(positions)
     # Places that do not exist get numbers past the end, each its own: the scatter drops
     # them, and may still be told that no two writes meet.
@@ -89,10 +92,7 @@ def append(
         )
         for name, leaf in cache.storage.items()
     }
-    newest = cache.newest
-    if newest is not None:
-        newest = append(newest, keys, values, layer=num_layer, num_tokens=num_tokens)
-    return dataclasses.replace(cache, storage=storage, means=means, newest=newest)
+    return dataclasses.replace(cache, storage=storage)
 
 
 @in_every_group

@@ -91,15 +91,6 @@ def check_on_device(cache: KVCache) -> None:
         )
 
 
-def check_plain(cache: KVCache, what: str, error: type[Exception] = ValueError) -> None:
-    """Refuse a cache that keeps `jaxkv.Newest` tokens where they cannot go along."""
-    if cache.newest is not None:
-        raise error(
-            f"A cache that keeps its newest tokens by {cache.newest.config.codec.name} as well "
-            f"cannot be {what}. Create it with newest=None for that."
-        )
-
-
 def check_chunk(cache: KVCache, tokens: int) -> None:
     """Refuse more tokens at once than the addressing was made for."""
     chunk = cache.index.chunk

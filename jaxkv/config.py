@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Self
 
-from jaxkv.addressing import Addressing, Contiguous, Kept, KeptByHead
+from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.codecs import Centred, Codec, Dense, bytes_per_token
 from jaxkv.errors import ConfigError
 from jaxkv.hf_config import hf_shape, read_hf, text_config
@@ -87,14 +87,9 @@ class KVCacheConfig:
     def _check_newest(self) -> str | None:
         if not isinstance(self.newest, Newest):
             return f"newest must be jaxkv.Newest(...) or None, got {self.newest!r}"
-        if self.placement is not None:
-            return "newest needs a cache on the device, got placement in host memory"
-        shared = getattr(self.addressing, "num_pages", None) is not None
-        if shared or isinstance(self.addressing, Kept | KeptByHead):
-            return (
-                "newest needs sequences that own their slots and hold all their tokens, got "
-                f"{self.addressing!r}"
-            )
+        place = getattr(self.addressing, "within", self.addressing)
+        if getattr(place, "num_pages", None) is not None:
+            return f"newest needs sequences that own their slots, got {self.addressing!r}"
         return None
 
     def _normalize_count(self, field: str, also_allowed: str = "") -> str | None:
@@ -174,7 +169,8 @@ class KVCacheConfig:
             return None
         tokens = min(self.newest.tokens, getattr(self.addressing, "window", None) or 1 << 31)
         codec = self.newest.codec_beside(self.codec)
-        return self.replace(codec=codec, addressing=NewestSlots(tokens), newest=None)
+        slots = NewestSlots(tokens)
+        return self.replace(codec=codec, addressing=slots, placement=None, newest=None)
 
     @property
     def num_resident_slots(self) -> int:
@@ -198,7 +194,7 @@ class KVCacheConfig:
         """Exact bytes of what stands beside them: lengths, and page tables where there are any."""
         index = self.addressing.index_bytes(self.max_context_length, self.batch_size)
         if self.newest_config is not None:
-            return index + self.newest_config.index_bytes
+            index += self.newest_config.index_bytes
         if self.placement is None:
             return index
         return index + 4 * (self.batch_size or 1) + self._bounds_bytes

@@ -129,6 +129,10 @@ class NewestIndex:
         own = jnp.array(lengths, copy=True)
         return dataclasses.replace(self, lengths=own, first=jnp.maximum(first, 0))
 
+    def holding_from(self, first: Int[Array, "*batch"], lengths: Int[Array, "*batch"]) -> Self:
+        """Of sequences of these lengths, whose tokens from ``first`` on were written."""
+        return dataclasses.replace(self, lengths=lengths, first=first)
+
     def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
         kept = (positions >= 0) & (positions < self.capacity)
         newest = jnp.where(kept, positions, -1).max(axis=-1, keepdims=True)

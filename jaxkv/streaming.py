@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing.contiguous import ContiguousIndex
-from jaxkv.checks import check_alive, check_plain
+from jaxkv.checks import check_alive
 from jaxkv.codecs import Leaves, bitcast, rotate
 from jaxkv.hybrid import in_every_group
 from jaxkv.kv_cache import KVCache, Layer
@@ -49,7 +49,6 @@ def prefetch(cache: KVCache) -> KVCache:
 
 
 def _moved(cache: KVCache, to: Any) -> KVCache:
-    check_plain(cache, "moved between memories")
     if cache.config.placement is not None:  # it is where its config says
         return cache
     storage = {name: jax.device_put(leaf, to(leaf)) for name, leaf in cache.storage.items()}

@@ -191,27 +191,7 @@ MISUSES = {
     "newest tokens of a shared pool": (
         lambda: NEWEST.replace(addressing=jaxkv.Paged(num_pages=4)),
         jaxkv.ConfigError,
-        "newest needs sequences that own their slots and hold all their tokens, got Paged",
-    ),
-    "newest tokens beside host memory": (
-        lambda: NEWEST.replace(placement=jaxkv.HostMemory()),
-        jaxkv.ConfigError,
-        "newest needs a cache on the device, got placement in host memory",
-    ),
-    "compression of a cache with newest tokens": (
-        lambda: jaxkv.compress(jaxkv.create(NEWEST), jaxkv.policies.SinksAndRecent(), keep=0.5),
-        TypeError,
-        "keeps its newest tokens by bfloat16 as well cannot be compressed",
-    ),
-    "a file of a cache with newest tokens": (
-        lambda: jaxkv.save(jaxkv.create(NEWEST), "never-written"),
-        jaxkv.SnapshotError,
-        "cannot be saved. Create it with newest=None",
-    ),
-    "offload of a cache with newest tokens": (
-        lambda: jaxkv.offload(jaxkv.create(NEWEST)),
-        ValueError,
-        "cannot be moved between memories",
+        "newest needs sequences that own their slots, got Paged",
     ),
     "truncate of another batch": (
         lambda: jaxkv.truncate(jaxkv.create(BATCH), jnp.array([1, 2])),

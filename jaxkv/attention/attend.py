@@ -194,7 +194,7 @@ def _cannot_serve(name: str, cache: KVCache, tokens: int) -> str | None:
             return "the cache is in host memory"
         if cache.resident is not None and cache.resident.bounds is not None:
             return "it reads all blocks, and this cache's placement chooses"
-    if cache.newest is not None and name not in ("native", "blockwise"):
+    if cache.newest is not None and name not in ("native", "blockwise", "streamed"):
         return "the newest tokens are in a cache of their own"
     return IMPLEMENTATIONS[name].cannot_serve(cache, tokens)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jaxkv.attention.online import Online
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.codecs import Codec, rotate_values, unrotate
+from jaxkv.codecs import rotate_values, unrotate
 
 KEY_BLOCK = 1024  # slots
 QUERY_BLOCK = 256  # tokens
@@ -32,17 +32,17 @@ def blockwise(request: Request) -> Grouped:
 
 
 def _one_query_block(request: Request) -> Grouped:
-    state = _all_blocks(request)
-    if request.newest is not None:
-        state = state.joined(_newest(request.newest, request.cache.config.codec))
-    return state.output()
+    return with_newest(request, _all_blocks(request)).output()
 
 
-def _newest(request: Request, codec: Codec) -> Online:
-    """What queries know of the newest tokens, turned as the codec of the whole cache turns it."""
-    state = _all_blocks(request)
-    mix = rotate_values(codec, unrotate(request.cache.config.codec, state.mix))
-    return state._replace(mix=mix)
+def with_newest(request: Request, state: Online) -> Online:
+    """After the `Newest` tokens too, where a cache has them."""
+    if request.newest is None:
+        return state
+    newest, own = _all_blocks(request.newest), request.newest.cache.config.codec
+    # Turned as the codec of the whole cache turns it.
+    mix = rotate_values(request.cache.config.codec, unrotate(own, newest.mix))
+    return state.joined(newest._replace(mix=mix))
 
 
 def _all_blocks(request: Request) -> Online:

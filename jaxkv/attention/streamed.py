@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxkv.addressing.contiguous import ContiguousIndex
-from jaxkv.attention.blockwise import KEY_BLOCK
+from jaxkv.attention.blockwise import KEY_BLOCK, with_newest
 from jaxkv.attention.online import Online
 from jaxkv.attention.request import Grouped, Request
 from jaxkv.codecs import Leaves
@@ -41,7 +41,7 @@ def streamed(request: Request) -> Grouped:
     """Attend to what is on the device, then to older blocks as they arrive."""
     end = first_on_device(request)
     state = _with_newest(request, Online.start(request), end)
-    return _with_older(request, state, end).output()
+    return with_newest(request, _with_older(request, state, end)).output()
 
 
 def first_on_device(request: Request) -> Int[Array, " batch"]:

@@ -18,7 +18,7 @@ from jaxkv.addressing import (
     PagedIndex,
     Ring,
 )
-from jaxkv.checks import check_alive, check_plain
+from jaxkv.checks import check_alive
 from jaxkv.compression.budgets import Keep, host_lengths, is_by_head, limits_of
 from jaxkv.compression.gather import gathered
 from jaxkv.compression.scoring import (
@@ -48,8 +48,8 @@ def compress(
     """A smaller cache that holds the tokens which a policy scores highest, in each layer and head.
 
     What is kept is gathered as it is stored, codes and scales, never encoded anew, and keeps its
-    position: attention over the result is attention over exactly the tokens kept. The old cache
-    is as it was; let go of it to free its memory.
+    position: attention over the result is attention over exactly the tokens kept, and over its
+    `jaxkv.Newest` ones, which stay. The old cache is as it was; let go of it to free its memory.
 
     Args:
       cache: after prefill, with any codec. A paged one gives one with pages of its own, unless
@@ -107,7 +107,6 @@ Part = tuple[np.ndarray, KVCache]
 
 def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[Part]:
     """A smaller cache for each number of tokens to keep."""
-    check_plain(cache, "compressed", TypeError)
     config, new = cache.config, options["new"]
     if isinstance(config.addressing, Ring):
         raise TypeError("compress: a ring keeps a bounded number of tokens already.")

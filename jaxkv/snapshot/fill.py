@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from jaxkv.addressing import Index
 from jaxkv.codecs import Leaves
 from jaxkv.errors import CacheFullError, SnapshotError
 from jaxkv.kv_cache import KVCache
-from jaxkv.snapshot.manifest import Group, Manifest
+from jaxkv.newest import NewestIndex
+from jaxkv.snapshot.group import Group
 from jaxkv.snapshot.places import means_of_file, places_of
 
 # Tokens that are on their way to the device at once, and so in its memory beside the cache.
@@ -26,26 +28,25 @@ class Fill:
     def __init__(
         self,
         file: Path,
-        saved: Manifest,
-        number: int,
+        group: Group,
+        lengths: Sequence[int],
         cache: KVCache,
         rows: Sequence[int],
         tensors: dict[str, np.ndarray],
     ):
-        group = saved.groups[number]
         self._cache = cache
-        self._index = _index(cache.index, group, saved.lengths, rows)
+        self._index = _index(cache.index, group, lengths, rows)
         places = places_of(self._index)
         room = np.broadcast_to(self._index.room, self._index.lengths.shape).reshape(-1)
-        self._means = means_of_file(file, cache, tensors.get(f"{number}.means"))
+        self._means = means_of_file(file, cache, tensors.get("means"))
         self._moves = []
-        for sequence, (row, length) in enumerate(zip(rows, saved.lengths, strict=True)):
+        for sequence, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             if length > room[row]:
                 raise CacheFullError(
                     f"{file} holds {length} tokens, and the cache has room for {room[row]}. Give a "
                     "larger max_context_length=, or assign more pages to the sequence."
                 )
-            stored = tensors.get(f"{number}.{sequence}.positions", np.arange(length))
+            stored = tensors.get(f"{sequence}.positions", np.arange(length))
             positions, slots = places[row]
             found = np.searchsorted(stored, positions)
             if not _holds(stored, found, positions):
@@ -55,7 +56,7 @@ class Fill:
                     f"{cache.config.addressing.name} needs tokens that are not among them. Load it "
                     "with the addressing that it was saved with."
                 )
-            leaves = {name: tensors[f"{number}.{sequence}.{name}"] for name in cache.storage}
+            leaves = {name: tensors[f"{sequence}.{name}"] for name in cache.storage}
             self._moves.append((leaves, found, slots))
 
     def __call__(self) -> KVCache:
@@ -96,11 +97,17 @@ def _portion(leaf: Array, stored: np.ndarray, found: np.ndarray, size: int) -> A
 
 def _index(index: Index, group: Group, lengths: Sequence[int], rows: Sequence[int]) -> Index:
     """The index of a cache whose ``rows`` are as long, and as far written, as they were."""
-    new = np.array(index.lengths).reshape(-1)
-    for values in (0, group.written, lengths):
+
+    def with_rows(old: Array, values: Any) -> Array:
+        new = np.array(old).reshape(-1)
         new[list(rows)] = values
-        shaped = new.reshape(index.lengths.shape).copy()
-        index = index.with_lengths(jax.device_put(shaped, index.lengths.sharding))
+        return jax.device_put(new.reshape(old.shape), old.sharding)
+
+    if isinstance(index, NewestIndex):
+        first = with_rows(index.first, np.subtract(lengths, group.held))
+        return index.holding_from(first, with_rows(index.lengths, lengths))
+    for values in (0, group.written, lengths):
+        index = index.with_lengths(with_rows(index.lengths, values))
     return index
 
 

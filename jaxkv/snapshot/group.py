@@ -17,11 +17,21 @@ class Group:
       written: how far each sequence was ever written; more than its length after a rollback.
       held: tokens of each sequence that are in the file; fewer than its length for a ring. Of a
         compressed cache, tokens of single heads.
+      newest: where the config has `Newest` tokens, those of each sequence that are in the file too.
     """
 
     config: KVCacheConfig
     written: tuple[int, ...]
     held: tuple[int, ...]
+    newest: tuple[int, ...] | None = None
+
+    @property
+    def of_newest(self) -> "Group | None":
+        """What the file has of the cache of `Newest` tokens."""
+        config = self.config.newest_config
+        if config is None or self.newest is None:
+            return None
+        return Group(config, self.written, self.newest)
 
     @property
     def is_compressed(self) -> bool:
@@ -29,8 +39,10 @@ class Group:
         return isinstance(self.config.addressing, Kept | KeptByHead)
 
     def layout(self, lengths: tuple[int, ...]) -> Iterator[tuple[str, Spec]]:
-        """The tensors of each sequence: ``sequence.leaf``."""
+        """The tensors of each sequence, ``sequence.leaf``, and ``newest.`` those of the newest."""
         config = self.config
+        if config.means_shape:
+            yield "means", Spec("float32", config.means_shape)
         layers, kv_heads = config.num_layers, config.num_kv_heads
         for sequence, (held, length) in enumerate(zip(self.held, lengths, strict=True)):
             for leaf, (shape, dtype, sides) in leaf_specs(config.codec, config.head_dim).items():
@@ -46,3 +58,5 @@ class Group:
             if getattr(config.addressing, "sums", False):
                 yield f"{sequence}.sums", Spec("float32", (held,))
                 yield f"{sequence}.since", Spec("int32", ())
+        if self.of_newest is not None:
+            yield from ((f"newest.{name}", spec) for name, spec in self.of_newest.layout(lengths))

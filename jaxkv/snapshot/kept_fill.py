@@ -17,6 +17,7 @@ from jaxkv.codecs import Leaves
 from jaxkv.compression.moves import write_heads
 from jaxkv.errors import CacheFullError, SnapshotError
 from jaxkv.kv_cache import KVCache
+from jaxkv.snapshot.group import Group
 from jaxkv.snapshot.kept import (
     BySlot,
     index_of,
@@ -24,8 +25,7 @@ from jaxkv.snapshot.kept import (
     positions_of_heads,
     used_slots,
 )
-from jaxkv.snapshot.manifest import Manifest
-from jaxkv.snapshot.places import means_of_file
+from jaxkv.snapshot.places import means_of_file, named
 
 # Vectors of one head that are on their way to the device at once.
 _VECTORS_AT_ONCE = 4096
@@ -37,27 +37,22 @@ class KeptFill:
     def __init__(
         self,
         file: Path,
-        saved: Manifest,
-        number: int,
+        group: Group,
+        lengths: Sequence[int],
         cache: KVCache,
         rows: Sequence[int],
         tensors: dict[str, np.ndarray],
     ):
         self._cache, self._rows = cache, list(rows)
-        self._means = means_of_file(file, cache, tensors.get(f"{number}.means"))
-        names = [f"{number}.{sequence}" for sequence in range(len(self._rows))]
-        self._sequences = [
-            {name.removeprefix(f"{prefix}."): tensors[name] for name in tensors
-             if name.startswith(f"{prefix}.")}
-            for prefix in names
-        ]  # fmt: skip
-        lengths = np.array(saved.lengths, np.int32)
-        num_new = lengths - [int(sequence["first_new"]) for sequence in self._sequences]
+        self._means = means_of_file(file, cache, tensors.get("means"))
+        self._sequences = [named(tensors, f"{sequence}.") for sequence in range(len(self._rows))]
+        ends = np.array(lengths, np.int32)
+        num_new = ends - [int(sequence["first_new"]) for sequence in self._sequences]
         counts = np.stack([sequence["counts"] for sequence in self._sequences], axis=1)
         num_kept = counts - num_new[:, None]
-        self._check_room(file, lengths, num_new, num_kept)
+        self._check_room(file, ends, num_new, num_kept)
         self._used = used_slots(index_of(cache), num_new[:, None], num_kept)
-        self._index = self._filled_index(lengths, num_new, num_kept)
+        self._index = self._filled_index(ends, num_new, num_kept)
         self._places = places_of_heads(dataclasses.replace(cache, index=self._index))[:, self._rows]
         if (self._places[self._used] < 0).any():
             raise CacheFullError(f"{file} needs more pages: assign them to the sequence before.")

@@ -1,6 +1,7 @@
 """Going on from a saved cache."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,11 +11,12 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxkv.addressing import Addressing, Kept, KeptByHead, KeptIndex
-from jaxkv.checks import check_on_device, check_plain
+from jaxkv.checks import check_on_device
 from jaxkv.codecs import Codec
 from jaxkv.creation import create
 from jaxkv.errors import CacheFullError, ConfigError, SnapshotError
 from jaxkv.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
+from jaxkv.kv_cache import KVCache
 from jaxkv.memory.allocate import allocate
 from jaxkv.snapshot import container, manifest
 from jaxkv.snapshot.fill import Fill
@@ -22,7 +24,7 @@ from jaxkv.snapshot.fingerprint import differences, fingerprint
 from jaxkv.snapshot.kept import check_kept
 from jaxkv.snapshot.kept_fill import KeptFill
 from jaxkv.snapshot.manifest import Manifest
-from jaxkv.snapshot.places import caches_of
+from jaxkv.snapshot.places import caches_of, named
 from jaxkv.snapshot.save import Tokens, token_ids
 
 
@@ -101,12 +103,10 @@ def load(
         else:
             cache, rows = into, _checked_rows(file, saved, into, rows)
         fills = [
-            (KeptFill if isinstance(group.index, KeptIndex) else Fill)(
-                file, saved, number, group, rows, tensors
-            )
+            _fills(file, saved, number, group, rows, tensors)
             for number, group in enumerate(caches_of(cache))
         ]
-        filled = tuple(fill() for fill in fills)  # once all of them are known to fit
+        filled = tuple(_filled(*both) for both in fills)  # once all of them are known to fit
     return HybridCache(filled, cache.config) if isinstance(cache, HybridCache) else filled[0]
 
 
@@ -125,6 +125,28 @@ def opened(
             if group.is_compressed:
                 check_kept(file, saved, number, tensors)
         yield saved, tensors
+
+
+def _fills(
+    file: Path,
+    saved: Manifest,
+    number: int,
+    cache: KVCache,
+    rows: Sequence[int],
+    tensors: dict[str, np.ndarray],
+) -> tuple[Fill | KeptFill, Fill | None]:
+    """Of a cache and, where it has one, that of its newest tokens."""
+    group, own = saved.groups[number], named(tensors, f"{number}.")
+    kind = KeptFill if isinstance(cache.index, KeptIndex) else Fill
+    fill = kind(file, group, saved.lengths, cache, rows, own)
+    if group.of_newest is None or cache.newest is None:
+        return fill, None
+    of_newest = named(own, "newest.")
+    return fill, Fill(file, group.of_newest, saved.lengths, cache.newest, rows, of_newest)
+
+
+def _filled(own: Fill | KeptFill, newest: Fill | None) -> KVCache:
+    return dataclasses.replace(own(), newest=None if newest is None else newest())
 
 
 def _new(
@@ -172,7 +194,6 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache) -> None:
     """Refuse a cache whose vectors are not like those of the file."""
     for cache in caches_of(into):
         check_on_device(cache)
-        check_plain(cache, "loaded into")
     layers = getattr(into.config, "group_of_layer", None)
     if saved.group_of_layer != layers:
         raise SnapshotError(
@@ -181,7 +202,7 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache) -> None:
         )
     theirs = [group.config for group in saved.groups]
     ours = [cache.config for cache in caches_of(into)]
-    for field in ("num_layers", "num_kv_heads", "head_dim", "codec"):
+    for field in ("num_layers", "num_kv_heads", "head_dim", "codec", "newest"):
         saved_as, wanted = ([getattr(c, field) for c in configs] for configs in (theirs, ours))
         if saved_as != wanted:
             raise SnapshotError(

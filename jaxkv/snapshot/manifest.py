@@ -10,6 +10,7 @@ from jaxkv.codecs import CODECS, Codec, KeysValues, Rope
 from jaxkv.config import KVCacheConfig
 from jaxkv.errors import SnapshotError
 from jaxkv.hybrid import AnyConfig, HybridConfig
+from jaxkv.newest import Newest
 from jaxkv.snapshot.container import Layout, Spec
 from jaxkv.snapshot.fingerprint import Fingerprint
 from jaxkv.snapshot.group import Group
@@ -57,16 +58,11 @@ class Manifest:
 
     def _vectors(self) -> Iterator[tuple[str, Spec]]:
         for number, group in enumerate(self.groups):
-            if group.config.means_shape:
-                yield f"{number}.means", Spec("float32", group.config.means_shape)
             for name, spec in group.layout(self.lengths):
                 yield f"{number}.{name}", spec
 
     def to_json(self) -> dict[str, Any]:
-        groups = [
-            {"config": _config_json(group.config), "written": group.written, "held": group.held}
-            for group in self.groups
-        ]
+        groups = [_group_json(group) for group in self.groups]
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"format": FORMAT, **fields, "groups": groups}
 
@@ -127,30 +123,40 @@ class _Reader:
         return manifest
 
     def _group(self, json: Any, lengths: list[int]) -> Group:
-        config_json, written, held = self._fields(json, "config written held")
-        config = self._config(config_json)
-        written, held = self._counts("written", written), self._counts("held", held)
-        if not len(written) == len(held) == len(lengths):
-            raise ValueError("lengths, written and held must be one a sequence.")
-        group = Group(config, written, held)
+        has_newest = isinstance(json, dict) and "newest" in json
+        names = "config written held" + " newest" * has_newest
+        config_json, *numbers = self._fields(json, names)
+        config = self._config(config_json, has_newest)
+        counts = [self._counts(*named) for named in zip(names.split()[1:], numbers, strict=True)]
+        if any(len(each) != len(lengths) for each in counts):
+            raise ValueError("lengths, written, held and newest must be one a sequence.")
+        group = Group(config, *counts)
+        for each in filter(None, (group, group.of_newest)):
+            self._check_held(each, lengths)
+        return group
+
+    def _check_held(self, group: Group, lengths: list[int]) -> None:
+        config = group.config
         heads = config.num_layers * config.num_kv_heads if group.is_compressed else 1
         most = config.num_slots * heads
-        for length, reach, count in zip(lengths, written, held, strict=True):
+        for length, reach, count in zip(lengths, group.written, group.held, strict=True):
             fits = count <= (most if group.is_compressed else length)
             if not fits or length > min(reach, config.max_context_length):
                 raise ValueError(
                     f"a sequence of {length} tokens cannot hold {count}, have been written up to "
                     f"{reach}, and stand in a context of {config.max_context_length}."
                 )
-        return group
 
-    def _config(self, json: Any) -> KVCacheConfig:
-        *shape, codec, addressing = self._fields(json, " ".join((*_SHAPE, "codec", "addressing")))
+    def _config(self, json: Any, has_newest: bool) -> KVCacheConfig:
+        names = (*_SHAPE, "codec", "addressing") + ("newest",) * has_newest
+        fields = dict(zip(names, self._fields(json, " ".join(names)), strict=True))
+        shape = [fields[name] for name in _SHAPE]
         self._counts("the shape of a cache", [1 if count is None else count for count in shape])
         config = KVCacheConfig(
             **dict(zip(_SHAPE, shape, strict=True)),
-            codec=self._known("codec", codec, CODECS),
-            addressing=self._known("addressing", addressing, ADDRESSINGS),
+            codec=self._known("codec", fields["codec"], CODECS),
+            addressing=self._known("addressing", fields["addressing"], ADDRESSINGS),
+            newest=self._known("newest", fields["newest"], CODECS) if has_newest else None,
         )
         if config.num_slots > _LARGEST or config.size_bytes > _LARGEST**2:
             raise ValueError(f"{config.describe()} is larger than any memory.")
@@ -158,10 +164,10 @@ class _Reader:
 
     def _known(self, what: str, json: Any, table: Mapping[str, Any]) -> Any:
         """The codec or addressing that a file names: of the table's kinds, or the one given."""
-        given = self._given[what]
+        given = self._given.get(what)
         if given is not None and _kind_json(given) == json:
             return given
-        also = (KeysValues, Rope, Kept, KeptByHead)
+        also = (KeysValues, Rope, Kept, KeptByHead, Newest)
         kinds = {kind.__name__: kind for kind in (*map(type, table.values()), *also)}
         name, fields = self._fields(json, "kind fields")
         if not isinstance(name, str) or name not in kinds or not isinstance(fields, dict):
@@ -198,7 +204,17 @@ class _Reader:
 def _config_json(config: KVCacheConfig) -> dict[str, Any]:
     shape = {field: getattr(config, field) for field in _SHAPE}
     kinds = {"codec": _kind_json(config.codec), "addressing": _kind_json(config.addressing)}
+    if config.newest is not None:
+        kinds["newest"] = _kind_json(config.newest)
     return {**shape, **kinds}
+
+
+def _group_json(group: Group) -> dict[str, Any]:
+    """Without what it has no `Newest` tokens for, as files had it before there were any."""
+    counts = {"written": group.written, "held": group.held}
+    if group.newest is not None:
+        counts["newest"] = group.newest
+    return {"config": _config_json(group.config), **counts}
 
 
 def _kind_json(value: Any) -> dict[str, Any]:

@@ -56,6 +56,11 @@ def means_of_file(file: Path, cache: KVCache, stored: np.ndarray | None) -> Arra
     return jax.device_put(stored, cache.means.sharding)
 
 
+def named(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Those tensors of a file whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+
+
 def caches_of(cache: AnyCache) -> tuple[KVCache, ...]:
     """The groups of a hybrid cache, or the one that a plain cache is."""
     return cache.groups if isinstance(cache, HybridCache) else (cache,)

@@ -18,7 +18,7 @@ from jaxkv.paging import PageAllocator, restore
 from jaxkv.rearrange import select
 from jaxkv.snapshot.fill import Fill
 from jaxkv.snapshot.load import check_kind, check_model, opened
-from jaxkv.snapshot.places import caches_of, means_of_file
+from jaxkv.snapshot.places import caches_of, means_of_file, named
 
 
 def load_prefix(
@@ -90,7 +90,14 @@ def load_prefix(
         restore(pages, request, prompt, length)
         try:
             fills = [
-                Fill(file, saved, number, _row(group, pages.table(request, number)), [0], tensors)
+                Fill(
+                    file,
+                    saved.groups[number],
+                    saved.lengths,
+                    _row(group, pages.table(request, number)),
+                    [0],
+                    named(tensors, f"{number}."),
+                )
                 for number, group in enumerate(groups)
             ]
             filled = [fill() for fill in fills]  # once all of them are known to fit

@@ -12,9 +12,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.addressing import KeptIndex
 from jaxkv.cache import check
-from jaxkv.checks import check_plain
 from jaxkv.codecs import leaf_specs
-from jaxkv.errors import SnapshotError
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
 from jaxkv.snapshot import container
@@ -44,7 +42,6 @@ def save(
 
     Raises:
       CacheFullError, CacheClosedError: the cache is not sound.
-      SnapshotError: a cache that keeps `jaxkv.Newest` tokens.
       ValueError: tokens that are not as many as the cache holds.
       OSError: the file cannot be written. What was there before is as it was.
 
@@ -58,12 +55,7 @@ def save(
     from jaxkv import __version__
 
     check(cache)
-    for group in caches_of(cache):
-        check_plain(group, "saved", SnapshotError)
-    sources = [
-        KeptSource.of(group) if isinstance(group.index, KeptIndex) else _Source.of(group)
-        for group in caches_of(cache)
-    ]
+    sources = [_sources_of(group) for group in caches_of(cache)]
     lengths = tuple(np.asarray(cache.lengths).reshape(-1).tolist())
     ids = None if tokens is None else token_ids(tokens, cache.config.batch_size, lengths)
     manifest = Manifest(
@@ -71,17 +63,20 @@ def save(
         lengths=lengths,
         model=None if model is None else fingerprint(model),
         has_tokens=ids is not None,
-        groups=tuple(source.described for source in sources),
+        groups=tuple(_described(*both) for both in sources),
         group_of_layer=getattr(cache.config, "group_of_layer", None),
     )
 
     def pieces(name: str) -> Iterator[np.ndarray]:
-        first, *rest = name.split(".", 2)
-        if ids is not None and rest == ["tokens"]:
+        first, rest = name.split(".", 1)
+        if ids is not None and rest == "tokens":
             return iter([ids[int(first)]])
-        if rest == ["means"]:
-            return iter([np.asarray(sources[int(first)].cache.means)])
-        return sources[int(first)].pieces(int(rest[0]), rest[1])
+        own, newest = sources[int(first)]
+        source = newest if newest is not None and rest.startswith("newest.") else own
+        sequence, _, leaf = rest.removeprefix("newest.").partition(".")
+        if sequence == "means":
+            return iter([np.asarray(source.cache.means)])
+        return source.pieces(int(sequence), leaf)
 
     container.write(Path(path), manifest.to_json(), manifest.layout(), pieces)
 
@@ -104,6 +99,17 @@ def token_ids(tokens: Tokens, batch_size: int | None, lengths: Sequence[int]) ->
             f"{[len(row) for row in ids]}. Truncate the cache to the tokens that you have."
         )
     return [row.astype(np.int32) for row in ids]
+
+
+def _sources_of(cache: KVCache) -> tuple["KeptSource | _Source", "_Source | None"]:
+    """A cache and, where it has one, that of its newest tokens."""
+    own = KeptSource.of(cache) if isinstance(cache.index, KeptIndex) else _Source.of(cache)
+    return own, None if cache.newest is None else _Source.of(cache.newest)
+
+
+def _described(own: "KeptSource | _Source", newest: "_Source | None") -> Group:
+    held = None if newest is None else newest.described.held
+    return dataclasses.replace(own.described, newest=held)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,12 @@ run_step = jit(step)
 class Filled:
     """A cache of ``LENGTHS`` tokens, or of the first of them, and what was written to it."""
 
-    def __init__(self, codec="float32", addressing="contiguous", batch_size=None, head_dim=4):
+    def __init__(
+        self, codec="float32", addressing="contiguous", batch_size=None, head_dim=4, newest=0
+    ):
         fields = {"num_layers": LAYERS, "max_context_length": 16, "head_dim": head_dim}
+        if newest:  # which rounds where the cache's own codec does not, so that copies differ
+            fields["newest"] = jaxkv.Newest(newest, jaxkv.Dense("bfloat16"))
         config = config_of(codec, addressing, batch_size=batch_size, **fields)
         lengths = LENGTHS if batch_size else LENGTHS[0]
         arrays = random_step(config, LENGTHS[0], heads=HEADS)
@@ -28,6 +32,7 @@ class Filled:
             cache = append(cache, keys, values, layer=layer, num_tokens=lengths)
         self.cache = jaxkv.advance(cache, lengths)
         self.history = [History(self.cache, layer) for layer in range(LAYERS)]
+        self.newest, self.lost = newest, np.ravel(lengths) - newest
 
     def next_step(self, cache, seed):
         """One more token through a compressed cache: what it gives, and what it must."""
@@ -41,8 +46,16 @@ class Filled:
             rows = expected[layer].reshape(-1, HEADS, queries.shape[-1])
             for sequence, query in enumerate(queries[layer].reshape(rows.shape)):
                 of_sequence = held[layer].reshape(len(rows), KV_HEADS, -1)[sequence]
-                rows[sequence] = history.attend(query, sequence, of_sequence, lengths[sequence])
+                length = lengths[sequence]
+                near = range(max(self.lost[sequence], length + 1 - self.newest), length + 1)
+                near = near if self.newest else ()
+                rows[sequence] = history.attend(query, sequence, of_sequence, length, near)
         return cache, np.asarray(outputs), expected
+
+    def one_token_less(self, cache):
+        """The cache after a rollback, which loses what the last token was written over."""
+        self.lost = np.maximum(self.lost, np.ravel(cache.lengths) - self.newest)
+        return jaxkv.truncate(cache, cache.lengths - 1)
 
 
 class History:
@@ -62,17 +75,22 @@ class History:
         for pairs, key, value, position in rows:
             pairs[int(position)] = key, value
 
-    def attend(self, query, sequence, held, newest):
-        """Each head over the tokens that it holds, and the newest."""
+    def attend(self, query, sequence, held, newest, near=()):
+        """Each head over the tokens that it holds and the newest; ``near`` ones in bfloat16."""
         group = len(query) // KV_HEADS
         output = np.zeros(query.shape)
         for head, positions in enumerate(held):
-            seen = [*positions[positions >= 0].tolist(), int(newest)]
-            pairs = [self.pairs[sequence][position] for position in seen]
+            seen = {*positions[positions >= 0].tolist(), int(newest)}
+            pairs = [self.pairs[sequence][position] for position in seen.difference(near)]
+            pairs += [in_bfloat16(self.pairs[sequence][position]) for position in near]
             of_head = [(key[head : head + 1], value[head : head + 1]) for key, value in pairs]
             heads = slice(head * group, (head + 1) * group)
             output[heads] = attention(query[heads], of_head)
         return output
+
+
+def in_bfloat16(pair):
+    return np.asarray(pair).astype(jnp.bfloat16).astype(np.float64)
 
 
 def positions_of(cache, layer):

@@ -63,12 +63,18 @@ def stored(cache, leaf, layer):
 
 
 @pytest.mark.parametrize(
-    ("keep", "kind"),
-    [("a head", "pages"), ("a layer", "single"), ("a share", "batch"), ("by head", "batch")],
+    ("keep", "kind", "newest"),
+    [
+        *(("a head", "pages", 0), ("a layer", "single", 0), ("a share", "batch", 0)),
+        *(("by head", "batch", 0), ("a head", "pages", 3), ("a layer", "single", 7)),
+        ("by head", "batch", 3),
+    ],
 )
-def test_attention_is_over_exactly_the_tokens_kept(keep, kind):
+def test_attention_is_over_exactly_the_tokens_kept(keep, kind, newest):
+    """And over the newest, where they are kept by a finer codec too, whatever a policy drops."""
     addressing = "paged" if kind == "pages" else "contiguous"
-    filled = Filled(addressing=addressing, batch_size=None if kind == "single" else 2)
+    batch_size = None if kind == "single" else 2
+    filled = Filled(addressing=addressing, batch_size=batch_size, newest=newest)
     small = jaxkv.compress(filled.cache, SinksAndRecent(1), keep=KEEPS[keep], new=2, sinks=1)
     for seed in range(2):
         small, output, expected = filled.next_step(small, seed)
@@ -76,7 +82,7 @@ def test_attention_is_over_exactly_the_tokens_kept(keep, kind):
     with pytest.raises(jaxkv.CacheFullError, match=r"jaxkv\.evict"):
         jaxkv.advance(small, 1)
     # The same from what is left after a rollback, and then after a second compression.
-    small = jaxkv.truncate(small, small.lengths - 1)
+    small = filled.one_token_less(small)
     small, output, expected = filled.next_step(small, 3)
     np.testing.assert_allclose(output, expected, atol=1e-5)
     if keep == "a head":

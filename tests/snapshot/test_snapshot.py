@@ -19,6 +19,7 @@ ADDRESSINGS = {
     "paged": jaxkv.Paged(page_size=4),
     "pool": jaxkv.Paged(page_size=4, num_pages=20),
 }
+NEWEST = jaxkv.Newest(3, jaxkv.Centred(jaxkv.Int8()))
 
 
 def small_config(codec="float32", addressing="contiguous", **fields):
@@ -38,7 +39,11 @@ def assign_pages(cache, seed=0):
 
 def filled(config, lengths=9, written=None):
     """Random bits in every slot, those in use and those that are free."""
-    cache, rng = assign_pages(jaxkv.create(config)), np.random.default_rng(0)
+    return with_random_bits(assign_pages(jaxkv.create(config)), lengths, written)
+
+
+def with_random_bits(cache, lengths, written):
+    rng = np.random.default_rng(0)
     storage = {
         name: jnp.asarray(
             rng.integers(0, 256, leaf.nbytes, np.uint8).view(leaf.dtype).reshape(leaf.shape)
@@ -50,7 +55,8 @@ def filled(config, lengths=9, written=None):
         if count is not None:
             index = index.with_lengths(jnp.broadcast_to(jnp.int32(count), index.lengths.shape))
     means = None if cache.means is None else cache.means + 1
-    return dataclasses.replace(cache, storage=storage, index=index, means=means)
+    newest = cache.newest and with_random_bits(cache.newest, lengths, written)
+    return dataclasses.replace(cache, storage=storage, index=index, means=means, newest=newest)
 
 
 def held(cache, row=0):
@@ -107,13 +113,21 @@ def step_by_step(cache, steps, first_seed=0):
 
 
 @pytest.mark.parametrize(
-    ("codec", "addressing", "batch_size"), [("bfloat16", "contiguous", None), ("int8", "ring", 2)]
+    ("codec", "addressing", "batch_size", "newest"),
+    [
+        ("bfloat16", "contiguous", None, None),
+        ("int8", "ring", 2, None),
+        ("float8", "paged", 2, NEWEST),
+        ("int8", "ring", None, jaxkv.Newest(9)),
+    ],
 )
-def test_going_on_from_a_file_is_bitwise_going_on(tmp_path, codec, addressing, batch_size):
-    cache, _ = step_by_step(
-        jaxkv.create(small_config(codec, addressing, batch_size=batch_size)), (4, 4, 1)
-    )
+def test_going_on_from_a_file_is_bitwise_going_on(tmp_path, codec, addressing, batch_size, newest):
+    config = small_config(codec, addressing, batch_size=batch_size, newest=newest)
+    cache, _ = step_by_step(jaxkv.create(config), (4, 4, 1))
+    if newest is not None:  # what was taken back has written over what the ring held
+        cache = jaxkv.truncate(cache, 8)
     loaded = save_and_load(cache, tmp_path)
+    assert loaded.config == config
     (cache, expected), (loaded, outputs) = (
         step_by_step(each, (1, 4), first_seed=50) for each in (cache, loaded)
     )
@@ -171,15 +185,22 @@ def test_what_a_ring_has_dropped_cannot_be_had_from_its_file(tmp_path):
     assert held(smaller).items() < held(cache).items()
 
 
-@pytest.mark.parametrize("addressing", ADDRESSINGS)
+@pytest.mark.parametrize("addressing", [*ADDRESSINGS, "newest too"])
 def test_into_a_row_of_a_batch(tmp_path, addressing):
-    prompt = filled(small_config(addressing=addressing), 6)
-    batch = filled(small_config(addressing=addressing, batch_size=2), 5)
-    first_row = held(batch, 0)
+    fields = {"addressing": addressing}
+    if addressing == "newest too":
+        fields = {"newest": jaxkv.Newest(3, jaxkv.Int8())}
+    prompt = filled(small_config(**fields), 6, written=7)
+    batch = filled(small_config(**fields, batch_size=2), 5)
+    first_row, first_newest = held(batch, 0), batch.newest and held(batch.newest, 0)
     batch = save_and_load(prompt, tmp_path, into=batch, rows=[1])
     assert batch.lengths.tolist() == [5, 6]
     assert held(batch, 0) == first_row
     assert held(batch, 1) == held(prompt)
+    if batch.newest is not None:
+        assert held(batch.newest, 0) == first_newest
+        assert held(batch.newest, 1) == held(prompt.newest)
+        assert held(prompt.newest).keys() == {4, 5}
 
 
 def test_rows_and_room_are_checked(tmp_path):
@@ -190,6 +211,8 @@ def test_rows_and_room_are_checked(tmp_path):
             jaxkv.load(tmp_path / "file", into=batch, rows=rows)
     with pytest.raises(jaxkv.SnapshotError, match="num_kv_heads"):
         jaxkv.load(tmp_path / "file", into=jaxkv.create(small_config(num_kv_heads=1)))
+    with pytest.raises(jaxkv.SnapshotError, match=r"has newest \[None\], and the cache"):
+        jaxkv.load(tmp_path / "file", into=jaxkv.create(small_config(newest=NEWEST)))
     with pytest.raises(jaxkv.CacheFullError, match="holds 9 tokens, more than"):
         jaxkv.load(tmp_path / "file", max_context_length=8)
     with pytest.raises(jaxkv.CacheFullError, match="room for 0"):
