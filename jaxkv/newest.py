@@ -28,9 +28,8 @@ class Newest:
     After a rollback it holds what was not written over.
 
     It takes ``tokens`` slots a sequence of that codec, whatever the context, and its means where
-    it is `Centred`. `jaxkv.layer` gives what the cache's own codec made of every token. Such a
-    cache is read by the blockwise implementation alone, and cannot be compressed, offloaded or
-    saved; nor can its slots be in a shared pool, whose sequences come and go without it.
+    it is `Centred`, on the device wherever the cache is. `jaxkv.layer` gives what the cache's own
+    codec made of every token. In a compressed cache queries read them whatever a policy drops.
 
     Args:
       tokens: of each sequence.

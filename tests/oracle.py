@@ -188,7 +188,8 @@ def poisoned(cache, poison=np.nan):
 
     def fill(leaf):
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.full_like(leaf, poison if floating else jnp.iinfo(leaf.dtype).max)
+        garbage = poison if floating else jnp.iinfo(leaf.dtype).max
+        return jax.device_put(jnp.full(leaf.shape, garbage, leaf.dtype), leaf.sharding)
 
     storage = {name: fill(leaf) for name, leaf in cache.storage.items()}
     newest = None if cache.newest is None else poisoned(cache.newest, poison)

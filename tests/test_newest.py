@@ -85,7 +85,11 @@ class BothCopies:
 def config_of(codecs="centred", tokens=3, addressing="contiguous", **fields):
     codec, finer = CODECS[codecs]
     shape = {"num_layers": 2, "max_context_length": 12, "num_kv_heads": 2, "head_dim": 16}
-    kind = {"codec": codec, "addressing": SMALL[addressing], "newest": jaxkv.Newest(tokens, finer)}
+    kind = {"codec": codec, "newest": jaxkv.Newest(tokens, finer)}
+    if addressing == "host memory":
+        kind["placement"] = jaxkv.HostMemory(resident=5, block=4, blocks_per_query=3)
+    else:
+        kind["addressing"] = SMALL[addressing]
     return jaxkv.KVCacheConfig(**(shape | kind | fields))
 
 
@@ -93,6 +97,8 @@ def config_of(codecs="centred", tokens=3, addressing="contiguous", **fields):
 def run_layer(options, *arguments):
     one_token = arguments[2].shape[-3] == 1
     implementation = "native" if one_token and unavailable() is None else "blockwise"
+    if arguments[0].config.placement is not None:
+        implementation = "streamed"
     return layer_step(*arguments, implementation=implementation, **OPTIONS[options])
 
 
@@ -106,6 +112,7 @@ def run_layer(options, *arguments):
         ("fine turned", "contiguous", "sinks", 20),
         ("fine turned", "ring", "window", 2),
         ("fine turned", "paged", "softcap", 3),
+        ("fine turned", "host memory", "together", 2),
     ],
 )
 def test_attention_is_that_of_the_rule(monkeypatch, codecs, addressing, options, tokens):

@@ -236,7 +236,8 @@ def test_without_a_choice_all_older_blocks_are_fetched():
 
 @pytest.mark.parametrize("addressing", [jaxkv.Contiguous(), jaxkv.Ring(5, chunk=4), jaxkv.Paged(4)])
 def test_offload_and_prefetch_are_bitwise(addressing):
-    config = config_of("bfloat16", placement=None, addressing=addressing)
+    newest = jaxkv.Newest(2, jaxkv.Dense("float32"))
+    config = config_of("bfloat16", placement=None, addressing=addressing, newest=newest)
     cache = jaxkv.create(config)
     _, keys, values = random_step(config, 4, heads=2)
     cache = jaxkv.advance(jaxkv.append(cache, keys[0], values[0], layer=0), 4)

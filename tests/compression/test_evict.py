@@ -1,5 +1,6 @@
 """A cache that evicts while it decodes: held to sets of positions, kept by hand."""
 
+import collections
 import functools
 
 import jax
@@ -12,7 +13,7 @@ import jaxkv
 from jaxkv.models import Decoder, DecoderConfig
 from jaxkv.policies import HeavyHitters, KeyDiff, SinksAndRecent
 from tests.compiled import assert_in_place, compile_donating
-from tests.compression.layouts import positions_of
+from tests.compression.layouts import in_bfloat16, positions_of
 from tests.oracle import SMALL, jit, random_step, step
 
 LAYERS, KV_HEADS, HEADS, KEPT, NEW = 2, 2, 4, 5, 3
@@ -25,10 +26,16 @@ def config_of(batch_size, within, **fields):
     return jaxkv.KVCacheConfig(LAYERS, 64, KV_HEADS, 8, batch_size, float32, kept)
 
 
-def test_heavy_hitters_stay():
-    """Each head against the sum of its attention, in float64, over the tokens it has left."""
-    policy = HeavyHitters()
-    cache = jaxkv.create(config_of(2, "paged", sums=True))
+@pytest.mark.parametrize("newest", [0, 3])
+def test_heavy_hitters_stay(newest):
+    """Each head against the sum of its attention, in float64, over the tokens it has left.
+
+    And over the newest, which it reads in bfloat16 where the cache keeps them so as well.
+    """
+    policy, config = HeavyHitters(), config_of(2, "paged", sums=True)
+    if newest:
+        config = config.replace(newest=jaxkv.Newest(newest, jaxkv.Dense("bfloat16")))
+    cache = jaxkv.create(config)
     held_bytes = cache.config.size_bytes + cache.config.index_bytes
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) == held_bytes
 
@@ -37,7 +44,7 @@ def test_heavy_hitters_stay():
         cache, outputs = step(cache, queries, keys, values)
         return jaxkv.evict(cache, policy, queries=queries, sinks=1, after=outputs), outputs
 
-    heads = [Head() for _ in range(LAYERS * 2 * KV_HEADS)]
+    heads = [Head(newest) for _ in range(LAYERS * 2 * KV_HEADS)]
     for token in range(14):
         arrays = random_step(cache.config, 1, heads=HEADS, seed=token)
         cache, outputs = decode(cache, *arrays)
@@ -60,21 +67,27 @@ def test_heavy_hitters_stay():
 
 
 class Head:
-    """One KV head: tokens by position, and what each has drawn."""
+    """One KV head: tokens by position, what each has drawn, and the newest in bfloat16."""
 
-    def __init__(self):
+    def __init__(self, newest):
         self.tokens, self.drawn, self.next = {}, {}, 0
+        self.newest = collections.deque(maxlen=newest)
 
     def attend(self, queries, key, value):
         self.tokens[self.next] = key.astype(np.float64), value.astype(np.float64)
+        self.newest.append((self.next, in_bfloat16((key, value))))
         self.drawn[self.next] = 0.0
         self.next += 1
-        keys, values = (np.stack(vectors) for vectors in zip(*self.tokens.values(), strict=True))
-        weights = np.exp(queries @ keys.T * queries.shape[-1] ** -0.5)
-        weights /= weights.sum(axis=1, keepdims=True)
+        weights, _ = self.weights(queries, self.tokens)
         for position, weight in zip(self.tokens, weights.mean(axis=0), strict=True):
             self.drawn[position] += weight
+        weights, values = self.weights(queries, self.tokens | dict(self.newest))
         return weights @ values
+
+    def weights(self, queries, tokens):
+        keys, values = (np.stack(vectors) for vectors in zip(*tokens.values(), strict=True))
+        weights = np.exp(queries @ keys.T * queries.shape[-1] ** -0.5)
+        return weights / weights.sum(axis=1, keepdims=True), values
 
     def evict(self, count):
         def rank(position):
@@ -125,12 +138,15 @@ def test_only_full_sequences_choose_again():
     np.testing.assert_array_equal(room.index.positions, evicted.index.positions)
 
 
-def test_eviction_is_in_place():
+@pytest.mark.parametrize("newest", [None, jaxkv.Newest(16)])
+def test_eviction_is_in_place(newest):
     """No copy of the cache in the step, though most of its runs evict nothing."""
     policy, layers = HeavyHitters(), 4
     kept = jaxkv.Kept(1000, 24, num_layers=layers, num_kv_heads=2, sums=True)
     float32 = jaxkv.Dense("float32")
-    config = jaxkv.KVCacheConfig(layers, 10**6, 2, 64, codec=float32, addressing=kept)
+    config = jaxkv.KVCacheConfig(
+        layers, 10**6, 2, 64, codec=float32, addressing=kept, newest=newest
+    )
     cache = jax.eval_shape(lambda: jaxkv.create(config))
 
     def decode(cache, queries, keys, values):

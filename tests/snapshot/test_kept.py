@@ -17,6 +17,7 @@ from tests.oracle import jit, random_step, step
 EVEN, UNEVEN = 4, [[[5, 2], [1, 6]], [[3, 3], [7, 1]]]  # [layers, batch, kv_heads]
 EVICTING = "evicting from the first token on"
 COMPRESSED = {
+    "one number and the newest": ({"batch_size": 2, "newest": 3}, KeyDiff(), EVEN),
     "one number": ({"codec": "int8", "batch_size": 2}, KeyDiff(), EVEN),
     "pages": ({"codec": "bfloat16", "addressing": "paged"}, KeyDiff(), EVEN),
     "a number a layer": ({"codec": "rotated3/int8", "head_dim": 8}, KeyDiff(), (6, 3)),
