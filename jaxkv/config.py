@@ -87,9 +87,6 @@ class KVCacheConfig:
     def _check_newest(self) -> str | None:
         if not isinstance(self.newest, Newest):
             return f"newest must be jaxkv.Newest(...) or None, got {self.newest!r}"
-        place = getattr(self.addressing, "within", self.addressing)
-        if getattr(place, "num_pages", None) is not None:
-            return f"newest needs sequences that own their slots, got {self.addressing!r}"
         return None
 
     def _normalize_count(self, field: str, also_allowed: str = "") -> str | None:

@@ -5,13 +5,15 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
-from jaxkv.addressing import Index, Layer
+from jaxkv.addressing import Index, Layer, PagedIndex
 from jaxkv.codecs import Leaves
 from jaxkv.config import KVCacheConfig
 from jaxkv.html import Bar, occupancy_html
+from jaxkv.newest import NewestIndex
 from jaxkv.placement import Resident
 from jaxkv.text import format_bytes, sequences
 
@@ -84,6 +86,38 @@ class KVCache:
         newest = None if self.newest is None else self.newest.with_lengths(lengths)
         index = self.index.with_lengths(lengths)
         return dataclasses.replace(self, index=index, resident=resident, newest=newest)
+
+    def with_pages(
+        self,
+        table: Int[Array, "*batch pages"],
+        lengths: Int[Array, "*batch"],
+        newest_from: Int[Array, "*batch"] | None = None,
+    ) -> "KVCache":
+        """A paged cache with other sequences: for those who keep the books of a pool.
+
+        `Newest` tokens are those from ``newest_from`` on which its rows were given, none if None.
+        """
+        assert isinstance(self.index, PagedIndex)
+        newest = self.newest
+        if newest is not None:
+            assert isinstance(newest.index, NewestIndex)
+            first = lengths if newest_from is None else newest_from
+            own = newest.index.holding_from(first, lengths)
+            newest = dataclasses.replace(newest, index=own)
+        index = self.index.with_table(table).with_lengths(lengths)
+        return dataclasses.replace(self, index=index, newest=newest)
+
+    def with_means(self, means: Float32[Array, "layers 2 kv_heads head_dim"] | None) -> "KVCache":
+        """The same buffers of vectors that are stored less these means.
+
+        Means of `Newest` tokens that nobody set yet are these too: the tokens that they would have
+        been taken of were written without them.
+        """
+        newest = self.newest
+        if newest is not None and newest.means is not None and means is not None:
+            own = jnp.where(newest.means.any(), newest.means, means)
+            newest = dataclasses.replace(newest, means=own)
+        return dataclasses.replace(self, means=means, newest=newest)
 
     def __repr__(self) -> str:
         held, unknown = _lengths(self)

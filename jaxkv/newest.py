@@ -130,6 +130,7 @@ class NewestIndex:
 
     def holding_from(self, first: Int[Array, "*batch"], lengths: Int[Array, "*batch"]) -> Self:
         """Of sequences of these lengths, whose tokens from ``first`` on were written."""
+        first, lengths = jnp.array(first, copy=True), jnp.array(lengths, copy=True)
         return dataclasses.replace(self, lengths=lengths, first=first)
 
     def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:

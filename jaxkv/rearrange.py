@@ -90,6 +90,13 @@ def copy_pages(
         raise TypeError(
             f"copy_pages needs a paged cache, got a {cache.config.addressing.name} one."
         )
+    return copied(cache, sources, destinations)
+
+
+def copied(
+    cache: KVCache, sources: Int[Array, " pages"], destinations: Int[Array, " pages"]
+) -> KVCache:
+    """`copy_pages`, or copies of whole sequences' slots where they have no pages."""
     targets, origins = slots_of_pages(cache, destinations), slots_of_pages(cache, sources)
     storage = {
         name: leaf.at[:, :, targets].set(
@@ -100,10 +107,18 @@ def copy_pages(
     return dataclasses.replace(cache, storage=storage)
 
 
+def page_size_of(cache: KVCache) -> int:
+    """Slots of a page, or of a sequence where it has no pages."""
+    return cache.index.page_size if isinstance(cache.index, PagedIndex) else cache.index.extent
+
+
 def slots_of_pages(cache: KVCache, pages: Int[Array, " pages"]) -> Int[Array, " slots"]:
-    """The ctx slots of pages of a pool; of pages that there are not, slots past the end."""
-    assert isinstance(cache.index, PagedIndex)
-    page_size, num_slots = cache.index.page_size, cache.config.num_slots
+    """The ctx slots of pages of a pool; of pages that there are not, slots past the end.
+
+    Of other caches a sequence's slots are its page.
+    """
+    num_slots = cache.config.num_slots
+    page_size = page_size_of(cache)
     slots = (pages[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(-1)
     past_the_end = num_slots + jnp.arange(slots.size, dtype=jnp.int32)
     return jnp.where((slots < 0) | (slots >= num_slots), past_the_end, slots)

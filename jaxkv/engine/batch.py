@@ -98,8 +98,9 @@ class Batch:
     def _resume(self, request: Request) -> None:
         """Other pages with what was kept of its old ones; nothing of it is computed again."""
         restore(self.pages, request.number, request.prompt, request.length)
-        pages = pages_in_use(self.pages, request)
-        self._session.cache = self._swap.put_back(request, self._session.cache, pages)
+        cache = self._session.cache
+        pages = pages_in_use(self.pages, request, self.rows.index(None), cache)
+        self._session.cache = self._swap.put_back(request, cache, pages)
         self.pages.advance(request.number, request.length)
 
     def fork(self, request: Request, child: Request) -> None:
@@ -108,10 +109,11 @@ class Batch:
         Raises:
           PoolFullError: not enough pages are free.
         """
-        self._copy(self.pages.fork(request.number, child.number))
+        rows = self.rows.index(request), self.rows.index(None)
+        self._copy(self.pages.fork(request.number, child.number), rows)
         child.length = request.length
         child.num_cached = child.prompt.num_shareable
-        self.rows[self.rows.index(None)] = child
+        self.rows[rows[1]] = child
 
     def leave(self, request: Request) -> None:
         """Take the row and the pages of a request, or its place among those that wait."""
@@ -197,6 +199,7 @@ class Batch:
                 (() if r is None else r.stop_tokens for r in rows), MOST_STOP_TOKENS
             ),
             known=padded(known, self._decode_steps),
+            prompts=column(lambda r: r.prompt.num_shareable),
             tables=self._tables(rows),
         )
 
@@ -226,18 +229,21 @@ class Batch:
 
     def _preempt(self, request: Request) -> None:
         """Take its pages. They come back, or are computed again in the same way: the same bits."""
-        if not self._swap.keep(request, self._session.cache, pages_in_use(self.pages, request)):
+        cache, row = self._session.cache, self.rows.index(request)
+        if not self._swap.keep(request, cache, pages_in_use(self.pages, request, row, cache)):
             request.length = 0
         self.leave(request)
         request.num_preemptions += 1
         self.figures.preemptions += 1
         self.waiting.appendleft(request)
 
-    def _copy(self, copies: list[Copy]) -> None:
-        """Before the next step; padded to one shape."""
-        if not copies:
+    def _copy(self, copies: list[Copy], rows: tuple[int, int] = (-1, -1)) -> None:
+        """Pages and, from row to row, newest tokens. Before the next step; padded to one shape."""
+        num_groups, num_pools = len(self.pages.groups), len(steps.pools_of(self._session.cache))
+        if not copies and (num_pools == num_groups or rows[1] < 0):
             return
-        pairs = np.full((2, len(self.pages.groups), 1), -1, np.int32)
+        pairs = np.full((2, num_pools, 1), -1, np.int32)
+        pairs[:, num_groups:, 0] = np.array(rows)[:, None]
         for copy in copies:
             pairs[:, copy.group, 0] = copy.source, copy.destination
         self._session.cache = steps.copy(tuple(pairs[0]), tuple(pairs[1]), self._session.cache)

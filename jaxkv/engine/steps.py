@@ -21,7 +21,7 @@ from jaxkv.codecs import Leaves
 from jaxkv.decode import New, Structure
 from jaxkv.hybrid import AnyCache, HybridCache
 from jaxkv.kv_cache import KVCache
-from jaxkv.rearrange import copy_pages, select, slots_of_pages
+from jaxkv.rearrange import copied, select, slots_of_pages
 from jaxkv.sampling import Sampling, sample
 
 # From the host, or traced.
@@ -39,6 +39,7 @@ class Rows(NamedTuple):
     lengths: Int[Ints, " batch"]
     stop_tokens: Int[Ints, "batch stops"]  # -1 for none
     known: Int[Ints, "batch steps"]  # tokens that came before a preemption; -1 where not known
+    prompts: Int[Ints, " batch"]  # tokens that were prefilled; `Newest` ones come after
     tables: Tables
 
 
@@ -54,12 +55,13 @@ def prefill(
     """Compute one chunk of one prompt, padding included, which later tokens write over.
 
     One sequence a step, from a multiple of the chunk: so a page's bits depend on the tokens up
-    to it and on nothing else, and a page found is a page computed.
+    to it and on nothing else, and a page found is a page computed. That is also why it neither
+    reads nor writes `Newest` tokens, which stand in no page.
     """
-    row = _placed(select(cache, [0]), tables, start)
+    row = _placed(_plain(select(cache, [0])), tables, start, start)
     _, row = model(leaves, jnp.asarray(tokens), row)
     groups = [
-        dataclasses.replace(group, storage=written.storage, means=written.means)
+        dataclasses.replace(group, storage=written.storage).with_means(written.means)
         for group, written in zip(groups_of(cache), groups_of(row), strict=True)
     ]
     return _with_groups(cache, groups)
@@ -104,7 +106,7 @@ def decode(
 
     shape = (num_steps, len(rows.last))
     new = New(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
-    placed = _placed(cache, rows.tables, rows.lengths)
+    placed = _placed(cache, rows.tables, rows.lengths, rows.prompts)
     *_, cache, new = lax.while_loop(unfinished, one_step, (0, *rows[:2], placed, new))
     return cache, new
 
@@ -115,23 +117,23 @@ def copy(
     destinations: Sequence[Int[Ints, " copies"]],
     cache: AnyCache,
 ) -> AnyCache:
-    """Copy pages within the pool of each group; a destination of -1 is skipped."""
-    groups = [
-        copy_pages(group, *map(jnp.asarray, pages))
-        for group, *pages in zip(groups_of(cache), sources, destinations, strict=True)
+    """Copy pages within each of the cache's `pools_of`; a destination of -1 is skipped."""
+    pools = [
+        copied(pool, *map(jnp.asarray, pages))
+        for pool, *pages in zip(pools_of(cache), sources, destinations, strict=True)
     ]
-    return _with_groups(cache, groups)
+    return _with_pools(cache, pools)
 
 
 @jax.jit
 def read(pages: Sequence[Int[Ints, " pages"]], cache: AnyCache) -> tuple[Leaves, ...]:
-    """What pages of each group hold, ``[layers, sides, pages * page_size, ...]``; any for -1."""
+    """What pages of each pool hold, ``[layers, sides, pages * page_size, ...]``; any for -1."""
     return tuple(
         {
-            name: leaf.at[:, :, slots_of_pages(group, jnp.maximum(own, 0))].get(mode="clip")
-            for name, leaf in group.storage.items()
+            name: leaf.at[:, :, slots_of_pages(pool, jnp.maximum(own, 0))].get(mode="clip")
+            for name, leaf in pool.storage.items()
         }
-        for group, own in zip(groups_of(cache), pages, strict=True)
+        for pool, own in zip(pools_of(cache), pages, strict=True)
     )
 
 
@@ -140,15 +142,15 @@ def write(
     pages: Sequence[Int[Ints, " pages"]], contents: Sequence[Leaves], cache: AnyCache
 ) -> AnyCache:
     """The inverse of `read`; a page of -1 is skipped."""
-    groups = []
-    for group, own, leaves in zip(groups_of(cache), pages, contents, strict=True):
-        slots = slots_of_pages(group, jnp.asarray(own))
+    pools = []
+    for pool, own, leaves in zip(pools_of(cache), pages, contents, strict=True):
+        slots = slots_of_pages(pool, jnp.asarray(own))
         storage = {
             name: leaf.at[:, :, slots].set(leaves[name], mode="drop", unique_indices=True)
-            for name, leaf in group.storage.items()
+            for name, leaf in pool.storage.items()
         }
-        groups.append(dataclasses.replace(group, storage=storage))
-    return _with_groups(cache, groups)
+        pools.append(dataclasses.replace(pool, storage=storage))
+    return _with_pools(cache, pools)
 
 
 def groups_of(cache: AnyCache) -> tuple[KVCache, ...]:
@@ -168,10 +170,37 @@ def _with_groups(cache: AnyCache, groups: Sequence[KVCache]) -> AnyCache:
     return groups[0]
 
 
-def _placed(cache: AnyCache, tables: Tables, lengths: Int[Ints, " rows"]) -> AnyCache:
+def pools_of(cache: AnyCache) -> tuple[KVCache, ...]:
+    """The pool of each group, and then their `Newest` tokens, where a page is that of a row."""
+    groups = groups_of(cache)
+    return *groups, *(group.newest for group in groups if group.newest is not None)
+
+
+def _with_pools(cache: AnyCache, pools: Sequence[KVCache]) -> AnyCache:
+    num_groups = len(groups_of(cache))
+    newest = iter(pools[num_groups:])
+    groups = [
+        group if group.newest is None else dataclasses.replace(group, newest=next(newest))
+        for group in pools[:num_groups]
+    ]
+    return _with_groups(cache, groups)
+
+
+def _plain(cache: AnyCache) -> AnyCache:
+    """The cache without its `Newest` tokens."""
+    groups = [
+        dataclasses.replace(group, config=group.config.replace(newest=None), newest=None)
+        for group in groups_of(cache)
+    ]
+    return _with_groups(cache, groups)
+
+
+def _placed(
+    cache: AnyCache, tables: Tables, lengths: Int[Ints, " rows"], prompts: Int[Ints, " rows"]
+) -> AnyCache:
     """The cache with the sequences that the host says."""
-    groups = []
-    for group, table in zip(groups_of(cache), tables, strict=True):
-        index = paged_index(group).with_table(jnp.asarray(table))
-        groups.append(dataclasses.replace(group, index=index.with_lengths(jnp.asarray(lengths))))
+    groups = [
+        group.with_pages(*map(jnp.asarray, (table, lengths, prompts)))
+        for group, table in zip(groups_of(cache), tables, strict=True)
+    ]
     return _with_groups(cache, groups)

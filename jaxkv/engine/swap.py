@@ -11,11 +11,12 @@ from jaxkv.engine.request import Request
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
 from jaxkv.paging import PageAllocator
+from jaxkv.rearrange import page_size_of
 
-# Pages of each group that one program moves, so that it is compiled once.
+# Pages of each pool that one program moves, so that it is compiled once.
 PAGES_AT_ONCE = 16
 
-# Of each group, the pages of one request, in the order of its tokens.
+# Of each of the cache's `steps.pools_of`, the pages of one request, in the order of its tokens.
 Pages = Sequence[np.ndarray]
 HostLeaves = dict[str, np.ndarray]
 
@@ -37,10 +38,10 @@ class SwapSpace:
 
     def keep(self, request: Request, cache: AnyCache, pages: Pages) -> bool:
         """Copy these pages of a request, or do nothing: False if there is no room for them."""
-        groups = steps.groups_of(cache)
+        pools = steps.pools_of(cache)
         needed = sum(
-            len(own) * steps.paged_index(group).page_size * group.config.bytes_per_token
-            for group, own in zip(groups, pages, strict=True)
+            len(own) * page_size_of(pool) * pool.config.bytes_per_token
+            for pool, own in zip(pools, pages, strict=True)
         )
         if not 0 < needed <= self._size_bytes - self._figures.swapped_bytes:
             return False
@@ -50,10 +51,10 @@ class SwapSpace:
             # Copies, for a part of what a device gave would keep all of it in memory.
             self._kept[request].append([
                 {
-                    name: np.array(leaf[:, :, : len(own) * steps.paged_index(group).page_size])
+                    name: np.array(leaf[:, :, : len(own) * page_size_of(pool)])
                     for name, leaf in leaves.items()
                 }
-                for group, own, leaves in zip(groups, numbers, contents, strict=True)
+                for pool, own, leaves in zip(pools, numbers, contents, strict=True)
             ])  # fmt: skip
         self._figures.swapped_bytes += needed
         most = max(self._figures.most_swapped_bytes, self._figures.swapped_bytes)
@@ -64,8 +65,8 @@ class SwapSpace:
         """The cache, donated, with what was kept of a request in these pages, as many as before."""
         for numbers, contents in zip(_portions(pages), self._kept[request], strict=True):
             padded = tuple(
-                {name: _filled_up(leaf, group) for name, leaf in leaves.items()}
-                for group, leaves in zip(steps.groups_of(cache), contents, strict=True)
+                {name: _filled_up(leaf, pool) for name, leaf in leaves.items()}
+                for pool, leaves in zip(steps.pools_of(cache), contents, strict=True)
             )
             cache = steps.write(_padded(numbers), padded, cache)
         self.drop(request)
@@ -77,11 +78,12 @@ class SwapSpace:
             self._figures.swapped_bytes -= sum(leaf.nbytes for leaf in jax.tree.leaves(contents))
 
 
-def pages_in_use(books: PageAllocator, request: Request) -> Pages:
-    """The pages of a request that hold tokens which a later query may see."""
+def pages_in_use(books: PageAllocator, request: Request, row: int, cache: AnyCache) -> Pages:
+    """The pages of a request, in this row, that hold tokens which a later query may see."""
     end = -(-request.length // books.page_size)
     tables = [books.table(request.number, number)[:end] for number in range(len(books.groups))]
-    return [table[table >= 0] for table in tables]
+    num_rings = len(steps.pools_of(cache)) - len(tables)
+    return [*(table[table >= 0] for table in tables), *[np.array([row])] * num_rings]
 
 
 def _portions(pages: Pages) -> list[Pages]:
@@ -97,6 +99,6 @@ def _padded(pages: Pages) -> tuple[np.ndarray, ...]:
     )
 
 
-def _filled_up(leaf: np.ndarray, group: KVCache) -> np.ndarray:
-    missing = PAGES_AT_ONCE * steps.paged_index(group).page_size - leaf.shape[2]
+def _filled_up(leaf: np.ndarray, pool: KVCache) -> np.ndarray:
+    missing = PAGES_AT_ONCE * page_size_of(pool) - leaf.shape[2]
     return np.pad(leaf, [(0, missing) if axis == 2 else (0, 0) for axis in range(leaf.ndim)])

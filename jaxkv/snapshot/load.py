@@ -177,7 +177,7 @@ def _checked_rows(
     file: Path, saved: Manifest, into: AnyCache, rows: Sequence[int] | None
 ) -> list[int]:
     """The rows of ``into`` that the file's sequences go to."""
-    check_kind(file, saved, into)
+    check_kind(file, saved, into, "newest")
     count = into.config.batch_size or 1
     chosen = list(range(count)) if rows is None else [int(row) for row in rows]
     if len(chosen) != len(saved.lengths) or len(set(chosen)) != len(chosen):
@@ -190,8 +190,8 @@ def _checked_rows(
     return chosen
 
 
-def check_kind(file: Path, saved: Manifest, into: AnyCache) -> None:
-    """Refuse a cache whose vectors are not like those of the file."""
+def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
+    """Refuse a cache whose vectors are not like those of the file, or that differs in more."""
     for cache in caches_of(into):
         check_on_device(cache)
     layers = getattr(into.config, "group_of_layer", None)
@@ -202,7 +202,7 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache) -> None:
         )
     theirs = [group.config for group in saved.groups]
     ours = [cache.config for cache in caches_of(into)]
-    for field in ("num_layers", "num_kv_heads", "head_dim", "codec", "newest"):
+    for field in ("num_layers", "num_kv_heads", "head_dim", "codec", *also):
         saved_as, wanted = ([getattr(c, field) for c in configs] for configs in (theirs, ours))
         if saved_as != wanted:
             raise SnapshotError(

@@ -105,7 +105,7 @@ def load_prefix(
         finally:
             pages.release(request)
     written = [
-        dataclasses.replace(group, storage=row.storage, means=row.means)
+        dataclasses.replace(group, storage=row.storage).with_means(row.means)
         for group, row in zip(groups, filled, strict=True)
     ]
     return dataclasses.replace(cache, groups=tuple(written)) if isinstance(
@@ -135,4 +135,4 @@ def _row(group: KVCache, table: Int[np.ndarray, " pages"]) -> KVCache:
     assert isinstance(row.index, PagedIndex)
     padded = np.full(row.index.table.shape, -1, np.int32)
     padded[0, : len(table)] = table
-    return dataclasses.replace(row, index=row.index.with_table(jnp.asarray(padded)))
+    return row.with_pages(jnp.asarray(padded), row.lengths)

@@ -27,6 +27,14 @@ POOLS = {
     "windows": Shape(2, **SHAPE)
     .sliding(20, full_every=2)
     .cache_config(codec=jaxkv.Dense("float32"), chunk=CHUNK, **FIELDS),
+    # Two copies of the newest tokens that differ, and prompts that do not end with a chunk.
+    "newest too": jaxkv.KVCacheConfig(
+        2,
+        codec=jaxkv.Centred(jaxkv.Rotated(2)),
+        newest=jaxkv.Newest(5, jaxkv.Centred(jaxkv.Int8())),
+        **SHAPE,
+        **FIELDS,
+    ),
     "centred int8": jaxkv.KVCacheConfig(2, codec=jaxkv.Centred(jaxkv.Int8()), **SHAPE, **FIELDS),
 }
 
