@@ -31,6 +31,11 @@ class Newest:
     it is `Centred`, on the device wherever the cache is. `jaxkv.layer` gives what the cache's own
     codec made of every token. In a compressed cache queries read them whatever a policy drops.
 
+    In a shared pool they belong to a row, for a page must hold the same bits whoever computes it.
+    So an `Engine` computes prompts without them, and answers with those of the answer: a hit
+    equals a miss bit for bit. They move with a row that is forked or swapped. Who keeps the books
+    alone says with `KVCache.with_pages` from where on a row was given its tokens.
+
     Args:
       tokens: of each sequence.
       codec: a finer one than the cache's. A `Centred` one without a rope takes that of the cache's

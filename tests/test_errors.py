@@ -9,7 +9,6 @@ import jaxkv
 SHAPE = {"num_layers": 2, "max_context_length": 8, "num_kv_heads": 2, "head_dim": 4}
 SINGLE = jaxkv.KVCacheConfig(**SHAPE)
 BATCH = jaxkv.KVCacheConfig(**SHAPE, batch_size=3)
-NEWEST = SINGLE.replace(newest=jaxkv.Newest())
 
 
 def zeros(*shape, dtype="float32"):
@@ -187,11 +186,6 @@ MISUSES = {
         lambda: SINGLE.replace(newest=16),
         jaxkv.ConfigError,
         r"newest must be jaxkv.Newest\(...\) or None, got 16",
-    ),
-    "newest tokens of a shared pool": (
-        lambda: NEWEST.replace(addressing=jaxkv.Paged(num_pages=4)),
-        jaxkv.ConfigError,
-        "newest needs sequences that own their slots, got Paged",
     ),
     "truncate of another batch": (
         lambda: jaxkv.truncate(jaxkv.create(BATCH), jnp.array([1, 2])),

@@ -24,7 +24,7 @@ class Paged:
       page_size: slots of a page.
       num_pages: pages of the pool. None for as many as all sequences need when full, each
         with pages of its own from the start. With a number nothing is assigned: pages come
-        from an allocator (`jaxkv.paging`) through `PagedIndex.with_table`.
+        from an allocator (`jaxkv.paging`) through `KVCache.with_pages`.
       window: newest tokens that a query sees, itself included; all if None. The allocator
         takes back the pages before it, whose entries are -1 then.
 

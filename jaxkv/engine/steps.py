@@ -37,9 +37,9 @@ class Rows(NamedTuple):
     remaining: Int[Ints, " batch"]  # tokens that may still come; 0 for a row that rests
     seeds: Int[Ints, " batch"]
     lengths: Int[Ints, " batch"]
+    prompts: Int[Ints, " batch"]  # tokens that were prefilled; `Newest` ones come after
     stop_tokens: Int[Ints, "batch stops"]  # -1 for none
     known: Int[Ints, "batch steps"]  # tokens that came before a preemption; -1 where not known
-    prompts: Int[Ints, " batch"]  # tokens that were prefilled; `Newest` ones come after
     tables: Tables
 
 

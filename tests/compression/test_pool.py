@@ -20,10 +20,10 @@ HEADS = 4
 
 
 @functools.cache
-def pool_of(codec):
+def pool_of(codec, newest=None):
     """Two sequences that share two pages, and the books."""
     addressing = jaxkv.Paged(PAGE, NUM_PAGES)
-    fields = {"num_layers": 1, "max_context_length": 24, "head_dim": 16}
+    fields = {"num_layers": 1, "max_context_length": 24, "head_dim": 16, "newest": newest}
     pool = jaxkv.create(
         config_of(codec, "paged", batch_size=2, **fields).replace(addressing=addressing)
     )
@@ -54,8 +54,7 @@ def view(pool, books, names, lengths):
     for own, name in zip(table, names, strict=True):
         pages = books.table(name)
         own[: len(pages)] = pages
-    index = row.index.with_table(jnp.asarray(table)).with_lengths(jnp.asarray(lengths, jnp.int32))
-    return dataclasses.replace(row, index=index)
+    return row.with_pages(jnp.asarray(table), jnp.asarray(lengths, jnp.int32))
 
 
 @functools.partial(jit, static_argnames="evicts")
@@ -75,9 +74,12 @@ def copied(cache):
     return jax.tree.map(lambda leaf: leaf.copy(), cache)
 
 
-@pytest.mark.parametrize(("codec", "evicts"), [("int8", False), ("bfloat16", True)])
-def test_it_goes_on_as_one_with_pages_of_its_own(codec, evicts):
-    pool, books = pool_of(codec)
+@pytest.mark.parametrize(
+    ("codec", "evicts", "newest"),
+    [("int8", False, None), ("bfloat16", True, None), ("int8", False, jaxkv.Newest(3))],
+)
+def test_it_goes_on_as_one_with_pages_of_its_own(codec, evicts, newest):
+    pool, books = pool_of(codec, newest)
     pool = copied(pool)
     alone = view(pool, books, ["a"], [PROMPT])
     alone = jaxkv.compress(alone, KeyDiff(), keep=KEEP, new=NEW, sinks=1)

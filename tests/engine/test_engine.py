@@ -160,20 +160,22 @@ def test_three_compilations_for_its_life(model, caplog):
 
 def test_steps_are_in_place(model):
     config = model.cache_config(
-        max_context_length=1024, batch_size=2, addressing=jaxkv.Paged(16, 1024)
+        max_context_length=1024,
+        batch_size=2,
+        addressing=jaxkv.Paged(16, 1024),
+        newest=jaxkv.Newest(16),
     )
     cache = jaxkv.create(config)
     structure, leaves = decode.Structure.split(model)
     one, table = np.ones(1, np.int32), np.full((1, 64), -1, np.int32)
     two = np.ones(2, np.int32)
-    rows = steps.Rows(
-        two, two, two, two, two[:, None], np.full((2, 4), -1, np.int32), (np.repeat(table, 2, 0),)
-    )
+    known, tables = np.full((2, 4), -1, np.int32), (np.repeat(table, 2, 0),)
+    rows = steps.Rows(two, two, two, two, two, two[:, None], known, tables)
     tokens = np.zeros((1, 32), np.int32)
     lowered = [
         steps.prefill.lower(structure, leaves, tokens, one, (table,), cache),
         steps.decode.lower(structure, leaves, rows, cache, sampling=HOT, num_steps=4),
-        steps.copy.lower((one,), (one,), cache),
+        steps.copy.lower((one, one), (one, one), cache),
     ]
     for step in lowered:
         memory = step.compile({"xla_backend_optimization_level": 0}).memory_analysis()
