@@ -51,6 +51,8 @@ def test_it_is_chosen_for_decode_alone(one_cpu):
     )
     two_kinds = jaxkv.KeysValues(jaxkv.Float8(), jaxkv.Int8())
     assert f"cannot read {two_kinds.name}" in explained(cache_of(codec=two_kinds))["native"]
+    uneven = jaxkv.addressing.KeptByHead(8, 8, new=4, num_layers=2, num_kv_heads=2)
+    assert "cannot read kept by head" in explained(cache_of(addressing=uneven))["native"]
 
 
 def test_several_devices_leave_it_to_others():

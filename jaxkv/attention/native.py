@@ -49,7 +49,7 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
     elements = keys == values and isinstance(keys, Dense | Float8)
     if not elements and not (_bits(keys) and _bits(values)):
         return f"it cannot read {config.codec.name}"
-    if not isinstance(cache.index, _INDICES):
+    if type(cache.index) not in _INDICES:  # a number of tokens for each head is another layout
         return f"it cannot read {config.addressing.name} caches"
     if config.head_dim % _LANES:
         return f"head_dim {config.head_dim} is not a multiple of {_LANES}"
