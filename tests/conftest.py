@@ -47,7 +47,7 @@ SLOW = re.compile(
     r"|snapshot/test_kept\.py::test_rows"
     r"|compression/test_pool\.py.*\[bfloat16"
     r"|integrations/test_flax\.py::test_prefill_chunks"
-    r"|test_newest\.py.*(centred|coarse|-(contiguous|paged|host memory)-)"
+    r"|test_newest\.py.*(left_by|centred|coarse|-(contiguous|paged|host memory)-)"
     r"|test_cache\.py::test_(eager|selected|verbs_under_jit.*batch)"
     r"|test_cache_full\.py::test_full_inside_jit.*(float16|float8)"
     r"|test_in_place\.py::test_in_place.*(append_in_a_layer_scan|append_in_a_while|-float16|-float8)"

@@ -178,6 +178,42 @@ def test_a_cache_that_grew_outside_jit_can_be_donated():
     assert int(cache.lengths) == int(cache.newest.lengths) == 5
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"addressing": jaxkv.Kept(6, 2, num_layers=2, num_kv_heads=2)},
+        {"addressing": jaxkv.Paged(4, num_pages=9)},
+        {"placement": jaxkv.HostMemory(resident=5, blocks_per_query=3)},
+    ],
+    ids=["kept", "pool", "host memory"],
+)
+def test_its_bytes_are_announced_wherever_the_cache_is(place):
+    config = config_of(batch_size=2).replace(**place)
+    cache = jaxkv.create(config)
+    assert cache.size_bytes == config.size_bytes
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert held == config.size_bytes + config.index_bytes
+
+
+@pytest.mark.parametrize("codecs", CODECS)
+def test_what_is_left_by_compression_is_read_natively_too(codecs):
+    if reason := unavailable():
+        pytest.skip(reason)
+    config = config_of(codecs, addressing="paged", batch_size=2)
+    runs = {
+        name: functools.partial(step, run=jit(functools.partial(layer_step, implementation=name)))
+        for name in ("blockwise", "native")
+    }
+    cache, _ = runs["blockwise"](jaxkv.create(config), *random_step(config, 7, heads=4))
+    scores = np.random.default_rng(0).standard_normal((2, 2, 2, 12), np.float32)
+    small = jaxkv.compress(cache, scores, keep=3, new=4, sinks=0)
+    for seed in range(2):
+        arrays = random_step(config, 1, heads=4, seed=seed + 1)
+        _, expected = runs["blockwise"](small, *arrays)
+        small, outputs = runs["native"](small, *arrays)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_its_bytes_are_announced(batch_size):
     config = config_of(batch_size=batch_size)

@@ -25,7 +25,9 @@ load_module = importlib.import_module("jaxkv.snapshot.load")
 FIELDS = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 4}
 CACHES = {
     "int8": small_config("int8", **FIELDS),
-    "ring": small_config("bfloat16", "ring", batch_size=2, **FIELDS),
+    "ring": small_config(
+        "bfloat16", "ring", batch_size=2, newest=jaxkv.Newest(3, jaxkv.Int8()), **FIELDS
+    ),
     "kept": small_config("int8", jaxkv.Kept(4, 5, 1, 1, sums=True), **FIELDS),
     "kept by head": small_config("int8", KeptByHead(4, 4, 5, 1, 1), **FIELDS),
 }
