@@ -1,7 +1,6 @@
 """Going on from a saved cache."""
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,21 +9,19 @@ from typing import Any
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxkv.addressing import Addressing, Kept, KeptByHead, KeptIndex
+from jaxkv.addressing import Addressing, Kept, KeptByHead
 from jaxkv.checks import check_on_device
 from jaxkv.codecs import Codec
 from jaxkv.creation import create
 from jaxkv.errors import CacheFullError, ConfigError, SnapshotError
 from jaxkv.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
-from jaxkv.kv_cache import KVCache
 from jaxkv.memory.allocate import allocate
 from jaxkv.snapshot import container, manifest
-from jaxkv.snapshot.fill import Fill
+from jaxkv.snapshot.fills import filled_by, fills_of
 from jaxkv.snapshot.fingerprint import differences, fingerprint
 from jaxkv.snapshot.kept import check_kept
-from jaxkv.snapshot.kept_fill import KeptFill
 from jaxkv.snapshot.manifest import Manifest
-from jaxkv.snapshot.places import caches_of, named
+from jaxkv.snapshot.places import caches_of
 from jaxkv.snapshot.save import Tokens, token_ids
 
 
@@ -103,10 +100,10 @@ def load(
         else:
             cache, rows = into, _checked_rows(file, saved, into, rows)
         fills = [
-            _fills(file, saved, number, group, rows, tensors)
+            fills_of(file, saved, number, group, rows, tensors)
             for number, group in enumerate(caches_of(cache))
         ]
-        filled = tuple(_filled(*both) for both in fills)  # once all of them are known to fit
+        filled = tuple(filled_by(*both) for both in fills)  # once all of them are known to fit
     return HybridCache(filled, cache.config) if isinstance(cache, HybridCache) else filled[0]
 
 
@@ -125,28 +122,6 @@ def opened(
             if group.is_compressed:
                 check_kept(file, saved, number, tensors)
         yield saved, tensors
-
-
-def _fills(
-    file: Path,
-    saved: Manifest,
-    number: int,
-    cache: KVCache,
-    rows: Sequence[int],
-    tensors: dict[str, np.ndarray],
-) -> tuple[Fill | KeptFill, Fill | None]:
-    """Of a cache and, where it has one, that of its newest tokens."""
-    group, own = saved.groups[number], named(tensors, f"{number}.")
-    kind = KeptFill if isinstance(cache.index, KeptIndex) else Fill
-    fill = kind(file, group, saved.lengths, cache, rows, own)
-    if group.of_newest is None or cache.newest is None:
-        return fill, None
-    of_newest = named(own, "newest.")
-    return fill, Fill(file, group.of_newest, saved.lengths, cache.newest, rows, of_newest)
-
-
-def _filled(own: Fill | KeptFill, newest: Fill | None) -> KVCache:
-    return dataclasses.replace(own(), newest=None if newest is None else newest())
 
 
 def _new(
