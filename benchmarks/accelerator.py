@@ -2,6 +2,7 @@
 
 import functools
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 import jaxkv
 from benchmarks.accelerator_agreement import agreement
-from benchmarks.accelerator_attention import CONTEXTS, sweep
+from benchmarks.accelerator_attention import CONTEXTS, compile_ahead, sweep
 from benchmarks.accelerator_decode import decode, generate
 from benchmarks.measure import interleaved
 from benchmarks.report import Row, Table
@@ -26,7 +27,9 @@ def run(quick: bool) -> Iterator[Table]:
         return
     print(f"device         {jax.devices()[0].device_kind}", flush=True)
     yield _within("Agreement", 150, agreement)
-    for batch, context in CONTEXTS[:2] if quick else CONTEXTS:
+    contexts = CONTEXTS[:2] if quick else CONTEXTS
+    yield _within("Compiled", 150, functools.partial(compile_ahead, contexts))
+    for batch, context in contexts:
         title = f"Decode attention, {batch} x {context}"
         yield _within(title, 120, functools.partial(sweep, batch, context))
     yield _within("Memory", 60, _memory)
@@ -41,10 +44,13 @@ def _within(title: str, seconds: int, part: Callable[[], Table]) -> Table:
     def give_up(*_):
         raise TimeoutError(f"not done after {seconds} s")
 
+    started = time.monotonic()
     previous = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(seconds)
     try:
-        return part()
+        table = part()
+        table.notes.append(f"({time.monotonic() - started:.0f} s)")
+        return table
     except Exception as error:
         return Table(title, [], [f"{type(error).__name__}: {str(error)[:300]}"])
     finally:

@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import itertools
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,12 +19,13 @@ import numpy as np
 
 import jaxkv
 from benchmarks.accelerator_agreement import shuffled
-from benchmarks.caches import filled
+from benchmarks.caches import compile_fill, filled
 from benchmarks.report import Table, target
 from jaxkv.attention import IMPLEMENTATIONS
 
 _KV_HEADS, _HEADS, _HEAD_DIM = 8, 32, 128  # of Llama-3-8B
-_CACHE_BYTES = 4 << 30  # the layers that are gone through: many times what a GPU's L2 holds
+# The layers that are gone through: many times what a GPU's L2 holds.
+_CACHE_BYTES, _MOST_LAYERS = 4 << 30, 16
 _SAMPLE_SECONDS, _SAMPLES = 0.02, 5
 CONTEXTS = ((8, 16384), (8, 32768), (1, 4096), (1, 32768), (8, 4096), (64, 4096))
 _KINDS = ("bfloat16", "bfloat16, pages of 64", "int8", "rotated4")
@@ -52,20 +55,49 @@ def sweep(batch: int, context: int) -> Table:
     return Table(title, rows, _targets(rates, batch, context))
 
 
-def _long_cache(batch: int, context: int, kind: str) -> tuple[jaxkv.KVCache, jax.Array]:
+def compile_ahead(contexts: Sequence[tuple[int, int]]) -> Table:
+    """All programs of all sweeps at once, on all cores: compiling takes longer than running."""
+    programs: list[Callable[[], Any]] = []
+    for (batch, context), kind in itertools.product(contexts, _KINDS):
+        config, runs = _configs(batch, context, kind)
+        cache = jax.eval_shape(functools.partial(jaxkv.create, config))
+        queries = jax.ShapeDtypeStruct((batch, 1, _HEADS, _HEAD_DIM), jnp.bfloat16)
+        programs.append(functools.partial(compile_fill, runs, context - 1))
+        for name in _names(cache, kind, (batch, context) in _WITH_EVERY_FORM):
+            programs.append(functools.partial(_compile, cache, queries, name))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda program: program(), programs))
+    return Table("Compiled", [{"programs": len(programs)}])
+
+
+def _compile(cache: jaxkv.KVCache, queries: Any, implementation: str) -> None:
+    try:
+        _all_layers.lower(cache, queries, implementation).compile()
+    except Exception as error:  # it is told again where the time is missing
+        print(f"  {implementation}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
+
+
+def _configs(batch: int, context: int, kind: str) -> tuple[Any, Any]:
+    """Of the cache, and of the one that is filled in its place: runs are faster to fill."""
     codec, _, pages = kind.partition(",")
     # As many layers of codes as of bfloat16, so that the same launches are counted.
     bytes_a_layer = 4 * batch * context * _KV_HEADS * _HEAD_DIM
-    addressing = jaxkv.Paged(64, batch * context // 64) if pages else jaxkv.Contiguous()
-    config = jaxkv.KVCacheConfig(
-        max(2, min(32, _CACHE_BYTES // bytes_a_layer)), context, _KV_HEADS, _HEAD_DIM,
+    layers = max(2, min(_MOST_LAYERS, _CACHE_BYTES // bytes_a_layer))
+    runs = jaxkv.KVCacheConfig(
+        layers, context, _KV_HEADS, _HEAD_DIM,
         batch_size=batch, codec=jaxkv.codecs.CODECS[codec],
     )  # fmt: skip
-    cache = filled(config, context - 1)
-    if pages:  # pages lie in the pool in any order, so what was filled as runs can be read as pages
-        paged = dataclasses.replace(config, addressing=addressing)
-        index = dataclasses.replace(jaxkv.create(paged).index, lengths=cache.lengths)
-        cache = jaxkv.KVCache(cache.storage, index, paged)
+    if not pages:
+        return runs, runs
+    return runs.replace(addressing=jaxkv.Paged(64, batch * context // 64)), runs
+
+
+def _long_cache(batch: int, context: int, kind: str) -> tuple[jaxkv.KVCache, jax.Array]:
+    config, runs = _configs(batch, context, kind)
+    cache = filled(runs, context - 1)
+    if config != runs:  # pages lie in the pool in any order, so runs can be read as pages
+        index = dataclasses.replace(jaxkv.create(config).index, lengths=cache.lengths)
+        cache = jaxkv.KVCache(cache.storage, index, config)
         cache = shuffled(cache, np.random.default_rng(0))
     return cache, jax.random.normal(jax.random.key(0), (batch, 1, _HEADS, _HEAD_DIM), jnp.bfloat16)
 
@@ -84,12 +116,9 @@ _sum = jax.jit(lambda leaf: jnp.sum(jax.lax.bitcast_convert_type(leaf, jnp.uint1
 
 def _competitors(cache, queries, kind: str, every_form: bool) -> dict[str, Callable[[], Any]]:
     """Name -> one pass over all layers."""
-    served = not IMPLEMENTATIONS["mosaic"].cannot_serve(cache, 1)
-    names = ["mosaic"] if served else []
-    if every_form or not served:
-        names += ["reference", "blockwise"] if kind == "bfloat16" else ["reference"]
     calls: dict[str, Callable[[], Any]] = {
-        name: functools.partial(_all_layers, cache, queries, name) for name in names
+        name: functools.partial(_all_layers, cache, queries, name)
+        for name in _names(cache, kind, every_form)
     }
     if kind == "bfloat16":
         (leaf,) = cache.storage.values()
@@ -97,6 +126,15 @@ def _competitors(cache, queries, kind: str, every_form: bool) -> dict[str, Calla
         if jax.default_backend() == "gpu" and importlib.util.find_spec("torch"):
             calls |= _of_torch(leaf, cache.config, every_form)
     return calls
+
+
+def _names(cache: jaxkv.KVCache, kind: str, every_form: bool) -> list[str]:
+    """Implementations that are timed."""
+    served = not IMPLEMENTATIONS["mosaic"].cannot_serve(cache, 1)
+    names = ["mosaic"] if served else []
+    if every_form or not served:
+        names += ["reference", "blockwise"] if kind == "bfloat16" else ["reference"]
+    return names
 
 
 def _of_torch(leaf, config, every_form: bool) -> dict[str, Callable[[], Any]]:

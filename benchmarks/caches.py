@@ -38,6 +38,12 @@ def filled(config: jaxkv.KVCacheConfig, num_tokens: int) -> jaxkv.KVCache:
     return _fill(cache, jnp.int32(0), num_tokens)
 
 
+def compile_fill(config: jaxkv.KVCacheConfig, num_tokens: int) -> None:
+    """So that `filled` need not."""
+    cache = jax.eval_shape(functools.partial(jaxkv.create, config))
+    _fill.lower(cache, jax.ShapeDtypeStruct((), jnp.int32), num_tokens).compile()
+
+
 def layer_vectors(cache: jaxkv.KVCache, layer: int) -> np.ndarray:
     """What one layer holds, float32: ``[2, *batch, ctx, kv_heads, head_dim]``, for a peer."""
     return np.stack([np.asarray(part, np.float32) for part in jaxkv.layer(cache, layer)])
