@@ -101,7 +101,7 @@ def cache_config(
     >>> hybrid = jaxkv.cache_config("google/gemma-3-4b-it", max_context_length=32_768)
     >>> full = jaxkv.cache_config("google/gemma-3-4b-it", max_context_length=32_768, chunk=None)
     >>> hybrid.size_bytes, full.size_bytes
-    (807809024, 4563402752)
+    (807927808, 4563402752)
     """
     if isinstance(model, Mapping) or os.path.exists(model):
         text = text_config(read_hf(model))

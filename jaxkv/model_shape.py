@@ -25,7 +25,7 @@ class Shape(NamedTuple):
     >>> local_and_global.windows
     (512, 512, 512, 512, 512, None)
     >>> local_and_global.cache_config(max_context_length=32_768).size_bytes
-    36826112
+    36831232
     """
 
     num_layers: int

@@ -51,10 +51,10 @@ def test_unknown_names_what_is_close():
         ("Llama-3-8B", 2048, 268_435_456),
         ("Llama-3-8B", 32_768, 4_294_967_296),
         ("gpt2", 1024, 37_748_736),
-        # 4,096 bytes a token and layer: 5 layers of 34 in full, 29 of 1,023 + 128 slots.
-        ("gemma-3-4b-it", 32_768, 4096 * (5 * 32_768 + 29 * 1151)),
-        ("gpt-oss-20b", 131_072, 2048 * (12 * 131_072 + 12 * 255)),
-        ("Mistral-7B-v0.1", 32_768, 32 * 4096 * 4223),
+        # 4,096 bytes a token and layer: 5 layers of 34 in full, 29 of 1,024 + 128 slots.
+        ("gemma-3-4b-it", 32_768, 4096 * (5 * 32_768 + 29 * 1152)),
+        ("gpt-oss-20b", 131_072, 2048 * (12 * 131_072 + 12 * 256)),
+        ("Mistral-7B-v0.1", 32_768, 32 * 4096 * 4224),
         ("Mistral-7B-v0.1", 1024, 32 * 4096 * 1024),
     ],
 )

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import jaxkv
 from jaxkv.attention import IMPLEMENTATIONS, mosaic, mosaic_plan
+from jaxkv.attention.request import request_of
 from tests.oracle import jit, poisoned
 
 kernel = pytest.importorskip(
@@ -57,11 +58,16 @@ REASONS = {
     "short codes": ({"codec": jaxkv.Rotated(2)}, 1, "rotated2 with a head_dim of 64 has 16"),
     "page size": ({"addressing": jaxkv.Paged(24)}, 1, "page_size 24 is not 8, 16, 32 or a"),
     "small pages": ({"addressing": jaxkv.Paged(4)}, 1, "page_size 4 is not 8, 16, 32 or a"),
-    "ring": ({"addressing": jaxkv.Ring(window=64)}, 1, "cannot read ring caches"),
+    "kept": ({"addressing": jaxkv.Kept(100, 28, 2, 2)}, 1, "cannot read kept caches"),
     "odd context": (
         {"max_context_length": 100},
         1,
-        "max_context_length 100 is not a multiple of 8",
+        "each sequence has 100 slots, which is not a multiple of 8",
+    ),
+    "odd ring": (
+        {"max_context_length": 100, "addressing": jaxkv.Ring(window=128)},
+        1,
+        "each sequence has 100 slots, which is not a multiple of 8",
     ),
     "short context": (
         {"max_context_length": 56},
@@ -85,6 +91,7 @@ def test_what_it_cannot_read(case):
         {"codec": jaxkv.Int8(), "num_kv_heads": 8},
         {"codec": jaxkv.Centred(jaxkv.Rotated(4)), "num_kv_heads": 8},
         {"addressing": jaxkv.Paged(16)},
+        {"addressing": jaxkv.Ring(window=61, sinks=2, chunk=9)},
         {"addressing": jaxkv.Paged(64, num_pages=9), "batch_size": 3},
     ],
 )
@@ -142,6 +149,17 @@ INTERPRETED = {
         (70, 3),
         {"softcap": 5.0, "sinks": jnp.asarray([0.5, -0.5])},
     ),
+    # The second ring has turned, and both leave out a tile of hidden slots.
+    "ring": (
+        {
+            "batch_size": 2,
+            "num_kv_heads": 1,
+            "max_context_length": 1000,
+            "addressing": jaxkv.Ring(window=20, sinks=3, chunk=240),
+        },
+        (180, 275),
+        {"sinks": jnp.asarray([0.5])},
+    ),
     "int8": (
         {"batch_size": 1, "num_kv_heads": 8, "max_context_length": 72, "codec": jaxkv.Int8()},
         (40,),
@@ -168,7 +186,13 @@ INTERPRETED = {
 
 @pytest.mark.parametrize(
     "case",
-    ["bfloat16", "int8", "rotated4", pytest.param("rotated2-centred", marks=pytest.mark.slow)],
+    [
+        "bfloat16",
+        "ring",
+        "int8",
+        "rotated4",
+        pytest.param("rotated2-centred", marks=pytest.mark.slow),
+    ],
 )
 def test_interpreted_it_equals_the_reference_without_races(served, case):
     plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
@@ -184,10 +208,13 @@ def test_interpreted_it_equals_the_reference_without_races(served, case):
     queries = jnp.asarray(
         generator.standard_normal((len(lengths), 1, heads, config.head_dim), np.float32)
     )
-    cache = jaxkv.append(
-        poisoned(jaxkv.create(config)), keys, values, layer=1, num_tokens=jnp.asarray(lengths)
-    )
-    cache = jaxkv.advance(cache, jnp.asarray(lengths) - 1)
+    cache = poisoned(jaxkv.create(config))
+    for start in range(0, max(lengths), 200):  # a ring takes no more at once
+        part = slice(start, start + 200)
+        number = jnp.clip(jnp.asarray(lengths) - start, 0, 200)
+        cache = jaxkv.append(cache, keys[:, part], values[:, part], layer=1, num_tokens=number)
+        cache = jaxkv.advance(cache, number)
+    cache = cache.with_lengths(jnp.asarray(lengths) - 1)
     expected, actual = (
         jit(functools.partial(jaxkv.attend, layer=1, implementation=name, **options))(
             cache, queries
@@ -195,6 +222,26 @@ def test_interpreted_it_equals_the_reference_without_races(served, case):
         for name in ("reference", "mosaic")
     )
     np.testing.assert_allclose(actual, expected, atol=1e-5 if case == "bfloat16" else 5e-5)
+
+
+@pytest.mark.parametrize("window", [None, 2, 15, 70])
+@pytest.mark.parametrize("ring", [(20, 3, 44), (20, 0, 8), (60, 5, 3)])
+def test_the_visible_slots_of_a_ring_are_a_range_with_a_gap(ring, window):
+    lengths = np.arange(200, dtype=np.int32)
+    added = (lengths % 7 != 6).astype(np.int32)  # some rows are padding
+    config = config_of(
+        num_layers=1, batch_size=200, max_context_length=150, addressing=jaxkv.Ring(*ring)
+    )
+    for taken_back in (0, 1, ring[2]):
+        cache = jax.eval_shape(lambda: jaxkv.create(config))
+        index = config.addressing.init(150, 200).with_lengths(lengths + taken_back)
+        cache = dataclasses.replace(cache, index=index.with_lengths(lengths))
+        request = request_of(cache, jnp.ones((200, 1, 2, 64)), 0, added, window=window)
+        low, high, gap, gap_end = (bound[:, None] for bound in mosaic.visible_slots(request))
+        slots = np.arange(index.extent)
+        found = (slots >= low) & (slots < high) & ~((slots >= gap) & (slots < gap_end))
+        np.testing.assert_array_equal(found, request.visible(0, index.extent)[:, 0, 0, 0])
+        assert ((low <= gap) & (gap_end <= high) | (gap == gap_end)).all()
 
 
 def test_its_gradient_is_the_blockwise_one(served):

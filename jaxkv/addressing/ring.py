@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Int
 from jaxkv.addressing.addressing import Layer
 from jaxkv.addressing.runs import first_slots, read_runs, slots_of_runs
 
+# A GPU copies tiles of slots, which begin at a multiple of 8, and so must each sequence's ring.
+_TILE, _MULTIPLE = 64, 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
@@ -19,8 +22,9 @@ class Ring:
     Sliding windows as in Mistral 7B (Jiang et al., 2023, section 2), and attention sinks as in
     StreamingLLM (Xiao et al., 2024, section 3.2), with keys at their own positions.
 
-    A sequence takes ``sinks + window - 1 + chunk`` slots, or the context if that is less: a
-    chunk's last token must not write over what its first one still sees.
+    A sequence takes ``sinks + window - 1 + chunk`` slots, from 64 on rounded up to a multiple of
+    8, or the context if that is less: a chunk's last token must not write over what its first one
+    still sees.
 
     Args:
       window: newest tokens that a query sees.
@@ -32,7 +36,7 @@ class Ring:
 
     >>> import jaxkv
     >>> jaxkv.Ring(window=1024, sinks=4).num_slots(max_context_length=1_000_000, batch_size=None)
-    1155
+    1160
     """
 
     window: int
@@ -53,7 +57,8 @@ class Ring:
 
     @property
     def slots_per_sequence(self) -> int:
-        return self.sinks + self.window - 1 + self.chunk
+        slots = self.sinks + self.window - 1 + self.chunk
+        return slots if slots < _TILE else -(-slots // _MULTIPLE) * _MULTIPLE
 
     def num_slots(self, max_context_length: int, batch_size: int | None) -> int:
         return min(self.slots_per_sequence, max_context_length) * (batch_size or 1)
@@ -64,7 +69,8 @@ class Ring:
     def init(self, max_context_length: int, batch_size: int | None) -> "RingIndex":
         shape = () if batch_size is None else (batch_size,)
         lengths, written = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32)
-        return RingIndex(lengths, written, max_context_length, self.window, self.sinks, self.chunk)
+        chunk = self.slots_per_sequence - (self.sinks + self.window - 1)
+        return RingIndex(lengths, written, max_context_length, self.window, self.sinks, chunk)
 
 
 @functools.partial(
@@ -88,12 +94,13 @@ class RingIndex:
     chunk: int
 
     @property
-    def _ring_slots(self) -> int:
+    def ring_slots(self) -> int:
+        """Beside those of the sinks, if the context is longer."""
         return self.window - 1 + self.chunk
 
     @property
     def extent(self) -> int:
-        return min(self.sinks + self._ring_slots, self.capacity)
+        return min(self.sinks + self.ring_slots, self.capacity)
 
     @property
     def room(self) -> int:
@@ -102,7 +109,7 @@ class RingIndex:
     @property
     def intact(self) -> Bool[Array, "*batch"]:
         oldest_seen = jnp.maximum(self.lengths - (self.window - 1), self.sinks)
-        return (oldest_seen >= self.written - self._ring_slots) | (oldest_seen >= self.lengths)
+        return (oldest_seen >= self.written - self.ring_slots) | (oldest_seen >= self.lengths)
 
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
         written = jnp.where(lengths == 0, 0, jnp.maximum(self.written, lengths))
@@ -110,7 +117,7 @@ class RingIndex:
 
     def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
         exists = (positions >= 0) & (positions < self.capacity)
-        round_the_ring = self.sinks + (positions - self.sinks) % self._ring_slots
+        round_the_ring = self.sinks + (positions - self.sinks) % self.ring_slots
         slots = jnp.where(positions < self.sinks, positions, round_the_ring)
         return jnp.where(exists, first_slots(self.lengths.shape, self.extent) + slots, -1)
 
@@ -120,10 +127,10 @@ class RingIndex:
         slots = start + jnp.arange(size, dtype=jnp.int32)
         newest = lengths[..., None] - 1
         # The newest position so far that a slot of the ring is the place of.
-        positions = newest - (newest - slots) % self._ring_slots
+        positions = newest - (newest - slots) % self.ring_slots
         positions = jnp.where(slots < self.sinks, slots, positions)
         written = jnp.maximum(self.written, lengths)[..., None]
-        ring_holds = (positions >= self.sinks) & (positions >= written - self._ring_slots)
+        ring_holds = (positions >= self.sinks) & (positions >= written - self.ring_slots)
         held = jnp.where(slots < self.sinks, slots <= newest, ring_holds)
         return jnp.where(held, positions, -1)
 

@@ -12,10 +12,11 @@ import importlib
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.addressing.paged import PagedIndex
+from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.blockwise import blockwise
 from jaxkv.attention.mosaic_plan import TILE, plan, stored_by
 from jaxkv.attention.request import Grouped, Request
@@ -24,6 +25,7 @@ from jaxkv.kv_cache import KVCache
 from jaxkv.vectors import means_of
 
 Rows = Float[Array, "batch kv_heads rows head_dim"]
+Slots = Int[Array, " batch"]
 
 _HEAD_DIMS = (64, 128)
 _CODES = (Int8(), Rotated(bits=4), Rotated(bits=2))
@@ -65,10 +67,10 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
     if isinstance(index, PagedIndex):
         if index.page_size % TILE and (TILE % index.page_size or index.page_size < 8):
             return f"page_size {index.page_size} is not 8, 16, 32 or a multiple of {TILE}"
-    elif not isinstance(index, ContiguousIndex):
+    elif not isinstance(index, ContiguousIndex | RingIndex):
         return f"it cannot read {config.addressing.name} caches"
-    elif index.capacity % 8:
-        return f"max_context_length {index.capacity} is not a multiple of 8"
+    elif index.extent % 8:
+        return f"each sequence has {index.extent} slots, which is not a multiple of 8"
     return None
 
 
@@ -112,7 +114,7 @@ def _attend_jvp(interpret, primals, tangents):
 @functools.partial(jax.jit, static_argnames="interpret")
 def _decode(request: Request, interpret: object) -> Grouped:
     kernel = importlib.import_module("jaxkv.attention.mosaic_kernel")
-    cache, index = request.cache, request.cache.index
+    cache = request.cache
     queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
     *_, group, head_dim = queries.shape
     if group > _MOST_GROUP:
@@ -124,17 +126,12 @@ def _decode(request: Request, interpret: object) -> Grouped:
     rows = jnp.pad(queries, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))
     high, low, largest = _in_two_bytes(rows) if len(leaves) == 2 else _in_two_bfloat16(rows)
 
-    position = request.positions[:, 0]
-    last = jnp.minimum(position + 1, index.extent)
-    windows = [window for window in (request.window, index.window) if window is not None]
-    first = position + 1 - min(windows, default=index.extent)
-    bounds = jnp.stack([jnp.clip(first, 0, last), last], axis=-1)
     mixes, sums = kernel.decode_parts(
         jnp.concatenate([high, low], axis=2),
         largest,
         leaves,
         jnp.asarray(request.layer, jnp.int32).reshape(1),
-        bounds,
+        jnp.stack(visible_slots(request), axis=-1),
         _page_table(cache),
         _added(request, rows.shape[2]),
         plan=plan(request, 2 * rows.shape[2]),
@@ -151,6 +148,39 @@ def _decode(request: Request, interpret: object) -> Grouped:
     return mix[:, :, None]
 
 
+def visible_slots(request: Request) -> tuple[Slots, Slots, Slots, Slots]:
+    """The first slot that is seen and the one after the last; and of a gap between, likewise."""
+    index, position = request.cache.index, request.positions[:, 0]
+    if isinstance(index, RingIndex):
+        return _visible_slots_of_a_ring(request, index)
+    # Slot p holds position p.
+    last = jnp.minimum(position + 1, index.extent)
+    windows = [window for window in (request.window, index.window) if window is not None]
+    first = position + 1 - min(windows, default=index.extent)
+    return jnp.clip(first, 0, last), last, jnp.zeros_like(last), jnp.zeros_like(last)
+
+
+def _visible_slots_of_a_ring(
+    request: Request, index: RingIndex
+) -> tuple[Slots, Slots, Slots, Slots]:
+    """The gap is between sinks and oldest token or, once it has turned, newest and oldest."""
+    position, sinks, ring = request.positions[:, 0], index.sinks, index.ring_slots
+    written = jnp.maximum(index.written.reshape(-1), request.lengths)
+    window = min(index.window, request.window or index.window)
+    oldest = jnp.maximum(jnp.maximum(position + 1 - window, written - ring), sinks)
+    first = sinks + (oldest - sinks) % ring
+    end = sinks + (position - sinks) % ring + 1
+    first_sink = 0 if request.window is None else jnp.maximum(position + 1 - request.window, 0)
+    last_sink = jnp.minimum(position + 1, sinks)
+
+    none, turned = oldest > position, first >= end
+    low = jnp.where(none | turned | (first_sink < sinks), jnp.minimum(first_sink, sinks), first)
+    high = jnp.where(none, last_sink, jnp.where(turned, index.extent, end))
+    high = jnp.minimum(high, index.extent)
+    gap = jnp.where(turned, end, jnp.maximum(low, sinks))
+    return low, high, jnp.where(none, 0, gap), jnp.where(none, 0, jnp.minimum(first, high))
+
+
 def _page_table(cache: KVCache) -> Array:
     """``[batch, pages]``; anything where there is none."""
     if not isinstance(cache.index, PagedIndex):
@@ -160,15 +190,19 @@ def _page_table(cache: KVCache) -> Array:
 
 def _added(request: Request, rows: int) -> tuple[Float[Array, "batch kv_heads slots rows"], ...]:
     """What keys were stored less, times the queries, in the units of the scores."""
-    codec, extent = request.cache.config.codec, request.cache.index.extent
+    codec, index = request.cache.config.codec, request.cache.index
     if not isinstance(codec, Centred):
         return ()
     queries = request.centre_queries[:, :, 0]  # type: ignore[index]
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - queries.shape[2]), (0, 0)))
-    # Slot p holds position p. Behind a barrier, or XLA would compute the table while it compiles.
-    slots = lax.optimization_barrier(jnp.arange(extent, dtype=jnp.int32))
-    features = codec.centre_features(slots[None, None])[0, 0]
-    scores = jnp.einsum("bkgf,sf->bksg", queries, features, precision="highest")
+    if isinstance(index, RingIndex):
+        positions = request.key_positions(0, index.extent)
+    else:  # behind a barrier, or XLA would compute the table while it compiles
+        slots = jnp.arange(index.extent, dtype=jnp.int32)
+        positions = lax.optimization_barrier(slots[None, None])
+    features = codec.centre_features(positions)[:, 0]
+    features = jnp.broadcast_to(features, (len(queries), *features.shape[1:]))
+    scores = jnp.einsum("bkgf,bsf->bksg", queries, features, precision="highest")
     return (scores * (1 if request.softcap else _LOG2_E),)
 
 

@@ -49,7 +49,8 @@ def decode_parts(
       largest: float32 ``[batch, kv_heads]``: what ``127 * LOW_STEPS`` means in int8 queries.
       leaves: of the cache: ``[layers, 2, ctx, kv_heads, ...]``.
       layer: int32 ``[1]``.
-      bounds: int32 ``[batch, 2]``: the first visible slot, and the one after the last.
+      bounds: int32 ``[batch, 4]``: the first visible slot, and the one after the last; and of a
+        gap between them, whose slots are hidden, likewise.
       table: int32 ``[batch, pages]``; not read unless there are pages.
       added: nothing, or what is added to scores, float32 ``[batch, kv_heads, slots, rows]``.
 
@@ -73,25 +74,36 @@ def decode_parts(
         )
         head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
         layer, low, high = layer_ref[0], bounds_ref[row, 0], bounds_ref[row, 1]
+        gap, gap_end = bounds_ref[row, 2], bounds_ref[row, 3]
         first, last = lax.div(low, TILE), lax.div(high + (TILE - 1), TILE)
-        share = lax.div(last - first + (plan.splits - 1), plan.splits)
+        # Tiles that are all gap are left out.
+        gap_first, skipped = lax.div(gap + (TILE - 1), TILE), 0
+        if plan.gap:
+            skipped = jnp.maximum(lax.div(gap_end, TILE) - gap_first, 0)
+        share = lax.div(last - first - skipped + (plan.splits - 1), plan.splits)
         first = first + part * share
-        count = jnp.clip(last - first, 0, share)
+        count = jnp.clip(last - skipped - first, 0, share)
+
+        def start_of(number):
+            """The first slot of a tile."""
+            tile = first + number
+            return (tile + jnp.where(tile >= gap_first, skipped, 0) if plan.gap else tile) * TILE
 
         def pages_of(number):
             """The page that each piece of a tile lies in."""
             if not plan.paged:
                 return (row,)
-            slots = [(first + number) * TILE + at * piece for at in range(pieces)]
+            slots = [start_of(number) + at * piece for at in range(pieces)]
             entries = [lax.div(slot, plan.page_size) for slot in slots]
             return tuple(table_ref[row, jnp.clip(at, 0, table.shape[1] - 1)] for at in entries)
 
         def fetch(number, stage, its_pages):
+            start = start_of(number)
             for source, buffer in zip(added_refs, addends, strict=True):
-                slots = gpu.span((first + number) * TILE, TILE)
+                slots = gpu.span(start, TILE)
                 gpu.copy_in(source.at[row, head, slots], buffer.at[stage], arrived[0].at[stage])
             for at, page in enumerate(its_pages):
-                inside = lax.rem((first + number) * TILE + at * piece, plan.page_size)
+                inside = lax.rem(start + at * piece, plan.page_size)
                 slots = gpu.span(jnp.maximum(page, 0) * plan.page_size + inside, piece)
                 place = stage if pieces == 1 else (stage, gpu.span(at * piece, piece))
                 for side in range(2):
@@ -149,11 +161,13 @@ def decode_parts(
 
         def one_tile(number, state):
             mix, highest, total, upcoming = state
-            stage, start, here = lax.rem(number, stages), (first + number) * TILE, upcoming[0]
+            stage, start, here = lax.rem(number, stages), start_of(number), upcoming[0]
 
             def seen(matrix):
                 """Which slots of the tile are visible, for a matrix of a row a slot; if all are."""
                 whole = (start >= low) & (start + TILE <= high)
+                if plan.gap:
+                    whole &= (start + TILE <= gap) | (start >= gap_end)
                 if plan.holes:
                     bits = [(page >= 0).astype(jnp.int32) << at for at, page in enumerate(here)]
                     held = functools.reduce(jnp.bitwise_or, bits)
@@ -162,6 +176,8 @@ def decode_parts(
                 def visible():
                     slot = gpu.iota(matrix, 0)
                     inside = (slot >= low - start) & (slot < high - start)
+                    if plan.gap:
+                        inside &= (slot < gap - start) | (slot >= gap_end - start)
                     if not plan.holes:
                         return inside
                     return inside & (((held >> lax.div(slot, piece)) & 1) == 1)

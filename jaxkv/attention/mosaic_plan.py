@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.addressing.paged import PagedIndex
+from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.request import Request
 from jaxkv.codecs import Centred, Codec, Dense, Rotated
 from jaxkv.kv_cache import KVCache
@@ -32,6 +33,7 @@ class Plan:
       page_size: slots from one entry of the page table to the next.
       paged: whether there is a page table; without one, a sequence is one page.
       holes: whether a page may be missing (-1 in the table) before the last token.
+      gap: whether slots between visible ones are hidden, as a ring's are.
       splits: parts of a sequence.
       stages: tiles that a block of threads holds at once.
       softcap: of `attend`, or None.
@@ -41,6 +43,7 @@ class Plan:
     page_size: int
     paged: bool
     holes: bool
+    gap: bool
     splits: int
     stages: int
     softcap: float | None
@@ -61,6 +64,7 @@ def plan(request: Request, rows: int) -> Plan:
         page_size=index.extent if pages is None else pages.page_size,
         paged=pages is not None,
         holes=pages is not None and pages.shared,
+        gap=isinstance(index, RingIndex),
         splits=splits,
         stages=stages,
         softcap=request.softcap,

@@ -48,6 +48,7 @@ LAYERS, CONTEXT, KV_HEADS, HEADS = 4, 4096, 8, 32
 PROGRAMS = {
     "bfloat16": (jaxkv.Dense("bfloat16"), jaxkv.Contiguous(), 128),
     "bfloat16 pages": (jaxkv.Dense("bfloat16"), jaxkv.Paged(16, num_pages=2000), 64),
+    "bfloat16 ring": (jaxkv.Dense("bfloat16"), jaxkv.Ring(window=1024, sinks=4), 128),
     "int8": (jaxkv.Int8(), jaxkv.Contiguous(), 128),
     "rotated4": (jaxkv.Rotated(bits=4), jaxkv.Contiguous(), 128),
     "rotated2 pages": (jaxkv.Rotated(bits=2), jaxkv.Paged(16, num_pages=2050), 128),

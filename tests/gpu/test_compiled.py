@@ -35,7 +35,7 @@ def compiled_for(device):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     programs = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert len(programs) == 10
+    assert len(programs) == 12
     return programs, run.stdout + run.stderr
 
 
