@@ -44,7 +44,8 @@ def test_on_a_hopper_gpu_nothing_is_copied_and_no_register_spills():
     for program in programs:
         assert program["problem"] is None, program
         # What parts of a context leave, whatever its length; of a layer of codes that is more.
-        assert program["temp of a layer"] < (0.02 if "bfloat16" in program["program"] else 0.15)
+        of_numbers = "bfloat16" in program["program"] and "ring" not in program["program"]
+        assert program["temp of a layer"] < (0.02 if of_numbers else 0.15)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", output)
     assert len(spills) >= len(programs)
     assert set(spills) == {("0", "0")}
