@@ -1,6 +1,5 @@
 """Decode attention on an accelerator: how near to the memory's rate."""
 
-import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -27,8 +26,9 @@ _KV_HEADS, _HEADS, _HEAD_DIM = 8, 32, 128  # of Llama-3-8B
 # The layers that are gone through: many times what a GPU's L2 holds.
 _CACHE_BYTES, _MOST_LAYERS = 4 << 30, 16
 _SAMPLE_SECONDS, _SAMPLES = 0.02, 5
+_RING_CHUNK = 128
 CONTEXTS = ((8, 16384), (8, 32768), (1, 4096), (1, 32768), (8, 4096), (64, 4096))
-_KINDS = ("bfloat16", "bfloat16, pages of 64", "int8", "rotated4")
+_KINDS = ("bfloat16", "bfloat16, pages of 64", "bfloat16, ring", "int8", "rotated4")
 _WITH_EVERY_FORM = ((8, 16384),)  # XLA's own forms take long to run, flex attention to compile
 
 
@@ -79,7 +79,7 @@ def _compile(cache: jaxkv.KVCache, queries: Any, implementation: str) -> None:
 
 def _configs(batch: int, context: int, kind: str) -> tuple[Any, Any]:
     """Of the cache, and of the one that is filled in its place: runs are faster to fill."""
-    codec, _, pages = kind.partition(",")
+    codec, _, addressing = kind.partition(", ")
     # As many layers of codes as of bfloat16, so that the same launches are counted.
     bytes_a_layer = 4 * batch * context * _KV_HEADS * _HEAD_DIM
     layers = max(2, min(_MOST_LAYERS, _CACHE_BYTES // bytes_a_layer))
@@ -87,17 +87,21 @@ def _configs(batch: int, context: int, kind: str) -> tuple[Any, Any]:
         layers, context, _KV_HEADS, _HEAD_DIM,
         batch_size=batch, codec=jaxkv.codecs.CODECS[codec],
     )  # fmt: skip
-    if not pages:
-        return runs, runs
-    return runs.replace(addressing=jaxkv.Paged(64, batch * context // 64)), runs
+    if addressing == "ring":  # of as many slots, and a few of them hidden
+        ring = jaxkv.Ring(window=context - _RING_CHUNK + 1, chunk=_RING_CHUNK)
+        return runs.replace(addressing=ring, max_context_length=4 * context), runs
+    if addressing:
+        return runs.replace(addressing=jaxkv.Paged(64, batch * context // 64)), runs
+    return runs, runs
 
 
 def _long_cache(batch: int, context: int, kind: str) -> tuple[jaxkv.KVCache, jax.Array]:
     config, runs = _configs(batch, context, kind)
     cache = filled(runs, context - 1)
-    if config != runs:  # pages lie in the pool in any order, so runs can be read as pages
-        index = dataclasses.replace(jaxkv.create(config).index, lengths=cache.lengths)
-        cache = jaxkv.KVCache(cache.storage, index, config)
+    if config != runs:  # runs read as what they are not: pages in any order, a ring that has turned
+        index = config.addressing.init(config.max_context_length, batch)
+        turned = context // 2 if isinstance(config.addressing, jaxkv.Ring) else 0
+        cache = jaxkv.KVCache(cache.storage, index.with_lengths(cache.lengths + turned), config)
         cache = shuffled(cache, np.random.default_rng(0))
     return cache, jax.random.normal(jax.random.key(0), (batch, 1, _HEADS, _HEAD_DIM), jnp.bfloat16)
 
@@ -204,8 +208,9 @@ def _targets(rates: dict[str, float], batch: int, context: int) -> list[str]:
     names = [f"{kind}: mosaic" for kind in _KINDS]
     if not set(names) <= set(rates):
         return []
-    dense, paged, codes, packed = (rates[name] for name in names)
-    shares = f"pages of 64: {paged / dense:.3f} of dense; tokens/s of bfloat16's: int8"
+    dense, paged, ring, codes, packed = (rates[name] for name in names)
+    shares = f"pages of 64: {paged / dense:.3f} of dense, ring {ring / dense:.3f}; "
+    shares += "tokens/s of bfloat16's: int8"
     notes = [f"{shares} {codes / dense:.2f}x, rotated4 {packed / dense:.2f}x"]
     if (batch, context) == (8, 16384):
         copied = 2 * rates["bfloat16: copy"]

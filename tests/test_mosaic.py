@@ -19,8 +19,8 @@ from jaxkv.attention import IMPLEMENTATIONS, mosaic, mosaic_plan
 from jaxkv.attention.request import request_of
 from tests.oracle import jit, poisoned
 
-kernel = pytest.importorskip(
-    "jaxkv.attention.mosaic_kernel", exc_type=(ImportError, AttributeError)
+kernel_queries = pytest.importorskip(
+    "jaxkv.attention.mosaic_queries", exc_type=(ImportError, AttributeError)
 )
 
 
@@ -263,13 +263,13 @@ numbers = st.floats(-1e4, 1e4, width=32)
 @settings(max_examples=30, deadline=None)
 @given(st.lists(numbers, min_size=16, max_size=16))
 def test_queries_in_two_parts_keep_16_bits(row):
-    queries = jnp.asarray(row, jnp.float32).reshape(1, 1, 2, 8)
-    largest = float(jnp.abs(queries).max())
-    high, low, most = mosaic._in_two_bytes(queries)
-    whole = high.astype(jnp.float32) * kernel.LOW_STEPS + low.astype(jnp.float32)
-    whole *= most[0, 0] / (127 * kernel.LOW_STEPS)
-    np.testing.assert_allclose(whole, queries, atol=largest * 2**-15 + 1e-30)
-    high, low, _ = jax.jit(mosaic._in_two_bfloat16)(queries)
+    queries = jnp.asarray(row, jnp.float32).reshape(8, 2)
+    high, low, step = kernel_queries.in_two_bytes(queries)
+    assert jnp.abs(jnp.stack([high, low])).max() <= 127
+    whole = (high * kernel_queries.LOW_STEPS + low) * step
+    largest = jnp.abs(queries).max(axis=0)
+    assert (jnp.abs(whole - queries) <= largest * 2**-15 + 1e-30).all()
+    high, low = kernel_queries.in_two_bfloat16(queries)
     assert high.dtype == low.dtype == jnp.bfloat16
     whole = high.astype(jnp.float32) + low.astype(jnp.float32)
     np.testing.assert_allclose(whole, queries, rtol=2**-16, atol=1e-37)

@@ -39,12 +39,14 @@ class Implementation(NamedTuple):
       cannot_serve: why it cannot serve ``(cache, tokens)``, or None.
       should_not_serve: why ``(cache, tokens, heads)`` is better left to the next, or None.
       reads_host_memory: whether it can serve caches that are there.
+      turns: whether it turns queries and outputs itself, as the codec wants.
     """
 
     run: Callable[[Request], Grouped]
     cannot_serve: Callable[[KVCache, int], str | None]
     should_not_serve: Callable[[KVCache, int, int], str | None]
     reads_host_memory: bool = False
+    turns: bool = False
 
 
 def _no_reason(cache: KVCache, tokens: int, heads: int = 0) -> str | None:
@@ -68,7 +70,7 @@ def _reference_is_wasteful(cache: KVCache, tokens: int, heads: int) -> str | Non
 IMPLEMENTATIONS: dict[str, Implementation] = {
     # On a CPU host memory is the memory that it reads.
     "native": Implementation(native, native_cannot_serve, native_should_not_serve, True),
-    "mosaic": Implementation(mosaic, mosaic_cannot_serve, mosaic_should_not_serve),
+    "mosaic": Implementation(mosaic, mosaic_cannot_serve, mosaic_should_not_serve, turns=True),
     "reference": Implementation(reference, _no_reason, _reference_is_wasteful),
     # Outside jit a scan is compiled anew on each call; under a jit of its own, once.
     "blockwise": Implementation(jax.jit(blockwise), _no_reason, _no_reason),
@@ -133,8 +135,11 @@ def attend(
     if tokens == 0:
         return queries
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
-    request = request_of(cache, queries, layer, num_tokens, **options)
-    output = unrotate(cache.config.codec, IMPLEMENTATIONS[name].run(request))
+    chosen = IMPLEMENTATIONS[name]
+    request = request_of(cache, queries, layer, num_tokens, turn=not chosen.turns, **options)
+    output = chosen.run(request)
+    if not chosen.turns:
+        output = unrotate(cache.config.codec, output)
     return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
 
 

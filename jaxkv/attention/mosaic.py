@@ -6,6 +6,7 @@ layer's number instead. What it is made of is in `mosaic_kernel`; here are the c
 can serve, what it is told of one, and how the parts of a context that it leaves are combined.
 """
 
+import dataclasses
 import functools
 import importlib
 
@@ -20,11 +21,11 @@ from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.blockwise import blockwise
 from jaxkv.attention.mosaic_plan import TILE, plan, stored_by
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.codecs import Centred, Dense, Int8, Rotated, bitcast, rotate_values
+from jaxkv.codecs import Centred, Dense, Int8, Rotated, bitcast, rotate, unrotate
+from jaxkv.codecs.hadamard import half_turn
 from jaxkv.kv_cache import KVCache
 from jaxkv.vectors import means_of
 
-Rows = Float[Array, "batch kv_heads rows head_dim"]
 Slots = Int[Array, " batch"]
 
 _HEAD_DIMS = (64, 128)
@@ -79,7 +80,7 @@ def _too_many(group: int) -> str:
 
 
 def mosaic(request: Request) -> Grouped:
-    """Attend with one query a sequence."""
+    """Attend with one query a sequence; queries and outputs are not turned."""
     return _attend(request, None)
 
 
@@ -107,7 +108,13 @@ def _attend(request: Request, interpret: object) -> Grouped:
 @_attend.defjvp
 def _attend_jvp(interpret, primals, tangents):
     """The kernel has no derivative of its own; the blockwise form's is the same function's."""
-    return jax.jvp(blockwise, primals, tangents)
+
+    def same(request: Request) -> Grouped:
+        codec = request.cache.config.codec
+        queries = rotate(codec, request.queries)
+        return unrotate(codec, blockwise(dataclasses.replace(request, queries=queries)))
+
+    return jax.jvp(same, primals, tangents)
 
 
 # Lowered once for all layers of a model: that takes longer than to compile it.
@@ -121,14 +128,13 @@ def _decode(request: Request, interpret: object) -> Grouped:
         raise ValueError(f"implementation 'mosaic' cannot serve this call: {_too_many(group)}.")
     specs = cache.config.codec.leaves(head_dim)
     leaves = tuple(bitcast(cache.storage[name], specs[name][1]) for name in specs)
-    if request.softcap is None:
-        queries = queries * _LOG2_E
-    rows = jnp.pad(queries, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))
-    high, low, largest = _in_two_bytes(rows) if len(leaves) == 2 else _in_two_bfloat16(rows)
-
+    scale = jnp.float32(1 if request.softcap else _LOG2_E)
+    turns = isinstance(stored_by(cache), Rotated)
+    if turns:
+        scale = scale * half_turn(head_dim)
+    rows = jnp.pad(queries * scale, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))
     mixes, sums = kernel.decode_parts(
-        jnp.concatenate([high, low], axis=2),
-        largest,
+        jnp.swapaxes(rows, 2, 3),
         leaves,
         jnp.asarray(request.layer, jnp.int32).reshape(1),
         jnp.stack(visible_slots(request), axis=-1),
@@ -142,9 +148,10 @@ def _decode(request: Request, interpret: object) -> Grouped:
         part[:, :, :, :group] for part in jnp.split(mixes.astype(jnp.float32), 2, axis=3)
     )
     mix, share = _combined(coarse + fine, highest, totals, request.sinks)
-    if isinstance(codec := cache.config.codec, Centred):
-        mean = rotate_values(codec, means_of(cache, request.layer)[1])
-        mix += share[..., None] * mean[:, None]
+    if turns:
+        mix *= half_turn(head_dim)
+    if isinstance(cache.config.codec, Centred):
+        mix += share[..., None] * means_of(cache, request.layer)[1][:, None]
     return mix[:, :, None]
 
 
@@ -204,25 +211,6 @@ def _added(request: Request, rows: int) -> tuple[Float[Array, "batch kv_heads sl
     features = jnp.broadcast_to(features, (len(queries), *features.shape[1:]))
     scores = jnp.einsum("bkgf,bsf->bksg", queries, features, precision="highest")
     return (scores * (1 if request.softcap else _LOG2_E),)
-
-
-def _in_two_bytes(queries: Rows) -> tuple[Array, Array, Array]:
-    """Queries as ``(254 * high + low) / (127 * 254)`` of a group's largest number, which is last.
-
-    Integers are multiplied with the stored codes as they are, so keys need not be widened.
-    """
-    largest = jnp.maximum(jnp.max(jnp.abs(queries), axis=(2, 3), keepdims=True), 1e-30)
-    step = largest / (127 * 254)
-    high = jnp.round(queries / (254 * step))
-    low = jnp.round(queries / step - 254 * high)
-    return high.astype(jnp.int8), low.astype(jnp.int8), largest[:, :, 0, 0]
-
-
-def _in_two_bfloat16(queries: Rows) -> tuple[Array, Array, Array]:
-    """Queries as ``high + low``, exact to 16 bits of each number."""
-    high = lax.reduce_precision(queries, exponent_bits=8, mantissa_bits=7)  # not undone by XLA
-    low = (queries - high).astype(jnp.bfloat16)
-    return high.astype(jnp.bfloat16), low, jnp.ones(queries.shape[:2], jnp.float32)
 
 
 def _combined(

@@ -19,18 +19,23 @@ from jax import lax
 
 from jaxkv.attention import pallas_gpu as gpu
 from jaxkv.attention.mosaic_plan import TILE, Plan
+from jaxkv.attention.mosaic_queries import (
+    BLOCK,
+    LOW_STEPS,
+    store_in_two,
+    store_in_two_bytes,
+    turned,
+)
 from jaxkv.attention.pallas_levels import widen
 
 LOG2_E = math.log2(math.e)
 # A hidden slot's score lies so far below the least maximum that its weight is zero even in a
 # tile that is all hidden.
 LOWEST, HIDDEN = -1e30, -2e30
-LOW_STEPS = 254  # int8 queries: steps of the low part in one step of the high part
 
 
 def decode_parts(
     queries: jax.Array,
-    largest: jax.Array,
     leaves: tuple[jax.Array, ...],
     layer: jax.Array,
     bounds: jax.Array,
@@ -43,10 +48,9 @@ def decode_parts(
     """The parts of each sequence's attention, for `mosaic` to combine.
 
     Args:
-      queries: high parts and then low parts, ``[batch, kv_heads, 2 * rows, head_dim]`` in the
-        dtype of the codes. A group's queries are padded to a multiple of 8 rows. In units of
-        log2(e) unless there is a softcap.
-      largest: float32 ``[batch, kv_heads]``: what ``127 * LOW_STEPS`` means in int8 queries.
+      queries: float32 ``[batch, kv_heads, head_dim, rows]``: a group's queries, a column each,
+        padded to a multiple of 8. In units of log2(e) unless there is a softcap. For packed codes
+        they and the mixes are as before the product with a Hadamard matrix.
       leaves: of the cache: ``[layers, 2, ctx, kv_heads, ...]``.
       layer: int32 ``[1]``.
       bounds: int32 ``[batch, 4]``: the first visible slot, and the one after the last; and of a
@@ -59,27 +63,25 @@ def decode_parts(
       and the maxima and totals of weights ``[splits, batch, kv_heads, 2, rows]``, base 2.
     """
     quantized = len(leaves) == 2
-    batch, kv_heads, both, head_dim = queries.shape
-    rows = both // 2
+    batch, kv_heads, head_dim, rows = queries.shape
+    both, interpreted = 2 * rows, interpret is not None
     stages, piece = plan.stages, plan.piece
     pieces = TILE // piece
     scores_shape, mix_shape = (TILE, rows), (head_dim, rows)
 
-    def body(query_ref, largest_ref, *refs):
+    def body(query_ref, *refs):
         leaf_refs, added_refs = refs[: len(leaves)], refs[len(leaves) :][: len(added)]
         refs = refs[len(leaves) + len(added) :]
         layer_ref, bounds_ref, table_ref, mix_out, sums_out, *scratch = refs
-        query_tiles, (buffers, mix_tile), sums_tile, weight_tiles, wide, addends, ready, arrived = (
-            scratch
-        )
+        query_tiles, (buffers, mix_tile), sums_tile, either, addends, ready, arrived = scratch
+        (weight_tiles, wide), (raw_queries, turning) = either
         head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
         layer, low, high = layer_ref[0], bounds_ref[row, 0], bounds_ref[row, 1]
         gap, gap_end = bounds_ref[row, 2], bounds_ref[row, 3]
         first, last = lax.div(low, TILE), lax.div(high + (TILE - 1), TILE)
         # Tiles that are all gap are left out.
-        gap_first, skipped = lax.div(gap + (TILE - 1), TILE), 0
-        if plan.gap:
-            skipped = jnp.maximum(lax.div(gap_end, TILE) - gap_first, 0)
+        gap_first = lax.div(gap + (TILE - 1), TILE)
+        skipped = jnp.maximum(lax.div(gap_end, TILE) - gap_first, 0) if plan.gap else jnp.int32(0)
         share = lax.div(last - first - skipped + (plan.splits - 1), plan.splits)
         first = first + part * share
         count = jnp.clip(last - skipped - first, 0, share)
@@ -112,7 +114,7 @@ def decode_parts(
                     for source, buffer in zip(sources, buffers[side], strict=True):
                         gpu.copy_in(source, buffer.at[place], arrived[side].at[stage])
 
-        gpu.copy_in(query_ref.at[row, head], query_tiles, ready)
+        gpu.copy_in(query_ref.at[row, head], raw_queries, ready)
         upcoming = tuple(pages_of(number) for number in range(stages + 1))
         for number in range(stages):
 
@@ -120,14 +122,12 @@ def decode_parts(
             def _(number=number):
                 fetch(jnp.int32(number), number, upcoming[number])
 
-        step = largest_ref[row, head] / (127 * LOW_STEPS) if quantized else None
         gpu.wait(ready)
-
-        def store_in_two(tiles, matrix):
-            """The other way round, in bfloat16: what it is rounded to, and then the rest."""
-            coarse = matrix.astype(jnp.bfloat16)
-            fine = (matrix - coarse.astype(jnp.float32)).astype(jnp.bfloat16)
-            gpu.store_transposed(tiles, [coarse, fine])
+        its_queries = gpu.load(raw_queries)
+        if plan.levels:
+            its_queries = turned(its_queries, *turning, interpret=interpreted)
+        step = (store_in_two_bytes if quantized else store_in_two)(query_tiles, its_queries)
+        gpu.commit()
 
         def scales_of(side, stage):
             return gpu.load(buffers[side][1].at[stage, :, head], gpu.ROW_VECTOR).astype(jnp.float32)
@@ -135,21 +135,22 @@ def decode_parts(
         def scores_of(stage):
             keys = buffers[0][0].at[stage]
             if plan.levels:
-                widen(keys, wide[1], plan.levels, interpret=interpret is not None)
+                widen(keys, wide[1], plan.levels, interpret=interpreted)
                 gpu.commit()
                 keys = wide[1]
             in_parts = gpu.transposed(query_tiles)
             coarse, fine = gpu.products(keys, in_parts, jnp.int32 if quantized else jnp.float32)
-            if not quantized:
+            if step is None:
                 return coarse + fine
             whole = (coarse * LOW_STEPS + fine).astype(jnp.float32)
-            return whole * gpu.across(scales_of(0, stage) * step, scores_shape, 0)
+            whole *= gpu.across(step, scores_shape, 1)
+            return whole * gpu.across(scales_of(0, stage), scores_shape, 0)
 
         def values_of(stage, seen):
             """In bfloat16, without what hidden slots hold: zero times NaN is NaN."""
             values = buffers[1][0].at[stage]
             if quantized:
-                widen(values, wide[0], plan.levels, interpret=interpret is not None)
+                widen(values, wide[0], plan.levels, interpret=interpreted)
                 return wide[0]
             visible, whole = seen((TILE, head_dim))
 
@@ -215,6 +216,8 @@ def decode_parts(
 
         state = gpu.full(mix_shape, 0), gpu.full((rows,), LOWEST), gpu.full(scores_shape, 0)
         mix, highest, total, _ = gpu.fori_loop(0, count, one_tile, (*state, upcoming))
+        if plan.levels:
+            mix = turned(mix, mix_tile, turning[1], interpret=interpreted)
         store_in_two(mix_tile, mix)
         sums_tile[0] = highest
         sums_tile[1] = total.sum(axis=0)
@@ -229,20 +232,25 @@ def decode_parts(
     wide = [gpu.shared_tiles((TILE, head_dim), jnp.bfloat16)] if quantized else []
     if plan.levels:
         wide += [gpu.shared_tiles((TILE, head_dim), jnp.int8)]
+    # What is turned, high and low parts, and the matrix that turns it.
+    turning = [gpu.shared_tiles((both, head_dim), jnp.bfloat16)] if plan.levels else []
+    turning += [gpu.shared_tiles((BLOCK, BLOCK), jnp.bfloat16)] if plan.levels else []
     copies = pieces * len(leaves) + len(added), pieces * len(leaves)
     return gpu.run(
         body,
-        [queries, largest, *leaves, *added, layer, bounds, table],
+        [queries, *leaves, *added, layer, bounds, table],
         outputs=[
             jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, both, head_dim), jnp.bfloat16),
             jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, 2, rows), jnp.float32),
         ],
         scratch=[
-            gpu.shared_tiles((both, head_dim), queries.dtype),
+            gpu.shared_tiles((both, head_dim), jnp.int8 if quantized else jnp.bfloat16),
             gpu.Either((side, side), gpu.shared_tiles((both, head_dim), jnp.bfloat16)),
             gpu.shared((2, rows), jnp.float32),
-            gpu.shared_tiles((both, TILE), jnp.bfloat16),
-            wide,
+            gpu.Either(
+                (gpu.shared_tiles((both, TILE), jnp.bfloat16), wide),
+                (gpu.shared((head_dim, rows), jnp.float32), turning),
+            ),
             [gpu.shared((stages, TILE, rows), jnp.float32) for _ in added],
             gpu.Barrier(),
             [gpu.Barrier(num_arrivals=arrivals, num_barriers=stages) for arrivals in copies],

@@ -85,8 +85,10 @@ def parts(cache: KVCache, rows: int) -> tuple[int, int]:
     (shape, dtype, *_), *scales = codec.leaves(head_dim).values()
     stored_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
     slot_bytes = 2 * (stored_bytes + len(scales) * 2 * config.num_kv_heads) + centred * 2 * rows
-    wide_bytes = TILE * head_dim * (2 * quantized + packed)
-    fixed_bytes = wide_bytes + 2 * rows * (head_dim + TILE) + _OTHER_BYTES
+    wide_bytes = TILE * head_dim * (2 * quantized + packed) + 2 * rows * TILE
+    # Before that is used, queries as they come, and turned ones with the matrix that turns them.
+    before_bytes = 2 * rows * head_dim + packed * (2 * rows * head_dim + 2 * TILE * TILE)
+    fixed_bytes = max(wide_bytes, before_bytes) + 2 * rows * head_dim + _OTHER_BYTES
 
     def stages(at_once: int) -> int:
         return (_SHARED_BYTES // at_once - fixed_bytes) // (TILE * slot_bytes)

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of one warpgroup's matrix product
@@ -76,15 +78,36 @@ def transposed(ref: Any) -> Any:
 def store_transposed(ref: Any, parts: Sequence[jax.Array]) -> None:
     """From registers to shared memory, the other way round, one part's columns after another's.
 
-    At once, since each write is fenced from others; jax 0.10 cannot join what is in registers.
+    In the dtype of the reference, which may be narrower, since bytes cannot be transposed. At once,
+    since each write is fenced from others; jax 0.10 cannot join what is in registers.
     """
     if _IS_0_10:
         for number, part in enumerate(parts):
             rows = span(number * part.shape[1], part.shape[1])
-            transposed(ref.at[rows])[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
+            part = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
+            transposed(ref.at[rows])[...] = part.astype(ref.dtype)
         return
     joined = lax.concatenate(list(parts), 1)
-    transposed(ref)[...] = plgpu.layout_cast(joined, plgpu.Layout.WGMMA_TRANSPOSED)
+    joined = plgpu.layout_cast(joined, plgpu.Layout.WGMMA_TRANSPOSED)
+    transposed(ref)[...] = joined.astype(ref.dtype)
+
+
+def stacked(parts: Sequence[jax.Array], *, interpret: bool) -> jax.Array:
+    """Matrices of 64 rows in registers, one below the other."""
+    if interpret:
+        return lax.concatenate(list(parts), 0)
+    layout = plgpu.Layout.WGMMA
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    result = plgpu.ShapeDtypeStruct(shape, parts[0].dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,) * len(parts), return_type=result)
+    def joined(_, *parts):
+        registers = np.concatenate([part.registers for part in parts], axis=0)
+        return fragmented_array.FragmentedArray(
+            _registers=registers, _layout=parts[0].layout, _is_signed=parts[0].is_signed
+        )
+
+    return joined(*parts)
 
 
 def products(left: Any, right: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:

@@ -38,6 +38,7 @@ class Request:
     Attributes:
       cache: with the keys and values of these queries' tokens appended already.
       queries: float32, scaled, and turned as the codec turns keys; outputs are turned as values.
+        Unless the implementation turns them itself: it is given neither, and gives neither.
       positions: of each query, -1 for padding.
       lengths: of each sequence, after these tokens.
       sinks: a learned logit a query head that takes probability and gives nothing, or None.
@@ -57,12 +58,15 @@ class Request:
     newest: "Request | None" = None
 
     @classmethod
-    def of(cls, cache: KVCache, queries: Grouped, layer: Layer, **fields: Any) -> Self:
+    def of(
+        cls, cache: KVCache, queries: Grouped, layer: Layer, turn: bool = True, **fields: Any
+    ) -> Self:
         """With queries as the model has them, for the codec to prepare."""
         codec, centre_queries = cache.config.codec, None
         if isinstance(codec, Centred):
             centre_queries = codec.centre_queries(queries, means_of(cache, layer)[0])
-        queries = rotate(codec, queries)
+        if turn:
+            queries = rotate(codec, queries)
         return cls(cache, queries, layer, centre_queries=centre_queries, **fields)
 
     def take_queries(self, start: Int[Array, ""] | int, size: int) -> Self:
@@ -148,6 +152,7 @@ def request_of(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Float[Array, " heads"] | None = None,
+    turn: bool = True,
 ) -> Request:
     """The request of a call of `attend`, whose arguments these are, checked."""
     config = cache.config
@@ -164,6 +169,7 @@ def request_of(
         cache,
         jnp.moveaxis(scaled, 1, 2),
         check_layer(cache, layer),
+        turn,
         positions=token_positions(cache, tokens, num_tokens).reshape(batch, tokens),
         lengths=(cache.lengths + added).reshape(batch),
         softcap=softcap,

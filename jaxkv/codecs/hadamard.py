@@ -19,10 +19,18 @@ def rotate(vectors: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape hea
     return _times_hadamard(vectors * _signs(head_dim)) * block_size(head_dim) ** -0.5
 
 
+def half_turn(head_dim: int) -> Float[np.ndarray, " head_dim"]:
+    """What `rotate` multiplies with before its matrix of ones and minus ones, and `unrotate` after.
+
+    The matrix is Sylvester's, of `block_size`.
+    """
+    return _signs(head_dim) * np.float32(block_size(head_dim) ** -0.5)
+
+
 def unrotate(vectors: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
     """The inverse of `rotate`."""
     head_dim = vectors.shape[-1]
-    return _times_hadamard(vectors) * (_signs(head_dim) * np.float32(block_size(head_dim) ** -0.5))
+    return _times_hadamard(vectors) * half_turn(head_dim)
 
 
 def rotate_to_whole_numbers(
