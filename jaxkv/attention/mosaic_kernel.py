@@ -27,6 +27,7 @@ from jaxkv.attention.mosaic_queries import (
     turned,
 )
 from jaxkv.attention.pallas_levels import widen
+from jaxkv.codecs.hadamard import matrix_of
 
 LOG2_E = math.log2(math.e)
 # A hidden slot's score lies so far below the least maximum that its weight is zero even in a
@@ -72,8 +73,9 @@ def decode_parts(
     def body(query_ref, *refs):
         leaf_refs, added_refs = refs[: len(leaves)], refs[len(leaves) :][: len(added)]
         refs = refs[len(leaves) + len(added) :]
-        layer_ref, bounds_ref, table_ref, mix_out, sums_out, *scratch = refs
-        query_tiles, (buffers, mix_tile), sums_tile, either, addends, ready, arrived = scratch
+        layer_ref, bounds_ref, table_ref, signs_ref, mix_out, sums_out, *scratch = refs
+        query_tiles, (buffers, mix_tile), sums_tile, either, addends, *barriers = scratch
+        ready, signs_arrived, arrived = barriers
         (weight_tiles, wide), (raw_queries, turning) = either
         head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
         layer, low, high = layer_ref[0], bounds_ref[row, 0], bounds_ref[row, 1]
@@ -115,6 +117,8 @@ def decode_parts(
                         gpu.copy_in(source, buffer.at[place], arrived[side].at[stage])
 
         gpu.copy_in(query_ref.at[row, head], raw_queries, ready)
+        if plan.levels:
+            gpu.copy_in(signs_ref, turning[1], signs_arrived)
         upcoming = tuple(pages_of(number) for number in range(stages + 1))
         for number in range(stages):
 
@@ -123,11 +127,20 @@ def decode_parts(
                 fetch(jnp.int32(number), number, upcoming[number])
 
         gpu.wait(ready)
-        its_queries = gpu.load(raw_queries)
         if plan.levels:
-            its_queries = turned(its_queries, *turning, interpret=interpreted)
-        step = (store_in_two_bytes if quantized else store_in_two)(query_tiles, its_queries)
-        gpu.commit()
+            gpu.wait(signs_arrived)
+
+        # Under a condition, or addresses would be kept in registers from here to the mix's turn.
+        @gpu.when(count > 0)
+        def _():
+            its_queries = gpu.load(raw_queries)
+            if plan.levels:
+                its_queries = turned(its_queries, *turning, interpret=interpreted)
+            if quantized:  # the steps wait where no register is lost to them
+                sums_tile[0] = store_in_two_bytes(query_tiles, its_queries)
+            else:
+                store_in_two(query_tiles, its_queries)
+            gpu.commit()
 
         def scales_of(side, stage):
             return gpu.load(buffers[side][1].at[stage, :, head], gpu.ROW_VECTOR).astype(jnp.float32)
@@ -140,10 +153,10 @@ def decode_parts(
                 keys = wide[1]
             in_parts = gpu.transposed(query_tiles)
             coarse, fine = gpu.products(keys, in_parts, jnp.int32 if quantized else jnp.float32)
-            if step is None:
+            if not quantized:
                 return coarse + fine
             whole = (coarse * LOW_STEPS + fine).astype(jnp.float32)
-            whole *= gpu.across(step, scores_shape, 1)
+            whole *= gpu.across(gpu.load(sums_tile.at[0], gpu.COLUMN_VECTOR), scores_shape, 1)
             return whole * gpu.across(scales_of(0, stage), scores_shape, 0)
 
         def values_of(stage, seen):
@@ -216,11 +229,14 @@ def decode_parts(
 
         state = gpu.full(mix_shape, 0), gpu.full((rows,), LOWEST), gpu.full(scores_shape, 0)
         mix, highest, total, _ = gpu.fori_loop(0, count, one_tile, (*state, upcoming))
-        if plan.levels:
-            mix = turned(mix, mix_tile, turning[1], interpret=interpreted)
-        store_in_two(mix_tile, mix)
         sums_tile[0] = highest
         sums_tile[1] = total.sum(axis=0)
+        if plan.levels:
+            gpu.commit()  # what was there
+            gpu.copy_in(signs_ref, turning[1], signs_arrived)
+            gpu.wait(signs_arrived)
+            mix = turned(mix, mix_tile, turning[1], interpret=interpreted)
+        store_in_two(mix_tile, mix)
         gpu.commit()
         gpu.copy_out(mix_tile, mix_out.at[part, row, head])
         gpu.copy_out(sums_tile, sums_out.at[part, row, head])
@@ -232,13 +248,15 @@ def decode_parts(
     wide = [gpu.shared_tiles((TILE, head_dim), jnp.bfloat16)] if quantized else []
     if plan.levels:
         wide += [gpu.shared_tiles((TILE, head_dim), jnp.int8)]
-    # What is turned, high and low parts, and the matrix that turns it.
+    # What is turned, high and low parts, and the matrix that turns it. Made in registers, that
+    # would take so many that fewer blocks of threads fit.
+    signs = jnp.asarray(matrix_of(BLOCK), jnp.bfloat16)
     turning = [gpu.shared_tiles((both, head_dim), jnp.bfloat16)] if plan.levels else []
     turning += [gpu.shared_tiles((BLOCK, BLOCK), jnp.bfloat16)] if plan.levels else []
     copies = pieces * len(leaves) + len(added), pieces * len(leaves)
     return gpu.run(
         body,
-        [queries, *leaves, *added, layer, bounds, table],
+        [queries, *leaves, *added, layer, bounds, table, signs],
         outputs=[
             jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, both, head_dim), jnp.bfloat16),
             jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, 2, rows), jnp.float32),
@@ -252,6 +270,7 @@ def decode_parts(
                 (gpu.shared((head_dim, rows), jnp.float32), turning),
             ),
             [gpu.shared((stages, TILE, rows), jnp.float32) for _ in added],
+            gpu.Barrier(),
             gpu.Barrier(),
             [gpu.Barrier(num_arrivals=arrivals, num_barriers=stages) for arrivals in copies],
         ],

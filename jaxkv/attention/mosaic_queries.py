@@ -55,11 +55,10 @@ def turned(matrix: jax.Array, tiles: Any, signs: Any, *, interpret: bool) -> jax
 
     Args:
       tiles: bfloat16 ``[2 * columns, rows]``, for the matrix.
-      signs: bfloat16 ``[64, 64]``, for that of 64.
+      signs: bfloat16 ``[64, 64]``, that of 64.
       interpret: whether no GPU is there.
     """
     store_in_two(tiles, matrix)
-    signs[...] = _hadamard()
     gpu.commit()
     parts = []
     for start in range(0, matrix.shape[0], BLOCK):
@@ -71,11 +70,3 @@ def turned(matrix: jax.Array, tiles: Any, signs: Any, *, interpret: bool) -> jax
         return parts[0]
     first, second = parts
     return gpu.stacked([first + second, first - second], interpret=interpret)
-
-
-def _hadamard() -> jax.Array:
-    """1 where the two indices have an even number of bits in common, else -1."""
-    common = gpu.iota((BLOCK, BLOCK), 0) & gpu.iota((BLOCK, BLOCK), 1)
-    common ^= common >> 3
-    odd = (common ^ (common >> 1) ^ (common >> 2)) & 1
-    return (1 - 2 * odd).astype(jnp.float32).astype(jnp.bfloat16)

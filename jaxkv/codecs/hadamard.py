@@ -74,11 +74,11 @@ def _power_of_two(exponent: Int32[Array, "*shape"]) -> Float[Array, "*shape"]:
 def _times_hadamard(vectors: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
     size = block_size(vectors.shape[-1])
     blocks = vectors.reshape(*vectors.shape[:-1], -1, size)
-    return jnp.matmul(blocks, _hadamard(size), precision="highest").reshape(vectors.shape)
+    return jnp.matmul(blocks, matrix_of(size), precision="highest").reshape(vectors.shape)
 
 
 @functools.cache
-def _hadamard(size: int) -> Float[np.ndarray, "size size"]:
+def matrix_of(size: int) -> Float[np.ndarray, "size size"]:
     """Sylvester's matrix of ones and minus ones."""
     odd = np.bitwise_count(np.arange(size)[:, None] & np.arange(size)) % 2 == 1
     return np.where(odd, np.float32(-1), np.float32(1))
