@@ -9,7 +9,6 @@ weights are multiplied in two parts, high and low, which costs nothing beside re
 cache, so that the result is a float32 one.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -26,6 +25,7 @@ from jaxkv.attention.mosaic_queries import (
     store_in_two_bytes,
     turned,
 )
+from jaxkv.attention.mosaic_slots import Slots
 from jaxkv.attention.pallas_levels import widen
 from jaxkv.codecs.hadamard import matrix_of
 
@@ -78,48 +78,29 @@ def decode_parts(
         ready, signs_arrived, arrived = barriers
         (weight_tiles, wide), (raw_queries, turning) = either
         head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
-        layer, low, high = layer_ref[0], bounds_ref[row, 0], bounds_ref[row, 1]
-        gap, gap_end = bounds_ref[row, 2], bounds_ref[row, 3]
-        first, last = lax.div(low, TILE), lax.div(high + (TILE - 1), TILE)
-        # Tiles that are all gap are left out.
-        gap_first = lax.div(gap + (TILE - 1), TILE)
-        skipped = jnp.maximum(lax.div(gap_end, TILE) - gap_first, 0) if plan.gap else jnp.int32(0)
-        share = lax.div(last - first - skipped + (plan.splits - 1), plan.splits)
-        first = first + part * share
-        count = jnp.clip(last - skipped - first, 0, share)
-
-        def start_of(number):
-            """The first slot of a tile."""
-            tile = first + number
-            return (tile + jnp.where(tile >= gap_first, skipped, 0) if plan.gap else tile) * TILE
-
-        def pages_of(number):
-            """The page that each piece of a tile lies in."""
-            if not plan.paged:
-                return (row,)
-            slots = [start_of(number) + at * piece for at in range(pieces)]
-            entries = [lax.div(slot, plan.page_size) for slot in slots]
-            return tuple(table_ref[row, jnp.clip(at, 0, table.shape[1] - 1)] for at in entries)
+        layer = layer_ref[0]
+        slots = Slots(bounds_ref, table_ref, row, part, plan)
+        count = slots.count
 
         def fetch(number, stage, its_pages):
-            start = start_of(number)
+            start = slots.start_of(number)
             for source, buffer in zip(added_refs, addends, strict=True):
-                slots = gpu.span(start, TILE)
-                gpu.copy_in(source.at[row, head, slots], buffer.at[stage], arrived[0].at[stage])
+                tile = gpu.span(start, TILE)
+                gpu.copy_in(source.at[row, head, tile], buffer.at[stage], arrived[0].at[stage])
             for at, page in enumerate(its_pages):
                 inside = lax.rem(start + at * piece, plan.page_size)
-                slots = gpu.span(jnp.maximum(page, 0) * plan.page_size + inside, piece)
+                held = gpu.span(jnp.maximum(page, 0) * plan.page_size + inside, piece)
                 place = stage if pieces == 1 else (stage, gpu.span(at * piece, piece))
                 for side in range(2):
-                    sources = [leaf_refs[0].at[layer, side, slots, head]]
-                    sources += [leaf.at[layer, side, slots] for leaf in leaf_refs[1:]]
+                    sources = [leaf_refs[0].at[layer, side, held, head]]
+                    sources += [leaf.at[layer, side, held] for leaf in leaf_refs[1:]]
                     for source, buffer in zip(sources, buffers[side], strict=True):
                         gpu.copy_in(source, buffer.at[place], arrived[side].at[stage])
 
         gpu.copy_in(query_ref.at[row, head], raw_queries, ready)
         if plan.levels:
             gpu.copy_in(signs_ref, turning[1], signs_arrived)
-        upcoming = tuple(pages_of(number) for number in range(stages + 1))
+        upcoming = tuple(slots.pages_of(number) for number in range(stages + 1))
         for number in range(stages):
 
             @gpu.when(number < count)
@@ -159,13 +140,13 @@ def decode_parts(
             whole *= gpu.across(gpu.load(sums_tile.at[0], gpu.COLUMN_VECTOR), scores_shape, 1)
             return whole * gpu.across(scales_of(0, stage), scores_shape, 0)
 
-        def values_of(stage, seen):
+        def values_of(stage, start, its_pages):
             """In bfloat16, without what hidden slots hold: zero times NaN is NaN."""
             values = buffers[1][0].at[stage]
             if quantized:
                 widen(values, wide[0], plan.levels, interpret=interpreted)
                 return wide[0]
-            visible, whole = seen((TILE, head_dim))
+            visible, whole = slots.seen(start, its_pages, (TILE, head_dim))
 
             @gpu.when(jnp.logical_not(whole))
             def _():
@@ -175,28 +156,7 @@ def decode_parts(
 
         def one_tile(number, state):
             mix, highest, total, upcoming = state
-            stage, start, here = lax.rem(number, stages), start_of(number), upcoming[0]
-
-            def seen(matrix):
-                """Which slots of the tile are visible, for a matrix of a row a slot; if all are."""
-                whole = (start >= low) & (start + TILE <= high)
-                if plan.gap:
-                    whole &= (start + TILE <= gap) | (start >= gap_end)
-                if plan.holes:
-                    bits = [(page >= 0).astype(jnp.int32) << at for at, page in enumerate(here)]
-                    held = functools.reduce(jnp.bitwise_or, bits)
-                    whole &= held == (1 << pieces) - 1
-
-                def visible():
-                    slot = gpu.iota(matrix, 0)
-                    inside = (slot >= low - start) & (slot < high - start)
-                    if plan.gap:
-                        inside &= (slot < gap - start) | (slot >= gap_end - start)
-                    if not plan.holes:
-                        return inside
-                    return inside & (((held >> lax.div(slot, piece)) & 1) == 1)
-
-                return visible, whole
+            stage, start, here = lax.rem(number, stages), slots.start_of(number), upcoming[0]
 
             gpu.wait(arrived[0].at[stage])
             scores = scores_of(stage)
@@ -204,14 +164,14 @@ def decode_parts(
                 scores += gpu.load(buffer.at[stage])
             if plan.softcap is not None:
                 scores = capped(scores, plan.softcap)
-            visible = seen(scores_shape)[0]()
+            visible = slots.seen(start, here, scores_shape)[0]()
             scores = jnp.where(visible, scores, HIDDEN)
             new_highest = jnp.maximum(highest, scores.max(axis=0))
             keep = jnp.exp2(highest - new_highest)
             weights = jnp.exp2(scores - gpu.across(new_highest, scores_shape, 1))
             total = total * gpu.across(keep, scores_shape, 1) + weights
             gpu.wait(arrived[1].at[stage])
-            values = values_of(stage, seen)
+            values = values_of(stage, start, here)
             if quantized:
                 weights *= gpu.across(scales_of(1, stage), scores_shape, 0)
                 weights = jnp.where(visible, weights, 0)
@@ -225,7 +185,7 @@ def decode_parts(
             def _():
                 fetch(number + stages, stage, upcoming[-1])
 
-            return mix, new_highest, total, (*upcoming[1:], pages_of(number + stages + 1))
+            return mix, new_highest, total, (*upcoming[1:], slots.pages_of(number + stages + 1))
 
         state = gpu.full(mix_shape, 0), gpu.full((rows,), LOWEST), gpu.full(scores_shape, 0)
         mix, highest, total, _ = gpu.fori_loop(0, count, one_tile, (*state, upcoming))
