@@ -49,6 +49,10 @@ def test_on_a_hopper_gpu_nothing_is_copied_and_no_register_spills():
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", output)
     assert len(spills) >= len(programs)
     assert set(spills) == {("0", "0")}
+    # More than 128, and fewer than four blocks fit on a multiprocessor: only codes in small pages.
+    registers = sorted(map(int, re.findall(r"Used (\d+) registers", output)))
+    assert len(registers) == len(programs)
+    assert registers[-3] <= 128
 
 
 def test_on_an_ampere_gpu_the_cache_is_not_copied():
