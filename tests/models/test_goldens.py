@@ -179,7 +179,7 @@ def test_generate_goes_round_the_rings(variant, model):
     prompts = [np.resize(token_ids(variant), length).tolist() for length in (150, 3)]
     result = jaxkv.generate(model, prompts, max_new_tokens=8, max_context_length=160)
     ring, full = result.config.groups
-    assert (ring.num_slots, full.num_slots) == (2 * (7 - 1 + 128), 2 * 160)
+    assert (ring.num_slots, full.num_slots) == (2 * 136, 2 * 160)  # 7 - 1 + 128, in eights
     for prompt, tokens in zip(prompts, result.tokens, strict=True):
         padded = np.resize(np.array(prompt + tokens, np.int32), 160)
         logits, _ = step(model, padded, None)
