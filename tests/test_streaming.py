@@ -259,6 +259,10 @@ def test_plan_counts_both_memories_and_says_what_streaming_would_allow():
     assert streamed.host_bytes == answer.streamed.host_bytes == config.size_bytes
     assert streamed.needed_bytes - streamed.host_bytes == answer.streamed.device_bytes
     assert '"block": 1024' in streamed.to_json()
+    local = config.replace(addressing=jaxkv.Ring(window=1024))
+    assert plan(local, "80GB").streamed is None  # resident as a whole
+    hybrid = jaxkv.HybridConfig((local, config), group_of_layer=(0, 1) * 32)
+    assert plan(hybrid, "80GB").streamed.host_bytes == config.size_bytes
     here = plan(config_of("int8"))  # a CPU, whose memory is the host's: all must fit
     assert (
         here.max_context_length < plan(config_of("int8"), here.memory.free_bytes).max_context_length
