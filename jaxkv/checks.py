@@ -86,7 +86,7 @@ def check_on_device(cache: KVCache) -> None:
     """Refuse a cache in host memory where its buffers are to be gathered from."""
     if any(in_host_memory(leaf) for leaf in cache.storage.values()):
         raise ValueError(
-            "This cache is in host memory, where sequences cannot be rearranged. Bring it back "
+            "This cache is in host memory, where nothing can be rearranged. Bring it back "
             "with jaxkv.prefetch first."
         )
 

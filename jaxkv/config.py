@@ -80,9 +80,7 @@ class KVCacheConfig:
     def _check_placement(self) -> str | None:
         if not isinstance(self.placement, HostMemory):
             return f"placement must be jaxkv.HostMemory(...) or None, got {self.placement!r}"
-        if not isinstance(self.addressing, Contiguous):
-            return f"placement in host memory needs Contiguous addressing, got {self.addressing!r}"
-        return None
+        return self.placement.reason_against(self.addressing)
 
     def _check_newest(self) -> str | None:
         if not isinstance(self.newest, Newest):
@@ -170,16 +168,30 @@ class KVCacheConfig:
         return self.replace(codec=codec, addressing=slots, placement=None, newest=None)
 
     @property
-    def num_resident_slots(self) -> int:
-        """Slots on the device of a cache in host memory, over all sequences."""
+    def in_host_memory(self) -> bool:
+        """Whether buffers are put there: not those of which all slots would be resident."""
         if self.placement is None:
+            return False
+        return self._shared or self.num_slots > self.placement.resident * (self.batch_size or 1)
+
+    @property
+    def num_resident_slots(self) -> int:
+        """Slots on the device, over all sequences, of a cache in host memory, if not a pool's."""
+        if not self.in_host_memory or self._shared:
             return 0
-        return min(self.placement.resident, self.max_context_length) * (self.batch_size or 1)
+        assert self.placement is not None
+        sinks = getattr(self.addressing, "sinks", 0)
+        each = min(self.placement.resident + sinks, self.max_context_length)
+        return min(each * (self.batch_size or 1), self.num_slots)
+
+    @property
+    def _shared(self) -> bool:
+        return getattr(self.addressing, "num_pages", None) is not None
 
     @property
     def host_bytes(self) -> int:
         """Exact bytes in host memory; 0 where all is on the device."""
-        return 0 if self.placement is None else self.num_slots * self.bytes_per_token
+        return self.num_slots * self.bytes_per_token if self.in_host_memory else 0
 
     @property
     def device_bytes(self) -> int:
@@ -192,17 +204,14 @@ class KVCacheConfig:
         index = self.addressing.index_bytes(self.max_context_length, self.batch_size)
         if self.newest_config is not None:
             index += self.newest_config.index_bytes
-        if self.placement is None:
+        if not self.num_resident_slots:
             return index
-        return index + 4 * (self.batch_size or 1) + self._bounds_bytes
-
-    @property
-    def _bounds_bytes(self) -> int:
         assert self.placement is not None
-        if self.placement.blocks_per_query is None:
-            return 0
-        blocks = self.placement.num_blocks(self.max_context_length) * (self.batch_size or 1)
-        return 8 * self.num_layers * blocks * self.num_kv_heads * self.head_dim
+        bounds = 0
+        if self.placement.blocks_per_query is not None:  # of keys, float32, in each block
+            blocks = self.placement.num_blocks(self.max_context_length)
+            bounds = 8 * self.num_layers * blocks * self.num_kv_heads * self.head_dim
+        return index + (4 + bounds) * (self.batch_size or 1)
 
     @property
     def codec_name(self) -> str:

@@ -32,7 +32,7 @@ def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
 
 
 def _create(config: KVCacheConfig, device: Any) -> KVCache:
-    if config.placement is not None and device is None:
+    if config.in_host_memory and device is None:
         # All in one place that is named, for a step returns it so, and compiles once then.
         device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
     platform = _platform(device)
@@ -47,13 +47,15 @@ def _create(config: KVCacheConfig, device: Any) -> KVCache:
     means = config.means_shape and jnp.zeros(config.means_shape, device=_without_ctx(device))
     index = config.addressing.init(config.max_context_length, config.batch_size)
     resident = None
-    if config.placement is not None:
+    if config.num_resident_slots:
         resident = Resident.create(config, buffers(config.num_resident_slots))
     if isinstance(device, NamedSharding):  # on all of the mesh, as a step will return it
         index = jax.device_put(index, NamedSharding(device.mesh, PartitionSpec()))
     elif isinstance(device, jax.Device):
         index, resident = jax.device_put((index, resident), device)
-    storage = buffers(config.num_slots, jnp.zeros if resident is None else zeros_in_host_memory)
+    storage = buffers(
+        config.num_slots, zeros_in_host_memory if config.in_host_memory else jnp.zeros
+    )
     newest = None if config.newest_config is None else _create(config.newest_config, device)
     return KVCache(storage, index, config, means, resident, newest)
 

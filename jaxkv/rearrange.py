@@ -77,6 +77,7 @@ def copy_pages(
 
     Raises:
       TypeError: not a paged cache.
+      ValueError: it is in host memory.
 
     >>> import jax.numpy as jnp, jaxkv
     >>> config = jaxkv.KVCacheConfig(1, 8, 1, 4, addressing=jaxkv.Paged(page_size=4))
@@ -90,6 +91,7 @@ def copy_pages(
         raise TypeError(
             f"copy_pages needs a paged cache, got a {cache.config.addressing.name} one."
         )
+    check_on_device(cache)
     return copied(cache, sources, destinations)
 
 

@@ -5,23 +5,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.checks import check_alive
 from jaxkv.codecs import Leaves, bitcast, rotate
 from jaxkv.hybrid import in_every_group
 from jaxkv.kv_cache import KVCache, Layer
-from jaxkv.placement import host_sharding, to_device, to_host
+from jaxkv.placement import host_sharding, run_of, write_slots
 
 
 @in_every_group
 def offload(cache: KVCache) -> KVCache:
     """The cache in host memory, bit for bit, for as long as its device memory is needed.
 
-    The verbs go on working if its addressing is `Contiguous`, at the pace of the bus. The device
-    memory is free again once the old cache is: rebind it, ``cache = jaxkv.offload(cache)``.
+    `append` and `attend` go on working at the pace of the bus (not where heads keep numbers of
+    tokens of their own). The device memory is free again once the old cache is: rebind it,
+    ``cache = jaxkv.offload(cache)``.
 
     Raises:
       ValueError: the backend has no host memory.
@@ -69,63 +68,24 @@ def append_to_host(
       keys: before they were encoded.
       positions: of the tokens, one after the other from each sequence's length on; -1 for padding.
     """
-    if not isinstance(cache.index, ContiguousIndex):
+    if (run := run_of(cache.index)) is None:
         raise ValueError(
-            f"This {cache.config.addressing.name} cache is in host memory, where only contiguous "
-            "ones can grow. Bring it back with jaxkv.prefetch first."
+            f"This {cache.config.addressing.name} cache is in host memory, where its tokens stand "
+            "in no order to be written in. Bring it back with jaxkv.prefetch first."
         )
-    capacity = cache.index.capacity
-    kept = jnp.where(positions < capacity, positions, -1)
-    lengths = cache.lengths.reshape(-1)
-    rows = kept.reshape(len(lengths), -1)
-    storage = {
-        name: _written(leaf, layer, encoded[name], lengths, rows, capacity)
-        for name, leaf in cache.storage.items()
-    }
+    kept = jnp.where(positions < cache.index.capacity, positions, -1)
+    rows = (cache.config.batch_size or 1, kept.shape[-1])
+    slots = cache.index.slots(kept).reshape(rows)
+    storage = {}
+    for name, leaf in cache.storage.items():
+        new = bitcast(encoded[name], leaf.dtype).reshape(leaf.shape[1], *rows, *leaf.shape[3:])
+        storage[name] = write_slots(leaf, layer, new, slots, run)
     resident = cache.resident
     if resident is not None:
         resident = resident.append(layer, encoded, kept)
         if resident.bounds is not None:
             turned = rotate(cache.config.codec, keys.astype(jnp.float32))
-            turned = turned.reshape(*rows.shape, *keys.shape[-2:])
-            bounds = resident.bounds.extended(layer, turned, rows)
+            turned = turned.reshape(*rows, *keys.shape[-2:])
+            bounds = resident.bounds.extended(layer, turned, kept.reshape(rows))
             resident = dataclasses.replace(resident, bounds=bounds)
     return dataclasses.replace(cache, storage=storage, resident=resident)
-
-
-def _written(
-    leaf: Array,
-    layer: Layer,
-    encoded: Array,
-    lengths: Int[Array, " batch"],
-    positions: Int[Array, "batch tokens"],
-    capacity: int,
-) -> Array:
-    """Each sequence's new tokens over a run of slots of one layer of a leaf in host memory.
-
-    A scatter into host memory crashes XLA (openxla/xla 34565), and a slice update clamps. So a
-    run of slots is read that lies within the sequence, what is new in it is put in, and it is
-    written back.
-    """
-    batch, tokens = positions.shape
-    size = min(tokens, capacity)
-    new = bitcast(encoded, leaf.dtype).reshape(leaf.shape[1], batch, tokens, *leaf.shape[3:])
-    sizes = (1, leaf.shape[1], size, *leaf.shape[3:])
-
-    def one_sequence(sequence: Int[Array, ""], leaf: Array) -> Array:
-        length = lengths[sequence]
-        start = jnp.minimum(length, capacity - size)
-        # The token of each slot of the run: none before ``length``, and none of padding.
-        token = start + jnp.arange(size, dtype=jnp.int32) - length
-        is_new = (token >= 0) & (token < tokens)
-        token = jnp.clip(token, 0, tokens - 1)
-        is_new &= positions[sequence, token] >= 0
-        run = new[:, sequence, token][None]  # [1, sides, size, ...]
-        place = (layer, 0, sequence * capacity + start, *(0 for _ in leaf.shape[3:]))
-        old = to_device(lax.dynamic_slice(leaf, place, sizes))
-        mask = is_new.reshape(-1, *(1 for _ in leaf.shape[3:]))
-        return lax.dynamic_update_slice(leaf, to_host(jnp.where(mask, run, old)), place)
-
-    if batch == 1:
-        return one_sequence(jnp.int32(0), leaf)
-    return lax.fori_loop(0, batch, one_sequence, leaf)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.codecs import Centred, Leaves, decode_stored, updated_means
 from jaxkv.kv_cache import KVCache, Layer
-from jaxkv.placement import to_device
+from jaxkv.placement import read_slots
 
 
 def means_of(cache: KVCache, layer: Layer) -> Float[Array, "2 kv_heads head_dim"]:
@@ -65,7 +65,7 @@ def _decode(
     rotated: bool,
 ) -> Array:
     stored = {
-        name: to_device(cache.index.read(leaf, layer, start, size))
+        name: read_slots(cache.index, leaf, layer, start, size)
         for name, leaf in cache.storage.items()
     }
     config = cache.config

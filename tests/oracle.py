@@ -189,11 +189,15 @@ def poisoned(cache, poison=np.nan):
     def fill(leaf):
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         garbage = poison if floating else jnp.iinfo(leaf.dtype).max
-        return jax.device_put(jnp.full(leaf.shape, garbage, leaf.dtype), leaf.sharding)
+        garbage = np.full(leaf.shape, garbage, leaf.dtype)
+        return jax.device_put(garbage, leaf.sharding)  # which may be host memory
 
-    storage = {name: fill(leaf) for name, leaf in cache.storage.items()}
+    def of(part):
+        return dataclasses.replace(part, storage=jax.tree.map(fill, part.storage))
+
+    resident = None if cache.resident is None else of(cache.resident)
     newest = None if cache.newest is None else poisoned(cache.newest, poison)
-    return dataclasses.replace(cache, storage=storage, newest=newest)
+    return dataclasses.replace(of(cache), resident=resident, newest=newest)
 
 
 def padded(array, num_tokens, padding):

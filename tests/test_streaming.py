@@ -1,5 +1,6 @@
 """A cache in host memory is the same cache: same verbs, same numbers, and memory of two blocks."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,10 +12,22 @@ from jax import lax
 import jaxkv
 from jaxkv.codecs import CODECS
 from jaxkv.memory import plan
-from tests.oracle import HEADS, OPTIONS, SINKS, Oracle, jit, layer_step, random_step, step
+from tests.oracle import (
+    HEADS,
+    OPTIONS,
+    SINKS,
+    Oracle,
+    jit,
+    layer_step,
+    poisoned,
+    random_step,
+    run_step,
+    step,
+)
 
 PLACE = jaxkv.HostMemory(resident=9, block=4)
 CHOOSING = jaxkv.HostMemory(resident=9, block=4, blocks_per_query=8)
+RING = jaxkv.Ring(14, sinks=5, chunk=6)
 run_streamed = functools.partial(
     step, run=jit(functools.partial(layer_step, implementation="streamed"))
 )
@@ -55,6 +68,50 @@ def test_attention_is_that_of_the_oracle(codec, batch_size, placement):
     assert (np.asarray(cache.lengths) == 22).all()
 
 
+@pytest.mark.parametrize(
+    ("addressing", "placement", "batch_size"),
+    [
+        (jaxkv.Paged(3), PLACE, None),  # no page ends where a block does
+        (jaxkv.Paged(4), CHOOSING, 2),
+        (jaxkv.Paged(4, num_pages=20), PLACE, 2),  # nothing resident
+        (RING, jaxkv.HostMemory(resident=3, block=4), 3),
+        (RING, jaxkv.HostMemory(resident=1, block=7), None),
+    ],
+    ids=["pages", "chosen pages", "shared pages", "ring", "ring, large blocks"],
+)
+def test_other_addressings(addressing, placement, batch_size):
+    """Round the ring and, from full of garbage, with pages in any order; and a rollback."""
+    config = config_of("int8", placement, addressing=addressing, batch_size=batch_size)
+    cache, oracle = poisoned(jaxkv.create(config)), Oracle(config)
+    index = cache.index
+    if hasattr(index, "table"):
+        pages = np.random.default_rng(0).permutation(addressing.num_pages or index.table.size)
+        table = pages[: index.table.size].reshape(index.table.shape).astype(np.int32)
+        cache = dataclasses.replace(cache, index=index.with_table(table))
+    for seed, tokens in enumerate((6, 6, 1, 6, None, 6, 6, 1, 1)):
+        if tokens is None:
+            cache = jaxkv.truncate(cache, 14)
+            oracle.truncate(14)
+            continue
+        arrays = random_step(config, tokens, heads=4, seed=seed)
+        counts = np.array([tokens, max(tokens - 2, 1), tokens])[: batch_size or 1]
+        counts = counts if batch_size else counts[0]
+        cache, outputs = run_streamed(cache, *arrays, jnp.asarray(counts))
+        expected = oracle.step(*arrays, counts)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+        assert in_host_memory(cache)
+
+
+def test_a_cache_that_would_be_resident_as_a_whole_is_on_the_device():
+    """So the window's layers of a hybrid cache are, while full ones stream."""
+    full = config_of()
+    local = config_of(addressing=jaxkv.Ring(4, chunk=6))
+    cache = jaxkv.create(jaxkv.HybridConfig((local, full), group_of_layer=(0, 1, 0, 1)))
+    assert [in_host_memory(group) for group in cache.groups] == [False, True]
+    assert (local.host_bytes, local.device_bytes) == (0, local.size_bytes + local.index_bytes)
+    assert local.size_bytes == local.replace(placement=None).size_bytes
+
+
 def test_ragged_steps_and_padding():
     config = config_of(batch_size=3)
     cache, oracle = jaxkv.create(config), Oracle(config)
@@ -77,9 +134,13 @@ def test_options(name):
         np.testing.assert_allclose(outputs, oracle.step(*arrays, **options), rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_written_is_what_a_cache_on_the_device_has():
+@pytest.mark.parametrize("addressing", [jaxkv.Contiguous(), jaxkv.Paged(4)])
+def test_what_is_written_is_what_a_cache_on_the_device_has(addressing):
     run = jit(lambda cache, new: jaxkv.advance(jaxkv.append(cache, *new, layer=1), new.shape[2]))
-    caches = [jaxkv.create(config_of("int8", place, batch_size=2)) for place in (PLACE, None)]
+    caches = [
+        jaxkv.create(config_of("int8", place, batch_size=2, addressing=addressing))
+        for place in (PLACE, None)
+    ]
     for seed, tokens in enumerate((11, 11, 8)):
         new = np.stack(random_step(caches[0].config, tokens, heads=2, seed=seed))[1:, 1]
         caches = [run(cache, new) for cache in caches]
@@ -115,8 +176,9 @@ def decode_step(cache, hidden):
     return jaxkv.advance(cache, 1), hidden
 
 
-def compiled_decode(context, place=PLACE, program=decode_step):
-    cache = jaxkv.create(config_of(max_context_length=context, placement=place, head_dim=64))
+def compiled_decode(context, place=PLACE, program=decode_step, addressing=jaxkv.Contiguous()):
+    shape = {"max_context_length": context, "head_dim": 64}
+    cache = jaxkv.create(config_of(placement=place, addressing=addressing, **shape))
     hidden = jnp.ones((1, 4, 64), jnp.float32)
     return jax.jit(program, donate_argnums=0).lower(cache, hidden).compile(), cache, hidden
 
@@ -128,9 +190,18 @@ def decode_in_a_loop(cache, hidden):
     return lax.fori_loop(0, 3, one, (cache, hidden))
 
 
-@pytest.mark.parametrize("program", [decode_step, decode_in_a_loop], ids=["step", "loop"])
-def test_a_donated_step_keeps_its_buffers_where_they_are(program):
-    compiled, cache, hidden = compiled_decode(1000, program=program)
+@pytest.mark.parametrize(
+    ("program", "addressing"),
+    [
+        (decode_step, jaxkv.Contiguous()),
+        (decode_in_a_loop, jaxkv.Contiguous()),
+        (decode_step, jaxkv.Paged(8)),
+        (decode_step, jaxkv.Ring(100)),
+    ],
+    ids=["step", "loop", "pages", "ring"],
+)
+def test_a_donated_step_keeps_its_buffers_where_they_are(program, addressing):
+    compiled, cache, hidden = compiled_decode(1000, program=program, addressing=addressing)
     cache = jaxkv.reset(jaxkv.advance(cache, 3))  # outside jit, no two leaves become one buffer
     cache, hidden = compiled(
         cache, hidden
@@ -142,21 +213,31 @@ def test_a_donated_step_keeps_its_buffers_where_they_are(program):
     assert in_host_memory(cache)
 
 
-def test_the_memory_of_a_step_is_two_blocks_whatever_the_context():
+@pytest.mark.parametrize("kind", ["contiguous", "paged", "ring"])
+def test_the_memory_of_a_step_is_two_blocks_whatever_the_context(kind):
     temps = {}
     for context, block in ((1 << 12, 64), (1 << 16, 64), (1 << 16, 256)):
         place = jaxkv.HostMemory(resident=64, block=block)
-        compiled, cache, _ = compiled_decode(context, place)
+        ring = jaxkv.Ring(context - 127)
+        addressing = {"ring": ring, "paged": jaxkv.Paged(16)}.get(kind, jaxkv.Contiguous())
+        compiled, cache, _ = compiled_decode(context, place, addressing=addressing)
         temps[context, block] = compiled.memory_analysis().temp_size_in_bytes
         bytes_of_block = block * cache.config.bytes_per_token // cache.config.num_layers
         assert temps[context, block] < 4 * bytes_of_block + 2**16
     assert temps[1 << 12, 64] == temps[1 << 16, 64]
 
 
-@pytest.mark.parametrize("placement", [PLACE, CHOOSING, jaxkv.HostMemory()])
+@pytest.mark.parametrize(
+    ("placement", "addressing"),
+    [
+        *((place, jaxkv.Contiguous()) for place in (PLACE, CHOOSING, jaxkv.HostMemory())),
+        *((PLACE, each) for each in (jaxkv.Paged(4, num_pages=9), jaxkv.Ring(5), RING)),
+        (CHOOSING, jaxkv.Paged(4)),
+    ],
+)
 @pytest.mark.parametrize("batch_size", [None, 3])
-def test_the_plan_equals_the_fact(placement, batch_size):
-    config = config_of("int8", placement, batch_size=batch_size)
+def test_the_plan_equals_the_fact(placement, addressing, batch_size):
+    config = config_of("int8", placement, batch_size=batch_size, addressing=addressing)
     cache = jaxkv.create(config)
     kinds = {"pinned_host": 0, "device": 0}
     for leaf in jax.tree.leaves(cache):
@@ -178,6 +259,10 @@ def test_plan_counts_both_memories_and_says_what_streaming_would_allow():
     assert streamed.host_bytes == answer.streamed.host_bytes == config.size_bytes
     assert streamed.needed_bytes - streamed.host_bytes == answer.streamed.device_bytes
     assert '"block": 1024' in streamed.to_json()
+    local = config.replace(addressing=jaxkv.Ring(window=1024))
+    assert plan(local, "80GB").streamed is None  # resident as a whole
+    hybrid = jaxkv.HybridConfig((local, config), group_of_layer=(0, 1) * 32)
+    assert plan(hybrid, "80GB").streamed.host_bytes == config.size_bytes
     here = plan(config_of("int8"))  # a CPU, whose memory is the host's: all must fit
     assert (
         here.max_context_length < plan(config_of("int8"), here.memory.free_bytes).max_context_length
@@ -249,24 +334,50 @@ def test_offload_and_prefetch_are_bitwise(addressing):
         assert leaf.sharding == original.sharding
         assert np.asarray(leaf).tobytes() == np.asarray(original).tobytes()
     queries = jnp.ones((1, 2, 8), jnp.float32)
-    if isinstance(addressing, jaxkv.Contiguous):
-        more = [
-            jaxkv.attend(jaxkv.append(c, keys[1, :1], keys[1, :1], layer=0), queries, layer=0)
-            for c in (away, cache)
-        ]
-        np.testing.assert_allclose(*more, rtol=1e-5)
-    else:
-        with pytest.raises(ValueError, match=r"jaxkv\.prefetch"):
-            jaxkv.append(away, keys[1, :1], keys[1, :1], layer=0)
-        with pytest.raises(ValueError, match="prefetch"):
-            jaxkv.attend(away, queries, layer=0)
+    more = [
+        jaxkv.attend(jaxkv.append(c, keys[1, :1], keys[1, :1], layer=0), queries, layer=0)
+        for c in (away, cache)
+    ]
+    np.testing.assert_allclose(*more, rtol=1e-5)
+    for mine, other in zip(jaxkv.layer(away, 0), jaxkv.layer(cache, 0), strict=True):
+        np.testing.assert_array_equal(mine, other)
     with pytest.raises(ValueError, match=r"jaxkv\.prefetch"):
         jaxkv.select(away, [0, 0])
 
 
+@pytest.mark.parametrize("keep", [6, np.array([[3, 6], [5, 2]])], ids=["a layer", "a head"])
+def test_a_compressed_cache_goes_on_in_host_memory(keep):
+    config = config_of("int8", placement=None)
+    queries, *arrays = random_step(config, 20, heads=4)
+    cache, _ = run_step(jaxkv.create(config), queries, *arrays)
+    cache = jaxkv.compress(cache, jaxkv.policies.KeyDiff(), keep=keep, new=9)
+    away = jaxkv.offload(cache)
+    if not isinstance(keep, int):  # packed runs, that have no slots in common
+        with pytest.raises(ValueError, match=r"jaxkv\.prefetch"):
+            jaxkv.append(away, *(array[0, :1] for array in arrays), layer=0)
+        return
+    for seed, tokens in enumerate((6, 1, 1)):
+        arrays = random_step(config, tokens, heads=4, seed=seed)
+        (away, outputs), (cache, expected) = run_streamed(away, *arrays), run_step(cache, *arrays)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+    assert in_host_memory(away)
+
+
 def test_a_placement_that_cannot_be_is_refused():
-    with pytest.raises(jaxkv.ConfigError, match="needs Contiguous addressing"):
-        config_of(addressing=jaxkv.Ring(4))
+    for addressing in (jaxkv.Ring(4), jaxkv.Paged(4, num_pages=9)):
+        with pytest.raises(jaxkv.ConfigError, match="blocks that stay what they are"):
+            config_of(addressing=addressing, placement=CHOOSING)
+    kept = jaxkv.addressing.Kept(8, 4, num_layers=2, num_kv_heads=2)
+    with pytest.raises(jaxkv.ConfigError, match=r"jaxkv\.offload the result"):
+        config_of(addressing=kept)
+    cache = jaxkv.create(config_of(addressing=RING))
+    with pytest.raises(ValueError, match="not of positions"):
+        jaxkv.fetched_blocks(cache, jnp.ones((1, 2, 8)), layer=0)
+    shared = jaxkv.create(config_of(addressing=jaxkv.Paged(4, num_pages=9)))
+    with pytest.raises(ValueError, match="nothing can be rearranged"):
+        jaxkv.copy_pages(shared, jnp.array([0]), jnp.array([1]))
+    with pytest.raises(jaxkv.ConfigError, match="must be on the device"):
+        jaxkv.Engine(None, shared.config.replace(batch_size=2))
     with pytest.raises(jaxkv.ConfigError, match="placement must be"):
         config_of(placement="host")
     for field, value in (("resident", 0), ("block", 0), ("blocks_per_query", True)):

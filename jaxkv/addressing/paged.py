@@ -139,11 +139,14 @@ class PagedIndex:
         held = (positions < lengths[..., None]) & (self._pages(positions // self.page_size) >= 0)
         return jnp.where(held, positions, -1)
 
+    def places(self, logical: Int[Array, "#*batch slots"]) -> Int[Array, "*batch slots"]:
+        """Where logical slots are in the pool; anywhere for those of a page that is not there."""
+        pages = self._pages(logical // self.page_size)
+        return jnp.maximum(pages, 0) * self.page_size + logical % self.page_size
+
     def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:
         layers, sides, ctx, *vector = leaf.shape
-        logical = start + jnp.arange(size, dtype=jnp.int32)
-        pages = self._pages(logical // self.page_size)
-        slots = jnp.maximum(pages, 0) * self.page_size + logical % self.page_size
+        slots = self.places(start + jnp.arange(size, dtype=jnp.int32))
         # One gather of whole rows: an index for layers and sides too would put a transpose after.
         half_layers = (layer * sides + jnp.arange(sides, dtype=jnp.int32)) * ctx
         rows = half_layers.reshape(sides, *(1 for _ in slots.shape)) + slots

@@ -117,9 +117,13 @@ class RingIndex:
 
     def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
         exists = (positions >= 0) & (positions < self.capacity)
+        first = first_slots(self.lengths.shape, self.extent)
+        return jnp.where(exists, first + self.logical_slots(positions), -1)
+
+    def logical_slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
+        """The place of a position within its sequence."""
         round_the_ring = self.sinks + (positions - self.sinks) % self.ring_slots
-        slots = jnp.where(positions < self.sinks, positions, round_the_ring)
-        return jnp.where(exists, first_slots(self.lengths.shape, self.extent) + slots, -1)
+        return jnp.where(positions < self.sinks, positions, round_the_ring)
 
     def key_positions(
         self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int

@@ -3,8 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxkv.addressing import PagedIndex
+from jaxkv.addressing.contiguous import ContiguousIndex
+from jaxkv.attention.older import chosen_blocks, first_on_device
 from jaxkv.attention.request import request_of
-from jaxkv.attention.streamed import cannot_serve, chosen_blocks, first_on_device
+from jaxkv.attention.streamed import cannot_serve
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
 from jaxkv.placement import HostMemory
 
@@ -29,7 +32,7 @@ def fetched_blocks(
       Block numbers, -1 for none; as many as ``blocks_per_query``, or as there are at most.
 
     Raises:
-      ValueError: the cache is not in host memory.
+      ValueError: the cache is not in host memory, or neither contiguous nor paged.
 
     >>> import jax.numpy as jnp, jaxkv
     >>> place = jaxkv.HostMemory(resident=4, block=2, blocks_per_query=1)
@@ -41,6 +44,11 @@ def fetched_blocks(
     """
     if reason := cannot_serve(cache, queries.shape[-3]):
         raise ValueError(f"fetched_blocks: {reason}.")
+    if not isinstance(cache.index, ContiguousIndex | PagedIndex):
+        raise ValueError(
+            f"fetched_blocks: blocks of this {cache.config.addressing.name} cache are not of "
+            "positions; all that a query may see are fetched."
+        )
     placement = cache.config.placement or HostMemory()
     request = request_of(cache, queries, layer, num_tokens)
     end = first_on_device(request)

@@ -27,6 +27,11 @@ def check_config(
             f"addressing=jaxkv.Paged(num_pages=1024)), got {addressings} and batch_size "
             f"{config.batch_size}."
         )
+    if any(group.placement is not None for group in configs):
+        raise ConfigError(
+            "Engine: its pool must be on the device, got placement in host memory. swap_space "
+            "keeps pages of waiting requests there."
+        )
     sizes = {paged.page_size for paged in addressings if isinstance(paged, Paged)}
     if len(sizes) > 1:
         raise ConfigError(f"Engine: all groups need the same page_size, got {sorted(sizes)}.")

@@ -5,7 +5,6 @@ import json
 from typing import Any
 
 from jaxkv.codecs import CODECS, Codec
-from jaxkv.config import KVCacheConfig
 from jaxkv.errors import ConfigError
 from jaxkv.hybrid import AnyConfig, HybridConfig
 from jaxkv.memory.device import Device, DeviceMemory, device_memory
@@ -189,15 +188,16 @@ def _host_bytes(config: AnyConfig) -> int:
 
 
 def _streamed_plan(config: AnyConfig, memory: DeviceMemory) -> StreamedPlan | None:
-    if not isinstance(config, KVCacheConfig) or config.placement is not None:
+    if _host_bytes(config):
         return None
     try:
         streamed = config.replace(placement=HostMemory())
     except ConfigError:  # not for this addressing
         return None
-    held, free = bytes_against(streamed, memory), memory.free_bytes
-    fits = free is None or held <= free
-    return StreamedPlan(streamed.device_bytes, streamed.host_bytes, fits)
+    host, held, free = _host_bytes(streamed), bytes_against(streamed, memory), memory.free_bytes
+    if not host:  # all of it would be resident
+        return None
+    return StreamedPlan(needed_bytes(streamed) - host, host, free is None or held <= free)
 
 
 def _codec_plan(config: AnyConfig, memory: DeviceMemory) -> CodecPlan:

@@ -9,6 +9,7 @@ from jaxkv.placement.host_memory import (
     zeros_in_host_memory,
 )
 from jaxkv.placement.resident import Bounds, Resident
+from jaxkv.placement.slots import read_slots, run_of, write_slots
 
 __all__ = [
     "Bounds",
@@ -16,7 +17,10 @@ __all__ = [
     "Resident",
     "host_sharding",
     "in_host_memory",
+    "read_slots",
+    "run_of",
     "to_device",
     "to_host",
+    "write_slots",
     "zeros_in_host_memory",
 ]

@@ -8,18 +8,24 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
+from jaxkv.addressing import Addressing, Contiguous, Kept, KeptByHead, Paged
+
 # Memory that a device can copy from and to by itself comes first.
 _HOST_KINDS = ("pinned_host", "unpinned_host")
 
 
 @dataclasses.dataclass(frozen=True)
 class HostMemory:
-    """All tokens in host memory; the newest of them on the device too.
+    """All tokens in host memory; the newest of them, and a ring's first, on the device too.
 
     `jaxkv.attend` brings older blocks to the device one at a time, the next while it works on
     one, and so needs the memory of two blocks of one layer, whatever the context. The time is
     that of moving all bytes of the older tokens once a step, unless ``blocks_per_query`` says to
-    fetch only those that matter most.
+    fetch only those that matter most. A cache whose slots would all be resident is on the device
+    alone: in a hybrid cache the rings of layers with short windows, while full layers stream.
+
+    Works with `Contiguous`, `Paged` and `Ring`. Pages travel one by one: of 256 tokens and more
+    nearly as fast as runs. A pool of shared pages has no resident tokens.
 
     Args:
       resident: newest tokens of each sequence that stay on the device as well.
@@ -57,6 +63,23 @@ class HostMemory:
     def num_blocks(self, max_context_length: int) -> int:
         """Blocks of one sequence, the last of them maybe not whole."""
         return -(-max_context_length // self.block)
+
+    def reason_against(self, addressing: Addressing) -> str | None:
+        """Why a cache of this addressing cannot be created so, or None."""
+        if isinstance(addressing, Kept | KeptByHead):
+            return (
+                "a compressed cache cannot have a placement in host memory, where it could not "
+                "choose again; compress on the device and jaxkv.offload the result, got "
+                f"{addressing!r}"
+            )
+        own_pages = isinstance(addressing, Paged) and addressing.num_pages is None
+        by_position = isinstance(addressing, Contiguous) or own_pages
+        if self.blocks_per_query is None or by_position:
+            return None
+        return (
+            "blocks_per_query needs blocks that stay what they are, of a contiguous cache or of "
+            f"pages that sequences own, got {addressing!r}"
+        )
 
 
 def in_host_memory(array: Any) -> bool:

@@ -17,11 +17,11 @@ from jaxkv.codecs import Leaves, bitcast
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["storage", "written", "bounds"],
-    meta_fields=["slots_a_sequence", "capacity"],
+    meta_fields=["window", "sinks", "capacity"],
 )
 @dataclasses.dataclass(frozen=True)
 class Resident:
-    """The newest tokens of each sequence, and the bounds of all blocks.
+    """The newest tokens of each sequence, a ring's first ones, and the bounds of all blocks.
 
     Host memory has these tokens as well, so nothing is lost when they are written over.
 
@@ -29,13 +29,15 @@ class Resident:
       storage: as that of the cache, with a ring of slots a sequence.
       written: how far each sequence was ever written; lengths are in the cache's index.
       bounds: of every block's keys, where queries choose blocks; else None.
-      slots_a_sequence, capacity: static, of the ring and of the whole cache.
+      window, sinks: how many newest and first tokens, static.
+      capacity: of the whole cache, static.
     """
 
     storage: Leaves
     written: Int[Array, "*batch"]
     bounds: "Bounds | None"
-    slots_a_sequence: int
+    window: int
+    sinks: int
     capacity: int
 
     @classmethod
@@ -49,12 +51,13 @@ class Resident:
             lowest, highest = (jnp.zeros(shape, jnp.float32) for _ in range(2))
             bounds = Bounds(lowest=lowest, highest=highest, block=config.placement.block)
         written = jnp.zeros(config.batch_shape, jnp.int32)
-        return cls(storage, written, bounds, config.num_resident_slots // batch, context)
+        sinks = getattr(config.addressing, "sinks", 0)
+        window = max(config.num_resident_slots // batch - sinks, 1)
+        return cls(storage, written, bounds, window, sinks, context)
 
     def index(self, lengths: Int[Array, "*batch"]) -> RingIndex:
         """Which position each slot holds, when sequences are so long."""
-        window = self.slots_a_sequence
-        return RingIndex(lengths, self.written, self.capacity, window, sinks=0, chunk=1)
+        return RingIndex(lengths, self.written, self.capacity, self.window, self.sinks, chunk=1)
 
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
         return dataclasses.replace(self, written=self.index(lengths).with_lengths(lengths).written)
@@ -62,7 +65,8 @@ class Resident:
     def append(self, layer: Layer, encoded: Leaves, positions: Int[Array, "*batch tokens"]) -> Self:
         """Write new tokens over the oldest. Position -1 is padding."""
         newest = positions.max(axis=-1, keepdims=True)
-        kept = jnp.where(positions > newest - self.slots_a_sequence, positions, -1)
+        kept = (positions > newest - self.window) | (positions < self.sinks)
+        kept = jnp.where(kept, positions, -1)
         slots = self.index(self.written).slots(kept)
         nowhere = self.num_slots + jnp.arange(slots.size, dtype=jnp.int32).reshape(slots.shape)
         slots = jnp.where(slots < 0, nowhere, slots)
@@ -80,15 +84,18 @@ class Resident:
     def num_slots(self) -> int:
         return next(iter(self.storage.values())).shape[2]
 
-    def first_position(self, lengths: Int[Array, "*batch"], block: int) -> Int[Array, "*batch"]:
-        """The first position of each sequence that is read from here, at the start of a block.
+    def first_position(self, lengths: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
+        """The first position of each sequence that is read from here.
 
-        ``lengths`` are those after the tokens being processed. All before, and after a deep
-        rollback all there are, are in host memory only.
+        ``lengths`` are those after the tokens being processed. All before but the first
+        ``sinks``, and after a deep rollback all there are, are in host memory only. Where blocks
+        are chosen they are whole, so it is the start of one.
         """
         written = jnp.maximum(self.written, lengths)
-        oldest = jnp.maximum(written - self.slots_a_sequence, 0)
-        return jnp.minimum(-(-oldest // block) * block, lengths)
+        oldest = jnp.maximum(written - self.window, 0)
+        if self.bounds is not None:
+            oldest = -(-oldest // self.bounds.block) * self.bounds.block
+        return jnp.minimum(oldest, lengths)
 
 
 @functools.partial(

@@ -1,0 +1,108 @@
+"""Which blocks of a cache in host memory a call of `attend` fetches, and in which order."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from jaxkv.addressing import KeptIndex
+from jaxkv.addressing.ring import RingIndex
+from jaxkv.attention.request import Request
+from jaxkv.placement import HostMemory
+
+# For caches that were put into host memory as they are, by `jaxkv.offload`.
+_OFFLOADED = HostMemory()
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """The turns of the loop that fetches blocks.
+
+    Attributes:
+      first, stop: turns from the one up to, and without, the other.
+      blocks: the block that a turn fetches, one for all sequences or one for each. Block b is
+        logical slots ``b * size`` and up. No sequence gets one twice.
+    """
+
+    first: Int[Array, ""]
+    stop: Int[Array, ""]
+    blocks: Callable[[Int[Array, ""]], Int[Array, "#batch"]]
+
+
+def block_size(request: Request) -> int:
+    """Slots that are fetched together."""
+    placement = request.cache.config.placement or _OFFLOADED
+    return min(placement.block, request.cache.index.extent)
+
+
+def first_on_device(request: Request) -> Int[Array, " batch"]:
+    """The position of each sequence from which on tokens are on the device."""
+    resident = request.cache.resident
+    if resident is None:
+        return request.lengths
+    lengths = request.lengths.reshape(request.cache.lengths.shape)
+    return resident.first_position(lengths).reshape(-1)
+
+
+def chosen_blocks(request: Request, end: Int[Array, " batch"]) -> Int[Array, "batch blocks"] | None:
+    """The older blocks to fetch, those that may matter most first; None for all in order.
+
+    The largest product that a query could have with a key within a block's bounds, over all
+    queries and heads. Blocks that do not exist come last.
+    """
+    placement, resident = request.cache.config.placement, request.cache.resident
+    if placement is None or resident is None or resident.bounds is None:
+        return None
+    bounds, layer = resident.bounds, request.layer
+    up, down = jnp.maximum(request.queries, 0), jnp.minimum(request.queries, 0)
+    products = jnp.einsum("bktgd,bnkd->bntkg", up, bounds.highest[layer])
+    products += jnp.einsum("bktgd,bnkd->bntkg", down, bounds.lowest[layer])
+    real = (request.positions >= 0)[:, None, :, None, None]
+    largest = jnp.where(real, products, -jnp.inf).max(axis=(2, 3, 4))
+    exists = jnp.arange(largest.shape[1]) * placement.block < end[:, None]
+    ranked = jnp.where(exists, largest, -jnp.inf)
+    return lax.top_k(ranked, min(placement.blocks_per_query or 1, ranked.shape[1]))[1]
+
+
+def turns_of(request: Request, end: Int[Array, " batch"]) -> Turns:
+    """Through all blocks with tokens before ``end`` that a query can see, or the chosen ones."""
+    index, size = request.cache.index, block_size(request)
+    count, zero = -(-index.extent // size), jnp.int32(0)
+    chosen = chosen_blocks(request, end)
+    if chosen is not None:
+        stop = jnp.minimum(-(-end.max() // size), chosen.shape[1])
+        return Turns(zero, stop, lambda turn: chosen[:, turn])
+    if isinstance(index, KeptIndex):  # whose tokens stand in no order
+        return Turns(zero, jnp.int32(count), lambda turn: turn[None])
+    oldest = _oldest_seen(request)
+    if isinstance(index, RingIndex) and request.cache.resident is not None:
+        return _round_the_ring(index, size, jnp.clip(oldest, index.sinks, end), end)
+    stop = jnp.minimum(-(-end.max() // size), count)
+    first = zero if isinstance(index, RingIndex) else jnp.minimum(oldest.min() // size, stop)
+    return Turns(first, stop, lambda turn: turn[None])
+
+
+def _oldest_seen(request: Request) -> Int[Array, " batch"]:
+    """The first position of each sequence that a window leaves in sight."""
+    index = request.cache.index
+    window = min((w for w in (index.window, request.window) if w is not None), default=None)
+    if window is None:
+        return jnp.zeros_like(request.lengths)
+    positions = jnp.where(request.positions >= 0, request.positions, index.capacity)
+    return jnp.maximum(positions.min(axis=-1) - window + 1, 0)
+
+
+def _round_the_ring(
+    index: RingIndex, size: int, oldest: Int[Array, " batch"], end: Int[Array, " batch"]
+) -> Turns:
+    """From the slot of each sequence's oldest token on, to that of the one before ``end``."""
+    lowest = index.sinks // size
+    in_ring = -(-index.extent // size) - lowest
+    from_slot, to_slot = index.logical_slots(oldest), index.logical_slots(end - 1)
+    first, last = from_slot // size, to_slot // size
+    turns = (last - first) % in_ring + 1
+    turns = jnp.where((first == last) & (to_slot < from_slot), in_ring, turns)  # all the way round
+    stop = jnp.where(oldest < end, turns, 0).max()
+    return Turns(jnp.int32(0), stop, lambda turn: lowest + (first - lowest + turn) % in_ring)

@@ -1,0 +1,146 @@
+"""Slots of a buffer in host memory, which JAX can slice, but neither gather from nor scatter to."""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from jaxkv.addressing import Index, Layer, PagedIndex
+from jaxkv.addressing.contiguous import ContiguousIndex
+from jaxkv.addressing.kept_by_head import KeptByHeadIndex
+from jaxkv.addressing.ring import RingIndex
+from jaxkv.addressing.runs import first_slots
+from jaxkv.placement.host_memory import in_host_memory, to_device, to_host
+
+# Copied in one turn of a loop. On an H100 pages of 64 arrive at 22 GB/s so, one by one at 15.
+_PIECES_AT_ONCE = 8
+
+
+def run_of(index: Index) -> int | None:
+    """Slots that stand next to each other, from each multiple of their number on.
+
+    A page, or all that a sequence owns. None for an index that has no such runs.
+    """
+    within = getattr(index, "within", index)
+    if isinstance(index, KeptByHeadIndex):
+        return None
+    if isinstance(within, PagedIndex):
+        return within.page_size
+    return within.extent if isinstance(within, ContiguousIndex | RingIndex) else None
+
+
+def read_slots(
+    index: Index,
+    leaf: Array,
+    layer: Layer,
+    start: Int[Array, "..."] | int,
+    size: int,
+    *,
+    whole_pages: bool = False,
+) -> Array:
+    """What `Index.read` returns, on the device, wherever the buffer is.
+
+    Args:
+      start: one for all sequences or, in host memory, also one for each, ``[batch, 1]``.
+      whole_pages: ``start`` is where a page begins, or a whole number of ``size`` within one.
+    """
+    if not in_host_memory(leaf):
+        return index.read(leaf, layer, start, size)
+    within = getattr(index, "within", index)
+    if isinstance(within, PagedIndex):
+        fits = size % within.page_size == 0 or within.page_size % size == 0
+        read = _pages if whole_pages and fits else _parts_of_pages
+        return read(within, leaf, layer, start, size)
+    if jnp.ndim(start) == 0:
+        return to_device(index.read(leaf, layer, start, size))
+    run = run_of(index)
+    assert run is not None, "read_slots: an index whose slots stand in runs"
+    return _joined(leaf, layer, first_slots(index.lengths.shape, run) + start, size)
+
+
+def _pages(
+    index: PagedIndex, leaf: Array, layer: Layer, start: Int[Array, "..."] | int, size: int
+) -> Array:
+    piece = min(size, index.page_size)
+    logical = start + piece * jnp.arange(size // piece, dtype=jnp.int32)
+    return _joined(leaf, layer, index.places(logical), piece)
+
+
+def _parts_of_pages(
+    index: PagedIndex, leaf: Array, layer: Layer, start: Int[Array, "..."] | int, size: int
+) -> Array:
+    """From anywhere on: all pages that are touched, and of these what was asked for."""
+    page_size = index.page_size
+    first, inside = jnp.divmod(jnp.asarray(start, jnp.int32), page_size)
+    touched = (size + page_size - 2) // page_size + 1
+    pages = _pages(index, leaf, layer, first * page_size, touched * page_size)
+    slots = jnp.broadcast_to(
+        inside + jnp.arange(size, dtype=jnp.int32), (*index.lengths.shape, size)
+    )
+    slots = slots.reshape(*slots.shape, *(1 for _ in leaf.shape[3:]))
+    return jnp.take_along_axis(pages, slots[None], axis=1 + index.lengths.ndim)
+
+
+def _joined(leaf: Array, layer: Layer, starts: Int[Array, "*batch pieces"], size: int) -> Array:
+    """``[sides, *batch, pieces * size, ...]`` on the device, pieces of ``size`` ctx slots."""
+    sides, rest = leaf.shape[1], leaf.shape[3:]
+    origin = [0 for _ in rest]
+
+    flat = starts.reshape(-1)
+    at_once = math.gcd(flat.size, _PIECES_AT_ONCE)
+
+    def some(turn: Int[Array, ""], whole: Array) -> Array:
+        places = ((layer, 0, flat[turn * at_once + i], *origin) for i in range(at_once))
+        pieces = [lax.dynamic_slice(leaf, place, (1, sides, size, *rest)) for place in places]
+        joined = jnp.concatenate([to_device(piece)[0] for piece in pieces], axis=1)
+        return lax.dynamic_update_slice(whole, joined, (0, turn * at_once * size, *origin))
+
+    whole = jnp.zeros((sides, flat.size * size, *rest), leaf.dtype)
+    whole = lax.fori_loop(0, flat.size // at_once, some, whole)
+    return whole.reshape(sides, *starts.shape[:-1], starts.shape[-1] * size, *rest)
+
+
+def write_slots(
+    leaf: Array, layer: Layer, new: Array, slots: Int[Array, "batch tokens"], run: int
+) -> Array:
+    """Each sequence's new tokens, in one layer of a leaf in host memory.
+
+    Run by run, as far as tokens stand next to each other: a piece is read, what is new in it is
+    put in, and it is written back. For a scatter into host memory crashes XLA (openxla/xla
+    34565), and a slice update clamps.
+
+    Args:
+      new: ``[sides, batch, tokens, ...]``.
+      slots: the ctx slot of each token, -1 for none. Neighbours within a run of ``run`` slots.
+    """
+    batch, tokens = slots.shape
+    size = min(tokens, run)
+    sizes = (1, leaf.shape[1], size, *leaf.shape[3:])
+
+    def one_piece(row: Array | int, token: Array | int, leaf: Array) -> tuple[Array, Array]:
+        """From a token on; with the number of the first one that is not in the same run."""
+        slot = jnp.maximum(slots[row, token], 0)
+        end = (slot // run + 1) * run
+        start = jnp.minimum(slot, end - size)
+        places = start + jnp.arange(size, dtype=jnp.int32)
+        numbers = jnp.clip(token + places - slot, 0, tokens - 1)
+        is_new = (slots[row, numbers] == places).reshape(-1, *(1 for _ in leaf.shape[3:]))
+        place = (layer, 0, start, *(0 for _ in leaf.shape[3:]))
+        old = to_device(lax.dynamic_slice(leaf, place, sizes))
+        piece = jnp.where(is_new, new[:, row, numbers][None], old)
+        following = jnp.where(slots[row, token] < 0, token + 1, token + end - slot)
+        return following, lax.dynamic_update_slice(leaf, to_host(piece), place)
+
+    def one_sequence(row: Array | int, leaf: Array) -> Array:
+        if tokens == 1:
+            return one_piece(row, 0, leaf)[1]
+        numbers = jnp.arange(tokens, dtype=jnp.int32)
+        stop = jnp.where(slots[row] >= 0, numbers + 1, 0).max()
+        return lax.while_loop(
+            lambda state: state[0] < stop,
+            lambda state: one_piece(row, *state),
+            (jnp.int32(0), leaf),
+        )[1]
+
+    return one_sequence(0, leaf) if batch == 1 else lax.fori_loop(0, batch, one_sequence, leaf)
