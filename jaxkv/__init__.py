@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from jaxkv.snapshot.prefix import load_prefix
     from jaxkv.snapshot.save import save
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "Addressing",
