@@ -69,7 +69,7 @@ def run(quick: bool) -> Iterator[Table]:
     """Recall by policy and share, and of KVzip beside codecs."""
     models = [recall_model(seed) for seed in range(1 if quick else MODELS)]
     yield from _policies(models, 16 if quick else 64)
-    yield _composition(models, 16 if quick else 384)
+    yield _composition(models, 16 if quick else 144)
 
 
 def _contexts(model: int, count: int) -> jax.Array:
