@@ -95,9 +95,26 @@ class KVCache:
     ) -> "KVCache":
         """A paged cache with other sequences: for those who keep the books of a pool.
 
-        `Newest` tokens are those from ``newest_from`` on which its rows were given, none if None.
+        Args:
+          table: pages of each sequence in the order of its tokens, -1 for none.
+          lengths: of each sequence, in tokens.
+          newest_from: the position from which on a row was given its tokens, which are the
+            `Newest` ones; none if None.
+
+        Raises:
+          TypeError: a cache that is not paged.
+
+        >>> import jax.numpy as jnp, jaxkv
+        >>> pool = jaxkv.Paged(page_size=16, num_pages=4)
+        >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 32, 1, 4, addressing=pool))
+        >>> int(cache.with_pages(jnp.array([3, 1]), jnp.array(20)).lengths)
+        20
         """
-        assert isinstance(self.index, PagedIndex)
+        if not isinstance(self.index, PagedIndex):
+            raise TypeError(
+                f"with_pages: expected a paged cache, got a {self.config.addressing.name} one. "
+                "Create it with addressing=jaxkv.Paged(page_size, num_pages)."
+            )
         newest = self.newest
         if newest is not None:
             assert isinstance(newest.index, NewestIndex)

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import jaxkv
 from jaxkv import decode
-from jaxkv.models import Decoder, DecoderConfig
+from tests.decoders import sharp_decoder
 
 CONTEXT = 192
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9] * 140]
@@ -19,11 +18,7 @@ PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9] * 140]
 
 @pytest.fixture(scope="module")
 def model():
-    config = DecoderConfig(64, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
-    model = Decoder(config, rngs=nnx.Rngs(0))
-    # Sharper than at the start of training, so that the most likely token is never a near tie.
-    model.embed_tokens.weight[...] = model.embed_tokens.weight[...] * 30
-    return model
+    return sharp_decoder()
 
 
 @pytest.fixture(scope="module")

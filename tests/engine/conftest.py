@@ -1,20 +1,15 @@
 """A model that all engines run, and what it answers to each prompt alone."""
 
 import pytest
-from flax import nnx
 
 import jaxkv
-from jaxkv.models import Decoder, DecoderConfig
+from tests.decoders import sharp_decoder
 from tests.engine.requests import CONTEXT, HOT, NEW, PROMPTS
 
 
 @pytest.fixture(scope="package")
 def model():
-    config = DecoderConfig(64, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
-    model = Decoder(config, rngs=nnx.Rngs(0))
-    # Sharper than at the start of training, so that the most likely token is never a near tie.
-    model.embed_tokens.weight[...] = model.embed_tokens.weight[...] * 30
-    return model
+    return sharp_decoder()
 
 
 @pytest.fixture(scope="package")
