@@ -16,6 +16,7 @@ from jaxkv.creation import create
 from jaxkv.errors import CacheFullError, ConfigError, SnapshotError
 from jaxkv.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
 from jaxkv.memory.allocate import allocate
+from jaxkv.newest import Newest
 from jaxkv.snapshot import container, manifest
 from jaxkv.snapshot.fills import filled_by, fills_of
 from jaxkv.snapshot.fingerprint import differences, fingerprint
@@ -50,6 +51,7 @@ def load(
     max_context_length: int | None = None,
     addressing: Addressing | None = None,
     codec: Codec | None = None,
+    newest: Newest | None = None,
     device: Any = None,
     into: AnyCache | None = None,
     rows: Sequence[int] | None = None,
@@ -68,6 +70,7 @@ def load(
       addressing: of the new cache; as it was if None. A ring keeps the newest tokens alone, so
         what it saved fits no larger window.
       codec: the one that it was saved with, if it is not one of jaxkv's own.
+      newest: the finer copies that it must have; whichever it has if None.
       device: where the new cache lives: a `jax.Device` or `jax.sharding.Sharding`.
       into: a cache to load into instead of a new one, of the same layers, heads and codec. It is
         donated: use the one that is returned. Pages of a pool must be assigned before.
@@ -92,6 +95,8 @@ def load(
     with opened(file, codec, addressing) as (saved, tensors):
         if model is not None:
             check_model(file, saved, model)
+        if newest is not None:
+            _check_newest(file, saved, newest)
         if tokens is not None:
             _check_tokens(file, saved, tensors, tokens)
         if into is None:
@@ -122,6 +127,15 @@ def opened(
             if group.is_compressed:
                 check_kept(file, saved, number, tensors)
         yield saved, tensors
+
+
+def _check_newest(file: Path, saved: Manifest, newest: Newest) -> None:
+    for group in saved.groups:
+        if group.config.newest != newest:
+            raise SnapshotError(
+                f"{file} was saved with newest={group.config.newest}, and newest={newest} was "
+                "asked for."
+            )
 
 
 def _new(

@@ -138,9 +138,10 @@ class _Reader:
     def _check_held(self, group: Group, lengths: list[int]) -> None:
         config = group.config
         heads = config.num_layers * config.num_kv_heads if group.is_compressed else 1
+        own = config.addressing.num_slots(config.max_context_length, None)  # of one sequence
         most = config.num_slots * heads
         for length, reach, count in zip(lengths, group.written, group.held, strict=True):
-            fits = count <= (most if group.is_compressed else length)
+            fits = count <= (most if group.is_compressed else min(length, own))
             if not fits or length > min(reach, config.max_context_length):
                 raise ValueError(
                     f"a sequence of {length} tokens cannot hold {count}, have been written up to "

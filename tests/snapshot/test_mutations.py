@@ -73,7 +73,8 @@ def assert_refused_or_exact(path, contents, kind, expected):
         return jaxkv.create(config, device=device)
 
     # What a careful caller says: the file has no say in how much is allocated.
-    options = {"max_context_length": 16, "addressing": CACHES[kind].addressing}
+    config = CACHES[kind]
+    options = {"max_context_length": 16, "addressing": config.addressing, "newest": config.newest}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load_module, "allocate", allocate)
         cache, error = outcome(path, model="tiny", **options)
