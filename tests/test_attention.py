@@ -91,6 +91,9 @@ def pairs():
         yield *case, list(IMPLEMENTATIONS)[turn % len(IMPLEMENTATIONS)]
 
 
+@pytest.mark.slow_cases(
+    r"float16|(float8|rotated|centred).*(MHA|MQA|native)|rotated.*GQA-streamed|float8-(ring|paged)|(float(32|8)|contiguous|(paged|ring)-None).*streamed"
+)
 @pytest.mark.parametrize(
     ("codec", "addressing", "batch_size", "heads", "implementation"), list(pairs())
 )
@@ -104,6 +107,7 @@ def test_every_pair_equals_the_oracle(codec, addressing, batch_size, heads, impl
     assert_equals_oracle(config, implementation, heads=query_heads)
 
 
+@pytest.mark.slow_cases(r"streamed")
 @implementations
 @pytest.mark.parametrize("addressing", SMALL)
 @pytest.mark.parametrize("options", list(OPTIONS)[1:])
@@ -112,6 +116,7 @@ def test_every_option_equals_the_oracle(addressing, options, implementation):
     assert_equals_oracle(config, implementation, heads=4, options=options)
 
 
+@pytest.mark.slow_cases(r"streamed")
 @implementations
 @pytest.mark.parametrize("poison", [np.inf, -np.inf, 3e38])
 def test_garbage_never_reaches_an_output(poison, implementation):
@@ -125,6 +130,7 @@ def one_shot():
     return arrays, step(jaxkv.create(config_of(**SHAPE)), *arrays, run=run)
 
 
+@pytest.mark.slow_cases(r"streamed")
 @implementations
 @settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

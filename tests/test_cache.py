@@ -38,6 +38,7 @@ each_once = pytest.mark.parametrize(("codec", "addressing"), EACH_ONCE)
 # --- what a cache is -------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases(r"rotated")
 @over_the_product
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_created_zero_in_few_leaves(codec, addressing, batch_size):
@@ -77,6 +78,7 @@ def test_size_bytes_equals_the_bytes_held(codec, addressing, sizes, batch_size):
     assert config.size_bytes + config.index_bytes == all_bytes
 
 
+@pytest.mark.slow_cases(r"rotated")
 @each_once
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_layers_keys_values_and_sequences_are_distinct(codec, addressing, batch_size):
@@ -118,6 +120,7 @@ def test_created_on_the_device_asked_for(device):
 # --- a value ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eager_verbs_leave_the_old_value_alone_so_a_cache_forks():
     config = config_of()
     cache, oracle = filled(config, 3)
@@ -132,6 +135,7 @@ def test_eager_verbs_leave_the_old_value_alone_so_a_cache_forks():
         oracle.truncate(3)
 
 
+@pytest.mark.slow_cases(r"rotated")
 @each_once
 def test_pytree_round_trip(codec, addressing):
     cache, _ = filled(config_of(codec, addressing, batch_size=2), 3)
@@ -190,6 +194,7 @@ def over_a_copy(cache, *arrays):
 TRANSFORMATIONS = [step, over_tokens, over_layers, in_a_while_loop, over_a_copy]
 
 
+@pytest.mark.slow_cases(r"batch")
 @pytest.mark.parametrize("batch_size", [None, 2], ids=["single", "batch"])
 @pytest.mark.parametrize("addressing", ADDRESSINGS)
 @pytest.mark.parametrize("transformed", TRANSFORMATIONS, ids=lambda function: function.__name__)
@@ -215,6 +220,7 @@ def test_vmap_over_caches_of_different_lengths():
     np.testing.assert_allclose(outputs, np.stack(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_eager_gradient_through_several_appends():
     cache = jaxkv.create(config_of())
     vectors = jnp.ones((2, 2, 4))
@@ -259,6 +265,7 @@ def test_truncate_rolls_back(rolled_back):
     assert jaxkv.reset(batch).lengths.tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow_cases(r"rotated")
 @each_once
 def test_a_truncated_token_is_never_read_again(codec, addressing):
     config = config_of(codec, addressing)
@@ -271,6 +278,7 @@ def test_a_truncated_token_is_never_read_again(codec, addressing):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("addressing", ADDRESSINGS)
 def test_selected_sequences_go_on_alone_inside_jit(addressing):
     """Rows reordered, one of them twice; then each copy is given tokens of its own."""

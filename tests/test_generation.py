@@ -40,6 +40,7 @@ def run(model, prompts=PROMPTS, **options):
     return jaxkv.generate(model, prompts, **options)
 
 
+@pytest.mark.slow
 def test_greedy_is_the_uncached_argmax(model, next_logits):
     result = run(model)
     for prompt, tokens, logprobs in zip(PROMPTS, result.tokens, result.logprobs, strict=True):

@@ -125,6 +125,7 @@ def cases():
             yield pytest.param(program, codec, addressing, batch_size, id=name)
 
 
+@pytest.mark.slow_cases(r"append_in_a|-float(16|8)-|rotated")
 @pytest.mark.parametrize(("program", "codec", "addressing", "batch_size"), list(cases()))
 def test_in_place(program, codec, addressing, batch_size):
     cache = abstract_cache(codec, addressing, batch_size)
@@ -135,12 +136,14 @@ def test_in_place(program, codec, addressing, batch_size):
     assert_in_place(compile_donating(program, cache, vectors(cache)), cache, temp_share=share)
 
 
+@pytest.mark.slow_cases(r"rotated")
 @pytest.mark.parametrize("codec", KINDS)
 def test_a_prefill_chunk_is_written_in_place(codec):
     cache = abstract_cache(codec)
     assert_in_place(compile_donating(append, cache, vectors(cache, tokens=256)), cache)
 
 
+@pytest.mark.slow_cases(r"rotated")
 @pytest.mark.parametrize("codec", KINDS)
 def test_a_donated_step_keeps_its_buffers(codec):
     config = jaxkv.KVCacheConfig(2, 64, 2, 4, codec=KINDS[codec])
@@ -206,6 +209,7 @@ def test_the_proof_fails_for_a_bfloat16_buffer_on_a_cpu():
 # --- sharded over KV heads ---------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases(r"^(?!int8-contiguous)")
 @pytest.mark.parametrize(("codec", "addressing"), EACH_ONCE)
 def test_a_cache_sharded_over_heads_stays_so(codec, addressing):
     mesh = jax.make_mesh((8,), ("heads",), axis_types=(AxisType.Auto,))
@@ -233,6 +237,7 @@ def test_a_cache_sharded_over_heads_stays_so(codec, addressing):
         )
 
 
+@pytest.mark.slow_cases(r"ring|paged")
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize("addressing", ADDRESSINGS)
 def test_in_a_mesh_with_explicit_axes_too(monkeypatch, addressing, implementation):

@@ -26,6 +26,7 @@ def filled(config, seed=0):
     return step(jaxkv.create(config), *arrays)[0]
 
 
+@pytest.mark.slow
 def test_error_is_that_of_the_tokens_held():
     exact = filled(HYBRID.replace(codec=jaxkv.Dense("float32")))
     assert jaxkv.measure_error(exact, exact) == ((0, 0), (0, 0))
@@ -42,6 +43,7 @@ def test_caches_of_other_tokens_are_refused():
         jaxkv.measure_error(cache, jaxkv.truncate(cache, 5))
 
 
+@pytest.mark.slow
 def test_samples_are_what_they_are_said_to_be():
     assert 0.006 < sample_error(jaxkv.Int8(), 128, outliers=False).keys < 0.007
     with_outliers = sample_error(jaxkv.Int8(), 128, outliers=True)
@@ -50,6 +52,7 @@ def test_samples_are_what_they_are_said_to_be():
     assert sample_error(jaxkv.Dense("float32"), 4, outliers=True) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_plan_with_errors(capsys, monkeypatch):
     few = {name: CODECS[name] for name in ("bfloat16", "int8")}
     monkeypatch.setattr("jaxkv.commands.plan.CODECS", few)
@@ -59,6 +62,7 @@ def test_a_plan_with_errors(capsys, monkeypatch):
     assert "0.65%" in printed
 
 
+@pytest.mark.slow
 def test_vectors_in_the_short_form():
     (table,) = vectors.run(quick=True)
     errors = {row["store"]: row for row in table.rows}
@@ -70,6 +74,7 @@ def test_vectors_in_the_short_form():
     assert all(row["Gauss keys"] > row["limit"] for row in table.rows if row["bits"] < 8)
 
 
+@pytest.mark.slow
 def test_kivi_rounds_whole_groups_once():
     config = jaxkv.KVCacheConfig(1, 4 * GROUP, 2, GROUP, codec=jaxkv.Dense("float32"))
     keys, values = np.random.default_rng(0).standard_normal((2, 50, 2, GROUP), np.float32)

@@ -184,6 +184,7 @@ INTERPRETED = {
 }
 
 
+@pytest.mark.slow_cases(r"rotated2-centred")
 @pytest.mark.parametrize(
     "case",
     [

@@ -80,6 +80,7 @@ def test_without_a_compiler_there_is_another_way(
         jaxkv.attend(cache, jnp.ones((1, 2, 16)), layer=0, implementation="native")
 
 
+@pytest.mark.slow
 def test_it_is_built_once_into_the_cache_folder(monkeypatch, tmp_path):
     available()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -108,6 +109,9 @@ CODECS = {
 }
 
 
+@pytest.mark.slow_cases(
+    r"^(?!3-(float32-64|bfloat16-64|int8-(80|64)|rotated4-64|rotated4-centred-64|float8-centred-64)$)"
+)
 @pytest.mark.parametrize("head_dim", [80, 64, 96, 256])  # tiles take 32s of bfloat16, 64s of codes
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("group", [1, 3, 7])

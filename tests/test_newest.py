@@ -102,6 +102,7 @@ def run_layer(options, *arguments):
     return layer_step(*arguments, implementation=implementation, **OPTIONS[options])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("codecs", "addressing", "options", "tokens"),
     [
@@ -158,6 +159,7 @@ def test_a_ring_claims_what_it_holds_and_no_more(window, moves):
         assert min(truth.values(), default=after) == max(int(index.first_position(after)), 0)
 
 
+@pytest.mark.slow_cases(r"centred|coarse")
 @pytest.mark.parametrize("codecs", CODECS)
 def test_one_token_at_a_time_stores_bitwise_what_bulk_stores(codecs):
     config = config_of(codecs)
@@ -195,6 +197,7 @@ def test_its_bytes_are_announced_wherever_the_cache_is(place):
     assert held == config.size_bytes + config.index_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codecs", CODECS)
 def test_what_is_left_by_compression_is_read_natively_too(codecs):
     if reason := unavailable():
@@ -228,6 +231,7 @@ def test_its_bytes_are_announced(batch_size):
     assert held == config.size_bytes + config.index_bytes
 
 
+@pytest.mark.slow_cases(r"centred|coarse")
 @pytest.mark.parametrize("codecs", CODECS)
 def test_a_decode_step_is_in_place(codecs):
     config = config_of(codecs, max_context_length=1 << 17)

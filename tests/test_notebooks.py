@@ -88,6 +88,7 @@ def compiled_in_haste():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.slow_cases(r"^[245]_")
 @each_notebook
 @pytest.mark.usefixtures("compiled_in_haste")
 def test_it_prints_what_is_committed_without_a_network(path, monkeypatch, tmp_path):

@@ -43,6 +43,7 @@ def in_host_memory(cache):
     return {leaf.sharding.memory_kind for leaf in cache.storage.values()} == {"pinned_host"}
 
 
+@pytest.mark.slow_cases(r"placement[123]")
 @pytest.mark.parametrize(
     ("codec", "batch_size", "placement"),
     [
@@ -68,6 +69,7 @@ def test_attention_is_that_of_the_oracle(codec, batch_size, placement):
     assert (np.asarray(cache.lengths) == 22).all()
 
 
+@pytest.mark.slow_cases(r"^(?!ring$)")
 @pytest.mark.parametrize(
     ("addressing", "placement", "batch_size"),
     [
@@ -112,6 +114,7 @@ def test_a_cache_that_would_be_resident_as_a_whole_is_on_the_device():
     assert local.size_bytes == local.replace(placement=None).size_bytes
 
 
+@pytest.mark.slow
 def test_ragged_steps_and_padding():
     config = config_of(batch_size=3)
     cache, oracle = jaxkv.create(config), Oracle(config)
@@ -134,6 +137,7 @@ def test_options(name):
         np.testing.assert_allclose(outputs, oracle.step(*arrays, **options), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("addressing", [jaxkv.Contiguous(), jaxkv.Paged(4)])
 def test_what_is_written_is_what_a_cache_on_the_device_has(addressing):
     run = jit(lambda cache, new: jaxkv.advance(jaxkv.append(cache, *new, layer=1), new.shape[2]))
@@ -190,6 +194,7 @@ def decode_in_a_loop(cache, hidden):
     return lax.fori_loop(0, 3, one, (cache, hidden))
 
 
+@pytest.mark.slow_cases(r"ring")
 @pytest.mark.parametrize(
     ("program", "addressing"),
     [
@@ -213,6 +218,7 @@ def test_a_donated_step_keeps_its_buffers_where_they_are(program, addressing):
     assert in_host_memory(cache)
 
 
+@pytest.mark.slow_cases(r"contiguous|ring")
 @pytest.mark.parametrize("kind", ["contiguous", "paged", "ring"])
 def test_the_memory_of_a_step_is_two_blocks_whatever_the_context(kind):
     temps = {}
@@ -272,6 +278,7 @@ def test_plan_counts_both_memories_and_says_what_streaming_would_allow():
 # --- which blocks are fetched --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_block_with_the_needle_is_fetched():
     place = jaxkv.HostMemory(resident=4, block=4, blocks_per_query=1)
     cache = jaxkv.create(config_of(placement=place, num_layers=1, batch_size=2))
@@ -319,6 +326,7 @@ def test_without_a_choice_all_older_blocks_are_fetched():
 # --- whole caches come and go --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("addressing", [jaxkv.Contiguous(), jaxkv.Ring(5, chunk=4), jaxkv.Paged(4)])
 def test_offload_and_prefetch_are_bitwise(addressing):
     newest = jaxkv.Newest(2, jaxkv.Dense("float32"))
@@ -345,6 +353,7 @@ def test_offload_and_prefetch_are_bitwise(addressing):
         jaxkv.select(away, [0, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [6, np.array([[3, 6], [5, 2]])], ids=["a layer", "a head"])
 def test_a_compressed_cache_goes_on_in_host_memory(keep):
     config = config_of("int8", placement=None)

@@ -26,6 +26,7 @@ def all_scores(keys, values, queries, positions):
     }
 
 
+@pytest.mark.slow_cases(r"^(?!(float32|int8)-contiguous)")
 @pytest.mark.parametrize("addressing", ["contiguous", "paged"])
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_policy_keeps_the_codes_of_what_it_chose(codec, addressing):
@@ -62,6 +63,7 @@ def stored(cache, leaf, layer):
     return np.asarray(cache.index.read(cache.storage[leaf], layer, 0, cache.index.extent))
 
 
+@pytest.mark.slow_cases(r"head-pages|single")
 @pytest.mark.parametrize(
     ("keep", "kind", "newest"),
     [
@@ -91,6 +93,7 @@ def test_attention_is_over_exactly_the_tokens_kept(keep, kind, newest):
         np.testing.assert_allclose(output, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [11, np.full((2, 2), 11)], ids=["a head", "by head"])
 def test_codecs_with_a_space_of_their_own_are_read_as_before(keep):
     """Where nothing is dropped, rotated and centred vectors give what they gave."""
@@ -112,6 +115,7 @@ def test_a_rollback_before_the_choice_forgets_what_was_kept_of_later():
     assert sorted(positions_of(small, 0)[0]) == [-1, -1, 0, 7, 8, 9, 10, 11]
 
 
+@pytest.mark.slow
 def test_a_fork_of_a_compressed_cache_goes_on_alone():
     filled = Filled(addressing="paged")
     compress = jit(

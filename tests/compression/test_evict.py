@@ -26,6 +26,7 @@ def config_of(batch_size, within, **fields):
     return jaxkv.KVCacheConfig(LAYERS, 64, KV_HEADS, 8, batch_size, float32, kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("newest", [0, 3])
 def test_heavy_hitters_stay(newest):
     """Each head against the sum of its attention, in float64, over the tokens it has left.
@@ -102,6 +103,7 @@ class Head:
 TINY = DecoderConfig(32, 16, 32, num_layers=2, num_heads=4, num_kv_heads=2)
 
 
+@pytest.mark.slow
 def test_sinks_and_recent_is_a_ring():
     """With one new token at a time, the choice of StreamingLLM is what a ring holds."""
     model = Decoder(TINY, rngs=nnx.Rngs(0))
@@ -138,6 +140,7 @@ def test_only_full_sequences_choose_again():
     np.testing.assert_array_equal(room.index.positions, evicted.index.positions)
 
 
+@pytest.mark.slow_cases(r"newest")
 @pytest.mark.parametrize("newest", [None, jaxkv.Newest(16)])
 def test_eviction_is_in_place(newest):
     """No copy of the cache in the step, though most of its runs evict nothing."""

@@ -74,6 +74,7 @@ def copied(cache):
     return jax.tree.map(lambda leaf: leaf.copy(), cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("codec", "evicts", "newest"),
     [("int8", False, None), ("bfloat16", True, None), ("int8", False, jaxkv.Newest(3))],

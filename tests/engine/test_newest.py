@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxkv
 from tests.engine.pools import POOLS, engine, model
@@ -28,6 +29,7 @@ def prefilled(prompt):
     return placed.with_means(cache.means)
 
 
+@pytest.mark.slow
 def test_an_answer_is_that_of_a_ring_which_begins_with_it():
     with engine(CONFIG, sampling=GREEDY) as running:
         request = running.submit(PROMPTS[1], max_new_tokens=9)

@@ -29,6 +29,7 @@ def load(running, path):
     running.pages.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", POOLS)
 def test_a_hit_on_a_file_equals_a_miss_bit_for_bit(tmp_path, kind):
     config = POOLS[kind]

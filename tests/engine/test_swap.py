@@ -22,6 +22,7 @@ def answers(running, at_once=True):
     return [(request.tokens, request.logprobs) for request in requests]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", POOLS)
 def test_answers_are_those_without_preemption(kind):
     config = POOLS[kind]

@@ -97,6 +97,7 @@ MODULES = [(library, kind, (2,)) for library in LIBRARIES for kind in CACHED]
 OTHER_BATCHES = [("nnx", "hook", ()), ("linen", "drop-in", (2, 3))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("library", "kind", "batch"), MODULES + OTHER_BATCHES, ids=str)
 def test_prefill_chunks_and_tokens_give_what_flax_gives_at_once(library, kind, batch):
     attention, x = LIBRARIES[library], random_input(*batch, LENGTH)
@@ -120,6 +121,7 @@ def test_fewer_kv_heads_and_normalized_queries_and_keys():
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "codec", "addressing"),
     [("nnx", "int8", "contiguous"), ("nnx", "float32", "paged"), ("linen", "int8", "ring")],

@@ -201,6 +201,7 @@ def test_autoregressive_decode_with_x64():
         assert variables["cache"]["kv_cache"].lengths.tolist() == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "fields"),
     [(jnp.float32, {"normalize_qk": True}), (jnp.float16, {"use_bias": False})],

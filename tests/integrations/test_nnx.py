@@ -163,6 +163,7 @@ def test_split_and_merge_under_jax_jit_with_donation():
     assert_decodes(decode)
 
 
+@pytest.mark.slow
 def test_remat():
     model = with_hooks(CONFIG)
     for block in model.blocks:
@@ -189,6 +190,7 @@ def causal_scan(blocks, x):
     return over_layers(x, blocks)
 
 
+@pytest.mark.slow
 def test_hooks_in_a_layer_scan():
     @nnx.vmap(in_axes=0)
     def with_its_cache(block):
@@ -211,6 +213,7 @@ def scan_with_the_cache_carried(blocks, x, cache):
     return x, jaxkv.advance(cache, x.shape[-2])
 
 
+@pytest.mark.slow
 def test_a_layer_scan_that_carries_the_cache():
     blocks, x = stacked_blocks(), random_input(2, LENGTH)
     step = nnx.jit(scan_with_the_cache_carried, donate_argnums=2)
@@ -221,6 +224,7 @@ def test_a_layer_scan_that_carries_the_cache():
     assert cache.lengths.tolist() == [LENGTH, LENGTH]
 
 
+@pytest.mark.slow
 def test_a_layer_scan_that_carries_the_cache_is_in_place():
     blocks, cache = stacked_blocks(), abstract_cache(LONG)
     step = nnx.jit(scan_with_the_cache_carried, donate_argnums=2)

@@ -76,6 +76,7 @@ def test_an_unknown_token_is_not_read_as_another():
     assert jnp.isnan(logits[1, 1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "dtype"),
     [

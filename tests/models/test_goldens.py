@@ -72,6 +72,7 @@ def test_uncached_logits_equal_transformers(variant, model):
     assert_golden(logits, variant)
 
 
+@pytest.mark.slow
 @for_each(*FAMILIES, *SLIDING, *HEADS_AND_SCALES, *SCALED_ROPES)
 def test_logits_of_chunks_equal_transformers(variant, model):
     """Where layers slide, 24 tokens go round a ring of 7 - 1 + 8 slots."""
@@ -204,6 +205,7 @@ def test_windows_beside_pages_and_in_them(variant, model, chunk):
         assert_golden(logits[0], variant, slice(start, start + 8))
 
 
+@pytest.mark.slow
 @for_each("gemma3")
 def test_a_codec_a_layer(variant, model):
     """Rings in two codecs and a full layer: three groups, each as large as its own kind."""

@@ -62,6 +62,7 @@ def run(cache, seed, policy=None, tokens=2):
     return cache, outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [EVICTING, *COMPRESSED])
 def test_going_on_from_a_file_is_bitwise_going_on(tmp_path, case):
     cache, policy = small(case), HeavyHitters() if case == EVICTING else None
@@ -79,6 +80,7 @@ def test_going_on_from_a_file_is_bitwise_going_on(tmp_path, case):
     assert loaded.lengths.tolist() == cache.lengths.tolist()
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_and_more_room(tmp_path):
     jaxkv.save(small(EVICTING), tmp_path / "file")
     wider = CONFIG.replace(batch_size=4, addressing=dataclasses.replace(KEPT, new=9))

@@ -79,6 +79,7 @@ def save_and_load(cache, tmp_path, **options):
     return jaxkv.load(tmp_path / "file", **options)
 
 
+@pytest.mark.slow_cases(r"float16|float8|rotated")
 @pytest.mark.parametrize(
     ("codec", "addressing", "batch_size"),
     [
@@ -112,6 +113,7 @@ def step_by_step(cache, steps, first_seed=0):
     return cache, np.asarray(outputs)
 
 
+@pytest.mark.slow_cases(r"float|newest")
 @pytest.mark.parametrize(
     ("codec", "addressing", "batch_size", "newest"),
     [
@@ -261,6 +263,7 @@ def test_another_model_is_refused_and_named(tmp_path):
         jaxkv.load(path, model=model_of())
 
 
+@pytest.mark.slow_cases(r"bfloat16")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
 def test_the_fingerprint_sees_every_weight(dtype):
     weights = jnp.zeros((7, 3), dtype)
