@@ -25,6 +25,7 @@ from jaxkv.codecs import Dense, bitcast
 from jaxkv.errors import CacheFullError
 from jaxkv.hybrid import (
     AnyCache,
+    changing_its_group,
     in_every_group,
     in_its_group,
 )
@@ -34,7 +35,7 @@ from jaxkv.streaming import append_to_host
 from jaxkv.vectors import encode, read
 
 
-@in_its_group
+@changing_its_group
 def append(
     cache: KVCache,
     keys: Float[Array, "*batch tokens kv_heads head_dim"],

@@ -5,7 +5,7 @@ import math
 import operator
 import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.codecs import Centred, Codec, Dense, bytes_per_token
@@ -53,6 +53,9 @@ class KVCacheConfig:
     addressing: Addressing = Contiguous()
     placement: HostMemory | None = None
     newest: Newest | None = None
+
+    # Of a `HybridConfig`; here all layers are of one group.
+    group_of_layer: ClassVar[None] = None
 
     def __post_init__(self):
         problems = [self._normalize_count(field) for field in _COUNTS]
@@ -127,6 +130,19 @@ class KVCacheConfig:
     def replace(self, **fields: Any) -> Self:
         """The same config with other values in some fields, validated anew."""
         return dataclasses.replace(self, **fields)
+
+    @property
+    def groups(self) -> tuple["KVCacheConfig"]:
+        """One, as a `HybridConfig` has several."""
+        return (self,)
+
+    def layers_of(self, group: int) -> tuple[int, ...]:
+        """The numbers of a group's layers: all."""
+        return tuple(range(self.num_layers))
+
+    def locate(self, layer: Any) -> tuple[int, Any]:
+        """The group of a layer, and its number within the group."""
+        return 0, layer
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import jax
 from jaxtyping import Array, Bool, Int
@@ -85,8 +85,23 @@ class HybridConfig:
         groups = tuple(group.replace(**fields) for group in self.groups)
         return dataclasses.replace(self, groups=groups)
 
-    def locate(self, layer: int) -> tuple[int, int]:
-        """The group of a layer, and its number within the group."""
+    @property
+    def host_bytes(self) -> int:
+        """Exact bytes in host memory, of all groups."""
+        return sum(group.host_bytes for group in self.groups)
+
+    def layers_of(self, group: int) -> tuple[int, ...]:
+        """The numbers of a group's layers, counted over all groups."""
+        return tuple(layer for layer, number in enumerate(self.group_of_layer) if number == group)
+
+    def locate(self, layer: Any) -> tuple[int, int]:
+        """The group of a layer, and its number within the group.
+
+        Raises:
+          IndexError: no such layer.
+          TypeError: it is traced, and layers of a hybrid cache are arrays of different shapes.
+        """
+        layer = check_static_layer(self, layer)
         group = self.group_of_layer[layer]
         return group, self.group_of_layer[:layer].count(group)
 
@@ -141,16 +156,11 @@ class HybridCache:
         """Bytes of the keys and values; equal to ``config.size_bytes``."""
         return sum(group.size_bytes for group in self.groups)
 
-    def map(self, function: Callable[[KVCache], KVCache]) -> "HybridCache":
-        """Each group as the function gives it back."""
-        groups = tuple(function(group) for group in self.groups)
+    def with_groups(self, groups: Sequence[KVCache]) -> "HybridCache":
+        """The same layers in these groups."""
         configs = tuple(group.config for group in groups)
-        return HybridCache(groups, dataclasses.replace(self.config, groups=configs))
-
-    def with_group(self, number: int, group: KVCache) -> "HybridCache":
-        """The same cache with one group replaced."""
-        groups = (*self.groups[:number], group, *self.groups[number + 1 :])
-        return dataclasses.replace(self, groups=groups)
+        config = dataclasses.replace(self.config, groups=configs)
+        return HybridCache(tuple(groups), config)
 
     def __repr__(self) -> str:
         groups = ", ".join(map(repr, self.groups))
@@ -181,28 +191,54 @@ AnyConfig = KVCacheConfig | HybridConfig
 AnyCache = KVCache | HybridCache
 
 
-def in_its_group(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a verb with ``layer=`` work on the group of a hybrid cache that has the layer."""
+_Options = ParamSpec("_Options")
+_Result = TypeVar("_Result")
+_Cache = TypeVar("_Cache", bound=AnyCache)
+
+
+def in_its_group(
+    verb: Callable[Concatenate[KVCache, _Options], _Result],
+) -> Callable[Concatenate[AnyCache, _Options], _Result]:
+    """Let a verb with ``layer=`` read the group that has the layer."""
 
     @functools.wraps(verb)
-    def on_any_cache(cache: AnyCache, *arguments: Any, layer: Any, **options: Any) -> Any:
-        if not isinstance(cache, HybridCache):
-            return verb(cache, *arguments, layer=layer, **options)
-        number, layer_in_group = cache.config.locate(check_static_layer(cache.config, layer))
-        result = verb(cache.groups[number], *arguments, layer=layer_in_group, **options)
-        return cache.with_group(number, result) if isinstance(result, KVCache) else result
+    def on_any_cache(
+        cache: AnyCache, *arguments: _Options.args, **options: _Options.kwargs
+    ) -> _Result:
+        group, options["layer"] = cache.config.locate(options["layer"])
+        return verb(cache.groups[group], *arguments, **options)
 
     return on_any_cache
 
 
-def in_every_group(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a verb that returns a cache work on every group of a hybrid one."""
+def changing_its_group(
+    verb: Callable[Concatenate[KVCache, _Options], KVCache],
+) -> Callable[Concatenate[_Cache, _Options], _Cache]:
+    """Let a verb with ``layer=`` change the group that has the layer."""
 
     @functools.wraps(verb)
-    def on_any_cache(cache: AnyCache, *arguments: Any, **options: Any) -> Any:
-        if not isinstance(cache, HybridCache):
-            return verb(cache, *arguments, **options)
-        return cache.map(lambda group: verb(group, *arguments, **options))
+    def on_any_cache(
+        cache: _Cache, *arguments: _Options.args, **options: _Options.kwargs
+    ) -> _Cache:
+        number, options["layer"] = cache.config.locate(options["layer"])
+        groups = list(cache.groups)
+        groups[number] = verb(groups[number], *arguments, **options)
+        return cache.with_groups(groups)  # type: ignore[return-value]
+
+    return on_any_cache
+
+
+def in_every_group(
+    verb: Callable[Concatenate[KVCache, _Options], KVCache],
+) -> Callable[Concatenate[_Cache, _Options], _Cache]:
+    """Let a verb that changes a cache change every group."""
+
+    @functools.wraps(verb)
+    def on_any_cache(
+        cache: _Cache, *arguments: _Options.args, **options: _Options.kwargs
+    ) -> _Cache:
+        groups = [verb(group, *arguments, **options) for group in cache.groups]
+        return cache.with_groups(groups)  # type: ignore[return-value]
 
     return on_any_cache
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -61,6 +62,16 @@ class KVCache:
     means: Float32[Array, "layers 2 kv_heads head_dim"] | None = None
     resident: Resident | None = None
     newest: "KVCache | None" = None
+
+    @property
+    def groups(self) -> tuple["KVCache"]:
+        """One, as a `HybridCache` has several."""
+        return (self,)
+
+    def with_groups(self, groups: Sequence["KVCache"]) -> "KVCache":
+        """The cache that these groups are."""
+        (own,) = groups
+        return own
 
     @property
     def lengths(self) -> Int[Array, "*batch"]:

@@ -10,8 +10,7 @@ from jaxkv.cache import advance, append, layer
 from jaxkv.codecs import Centred, Codec, Rope
 from jaxkv.config import KVCacheConfig
 from jaxkv.creation import create
-from jaxkv.hybrid import AnyCache, HybridCache
-from jaxkv.kv_cache import KVCache
+from jaxkv.hybrid import AnyCache
 
 _ROPE_BASE = 500_000.0
 
@@ -129,13 +128,8 @@ def _layer_error(cache: AnyCache, reference: AnyCache, number: int) -> VectorErr
 
 def _held(cache: AnyCache, number: int) -> np.ndarray:
     """Which slots of a layer hold a token, shaped to pick vectors by."""
-    group: KVCache
-    if isinstance(cache, HybridCache):
-        in_group, number = cache.config.locate(number)
-        group = cache.groups[in_group]
-    else:
-        group = cache
-    index = group.index
+    group, number = cache.config.locate(number)
+    index = cache.groups[group].index
     held = np.asarray(index.key_positions(number, index.lengths, 0, index.extent)) >= 0
     return held if held.ndim == index.lengths.ndim + 1 else np.swapaxes(held, -1, -2)
 

@@ -60,7 +60,7 @@ def fork(cache: AnyCache, num_copies: int) -> AnyCache:
     [5, 5, 5, 5]
     """
     sequences = np.arange(cache.config.batch_size or 1, dtype=np.int32)
-    return select(cache, np.repeat(sequences, num_copies))
+    return select(cache, np.repeat(sequences, num_copies).tolist())
 
 
 def copy_pages(

@@ -23,7 +23,7 @@ from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
 from jaxkv.attention.streamed import is_streamed, streamed
 from jaxkv.checks import check_counts
 from jaxkv.codecs import Dense, unrotate
-from jaxkv.hybrid import AnyCache, HybridCache, in_its_group
+from jaxkv.hybrid import AnyCache, in_its_group
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
 from jaxkv.text import format_bytes
 
@@ -158,13 +158,14 @@ def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> st
     blockwise: not needed, reference comes first
     streamed: not used, the cache is on the device
     """
-    if isinstance(cache, HybridCache):
+    if len(cache.groups) > 1:
         groups = (
             f"group {number}, {group.config.addressing.name}:\n"
             + explain(group, tokens=tokens, heads=heads)
             for number, group in enumerate(cache.groups)
         )
         return "\n".join(groups)
+    (cache,) = cache.groups
     heads = heads or cache.config.num_kv_heads
     chosen = _choose(cache, tokens, heads)
     lines = []

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxkv.hybrid import AnyCache, HybridConfig
+from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
 
 
@@ -89,9 +89,7 @@ def observed(
 def _check_order(calls: list[Call], cache: AnyCache) -> None:
     """Layers one after the other, each once; those of a hybrid cache count within their group."""
     config, layers = cache.config, [call.layer for call in calls]
-    expected = list(range(config.num_layers))
-    if isinstance(config, HybridConfig):
-        expected = [config.locate(layer)[1] for layer in expected]
+    expected = [config.locate(layer)[1] for layer in range(config.num_layers)]
     if layers != expected:
         raise ValueError(
             f"observed: expected one call of attend a layer, in order, got layers {layers} of "

@@ -5,7 +5,7 @@ import sys
 
 from jaxkv.codecs import CODECS
 from jaxkv.commands.command import Command, argument_type
-from jaxkv.hybrid import AnyConfig, HybridConfig
+from jaxkv.hybrid import AnyConfig
 from jaxkv.known_models import cache_config
 from jaxkv.measure import sample_error
 from jaxkv.memory import parse_bytes, parse_tokens, plan
@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _quality(config: AnyConfig) -> str:
     """Bytes of each codec beside its error, measured now."""
-    head_dim = (config.groups[0] if isinstance(config, HybridConfig) else config).head_dim
+    head_dim = config.groups[0].head_dim
     headers = ("codec", "bytes", "error on Gaussian keys", "on keys with outliers", "on values")
     rows = []
     for name, codec in CODECS.items():

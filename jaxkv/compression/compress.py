@@ -81,17 +81,14 @@ def compress(
     """
     check_alive(cache)
     options = {"new": new, "sinks": sinks, "recent": recent, "pages": pages}
-    every_layer = np.arange(cache.config.num_layers)
-    if isinstance(cache, HybridCache) and pages is not None:
+    if len(cache.groups) > 1 and pages is not None:
         raise ValueError(
             "compress: pages are of one pool; give a hybrid cache's groups one by one."
         )
-    if not isinstance(cache, HybridCache):
-        return _joined(_compressed(cache, every_layer, policy, keep, queries, options))
-    parts = []
+    parts: list[Part] = []
     for number, group in enumerate(cache.groups):
-        layers = np.flatnonzero(np.equal(cache.config.group_of_layer, number))
-        if isinstance(group.config.addressing, Ring):
+        layers = np.asarray(cache.config.layers_of(number))
+        if isinstance(group.config.addressing, Ring) and len(cache.groups) > 1:
             parts.append((layers, group))
             continue
         own_policy = policy if callable(policy) else of_layers(policy, layers)

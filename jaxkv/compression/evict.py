@@ -24,7 +24,7 @@ from jaxkv.compression.scoring import (
     per_sequence,
     summed,
 )
-from jaxkv.hybrid import AnyCache, HybridCache
+from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
 from jaxkv.policies import HeavyHitters, Policy
 
@@ -74,16 +74,14 @@ def evict(
     (20, 8)
     """
     check_alive(cache)
-    if not isinstance(cache, HybridCache):
-        return _evict(cache, policy, tokens, queries, sinks, recent, after)
     groups = []
     for number, group in enumerate(cache.groups):
-        if isinstance(group.index, KeptIndex):
-            layers = np.flatnonzero(np.equal(cache.config.group_of_layer, number))
+        if isinstance(group.index, KeptIndex) or len(cache.groups) == 1:
+            layers = np.asarray(cache.config.layers_of(number))
             own = None if queries is None else of_layers(queries, layers)
             group = _evict(group, policy, tokens, own, sinks, recent, after)
         groups.append(group)
-    return dataclasses.replace(cache, groups=tuple(groups))
+    return cache.with_groups(groups)
 
 
 def evicting(

@@ -206,7 +206,7 @@ class Batch:
     def _tables(self, rows: Sequence[Request | None]) -> steps.Tables:
         """The page tables of these rows, a table a group; rows that rest have no pages."""
         tables = []
-        for number, group in enumerate(steps.groups_of(self._session.cache)):
+        for number, group in enumerate(self._session.cache.groups):
             table = np.full((len(rows), steps.paged_index(group).table.shape[-1]), -1, np.int32)
             for row, request in zip(table, rows, strict=True):
                 if request is not None:

@@ -5,7 +5,7 @@ import numpy as np
 from jaxkv.addressing import Paged
 from jaxkv.engine.request import MOST_STOP_TOKENS
 from jaxkv.errors import CacheFullError, ConfigError
-from jaxkv.hybrid import AnyConfig, HybridConfig
+from jaxkv.hybrid import AnyConfig
 from jaxkv.paging import Group, PageAllocator
 
 
@@ -13,8 +13,7 @@ def check_config(
     config: AnyConfig, prefill_chunk: int, decode_steps: int, token_budget: int, swap_space: int
 ) -> tuple[list[Group], int]:
     """The groups of pages that a cache is made of, and their page size."""
-    configs = config.groups if isinstance(config, HybridConfig) else (config,)
-    addressings = [group.addressing for group in configs]
+    addressings = [group.addressing for group in config.groups]
     groups = [
         Group(paged.num_pages, paged.window)
         for paged in addressings
@@ -27,7 +26,7 @@ def check_config(
             f"addressing=jaxkv.Paged(num_pages=1024)), got {addressings} and batch_size "
             f"{config.batch_size}."
         )
-    if any(group.placement is not None for group in configs):
+    if any(group.placement is not None for group in config.groups):
         raise ConfigError(
             "Engine: its pool must be on the device, got placement in host memory. swap_space "
             "keeps pages of waiting requests there."

@@ -19,7 +19,7 @@ from jaxkv.addressing import PagedIndex
 from jaxkv.cache import truncate
 from jaxkv.codecs import Leaves
 from jaxkv.decode import New, Structure
-from jaxkv.hybrid import AnyCache, HybridCache
+from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
 from jaxkv.rearrange import copied, select, slots_of_pages
 from jaxkv.sampling import Sampling, sample
@@ -62,9 +62,9 @@ def prefill(
     _, row = model(leaves, jnp.asarray(tokens), row)
     groups = [
         dataclasses.replace(group, storage=written.storage).with_means(written.means)
-        for group, written in zip(groups_of(cache), groups_of(row), strict=True)
+        for group, written in zip(cache.groups, row.groups, strict=True)
     ]
-    return _with_groups(cache, groups)
+    return cache.with_groups(groups)
 
 
 @functools.partial(
@@ -153,46 +153,35 @@ def write(
     return _with_pools(cache, pools)
 
 
-def groups_of(cache: AnyCache) -> tuple[KVCache, ...]:
-    """The groups of layers of any cache: one, unless it is hybrid."""
-    return cache.groups if isinstance(cache, HybridCache) else (cache,)
-
-
 def paged_index(group: KVCache) -> PagedIndex:
     """The index of a group of an engine's cache, which `check_config` saw to be paged."""
     assert isinstance(group.index, PagedIndex)
     return group.index
 
 
-def _with_groups(cache: AnyCache, groups: Sequence[KVCache]) -> AnyCache:
-    if isinstance(cache, HybridCache):
-        return dataclasses.replace(cache, groups=tuple(groups))
-    return groups[0]
-
-
 def pools_of(cache: AnyCache) -> tuple[KVCache, ...]:
     """The pool of each group, and then their `Newest` tokens, where a page is that of a row."""
-    groups = groups_of(cache)
+    groups = cache.groups
     return *groups, *(group.newest for group in groups if group.newest is not None)
 
 
 def _with_pools(cache: AnyCache, pools: Sequence[KVCache]) -> AnyCache:
-    num_groups = len(groups_of(cache))
+    num_groups = len(cache.groups)
     newest = iter(pools[num_groups:])
     groups = [
         group if group.newest is None else dataclasses.replace(group, newest=next(newest))
         for group in pools[:num_groups]
     ]
-    return _with_groups(cache, groups)
+    return cache.with_groups(groups)
 
 
 def _plain(cache: AnyCache) -> AnyCache:
     """The cache without its `Newest` tokens."""
     groups = [
         dataclasses.replace(group, config=group.config.replace(newest=None), newest=None)
-        for group in groups_of(cache)
+        for group in cache.groups
     ]
-    return _with_groups(cache, groups)
+    return cache.with_groups(groups)
 
 
 def _placed(
@@ -201,6 +190,6 @@ def _placed(
     """The cache with the sequences that the host says."""
     groups = [
         group.with_pages(*map(jnp.asarray, (table, lengths, prompts)))
-        for group, table in zip(groups_of(cache), tables, strict=True)
+        for group, table in zip(cache.groups, tables, strict=True)
     ]
-    return _with_groups(cache, groups)
+    return cache.with_groups(groups)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxkv.codecs import CODECS, Codec
 from jaxkv.errors import ConfigError
-from jaxkv.hybrid import AnyConfig, HybridConfig
+from jaxkv.hybrid import AnyConfig
 from jaxkv.memory.device import Device, DeviceMemory, device_memory
 from jaxkv.memory.text import pairs, table
 from jaxkv.placement import HostMemory
@@ -159,7 +159,7 @@ def plan_within(config: AnyConfig, memory: DeviceMemory) -> Plan:
         chosen.max_context_length,
         chosen.max_batch_size,
         codecs=tuple(row for row in rows.values() if row is not None),
-        host_bytes=_host_bytes(config),
+        host_bytes=config.host_bytes,
         streamed=_streamed_plan(config, memory),
     )
 
@@ -179,22 +179,17 @@ def _other_codec_plan(config: AnyConfig, codec: Codec, memory: DeviceMemory) -> 
 def bytes_against(config: AnyConfig, memory: DeviceMemory) -> int:
     """Those of `needed_bytes` that a device's memory has to hold: not what the host's does."""
     own_memory = memory.source in ("memory_stats", "given", "unknown")
-    return needed_bytes(config) - (_host_bytes(config) if own_memory else 0)
-
-
-def _host_bytes(config: AnyConfig) -> int:
-    groups = config.groups if isinstance(config, HybridConfig) else (config,)
-    return sum(group.host_bytes for group in groups)
+    return needed_bytes(config) - (config.host_bytes if own_memory else 0)
 
 
 def _streamed_plan(config: AnyConfig, memory: DeviceMemory) -> StreamedPlan | None:
-    if _host_bytes(config):
+    if config.host_bytes:
         return None
     try:
         streamed = config.replace(placement=HostMemory())
     except ConfigError:  # not for this addressing
         return None
-    host, held, free = _host_bytes(streamed), bytes_against(streamed, memory), memory.free_bytes
+    host, held, free = streamed.host_bytes, bytes_against(streamed, memory), memory.free_bytes
     if not host:  # all of it would be resident
         return None
     return StreamedPlan(needed_bytes(streamed) - host, host, free is None or held <= free)

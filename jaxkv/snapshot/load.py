@@ -14,7 +14,7 @@ from jaxkv.checks import check_on_device
 from jaxkv.codecs import Codec
 from jaxkv.creation import create
 from jaxkv.errors import CacheFullError, ConfigError, SnapshotError
-from jaxkv.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
+from jaxkv.hybrid import AnyCache, AnyConfig
 from jaxkv.memory.allocate import allocate
 from jaxkv.newest import Newest
 from jaxkv.snapshot import container, manifest
@@ -22,7 +22,6 @@ from jaxkv.snapshot.fills import filled_by, fills_of
 from jaxkv.snapshot.fingerprint import differences, fingerprint
 from jaxkv.snapshot.kept import check_kept
 from jaxkv.snapshot.manifest import Manifest
-from jaxkv.snapshot.places import caches_of
 from jaxkv.snapshot.save import Tokens, token_ids
 
 
@@ -106,10 +105,10 @@ def load(
             cache, rows = into, _checked_rows(file, saved, into, rows)
         fills = [
             fills_of(file, saved, number, group, rows, tensors)
-            for number, group in enumerate(caches_of(cache))
+            for number, group in enumerate(cache.groups)
         ]
         filled = tuple(filled_by(*both) for both in fills)  # once all of them are known to fit
-    return HybridCache(filled, cache.config) if isinstance(cache, HybridCache) else filled[0]
+    return cache.with_groups(filled)
 
 
 @contextlib.contextmanager
@@ -181,16 +180,16 @@ def _checked_rows(
 
 def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
     """Refuse a cache whose vectors are not like those of the file, or that differs in more."""
-    for cache in caches_of(into):
+    for cache in into.groups:
         check_on_device(cache)
-    layers = getattr(into.config, "group_of_layer", None)
+    layers = into.config.group_of_layer
     if saved.group_of_layer != layers:
         raise SnapshotError(
             f"{file} has layers in groups {saved.group_of_layer}, and the cache to load it into "
             f"{layers}."
         )
     theirs = [group.config for group in saved.groups]
-    ours = [cache.config for cache in caches_of(into)]
+    ours = [cache.config for cache in into.groups]
     for field in ("num_layers", "num_kv_heads", "head_dim", "codec", *also):
         saved_as, wanted = ([getattr(c, field) for c in configs] for configs in (theirs, ours))
         if saved_as != wanted:
@@ -203,8 +202,7 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
 
 def _check_compressed(file: Path, saved: Manifest, config: AnyConfig) -> None:
     """Chosen tokens of each head go to a cache of such, and others to others."""
-    configs = config.groups if isinstance(config, HybridConfig) else (config,)
-    for group, wanted in zip(saved.groups, configs, strict=True):
+    for group, wanted in zip(saved.groups, config.groups, strict=True):
         if group.is_compressed != isinstance(wanted.addressing, Kept | KeptByHead):
             raise SnapshotError(
                 f"{file} was saved {'after' if group.is_compressed else 'before'} jaxkv.compress, "

@@ -10,7 +10,6 @@ from jaxtyping import Array
 
 from jaxkv.addressing import Index
 from jaxkv.errors import SnapshotError
-from jaxkv.hybrid import AnyCache, HybridCache
 from jaxkv.kv_cache import KVCache
 
 
@@ -59,11 +58,6 @@ def means_of_file(file: Path, cache: KVCache, stored: np.ndarray | None) -> Arra
 def named(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """Those tensors of a file whose names begin so, by the rest of their names."""
     return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-
-
-def caches_of(cache: AnyCache) -> tuple[KVCache, ...]:
-    """The groups of a hybrid cache, or the one that a plain cache is."""
-    return cache.groups if isinstance(cache, HybridCache) else (cache,)
 
 
 def written_of(index: Index) -> np.ndarray:

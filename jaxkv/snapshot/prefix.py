@@ -12,13 +12,13 @@ from jaxtyping import Int
 from jaxkv.addressing import PagedIndex
 from jaxkv.codecs import Codec
 from jaxkv.errors import CacheFullError, SnapshotError
-from jaxkv.hybrid import AnyCache, HybridCache
+from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
 from jaxkv.paging import PageAllocator, restore
 from jaxkv.rearrange import select
 from jaxkv.snapshot.fill import Fill
 from jaxkv.snapshot.load import check_kind, check_model, opened
-from jaxkv.snapshot.places import caches_of, means_of_file, named
+from jaxkv.snapshot.places import means_of_file, named
 
 
 def load_prefix(
@@ -63,7 +63,7 @@ def load_prefix(
     >>> pages.find(pages.prompt([1, 2, 3, 4, 5, 6])), pages.find(pages.prompt([1, 2, 3, 4, 9, 9]))
     (5, 4)
     """
-    file, groups = Path(path), caches_of(cache)
+    file, groups = Path(path), cache.groups
     _check_pool(groups, pages)
     with opened(file, codec, None) as (saved, tensors):
         check_model(file, saved, model)
@@ -108,9 +108,7 @@ def load_prefix(
         dataclasses.replace(group, storage=row.storage).with_means(row.means)
         for group, row in zip(groups, filled, strict=True)
     ]
-    return dataclasses.replace(cache, groups=tuple(written)) if isinstance(
-        cache, HybridCache
-    ) else written[0]  # fmt: skip
+    return cache.with_groups(written)
 
 
 def _check_pool(groups: tuple[KVCache, ...], pages: PageAllocator) -> None:

@@ -19,7 +19,7 @@ from jaxkv.snapshot import container
 from jaxkv.snapshot.fingerprint import fingerprint
 from jaxkv.snapshot.kept import KeptSource
 from jaxkv.snapshot.manifest import Group, Manifest
-from jaxkv.snapshot.places import Places, buffer_of_layers, caches_of, places_of, written_of
+from jaxkv.snapshot.places import Places, buffer_of_layers, places_of, written_of
 
 Tokens = Sequence[int] | Sequence[Sequence[int]] | Int[Array, "*batch tokens"]
 
@@ -55,7 +55,7 @@ def save(
     from jaxkv import __version__
 
     check(cache)
-    sources = [_sources_of(group) for group in caches_of(cache)]
+    sources = [_sources_of(group) for group in cache.groups]
     lengths = tuple(np.asarray(cache.lengths).reshape(-1).tolist())
     ids = None if tokens is None else token_ids(tokens, cache.config.batch_size, lengths)
     manifest = Manifest(
@@ -64,7 +64,7 @@ def save(
         model=None if model is None else fingerprint(model),
         has_tokens=ids is not None,
         groups=tuple(_described(*both) for both in sources),
-        group_of_layer=getattr(cache.config, "group_of_layer", None),
+        group_of_layer=cache.config.group_of_layer,
     )
 
     def pieces(name: str) -> Iterator[np.ndarray]:

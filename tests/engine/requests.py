@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxkv
-from jaxkv.engine import steps
 
 CONTEXT, PAGE, CHUNK, ROWS = 160, 8, 16, 4
 PAGES = 18  # fewer than the requests below would take: some have to wait, or make room
@@ -49,7 +48,7 @@ def poison_blank(running):
         blank = [page for page in free if page not in group.pool.index.contents]
         pages = np.zeros(group.pool.num_pages, bool)
         pages[blank] = True
-        cache = steps.groups_of(running.cache)[number]
+        cache = running.cache.groups[number]
         storage = {
             name: jnp.where(
                 np.repeat(pages, PAGE).reshape(-1, *[1] * (leaf.ndim - 3)),
@@ -58,10 +57,9 @@ def poison_blank(running):
             )
             for name, leaf in cache.storage.items()
         }
-        poisoned = dataclasses.replace(cache, storage=storage)
-        whole = running.cache
-        hybrid = isinstance(whole, jaxkv.HybridCache)
-        running._held.cache = whole.with_group(number, poisoned) if hybrid else poisoned
+        groups = list(running.cache.groups)
+        groups[number] = dataclasses.replace(cache, storage=storage)
+        running._held.cache = running.cache.with_groups(groups)
 
 
 def run(running):
