@@ -117,7 +117,17 @@ __all__ = [
 
 
 # What not everybody needs, imported when it is first asked for: modules, and names of them.
-_MODULES = ("compression", "engine", "models", "paging", "plots", "policies", "snapshot")
+_MODULES = (
+    "codecs",
+    "compression",
+    "engine",
+    "integrations",
+    "models",
+    "paging",
+    "plots",
+    "policies",
+    "snapshot",
+)
 _NAMES = {
     "Engine": "engine",
     "compress": "compression",
@@ -134,6 +144,12 @@ _NAMES = {
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"jaxkv.{name}")
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"jaxkv.{_NAMES[name]}"), name)
-    raise AttributeError(f"module 'jaxkv' has no attribute {name!r}")
+    if name not in _NAMES:
+        raise AttributeError(f"module 'jaxkv' has no attribute {name!r}")
+    # Kept, so that it is looked up once.
+    globals()[name] = getattr(importlib.import_module(f"jaxkv.{_NAMES[name]}"), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES, "__version__"})

@@ -136,3 +136,10 @@ def test_planning_by_size_loads_no_framework_and_starts_no_backend():
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("\n[]\n")
     assert "1.1 GB (1,073,741,828 bytes)" in done.stdout
+
+
+def test_the_package_runs_as_a_module():
+    line = [sys.executable, "-m", "jaxkv", "plan", "gpt2", "--context", "1", "--device", "1kB"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "36.9 kB (36,868 bytes)" in done.stdout

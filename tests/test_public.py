@@ -107,7 +107,7 @@ def test_the_top_level_holds_no_more_than_it_should():
     if not tracked:
         pytest.skip("not a git checkout")
     allowed = {"pyproject.toml", "README.md", "ARCHITECTURE.md", "CHANGELOG.md", "LICENSE"}
-    allowed |= {"jaxkv", "tests", "notebooks", "benchmarks"}
+    allowed |= {"CONTRIBUTING.md", "CITATION.cff", "jaxkv", "tests", "notebooks", "benchmarks"}
     top = {path.split("/")[0] for path in tracked}
     assert {name for name in top if not name.startswith(".")} <= allowed
 

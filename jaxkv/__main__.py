@@ -1,0 +1,8 @@
+"""``python -m jaxkv`` is ``jaxkv``."""
+
+import sys
+
+from jaxkv.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
