@@ -35,7 +35,7 @@ FLOORS = [
     {"decode"},
     {"generation", "engine"},
     {"models", "integrations", "plots"},
-    {"commands", "cli"},
+    {"commands", "cli", "__main__"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
