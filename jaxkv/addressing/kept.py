@@ -1,5 +1,6 @@
 """Chosen tokens, others in each layer and head, and slots for new ones: a compressed cache."""
 
+import abc
 import dataclasses
 import functools
 from typing import Any, ClassVar, Self
@@ -73,7 +74,7 @@ class Kept:
         slots = self.within.index_bytes(self.slots_per_sequence, batch_size)
         return 4 * batch + 4 * held + slots + (summed if self.sums else 0)
 
-    def init(self, max_context_length: int, batch_size: int | None) -> "KeptIndex":
+    def init(self, max_context_length: int, batch_size: int | None) -> "KeptEvenlyIndex":
         batch = () if batch_size is None else (batch_size,)
         shape = (self.num_layers, *batch, self.num_kv_heads)
         lengths = jnp.zeros(batch, jnp.int32)
@@ -82,13 +83,13 @@ class Kept:
             sums = Sums(
                 jnp.zeros((*shape, self.slots_per_sequence), jnp.float32), jnp.zeros_like(lengths)
             )
-        return KeptIndex(
+        return KeptEvenlyIndex(
             lengths,
             jnp.full((*shape, self.tokens), -1, jnp.int32),
             self.within.init(self.slots_per_sequence, batch_size),
-            sums,
             max_context_length,
             self.new,
+            sums,
         )
 
 
@@ -117,27 +118,21 @@ class Sums:
     since: Int[Array, "*batch"]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["lengths", "positions", "within", "sums"],
-    meta_fields=["capacity", "new"],
-)
 @dataclasses.dataclass(frozen=True)
-class KeptIndex:
-    """The positions of kept tokens.
+class KeptIndex(abc.ABC):
+    """What the indices of compressed caches share: heads hold tokens of their own choice.
 
     Attributes:
       lengths: the next position of each sequence.
-      positions: of the kept tokens, in any order; -1 for none.
-      within: which ctx slot is which logical slot. Its lengths count the new tokens.
-      sums: attention that tokens have drawn, where a policy adds that up.
+      positions: positions of the kept tokens, in any order; -1 for none.
+      within: the addressing of new tokens, at least; its lengths count them.
       capacity, new: static, see `Index` and `Kept`.
+      sums: attention that tokens have drawn, where a policy adds that up.
     """
 
     lengths: Int[Array, "*batch"]
-    positions: Int[Array, "layers *batch kv_heads tokens"]
+    positions: Int[Array, "layers ..."]
     within: Index
-    sums: Sums | None
     capacity: int
     new: int
 
@@ -146,9 +141,36 @@ class KeptIndex:
     sinks: ClassVar[int] = 0
     intact: ClassVar[bool] = True
 
+    sums: ClassVar[Sums | None] = None
+
     @property
+    @abc.abstractmethod
     def extent(self) -> int:
-        return self.new + self.positions.shape[-1]
+        """Logical slots of one sequence: those of new tokens, then those of kept ones."""
+
+    @abc.abstractmethod
+    def kept_positions(
+        self, layer: Layer, places: Int[Array, " size"]
+    ) -> Int[Array, "*batch kv_heads size"]:
+        """Positions of each head's kept tokens at these places among them; -1 for none."""
+
+    @abc.abstractmethod
+    def head_slots(
+        self, layer: Layer, logical: Int[Array, "*batch kv_heads slots"]
+    ) -> Int[Array, "*batch kv_heads slots"]:
+        """Where vectors are when the ctx and KV head axes are one; -1 for no such slot."""
+
+    @abc.abstractmethod
+    def with_kept(self, layer: Layer, positions: Int[Array, "*batch kv_heads kept"]) -> Self:
+        """The same index with other kept tokens in a layer."""
+
+    @abc.abstractmethod
+    def with_runs(self, counts: Int[Array, "layers *batch kv_heads"]) -> Self:
+        """The same index, where each head may keep so many tokens."""
+
+    @abc.abstractmethod
+    def limits(self, layer: Layer) -> Int[Array, "*batch kv_heads"]:
+        """Tokens that each head may keep."""
 
     @property
     def first_new(self) -> Int[Array, "*batch"]:
@@ -176,10 +198,36 @@ class KeptIndex:
     ) -> Int[Array, "*batch kv_heads size"]:
         slots = start + jnp.arange(size, dtype=jnp.int32)
         first, end = self.first_new[..., None, None], lengths[..., None, None]
-        kept = jnp.take(self.positions[layer], slots - self.new, axis=-1, mode="clip")
+        kept = self.kept_positions(layer, slots - self.new)
         kept = jnp.where(kept < first, kept, -1)
         new = jnp.where(first + slots < end, first + slots, -1)
         return jnp.where(slots < self.new, new, kept)
+
+    def with_new_slots_free(self, full: Bool[Array, "*batch"]) -> Self:
+        """After a choice: in these sequences every token held is a kept one."""
+        since = jnp.where(full, 0, self.within.lengths)
+        return dataclasses.replace(self, within=self.within.with_lengths(since))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["lengths", "positions", "within", "sums"],
+    meta_fields=["capacity", "new"],
+)
+@dataclasses.dataclass(frozen=True)
+class KeptEvenlyIndex(KeptIndex):
+    """As many kept tokens in each head: positions are ``[layers, *batch, kv_heads, tokens]``."""
+
+    sums: Sums | None = None  # type: ignore[misc]
+
+    @property
+    def extent(self) -> int:
+        return self.new + self.positions.shape[-1]
+
+    def kept_positions(
+        self, layer: Layer, places: Int[Array, " size"]
+    ) -> Int[Array, "*batch kv_heads size"]:
+        return jnp.take(self.positions[layer], places, axis=-1, mode="clip")
 
     def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:
         return self.within.read(leaf, layer, start, size)
@@ -187,27 +235,22 @@ class KeptIndex:
     def head_slots(
         self, layer: Layer, logical: Int[Array, "*batch kv_heads slots"]
     ) -> Int[Array, "*batch kv_heads slots"]:
-        """Where vectors stand when the ctx and KV head axes are one; -1 for no such slot."""
         kv_heads = logical.shape[-2]
         slots = self.within.slots(logical.reshape(*logical.shape[:-2], -1)).reshape(logical.shape)
         heads = jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
         return jnp.where(slots < 0, -1, slots * kv_heads + heads)
 
     def with_kept(self, layer: Layer, positions: Int[Array, "*batch kv_heads tokens"]) -> Self:
-        """The same index with other kept tokens in a layer."""
         return dataclasses.replace(self, positions=self.positions.at[layer].set(positions))
 
-    def with_new_slots_free(self, full: Bool[Array, "*batch"]) -> Self:
-        """After a choice: in these sequences every token held is a kept one."""
-        since = jnp.where(full, 0, self.within.lengths)
-        return dataclasses.replace(self, within=self.within.with_lengths(since))
+    def with_runs(self, counts: Int[Array, "layers *batch kv_heads"]) -> Self:
+        return self  # all heads have the same places
 
     def with_sums(self, sums: Sums) -> Self:
         """The same index with other sums of attention."""
         return dataclasses.replace(self, sums=sums)
 
     def limits(self, layer: Layer) -> Int[Array, "*batch kv_heads"]:
-        """Tokens that each head may keep."""
         return jnp.full(self.positions.shape[1:-1], self.positions.shape[-1], jnp.int32)
 
     def select(self, rows: Int[Array, " rows"]) -> tuple[Self, Int[Array, " ctx"] | None]:

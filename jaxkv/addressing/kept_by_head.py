@@ -68,7 +68,6 @@ class KeptByHead:
             lengths=jnp.zeros(batch, jnp.int32),
             positions=jnp.full((self.num_layers, self.places), -1, jnp.int32),
             within=Contiguous().init(self.new, batch_size),
-            sums=None,
             firsts=runs,
             counts=jnp.zeros_like(runs),
             capacity=max_context_length,
@@ -79,7 +78,7 @@ class KeptByHead:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["lengths", "positions", "within", "sums", "firsts", "counts"],
+    data_fields=["lengths", "positions", "within", "firsts", "counts"],
     meta_fields=["capacity", "new", "longest"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,6 @@ class KeptByHeadIndex(KeptIndex):
     Attributes:
       positions: ``[layers, places]``, of the tokens in all runs.
       within: the slots of new tokens alone.
-      sums: None.
       firsts: the place that each head's run begins at.
       counts: tokens that each head may keep, the length of its run.
     """
@@ -103,7 +101,6 @@ class KeptByHeadIndex(KeptIndex):
         return self.new + self.longest
 
     def with_runs(self, counts: Int[Array, "layers *batch kv_heads"]) -> Self:
-        """The same index with runs of these lengths, one after the other."""
         flat = counts.reshape(len(counts), -1)
         firsts = (jnp.cumsum(flat, axis=1) - flat).reshape(counts.shape)
         return dataclasses.replace(self, firsts=firsts.astype(jnp.int32), counts=counts)
@@ -111,16 +108,12 @@ class KeptByHeadIndex(KeptIndex):
     def limits(self, layer: Layer) -> Int[Array, "*batch kv_heads"]:
         return self.counts[layer]
 
-    def key_positions(
-        self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
+    def kept_positions(
+        self, layer: Layer, places: Int[Array, " size"]
     ) -> Int[Array, "*batch kv_heads size"]:
-        slots = start + jnp.arange(size, dtype=jnp.int32)
-        first, end = self.first_new[..., None, None], lengths[..., None, None]
-        in_run = slots - self.new
-        kept = self.positions[layer].at[self.firsts[layer][..., None] + in_run].get(mode="clip")
-        owned = (in_run < self.counts[layer][..., None]) & (kept < first)
-        new = jnp.where(first + slots < end, first + slots, -1)
-        return jnp.where(slots < self.new, new, jnp.where(owned, kept, -1))
+        firsts, counts = self.firsts[layer][..., None], self.counts[layer][..., None]
+        kept = self.positions[layer].at[firsts + places].get(mode="clip")
+        return jnp.where(places < counts, kept, -1)
 
     def with_kept(self, layer: Layer, positions: Int[Array, "*batch kv_heads longest"]) -> Self:
         in_run = jnp.arange(self.longest, dtype=jnp.int32)

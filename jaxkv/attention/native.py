@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing import Index, PagedIndex
 from jaxkv.addressing.contiguous import ContiguousIndex
-from jaxkv.addressing.kept import KeptIndex
+from jaxkv.addressing.kept import KeptEvenlyIndex, KeptIndex
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.blockwise import blockwise
 from jaxkv.attention.request import Grouped, Request
@@ -32,7 +32,7 @@ from jaxkv.native import unavailable
 from jaxkv.newest import NewestIndex
 from jaxkv.vectors import means_of
 
-_INDICES = (ContiguousIndex, PagedIndex, RingIndex, KeptIndex, NewestIndex)
+_INDICES = (ContiguousIndex, PagedIndex, RingIndex, KeptEvenlyIndex, NewestIndex)
 _LANES = 16
 _MOST_NUMBERS = 1024  # of a vector of codes, which is widened on the stack
 _LOWEST = -1e30  # a finite "minus infinity", as in the kernel

@@ -41,10 +41,6 @@ def limits_of(cache: KVCache, keep: Keep) -> np.ndarray:
         limits = limits.reshape(layers, *limits.shape[1:-1] or (1,) * len(batch), kv_heads)
     else:
         budgets = list(keep) if isinstance(keep, Sequence | np.ndarray) else [keep] * layers
-        if len(budgets) != layers:
-            raise ValueError(
-                f"keep must be one number, or {layers} for layers, got {len(budgets)}."
-            )
         limits = np.stack([_of_sequences(cache, budget) for budget in budgets])
         limits = limits.reshape(layers, *batch, 1)
     return np.ascontiguousarray(np.broadcast_to(limits, (layers, *batch, kv_heads)), np.int32)

@@ -85,6 +85,11 @@ def compress(
         raise ValueError(
             "compress: pages are of one pool; give a hybrid cache's groups one by one."
         )
+    num_layers = cache.config.num_layers
+    if np.ndim(keep) and len(keep) != num_layers:  # type: ignore[arg-type]
+        raise ValueError(
+            f"keep must be one number, or {num_layers} for layers, got {len(keep)}."  # type: ignore[arg-type]
+        )
     parts: list[Part] = []
     for number, group in enumerate(cache.groups):
         layers = np.asarray(cache.config.layers_of(number))

@@ -9,7 +9,6 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxkv.addressing import Kept, KeptByHead, KeptIndex, PagedIndex, Sums
-from jaxkv.addressing.kept_by_head import KeptByHeadIndex
 from jaxkv.codecs import Leaves
 from jaxkv.compression.moves import picked, write_heads
 from jaxkv.compression.scoring import LayerScores, held_positions, per_sequence
@@ -43,8 +42,7 @@ def gathered(
     """
     index: KeptIndex = addressing.init(config.max_context_length, config.batch_size)
     index = dataclasses.replace(index, lengths=cache.lengths)
-    if isinstance(index, KeptByHeadIndex):
-        index = index.with_runs(limits)
+    index = index.with_runs(limits)
     keep = index.extent - index.new
     if pool is None:
         storage = {

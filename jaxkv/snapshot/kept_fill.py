@@ -138,7 +138,7 @@ class KeptFill:
 @jax.jit
 def _with_kept(index: KeptIndex, positions: Array, runs: Array | None) -> KeptIndex:
     """The same index with these kept tokens, in runs of these lengths where it has runs."""
-    if isinstance(index, KeptByHeadIndex) and runs is not None:
+    if runs is not None:
         index = index.with_runs(runs)
     for layer in range(len(positions)):
         index = index.with_kept(layer, positions[layer])
