@@ -12,6 +12,7 @@ from jaxkv.config import KVCacheConfig
 from jaxkv.creation import create
 from jaxkv.hybrid import AnyCache, HybridCache
 from jaxkv.kv_cache import KVCache
+from jaxkv.programs import moves_data
 
 _ROPE_BASE = 500_000.0
 
@@ -27,6 +28,7 @@ class VectorError(NamedTuple):
     values: float
 
 
+@moves_data
 def measure_error(cache: AnyCache, reference: AnyCache) -> tuple[VectorError, ...]:
     """How far each layer's keys and values are from those of another cache, to choose a codec by.
 
@@ -63,6 +65,7 @@ def measure_error(cache: AnyCache, reference: AnyCache) -> tuple[VectorError, ..
     return tuple(_layer_error(cache, reference, number) for number in range(ours))
 
 
+@moves_data
 def sample_error(codec: Codec, head_dim: int, *, outliers: bool, seed: int = 0) -> VectorError:
     """The error of a codec on 512 made-up tokens, for a plan before there is a model.
 
