@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxkv import exported  # noqa: F401, lets jax.export serialize caches
 from jaxkv.addressing import Addressing, Contiguous, Kept, Paged, Ring
 from jaxkv.attention import attend, explain, fetched_blocks, observed
 from jaxkv.cache import advance, append, check, layer, next_positions, reset, truncate

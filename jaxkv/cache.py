@@ -29,8 +29,9 @@ from jaxkv.hybrid import (
     in_every_group,
     in_its_group,
 )
-from jaxkv.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.kv_cache import KVCache, Layer, NumTokens, books_of, buffer_of
 from jaxkv.placement import in_host_memory
+from jaxkv.programs import one_program
 from jaxkv.streaming import append_to_host
 from jaxkv.vectors import encode, read
 
@@ -71,14 +72,21 @@ def append(
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
     check_chunk(cache, tokens)
     check_room(cache, tokens if num_tokens is None else num_tokens)
+    return _append(cache, keys, values, num_layer, num_tokens)
 
+
+@one_program()
+def _append(
+    cache: KVCache, keys: Array, values: Array, num_layer: Layer, num_tokens: NumTokens | None
+) -> KVCache:
+    tokens = keys.shape[-3]
     positions = token_positions(cache, tokens, num_tokens)
     encoded, means = encode(cache, num_layer, keys, values, positions)
     newest = cache.newest
     if newest is not None:
         newest = append(newest, keys, values, layer=num_layer, num_tokens=num_tokens)
     cache = dataclasses.replace(cache, means=means, newest=newest)
-    if in_host_memory(next(iter(cache.storage.values()))):
+    if in_host_memory(buffer_of(cache)):
         return append_to_host(cache, num_layer, encoded, keys, positions)
     slots = cache.index.slots(positions)
     # Places that do not exist get numbers past the end, each its own: the scatter drops
@@ -113,8 +121,12 @@ def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
     check_counts(cache, "num_tokens", num_tokens)
     check_alive(cache)
     check_room(cache, num_tokens)
-    lengths = cache.lengths + jnp.asarray(num_tokens, jnp.int32)
-    return cache.with_lengths(lengths)
+    return _advance(cache, num_tokens)
+
+
+@one_program()
+def _advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
+    return cache.with_lengths(cache.lengths + jnp.asarray(num_tokens, jnp.int32))
 
 
 def next_positions(cache: AnyCache, num_tokens: int) -> Int[Array, "*batch tokens"]:
@@ -126,7 +138,12 @@ def next_positions(cache: AnyCache, num_tokens: int) -> Int[Array, "*batch token
     [3, 4]
     """
     check_alive(cache)
-    return cache.lengths[..., None] + jnp.arange(num_tokens, dtype=jnp.int32)
+    return _next_positions(cache.lengths, num_tokens=num_tokens)
+
+
+@one_program("num_tokens")
+def _next_positions(lengths: Int[Array, "*batch"], *, num_tokens: int) -> Array:
+    return lengths[..., None] + jnp.arange(num_tokens, dtype=jnp.int32)
 
 
 def layer(
@@ -154,7 +171,11 @@ def layer(
 
 @in_its_group
 def _layer(cache: KVCache, *, layer: Layer) -> tuple[Array, Array]:
-    number = check_layer(cache, layer)
+    return _read_all(cache, check_layer(cache, layer))
+
+
+@one_program()
+def _read_all(cache: KVCache, number: Layer) -> tuple[Array, Array]:
     keys, values = read(cache, number, 0, cache.index.extent, _decoded_dtype(cache))
     return keys, values
 
@@ -176,10 +197,14 @@ def truncate(cache: KVCache, length: NumTokens) -> KVCache:
     """
     check_alive(cache)
     check_counts(cache, "length", length)
-    lengths = jnp.minimum(cache.lengths, jnp.asarray(length, jnp.int32))
-    rolled_back = cache.with_lengths(lengths)
+    rolled_back = _truncate(cache, length)
     check_intact(rolled_back)
     return rolled_back
+
+
+@one_program()
+def _truncate(cache: KVCache, length: NumTokens) -> KVCache:
+    return cache.with_lengths(jnp.minimum(cache.lengths, jnp.asarray(length, jnp.int32)))
 
 
 def reset(cache: AnyCache) -> AnyCache:
@@ -216,11 +241,12 @@ def check(cache: KVCache) -> KVCache:
         checkify.debug_check(jnp.all(cache.index.intact), "KV cache rolled back beyond its ring")
         return cache
     check_alive(cache)
-    if cache.overflowed.any():
-        each = np.unique(cache.index.room).tolist()
-        room = each[0] if len(each) == 1 else np.asarray(cache.index.room).tolist()
+    lengths, every_room, _ = books_of(cache.index)
+    if (lengths > every_room).any():
+        each = np.unique(every_room).tolist()
+        room = each[0] if len(each) == 1 else every_room.tolist()
         raise CacheFullError(
-            f"Tokens were dropped: sequences are {np.asarray(cache.lengths).tolist()} tokens long, "
+            f"Tokens were dropped: sequences are {lengths.tolist()} tokens long, "
             f"and the cache holds {room} each. The first {room} are intact; truncate to them, or "
             "create a cache with a larger max_context_length."
         )
@@ -235,7 +261,7 @@ def token_positions(
     positions = next_positions(cache, tokens)
     if num_tokens is None:
         return positions
-    real = jnp.arange(tokens) < jnp.asarray(num_tokens)[..., None]
+    real = jnp.arange(tokens, dtype=jnp.int32) < jnp.asarray(num_tokens, jnp.int32)[..., None]
     return jnp.where(real, positions, -1)
 
 

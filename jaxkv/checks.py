@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jaxkv.addressing import KeptIndex
 from jaxkv.errors import CacheClosedError, CacheFullError
 from jaxkv.hybrid import AnyCache, check_static_layer
-from jaxkv.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.kv_cache import KVCache, Layer, NumTokens, books_of
 from jaxkv.placement import in_host_memory
 
 
@@ -37,7 +37,8 @@ def check_counts(
         raise ValueError(f"{what} must be {allowed}, got {got}.")
     if isinstance(counts, jax.core.Tracer):
         return
-    given = np.asarray(counts)  # inside jit, numpy's own functions trace even a constant
+    # Inside jit, numpy's own functions trace even a constant.
+    given = np.asarray(jax.device_get(counts))
     if given.min() < 0 or (most is not None and given.max() > most):
         limits = "at least 0" if most is None else f"from 0 to {most}, the tokens given"
         raise ValueError(f"{what} must be {limits}, got {given.tolist()}.")
@@ -50,7 +51,7 @@ def check_rows(cache: KVCache, rows: Array) -> None:
         raise ValueError(f"rows must be int32[rows], at least one, got shape {list(rows.shape)}.")
     if isinstance(rows, jax.core.Tracer):
         return
-    given = np.asarray(rows)
+    given = np.asarray(jax.device_get(rows))
     if given.min() < 0 or given.max() >= count:
         raise IndexError(f"rows must be from 0 to {count - 1}, got {given.tolist()}.")
 
@@ -106,9 +107,8 @@ def check_room(cache: KVCache, num_tokens: NumTokens) -> None:
     """Outside jit, refuse tokens that do not fit, before anything changes."""
     if isinstance(cache.lengths, jax.core.Tracer) or isinstance(num_tokens, jax.core.Tracer):
         return
-    lengths = np.asarray(cache.lengths)
-    room = np.broadcast_to(np.asarray(cache.index.room), lengths.shape)
-    after = lengths + np.asarray(num_tokens)
+    lengths, room, _ = books_of(cache.index)
+    after = lengths + np.asarray(jax.device_get(num_tokens))
     if (after > room).any():
         worst = int(np.argmax(after - room))
         sequence = "" if after.ndim == 0 else f"sequence {worst} "
@@ -127,10 +127,13 @@ def check_room(cache: KVCache, num_tokens: NumTokens) -> None:
 
 def check_intact(cache: KVCache) -> None:
     """Outside jit, refuse a rollback to tokens that a ring has written over."""
-    if isinstance(cache.lengths, jax.core.Tracer) or np.all(cache.index.intact):
+    if isinstance(cache.lengths, jax.core.Tracer):
+        return
+    lengths, _, intact = books_of(cache.index)
+    if intact.all():
         return
     raise ValueError(
-        f"cannot roll back to {np.asarray(cache.lengths).tolist()} tokens: the "
+        f"cannot roll back to {lengths.tolist()} tokens: the "
         f"{cache.config.addressing.name} has written over tokens that the next query would see. It "
         f"takes back {cache.index.chunk} tokens at most; create it with a larger chunk to "
         "roll back further, or reset it."

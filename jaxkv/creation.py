@@ -1,5 +1,6 @@
 """Making a cache: every buffer preallocated and zero."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,23 +9,34 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxkv.codecs import Leaves, container_dtype, leaf_specs
 from jaxkv.config import KVCacheConfig
+from jaxkv.devices import default_device
 from jaxkv.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
 from jaxkv.kv_cache import KVCache
 from jaxkv.placement import Resident, zeros_in_host_memory
+from jaxkv.programs import moves_data
+
+_AXES = ("layers", "2", "slots", "kv_heads", "head_dim")  # of a buffer
 
 
+@moves_data  # zeros, of which the host has one
 def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
     """An empty cache: every buffer preallocated and zero.
 
     Args:
       config: its shape; a `HybridConfig` gives a `HybridCache`.
       device: a `jax.Device` or `jax.sharding.Sharding` for the buffers; JAX's default if None.
+        A `NamedSharding` is of the axes ``[layers, 2, slots, kv_heads, head_dim]``; a buffer
+        without the last ones, as scales are, is sharded by those that it has.
+
+    Raises:
+      ValueError: a sharding of more axes than that.
 
     >>> import jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 16, 1, 4, codec=jaxkv.Dense("float32")))
     >>> cache.storage["data"].shape
     (2, 2, 16, 1, 4)
     """
+    _check_axes(device)
     if isinstance(config, HybridConfig):
         groups = (_create(group, device) for group in config.groups)
         return HybridCache(tuple(groups), config)
@@ -34,17 +46,19 @@ def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
 def _create(config: KVCacheConfig, device: Any) -> KVCache:
     if config.in_host_memory and device is None:
         # All in one place that is named, for a step returns it so, and compiles once then.
-        device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+        device = default_device()
     platform = _platform(device)
 
     def buffers(num_slots: int, allocate: Any = jnp.zeros) -> Leaves:
         leaves = {}
         for name, (shape, dtype, sides) in leaf_specs(config.codec, config.head_dim).items():
             whole = (config.num_layers, sides, num_slots, config.num_kv_heads, *shape)
-            leaves[name] = allocate(whole, container_dtype(dtype, platform), device=device)
+            where = _of_axes(device, range(len(whole)))
+            leaves[name] = allocate(whole, container_dtype(dtype, platform), device=where)
         return leaves
 
-    means = config.means_shape and jnp.zeros(config.means_shape, device=_without_ctx(device))
+    of_means = _of_axes(device, (0, 1, 3, 4))  # all but the slots
+    means = config.means_shape and jnp.zeros(config.means_shape, jnp.float32, device=of_means)
     index = config.addressing.init(config.max_context_length, config.batch_size)
     resident = None
     if config.num_resident_slots:
@@ -61,18 +75,24 @@ def _create(config: KVCacheConfig, device: Any) -> KVCache:
 
 
 def _platform(device: Any) -> str:
-    if device is None:
-        device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if isinstance(device, str):
         return device
     if isinstance(device, jax.sharding.Sharding):
         device = next(iter(device.device_set))
-    return jax.default_backend() if device is None else device.platform
+    return (device or default_device()).platform
 
 
-def _without_ctx(device: Any) -> Any:
-    """Where means go, whose axes are those of a buffer without its ctx axis."""
+def _check_axes(device: Any) -> None:
+    if isinstance(device, NamedSharding) and len(device.spec) > len(_AXES):
+        raise ValueError(
+            f"device: {device.spec} is of {len(device.spec)} axes, and a cache's buffers have "
+            f"{len(_AXES)}: [{', '.join(_AXES)}]."
+        )
+
+
+def _of_axes(device: Any, axes: Sequence[int]) -> Any:
+    """The same for an array that has only these axes of a buffer."""
     if not isinstance(device, NamedSharding):
         return device
-    axes = tuple(device.spec)
-    return NamedSharding(device.mesh, PartitionSpec(*axes[:2], *axes[3:]))
+    spec = [device.spec[axis] for axis in axes if axis < len(device.spec)]
+    return device.update(spec=PartitionSpec(*spec))

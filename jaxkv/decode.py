@@ -139,7 +139,7 @@ class Program:
         _decode.lower(self.model, self.leaves, state, cache, **self._options()).compile()
 
     def prefill(self, chunk: Chunk, cache: AnyCache) -> AnyCache:
-        return _prefill(self.model, self.leaves, *chunk, cache)
+        return _prefill(self.model, self.leaves, *jax.device_put(chunk), cache)
 
     def decode(self, state: State, cache: AnyCache) -> tuple[State, AnyCache, New]:
         return _decode(self.model, self.leaves, state, cache, **self._options())

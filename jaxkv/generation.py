@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.checks import checked_prompt
@@ -151,7 +150,7 @@ def generate(
         marks.append(time.perf_counter())
         num_wanted = len(checked) * max_new_tokens
         with progress_bar("decode", num_wanted, quiet=streams) as advance_bar:
-            while np.asarray(state.remaining).any():
+            while jax.device_get(state.remaining).any():
                 state, live.cache, new = program.decode(state, live.cache)
                 for number, (tokens, logprobs) in enumerate(_arrived(new)):
                     answers[number].tokens.extend(tokens)
@@ -185,7 +184,7 @@ def _start(prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[
     if not whole or seeds.min() < limits.min or seeds.max() > limits.max:
         raise ValueError(f"generate: a seed must be an int32, got {seed!r}.")
     remaining = [max_new_tokens] * len(prompts)
-    return State(*(jnp.asarray(values, jnp.int32) for values in (last, remaining, seeds)))
+    return State(*jax.device_put([np.int32(values) for values in (last, remaining, seeds)]))
 
 
 def _arrived(new: New) -> Iterator[tuple[list[int], list[float]]]:

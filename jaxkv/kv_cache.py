@@ -16,9 +16,10 @@ from jaxkv.config import KVCacheConfig
 from jaxkv.html import Bar, occupancy_html
 from jaxkv.newest import NewestIndex
 from jaxkv.placement import Resident
+from jaxkv.programs import one_program
 from jaxkv.text import format_bytes, sequences
 
-__all__ = ["KVCache", "Layer", "NumTokens"]
+__all__ = ["KVCache", "Layer", "NumTokens", "books_of", "buffer_of"]
 
 # Sequences that are named one by one.
 _NAMED = 8
@@ -167,7 +168,7 @@ class KVCache:
         size = f"{format_bytes(self.config.size_bytes)} ({self.config.size_bytes:,} bytes)"
         if held is None:
             return occupancy_html("KVCache", _facts(self.config), [], f"{size}, {unknown}")
-        room = np.broadcast_to(np.asarray(self.index.room), held.shape).ravel()
+        room = books_of(self.index)[1].ravel()
         bars = [
             Bar(f"sequence {i}", *pair)
             for i, pair in enumerate(zip(held.ravel(), room, strict=True))
@@ -195,6 +196,22 @@ class KVCache:
         )
 
 
+def buffer_of(cache: KVCache) -> Array:
+    """One of a cache's buffers, which stands for all: they are made and moved together."""
+    return next(iter(cache.storage.values()))
+
+
+def books_of(index: Index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Outside jit, the length of each sequence, its room, and whether it is intact."""
+    lengths, room, intact = jax.device_get(_books(index))
+    return lengths, np.broadcast_to(room, lengths.shape), np.broadcast_to(intact, lengths.shape)
+
+
+@one_program()
+def _books(index: Index) -> tuple[Any, Any, Any]:
+    return index.lengths, index.room, index.intact
+
+
 def _fill(bar: Bar) -> float:
     return bar.used / max(bar.size, 1)
 
@@ -212,8 +229,8 @@ def _lengths(cache: KVCache) -> tuple[np.ndarray | None, str]:
     lengths = cache.lengths
     if isinstance(lengths, jax.core.Tracer):
         return None, "traced"
-    if not isinstance(lengths, jax.Array):
+    if not isinstance(lengths, jax.Array | np.ndarray):
         return None, "shapes alone"
-    if lengths.is_deleted():
+    if isinstance(lengths, jax.Array) and lengths.is_deleted():
         return None, "donated"
-    return np.asarray(lengths), ""
+    return np.asarray(jax.device_get(lengths)), ""

@@ -11,6 +11,7 @@ from jaxkv.codecs import Centred, Codec, Rope
 from jaxkv.config import KVCacheConfig
 from jaxkv.creation import create
 from jaxkv.hybrid import AnyCache
+from jaxkv.programs import moves_data
 
 _ROPE_BASE = 500_000.0
 
@@ -26,6 +27,7 @@ class VectorError(NamedTuple):
     values: float
 
 
+@moves_data
 def measure_error(cache: AnyCache, reference: AnyCache) -> tuple[VectorError, ...]:
     """How far each layer's keys and values are from those of another cache, to choose a codec by.
 
@@ -62,6 +64,7 @@ def measure_error(cache: AnyCache, reference: AnyCache) -> tuple[VectorError, ..
     return tuple(_layer_error(cache, reference, number) for number in range(ours))
 
 
+@moves_data
 def sample_error(codec: Codec, head_dim: int, *, outliers: bool, seed: int = 0) -> VectorError:
     """The error of a codec on 512 made-up tokens, for a plan before there is a model.
 

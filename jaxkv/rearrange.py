@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -11,6 +12,7 @@ from jaxkv.addressing import PagedIndex
 from jaxkv.checks import check_alive, check_on_device, check_rows
 from jaxkv.hybrid import AnyCache, in_every_group
 from jaxkv.kv_cache import KVCache
+from jaxkv.programs import on_device, one_program, promotes_ranks
 
 
 @in_every_group
@@ -34,9 +36,14 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     [5, 5, 5]
     """
     check_alive(cache)
-    chosen = jnp.asarray(rows, jnp.int32)
+    chosen = rows if isinstance(rows, jax.Array) else on_device(np.asarray(rows, np.int32))
     check_rows(cache, chosen)
     check_on_device(cache)
+    return _select(cache, chosen)
+
+
+@one_program()
+def _select(cache: KVCache, chosen: Int[Array, " rows"]) -> KVCache:
     index, slots = cache.index.select(chosen)
     storage = cache.storage
     if slots is not None:
@@ -95,6 +102,7 @@ def copy_pages(
     return copied(cache, sources, destinations)
 
 
+@one_program()
 def copied(
     cache: KVCache, sources: Int[Array, " pages"], destinations: Int[Array, " pages"]
 ) -> KVCache:
@@ -114,6 +122,7 @@ def page_size_of(cache: KVCache) -> int:
     return cache.index.page_size if isinstance(cache.index, PagedIndex) else cache.index.extent
 
 
+@promotes_ranks
 def slots_of_pages(cache: KVCache, pages: Int[Array, " pages"]) -> Int[Array, " slots"]:
     """The ctx slots of pages of a pool; of pages that there are not, slots past the end.
 

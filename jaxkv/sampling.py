@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxkv.programs import promotes_ranks
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -45,6 +47,7 @@ class Sampling:
             raise ValueError("Sampling: " + "; ".join(problems) + ".")
 
 
+@promotes_ranks
 def sample(
     logits: Float[Array, "batch vocabulary"],
     sampling: Sampling,
@@ -77,7 +80,7 @@ def sample(
         tokens = jnp.argmax(logits, axis=-1)
     else:
         keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))
         kept = _filtered(logits / sampling.temperature, sampling)
         tokens = jnp.argmax(kept + noise(keys(seeds, positions)), axis=-1)
     tokens = tokens.astype(jnp.int32)

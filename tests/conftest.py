@@ -1,9 +1,15 @@
-"""Set before jax starts: eight CPU devices, strict promotion, and nothing from the network."""
+"""Set before jax starts: CPU devices, strict promotion, and nothing from the network.
+
+``JAXKV_TEST_DEVICES=1 pytest`` runs the tests in a process as most users have it, with one device;
+those that need more, which say so with ``pytest.mark.devices(number)``, are skipped.
+"""
 
 import os
 
+os.environ.setdefault("JAXKV_TEST_DEVICES", "8")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + f" --xla_force_host_platform_device_count={os.environ['JAXKV_TEST_DEVICES']}"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,3 +48,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
         if isinstance(item, pytest.DoctestItem) and item.dtest.globs["__name__"] in SLOW_EXAMPLES:
             item.add_marker(pytest.mark.slow)
+        needs = item.get_closest_marker("devices")
+        if needs and needs.args[0] > int(os.environ["JAXKV_TEST_DEVICES"]):
+            item.add_marker(pytest.mark.skip(reason=f"needs {needs.args[0]} devices"))

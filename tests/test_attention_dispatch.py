@@ -10,24 +10,29 @@ import pytest
 import jaxkv
 from jaxkv.attention import IMPLEMENTATIONS, products
 from jaxkv.attention.blockwise import KEY_BLOCK, QUERY_BLOCK
+from jaxkv.native import unavailable
 from tests.oracle import Oracle, config_of, layer_step, random_step, step
 
 SHAPE = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 16}
 
 
-# Tokens, context, who serves on several CPU devices, and why another does not.
+# Tokens, context, size of a head, who serves, and why another does not.
 CALLS = {
-    "decode": (1, 64, "reference", "native: not used, this process has 8 CPU devices"),
-    "short prefill": (64, 64, "reference", "blockwise: not needed, reference comes first"),
-    "long context": (1, 2 * KEY_BLOCK, "blockwise", "on a CPU it reads all 2048 slots"),
-    "long prefill": (8192, 8192, "blockwise", "its scores would take 268.4 MB"),
+    "decode": (1, 64, 16, "native", "reference: not needed, native comes first"),
+    "decode by XLA": (1, 64, 8, "reference", "native: not used, head_dim 8 is not a multiple of"),
+    "short prefill": (64, 64, 16, "reference", "blockwise: not needed, reference comes first"),
+    "long context": (1, 2 * KEY_BLOCK, 8, "blockwise", "on a CPU it reads all 2048 slots"),
+    "long prefill": (8192, 8192, 16, "blockwise", "its scores would take 268.4 MB"),
 }
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_the_first_that_can_serve_serves(monkeypatch, call):
-    tokens, context, serves, reason = CALLS[call]
-    cache = jaxkv.create(config_of(max_context_length=context, **SHAPE))
+    tokens, context, head_dim, serves, reason = CALLS[call]
+    if serves == "native" and (missing := unavailable()):
+        pytest.skip(missing)
+    shape = SHAPE | {"head_dim": head_dim}
+    cache = jaxkv.create(config_of(max_context_length=context, **shape))
     explanation = jaxkv.explain(cache, tokens=tokens)
     assert f"{serves}: used" in explanation
     assert reason in explanation
@@ -36,7 +41,7 @@ def test_the_first_that_can_serve_serves(monkeypatch, call):
     for number, (name, implementation) in enumerate(list(IMPLEMENTATIONS.items())):
         answer = functools.partial(answer_with, number)
         monkeypatch.setitem(IMPLEMENTATIONS, name, implementation._replace(run=answer))
-    queries = jnp.ones((tokens, 2, 16))
+    queries = jnp.ones((tokens, 2, head_dim))
     for name in (None, *IMPLEMENTATIONS):
         if name is None or not IMPLEMENTATIONS[name].cannot_serve(cache, tokens):
             output = jaxkv.attend(cache, queries, layer=0, implementation=name)
@@ -110,16 +115,24 @@ def test_in_double_precision_mode(implementation):
         np.testing.assert_allclose(output, 0.5)
 
 
-def test_sums_of_products_are_the_products(monkeypatch):
-    """What XLA is given on a GPU, where a group is small."""
+FORMS = {
+    "a head": (products.scores_by_head, products.mix_by_head),
+    "sums": (products.summed_scores, products.summed_mix),  # on a GPU, where a group is small
+    "packed": (products.packed_scores, products.packed_mix),  # on a CPU, where rows are few
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_products_in_each_form(form):
     generator = np.random.default_rng(0)
     arrays = [(2, 3, 2, 4, 16), (2, 50, 3, 16), (2, 3, 2, 4, 50)]
     queries, vectors, weights = (generator.standard_normal(shape, np.float32) for shape in arrays)
-    expected = products.scores_of(queries, vectors), products.mix_of(weights, vectors)
-    monkeypatch.setattr(products, "sums_in_place", lambda tokens, group: True)
-    actual = products.scores_of(queries, vectors), products.mix_of(weights, vectors)
-    for one, other in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+    scores, mix = FORMS[form]
+    exact = [np.float64(array) for array in (queries, vectors, weights)]
+    expected = np.einsum("bktgd,bskd->bktgs", exact[0], exact[1])
+    np.testing.assert_allclose(scores(queries, vectors), expected, atol=1e-5)
+    expected = np.einsum("bktgs,bskd->bktgd", exact[2], exact[1])
+    np.testing.assert_allclose(mix(weights, vectors), expected, atol=1e-5)
 
 
 def test_the_scores_of_all_query_heads_count():
@@ -136,16 +149,3 @@ def test_outside_jit_the_blocks_are_compiled_once(monkeypatch):
     for _ in range(3):
         jaxkv.attend(cache, queries, layer=0, implementation="blockwise")
     assert run._cache_size() == 1
-
-
-def test_the_products_of_one_cpu_device_are_those_of_several(monkeypatch):
-    """All heads in one product, most of it zeros, is the form for a process with one device."""
-    rng = np.random.default_rng(0)
-    queries = rng.standard_normal((2, 3, 2, 2, 16), np.float32)
-    keys = rng.standard_normal((2, 8, 3, 16), np.float32)
-    plain = products.scores_of(queries, keys)
-    plain_mix = products.mix_of(plain, keys)
-    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
-    packed = products.scores_of(queries, keys)
-    np.testing.assert_allclose(packed, plain, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(products.mix_of(plain, keys), plain_mix, rtol=1e-5, atol=1e-4)

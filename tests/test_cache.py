@@ -111,6 +111,7 @@ def test_repr_tells_shape_and_length():
     assert "? of 8 tokens" in repr(jax.eval_shape(lambda: cache))
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize("device", [lambda: jax.devices()[3], lambda: jax.devices()[0]])
 def test_created_on_the_device_asked_for(device):
     cache = jaxkv.create(config_of(), device=device())

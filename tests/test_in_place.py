@@ -88,8 +88,11 @@ def decode(cache, keys, implementation=None):
     return jaxkv.advance(cache, 1), hidden
 
 
+def decode_blockwise(cache, keys):
+    return decode(cache, keys, "blockwise")
+
+
 def decode_natively(cache, keys):
-    """By the kernel that a process with a single CPU device uses."""
     if reason := IMPLEMENTATIONS["native"].cannot_serve(cache, tokens=1):
         pytest.skip(reason)
     return decode(cache, keys, "native")
@@ -97,7 +100,7 @@ def decode_natively(cache, keys):
 
 def decode_in_a_layer_scan(cache, keys):
     def one_layer(state, layer):
-        return decode_layer(*state, layer), None
+        return decode_layer(*state, layer, "blockwise"), None
 
     state = cache, jnp.repeat(keys, 2, axis=-2)
     (cache, hidden), _ = lax.scan(one_layer, state, jnp.arange(LAYERS))
@@ -109,7 +112,7 @@ PROGRAMS = [
     append_ragged,
     append_in_a_layer_scan,
     append_in_a_while_loop,
-    decode,
+    decode_blockwise,
     decode_natively,
     decode_in_a_layer_scan,
 ]
@@ -210,6 +213,7 @@ def test_the_proof_fails_for_a_bfloat16_buffer_on_a_cpu():
 
 
 @pytest.mark.slow_cases(r"^(?!int8-contiguous)")
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(("codec", "addressing"), EACH_ONCE)
 def test_a_cache_sharded_over_heads_stays_so(codec, addressing):
     mesh = jax.make_mesh((8,), ("heads",), axis_types=(AxisType.Auto,))
@@ -238,6 +242,7 @@ def test_a_cache_sharded_over_heads_stays_so(codec, addressing):
 
 
 @pytest.mark.slow_cases(r"ring|paged")
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize("addressing", ADDRESSINGS)
 def test_in_a_mesh_with_explicit_axes_too(monkeypatch, addressing, implementation):

@@ -31,17 +31,19 @@ def config_of(**fields):
 
 @pytest.fixture
 def served(monkeypatch):
-    """As if this machine had the GPU; with a function in place of the kernel's call, or not."""
+    """As if the CPU were the GPU; with a function in place of the kernel's call, or not."""
 
     def serve(run=mosaic.mosaic):
-        row = IMPLEMENTATIONS["mosaic"]._replace(run=run, cannot_serve=mosaic.cannot_read)
-        monkeypatch.setitem(IMPLEMENTATIONS, "mosaic", row)
+        fields = {"run": run, "cannot_read": mosaic.cannot_read, "platform": "cpu"}
+        for name, other in (("mosaic", fields), ("native", {"platform": "gpu"})):
+            row = IMPLEMENTATIONS[name]._replace(**other)
+            monkeypatch.setitem(IMPLEMENTATIONS, name, row)
 
     return serve
 
 
 def test_explain_says_what_it_needs():
-    assert "mosaic: not used, it reads on a Hopper GPU" in jaxkv.explain(jaxkv.create(config_of()))
+    assert "mosaic: not used, it runs on a GPU" in jaxkv.explain(jaxkv.create(config_of()))
 
 
 REASONS = {
@@ -101,7 +103,7 @@ def test_what_it_can_read(fields):
 
 def test_a_group_that_fills_the_registers_is_left_to_others(served):
     cache = jaxkv.create(config_of(num_kv_heads=1))
-    assert "33 query heads read each KV head" in mosaic.should_not_serve(cache, 1, 33)
+    assert "33 query heads read each KV head" in mosaic.should_not_serve(cache, 1, 33, "gpu")
     served()
     with pytest.raises(ValueError, match="33 query heads read each KV head, and it takes 32"):
         jaxkv.attend(cache, jnp.ones((1, 33, 64)), layer=0, implementation="mosaic")

@@ -21,11 +21,6 @@ def fresh_start():
     library.unavailable.cache_clear()
 
 
-@pytest.fixture
-def one_cpu(monkeypatch):
-    monkeypatch.setattr(jax, "local_device_count", lambda backend=None: 1)
-
-
 def cache_of(**fields):
     config = {"codec": jaxkv.Dense("float32"), **fields}
     return jaxkv.create(jaxkv.KVCacheConfig(2, 200, 2, 16, **config))
@@ -41,7 +36,7 @@ def available():
         pytest.skip(reason)
 
 
-def test_it_is_chosen_for_decode_alone(one_cpu):
+def test_it_is_chosen_for_decode_alone():
     available()
     assert explained(cache_of())["native"] == "used"
     assert "this call has 5" in explained(cache_of(), tokens=5)["native"]
@@ -68,9 +63,7 @@ def test_several_devices_leave_it_to_others():
         ({"CXX": "false"}, "it could not be built"),
     ],
 )
-def test_without_a_compiler_there_is_another_way(
-    fresh_start, one_cpu, monkeypatch, environment, reason
-):
+def test_without_a_compiler_there_is_another_way(fresh_start, monkeypatch, environment, reason):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     cache = cache_of()
@@ -201,7 +194,7 @@ def test_under_vmap():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_products_equal_xlas(one_cpu, dtype, axis, rows):
+def test_products_equal_xlas(dtype, axis, rows):
     """Sizes that leave units, runs and strips not full; several weights of unlike width."""
     available()
     generator = np.random.default_rng(rows)
@@ -218,7 +211,7 @@ def test_products_equal_xlas(one_cpu, dtype, axis, rows):
         np.testing.assert_allclose(result, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_products_under_vmap_and_derivatives_are_xlas(one_cpu):
+def test_products_under_vmap_and_derivatives_are_xlas():
     available()
     x, weight = (
         jnp.asarray(np.random.default_rng(0).standard_normal(s, np.float32))

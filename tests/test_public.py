@@ -17,7 +17,7 @@ PACKAGE = ROOT / "jaxkv"
 
 # From the bottom up, as in ARCHITECTURE.md. A file imports from its own floor or lower ones.
 FLOORS = [
-    {"errors", "display", "text", "hf_config", "html", "native"},
+    {"errors", "devices", "display", "text", "hf_config", "html", "native", "programs"},
     {"codecs", "addressing", "paging"},
     {"placement", "newest"},
     {"config"},
@@ -25,7 +25,7 @@ FLOORS = [
     {"vectors"},
     {"hybrid"},
     {"model_shape"},
-    {"checks"},
+    {"checks", "exported"},
     {"streaming"},
     {"creation", "cache", "rearrange"},
     {"attention"},

@@ -21,8 +21,13 @@ def read_runs(
     """``size`` slots from ``start`` on of every sequence's run of ``extent`` slots."""
     layers, sides, _, *vector = leaf.shape
     per_sequence = leaf.reshape(layers, sides, *batch, extent, *vector)
-    begin = [layer, 0, *(0 for _ in batch), start, *(0 for _ in vector)]
+    begin = place(layer, 0, *(0 for _ in batch), start, *(0 for _ in vector))
     return lax.dynamic_slice(per_sequence, begin, [1, sides, *batch, size, *vector])[0]
+
+
+def place(*starts: Int[Array, ""] | int) -> list[Array]:
+    """Where a slice begins, in one type of integer, which `jax_enable_x64` would make two."""
+    return [jnp.asarray(start, jnp.int32) for start in starts]
 
 
 def first_slots(batch: tuple[int, ...], extent: int) -> Int[Array, "*batch 1"]:

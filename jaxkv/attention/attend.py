@@ -1,5 +1,6 @@
 """Reading the cache: one verb, and a table of implementations that can serve it."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,10 +22,12 @@ from jaxkv.attention.reference import reference
 from jaxkv.attention.request import Grouped, Request, request_of
 from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
 from jaxkv.attention.streamed import is_streamed, streamed
-from jaxkv.checks import check_counts
+from jaxkv.checks import check_counts, check_layer
 from jaxkv.codecs import Dense, unrotate
+from jaxkv.devices import PLATFORMS, by_platform, default_device, platform_of
 from jaxkv.hybrid import AnyCache, in_its_group
-from jaxkv.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.kv_cache import KVCache, Layer, NumTokens, buffer_of
+from jaxkv.programs import one_program
 from jaxkv.text import format_bytes
 
 # Scores that the reference form may hold at once, in bytes.
@@ -36,32 +39,41 @@ class Implementation(NamedTuple):
 
     Attributes:
       run: the function.
-      cannot_serve: why it cannot serve ``(cache, tokens)``, or None.
-      should_not_serve: why ``(cache, tokens, heads)`` is better left to the next, or None.
+      cannot_read: why it cannot serve ``(cache, tokens)`` on its platform, or None.
+      should_not_serve: why ``(cache, tokens, heads, platform)`` is better left to the next.
+      platform: the only one that it is for; None for all.
       reads_host_memory: whether it can serve caches that are there.
       turns: whether it turns queries and outputs itself, as the codec wants.
     """
 
     run: Callable[[Request], Grouped]
-    cannot_serve: Callable[[KVCache, int], str | None]
-    should_not_serve: Callable[[KVCache, int, int], str | None]
+    cannot_read: Callable[[KVCache, int], str | None]
+    should_not_serve: Callable[[KVCache, int, int, str], str | None]
+    platform: str | None = None
     reads_host_memory: bool = False
     turns: bool = False
 
+    def cannot_serve(self, cache: KVCache, tokens: int, platform: str | None = None) -> str | None:
+        """Why it cannot serve this call, on the platform where the cache is if none is named."""
+        platform = platform or _expected_platform(cache)
+        if self.platform not in (None, platform):
+            return f"it runs on a {self.platform.upper()}, and this is for a {platform.upper()}"
+        return self.cannot_read(cache, tokens)
 
-def _no_reason(cache: KVCache, tokens: int, heads: int = 0) -> str | None:
+
+def _no_reason(*call: Any) -> str | None:
     return None
 
 
-def _reference_is_wasteful(cache: KVCache, tokens: int, heads: int) -> str | None:
+def _reference_is_wasteful(cache: KVCache, tokens: int, heads: int, platform: str) -> str | None:
     extent = cache.index.extent
     scores = 4 * math.prod(cache.config.batch_shape) * heads * tokens * extent
     if scores > _REFERENCE_LIMIT:
         return f"its scores would take {format_bytes(scores)}"
     group = heads // cache.config.num_kv_heads
-    if not isinstance(cache.config.codec, Dense) and not sums_in_place(tokens, group):
+    if not isinstance(cache.config.codec, Dense) and not sums_in_place(platform, tokens, group):
         return f"it would decode the whole {cache.config.codec.name} layer"
-    if jax.default_backend() == "cpu" and extent > KEY_BLOCK:
+    if platform == "cpu" and extent > KEY_BLOCK:
         return f"on a CPU it reads all {extent} slots, blockwise only those in use"
     return None
 
@@ -69,12 +81,18 @@ def _reference_is_wasteful(cache: KVCache, tokens: int, heads: int) -> str | Non
 # The first that can and should, serves; blockwise always can, but for host memory.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     # On a CPU host memory is the memory that it reads.
-    "native": Implementation(native, native_cannot_serve, native_should_not_serve, True),
-    "mosaic": Implementation(mosaic, mosaic_cannot_serve, mosaic_should_not_serve, turns=True),
+    "native": Implementation(
+        native, native_cannot_serve, native_should_not_serve, "cpu", reads_host_memory=True
+    ),
+    "mosaic": Implementation(
+        mosaic, mosaic_cannot_serve, mosaic_should_not_serve, "gpu", turns=True
+    ),
     "reference": Implementation(reference, _no_reason, _reference_is_wasteful),
-    # Outside jit a scan is compiled anew on each call; under a jit of its own, once.
+    # Under a jit of its own a scan is traced once for all layers.
     "blockwise": Implementation(jax.jit(blockwise), _no_reason, _no_reason),
-    "streamed": Implementation(jax.jit(streamed), streamed_cannot_serve, _no_reason, True),
+    "streamed": Implementation(
+        jax.jit(streamed), streamed_cannot_serve, _no_reason, reads_host_memory=True
+    ),
 }
 
 
@@ -123,22 +141,41 @@ def attend(
     _check_call(cache, queries, window, softcap, sinks)
     *_, tokens, heads, _ = queries.shape
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
-    name = implementation or _choose(cache, tokens, heads)
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}."
-        )
-    if reason := _cannot_serve(name, cache, tokens):
-        raise ValueError(f"implementation {name!r} cannot serve this call: {reason}.")
-
+    platform = platform_of(buffer_of(cache), queries)
+    names = _serving(cache, tokens, heads, platform, implementation)
+    number = check_layer(cache, layer)
     notify(Call(cache, queries, layer, num_tokens))
     if tokens == 0:
         return queries
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
-    chosen = IMPLEMENTATIONS[name]
-    request = request_of(cache, queries, layer, num_tokens, turn=not chosen.turns, **options)
+    call = functools.partial(
+        *(_serve, cache, queries, number, num_tokens, scale, sinks),
+        softcap=softcap,
+        window=window,
+    )
+    runs = {name: functools.partial(call, chosen=IMPLEMENTATIONS[name]) for name in names.values()}
+    if platform is not None:
+        return runs[names[platform]]()
+    return by_platform({each: runs[name] for each, name in names.items()})
+
+
+@one_program("chosen", "softcap", "window")
+def _serve(
+    cache: KVCache,
+    queries: Array,
+    layer: Layer,
+    num_tokens: NumTokens | None,
+    scale: float | None,
+    sinks: Array | None,
+    *,
+    chosen: Implementation,
+    softcap: float | None,
+    window: int | None,
+) -> Array:
+    options: dict[str, Any] = {"softcap": softcap, "window": window, "sinks": sinks}
+    turn = not chosen.turns
+    request = request_of(cache, queries, layer, num_tokens, scale=scale, turn=turn, **options)
     output = chosen.run(request)
-    if not chosen.turns:
+    if turn:
         output = unrotate(cache.config.codec, output)
     return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
 
@@ -153,7 +190,7 @@ def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> st
     >>> import jaxkv
     >>> print(jaxkv.explain(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), tokens=2))
     native: not used, it serves one token a sequence, and this call has 2
-    mosaic: not used, it reads on a Hopper GPU, and the backend is cpu
+    mosaic: not used, it runs on a GPU, and this is for a CPU
     reference: used
     blockwise: not needed, reference comes first
     streamed: not used, the cache is on the device
@@ -167,12 +204,13 @@ def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> st
         return "\n".join(groups)
     (cache,) = cache.groups
     heads = heads or cache.config.num_kv_heads
-    chosen = _choose(cache, tokens, heads)
+    platform = _expected_platform(cache)
+    chosen = _first_choice(cache, tokens, heads, platform)
     lines = []
     for name in IMPLEMENTATIONS:
         if name == chosen:
             verdict = "used"
-        elif reason := _reason_against(name, cache, tokens, heads):
+        elif reason := _reason_against(name, cache, tokens, heads, platform):
             verdict = f"not used, {reason}"
         else:
             verdict = f"not needed, {chosen} comes first"
@@ -180,21 +218,43 @@ def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> st
     return "\n".join(lines)
 
 
-def _choose(cache: KVCache, tokens: int, heads: int) -> str:
-    reasons = {name: _reason_against(name, cache, tokens, heads) for name in IMPLEMENTATIONS}
+def _serving(
+    cache: KVCache, tokens: int, heads: int, platform: str | None, named: str | None
+) -> dict[str, str]:
+    """For each platform that the call may be for, who serves there."""
+    platforms = PLATFORMS if platform is None else (platform,)
+    if named is None:
+        return {each: _first_choice(cache, tokens, heads, each) for each in platforms}
+    if named not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {named!r}."
+        )
+    own = IMPLEMENTATIONS[named].platform
+    if platform is None and own is not None:
+        platforms = (own,)
+    if reason := _cannot_serve(named, cache, tokens, platforms[0]):
+        raise ValueError(f"implementation {named!r} cannot serve this call: {reason}.")
+    return dict.fromkeys(platforms, named)
+
+
+def _first_choice(cache: KVCache, tokens: int, heads: int, platform: str) -> str:
+    call = cache, tokens, heads, platform
+    reasons = {name: _reason_against(name, *call) for name in IMPLEMENTATIONS}
     for name, reason in reasons.items():
         if not reason:
             return name
     raise ValueError(f"no implementation can serve this call: {reasons}.")
 
 
-def _reason_against(name: str, cache: KVCache, tokens: int, heads: int) -> str | None:
-    return _cannot_serve(name, cache, tokens) or IMPLEMENTATIONS[name].should_not_serve(
-        cache, tokens, heads
+def _reason_against(
+    name: str, cache: KVCache, tokens: int, heads: int, platform: str
+) -> str | None:
+    return _cannot_serve(name, cache, tokens, platform) or IMPLEMENTATIONS[name].should_not_serve(
+        cache, tokens, heads, platform
     )
 
 
-def _cannot_serve(name: str, cache: KVCache, tokens: int) -> str | None:
+def _cannot_serve(name: str, cache: KVCache, tokens: int, platform: str) -> str | None:
     if is_streamed(cache) and name != "streamed":
         if not IMPLEMENTATIONS[name].reads_host_memory:
             return "the cache is in host memory"
@@ -202,7 +262,12 @@ def _cannot_serve(name: str, cache: KVCache, tokens: int) -> str | None:
             return "it reads all blocks, and this cache's placement chooses"
     if cache.newest is not None and name not in ("native", "blockwise", "streamed"):
         return "the newest tokens are in a cache of their own"
-    return IMPLEMENTATIONS[name].cannot_serve(cache, tokens)
+    return IMPLEMENTATIONS[name].cannot_serve(cache, tokens, platform)
+
+
+def _expected_platform(cache: KVCache) -> str:
+    """Where the cache is; while nobody can know, where programs are run by default."""
+    return platform_of(buffer_of(cache)) or default_device().platform
 
 
 def _check_call(

@@ -26,7 +26,7 @@ def blockwise(request: Request) -> Grouped:
     def one_block(block: Array) -> Grouped:
         return _one_query_block(request.take_queries(block * QUERY_BLOCK, QUERY_BLOCK))
 
-    blocks = lax.map(one_block, jnp.arange(num_blocks))
+    blocks = lax.map(one_block, jnp.arange(num_blocks, dtype=jnp.int32))
     joined = jnp.moveaxis(blocks, 0, 2)  # [batch, kv_heads, blocks, QUERY_BLOCK, group, head_dim]
     return joined.reshape(*joined.shape[:2], -1, *joined.shape[4:])[:, :, :tokens]
 
@@ -52,7 +52,7 @@ def _all_blocks(request: Request) -> Online:
     def one_key_block(state, block):
         # The last block is moved back to end with the cache; slots seen before are masked.
         start = jnp.minimum(block * size, extent - size)
-        fresh = start + jnp.arange(size) >= block * size
+        fresh = start + jnp.arange(size, dtype=jnp.int32) >= block * size
         seen = request.visible(start, size) & fresh
 
         def read(state: Online) -> Online:
@@ -60,5 +60,5 @@ def _all_blocks(request: Request) -> Online:
 
         return lax.cond(seen.any(), read, lambda state: state, state), None
 
-    blocks = jnp.arange(-(-extent // size))
+    blocks = jnp.arange(-(-extent // size), dtype=jnp.int32)
     return lax.scan(one_key_block, Online.start(request), blocks)[0]

@@ -10,8 +10,10 @@ from jaxkv.attention.request import request_of
 from jaxkv.attention.streamed import cannot_serve
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
 from jaxkv.placement import HostMemory
+from jaxkv.programs import promotes_ranks
 
 
+@promotes_ranks
 def fetched_blocks(
     cache: KVCache,
     queries: Float[Array, "*batch tokens heads head_dim"],
@@ -56,6 +58,6 @@ def fetched_blocks(
     numbers = chosen_blocks(request, end)
     if numbers is None:
         numbers = jnp.arange(placement.num_blocks(cache.index.capacity), dtype=jnp.int32)[None]
-    turns = jnp.arange(numbers.shape[1])
+    turns = jnp.arange(numbers.shape[1], dtype=jnp.int32)
     fetched = jnp.where(turns < count[:, None], numbers, -1)
     return fetched.reshape(*cache.config.batch_shape, -1)

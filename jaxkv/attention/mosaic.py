@@ -23,7 +23,8 @@ from jaxkv.attention.mosaic_plan import TILE, plan, stored_by
 from jaxkv.attention.request import Grouped, Request
 from jaxkv.codecs import Centred, Dense, Int8, Rotated, bitcast, rotate, unrotate
 from jaxkv.codecs.hadamard import half_turn
-from jaxkv.kv_cache import KVCache
+from jaxkv.devices import local_gpu, num_devices_of
+from jaxkv.kv_cache import KVCache, buffer_of
 from jaxkv.vectors import means_of
 
 Slots = Int[Array, " batch"]
@@ -39,12 +40,12 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
     return _wrong_device() or cannot_read(cache, tokens)
 
 
-def should_not_serve(cache: KVCache, tokens: int, heads: int) -> str | None:
+def should_not_serve(cache: KVCache, tokens: int, heads: int, platform: str) -> str | None:
     """Why another implementation is the better choice, or None."""
     if (group := heads // cache.config.num_kv_heads) > _MOST_GROUP:
         return _too_many(group)
-    if (devices := jax.local_device_count()) > 1:
-        return f"this process has {devices} GPUs, and a sharded cache would be gathered"
+    if (devices := num_devices_of(buffer_of(cache))) > 1:
+        return f"the cache is on {devices} GPUs, and a sharded one would be gathered"
     return None
 
 
@@ -86,9 +87,8 @@ def mosaic(request: Request) -> Grouped:
 
 @functools.cache
 def _wrong_device() -> str | None:
-    if (backend := jax.default_backend()) != "gpu":
-        return f"it reads on a Hopper GPU, and the backend is {backend}"
-    device = jax.local_devices()[0]
+    if (device := local_gpu()) is None:
+        return "it needs a Hopper GPU, and this process has no GPU to ask"
     if (capability := str(getattr(device, "compute_capability", "none"))) != "9.0":
         return f"it needs a Hopper GPU (9.0), and {device.device_kind} is {capability}"
     try:

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 
 from jaxkv.addressing.paged import PagedIndex
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.request import Request
 from jaxkv.codecs import Centred, Codec, Dense, Rotated
+from jaxkv.devices import local_gpu
 from jaxkv.kv_cache import KVCache
 
 TILE = 64  # slots that are taken at once, the rows of a product
@@ -76,8 +76,7 @@ def parts(cache: KVCache, rows: int) -> tuple[int, int]:
     """Parts of a sequence, and tiles that a part holds at once."""
     config, extent = cache.config, cache.index.extent
     lists, head_dim = (config.batch_size or 1) * config.num_kv_heads, config.head_dim
-    device = jax.local_devices()[0]
-    multiprocessors = getattr(device, "core_count", None) or _MULTIPROCESSORS
+    multiprocessors = getattr(local_gpu(), "core_count", None) or _MULTIPROCESSORS
     codec, centred = stored_by(cache), isinstance(config.codec, Centred)
     quantized, packed = not isinstance(codec, Dense), isinstance(codec, Rotated)
 

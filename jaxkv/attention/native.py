@@ -27,7 +27,8 @@ from jaxkv.codecs import (
     rotate_values,
     unrotate,
 )
-from jaxkv.kv_cache import KVCache
+from jaxkv.devices import num_devices_of
+from jaxkv.kv_cache import KVCache, buffer_of
 from jaxkv.native import unavailable
 from jaxkv.newest import NewestIndex
 from jaxkv.vectors import means_of
@@ -41,8 +42,6 @@ _LOWEST = -1e30  # a finite "minus infinity", as in the kernel
 def cannot_serve(cache: KVCache, tokens: int) -> str | None:
     """Why this call is not for the native kernel, or None."""
     config = cache.config
-    if jax.default_backend() != "cpu":
-        return f"it reads on a CPU, and the backend is {jax.default_backend()}"
     if tokens != 1:
         return f"it serves one token a sequence, and this call has {tokens}"
     keys, values = _sides(config.codec)
@@ -60,10 +59,10 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
     return unavailable()
 
 
-def should_not_serve(cache: KVCache, tokens: int, heads: int) -> str | None:
+def should_not_serve(cache: KVCache, tokens: int, heads: int, platform: str) -> str | None:
     """Why another implementation is the better choice, or None."""
-    if (devices := jax.local_device_count("cpu")) > 1:
-        return f"this process has {devices} CPU devices, and a sharded cache would be gathered"
+    if (devices := num_devices_of(buffer_of(cache))) > 1:
+        return f"the cache is on {devices} devices, and a sharded one would be gathered"
     return None
 
 

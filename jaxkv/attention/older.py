@@ -61,7 +61,7 @@ def chosen_blocks(request: Request, end: Int[Array, " batch"]) -> Int[Array, "ba
     products += jnp.einsum("bktgd,bnkd->bntkg", down, bounds.lowest[layer])
     real = (request.positions >= 0)[:, None, :, None, None]
     largest = jnp.where(real, products, -jnp.inf).max(axis=(2, 3, 4))
-    exists = jnp.arange(largest.shape[1]) * placement.block < end[:, None]
+    exists = jnp.arange(largest.shape[1], dtype=jnp.int32) * placement.block < end[:, None]
     ranked = jnp.where(exists, largest, -jnp.inf)
     return lax.top_k(ranked, min(placement.blocks_per_query or 1, ranked.shape[1]))[1]
 

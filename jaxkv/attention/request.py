@@ -159,7 +159,8 @@ def request_of(
     *_, tokens, heads, head_dim = queries.shape
     batch, group = config.batch_size or 1, heads // config.num_kv_heads
     grouped = queries.reshape(batch, tokens, config.num_kv_heads, group, head_dim)
-    scaled = grouped.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)
+    scale = head_dim**-0.5 if scale is None else scale
+    scaled = grouped.astype(jnp.float32) * jnp.asarray(scale, jnp.float32)
     added = tokens if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
     newest = None
     if cache.newest is not None:  # sinks take their share once

@@ -16,7 +16,7 @@ from jaxkv.attention.older import block_size, first_on_device, turns_of
 from jaxkv.attention.online import Online
 from jaxkv.attention.request import Grouped, Request
 from jaxkv.codecs import Leaves
-from jaxkv.kv_cache import KVCache, Layer
+from jaxkv.kv_cache import KVCache, Layer, buffer_of
 from jaxkv.placement import in_host_memory, read_slots, run_of
 
 
@@ -31,7 +31,7 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
 
 def is_streamed(cache: KVCache) -> bool:
     """Whether a cache's buffers are in host memory."""
-    return in_host_memory(next(iter(cache.storage.values())))
+    return in_host_memory(buffer_of(cache))
 
 
 def streamed(request: Request) -> Grouped:
@@ -56,7 +56,7 @@ def _with_newest(request: Request, state: Online, end: Int[Array, " batch"]) -> 
         positions = ring.key_positions(start, size)
         here = (positions >= end[:, None, None]) | (positions < index.sinks)
         here &= positions < capacity
-        here &= start + jnp.arange(size) >= block * size
+        here &= start + jnp.arange(size, dtype=jnp.int32) >= block * size
         leaves = {
             name: index.read(leaf, request.layer, start, size) for name, leaf in storage.items()
         }

@@ -32,8 +32,10 @@ from jaxkv.compression.scoring import (
 from jaxkv.hybrid import AnyCache, HybridCache, HybridConfig
 from jaxkv.kv_cache import KVCache
 from jaxkv.policies import HeavyHitters, Policy
+from jaxkv.programs import moves_data
 
 
+@moves_data
 def compress(
     cache: AnyCache,
     policy: Policy | LayerScores,

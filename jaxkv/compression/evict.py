@@ -27,8 +27,10 @@ from jaxkv.compression.scoring import (
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
 from jaxkv.policies import HeavyHitters, Policy
+from jaxkv.programs import promotes_ranks
 
 
+@promotes_ranks
 def evict(
     cache: AnyCache,
     policy: Policy,

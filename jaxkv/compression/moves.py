@@ -23,7 +23,10 @@ def picked(
     kv_heads, kept = slots.shape[-2:]
     batch = math.prod(slots.shape[:-2])
     rows = rows.reshape(sides, batch, size, kv_heads, *vector)
-    sequences, heads = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
+    sequences, heads = (
+        jnp.arange(batch, dtype=jnp.int32)[:, None, None],
+        jnp.arange(kv_heads, dtype=jnp.int32)[:, None],
+    )
     found = rows[:, sequences, slots.reshape(batch, kv_heads, kept), heads]
     return jnp.moveaxis(found, 0, 3).reshape(-1, sides, *vector)
 
@@ -58,10 +61,10 @@ def moves_of(
     """
     keep = positions.shape[1] - new
     slots, kept = select(scores, positions, keep, most=limits, sinks=sinks, recent=recent)
-    heads = jnp.arange(len(slots))[:, None]
+    heads = jnp.arange(len(slots), dtype=jnp.int32)[:, None]
     stays = jnp.zeros(positions.shape, bool).at[heads, slots].set(kept >= 0)
     survivor = stays[:, :new]
-    free = ~stays[:, new:] & (jnp.arange(keep) < limits[:, None])
+    free = ~stays[:, new:] & (jnp.arange(keep, dtype=jnp.int32) < limits[:, None])
     count = min(new, keep)
     origins = jnp.argsort(~survivor, axis=1)[:, :count].astype(jnp.int32)
     places = jnp.argsort(~free, axis=1)[:, :count].astype(jnp.int32)
@@ -71,7 +74,7 @@ def moves_of(
 
 def move(values: Array, origins: Array, targets: Array) -> Array:
     """One sequence's ``[kv_heads, slots]`` with some also at other places."""
-    heads = jnp.arange(len(values))[:, None]
+    heads = jnp.arange(len(values), dtype=jnp.int32)[:, None]
     moved = jnp.take_along_axis(values, origins, axis=1)
     places = jnp.where(targets < 0, values.shape[1], targets)
     return values.at[heads, places].set(moved, mode="drop")

@@ -139,6 +139,7 @@ class Batch:
         tokens = np.zeros((1, self._chunk), np.int32)
         tokens[0, : len(chunk)] = chunk
         start, tables = np.array([request.length], np.int32), self._tables([request])
+        tokens, start, tables = jax.device_put((tokens, start, tables))
         self._session.cache = steps.prefill(
             self._structure, self._leaves, tokens, start, tables, self._session.cache
         )
@@ -158,7 +159,7 @@ class Batch:
         self._session.cache, new = steps.decode(
             self._structure,
             self._leaves,
-            self._dispatch(rows),
+            jax.device_put(self._dispatch(rows)),
             self._session.cache,
             sampling=self._sampling,
             num_steps=self._decode_steps,
@@ -246,4 +247,5 @@ class Batch:
         pairs[:, num_groups:, 0] = np.array(rows)[:, None]
         for copy in copies:
             pairs[:, copy.group, 0] = copy.source, copy.destination
-        self._session.cache = steps.copy(tuple(pairs[0]), tuple(pairs[1]), self._session.cache)
+        sources, destinations = jax.device_put((tuple(pairs[0]), tuple(pairs[1])))
+        self._session.cache = steps.copy(sources, destinations, self._session.cache)

@@ -47,7 +47,7 @@ class SwapSpace:
             return False
         self._kept[request] = []
         for numbers in _portions(pages):
-            contents = jax.device_get(steps.read(_padded(numbers), cache))
+            contents = jax.device_get(steps.read(jax.device_put(_padded(numbers)), cache))
             # Copies, for a part of what a device gave would keep all of it in memory.
             self._kept[request].append([
                 {
@@ -68,7 +68,7 @@ class SwapSpace:
                 {name: _filled_up(leaf, pool) for name, leaf in leaves.items()}
                 for pool, leaves in zip(steps.pools_of(cache), contents, strict=True)
             )
-            cache = steps.write(_padded(numbers), padded, cache)
+            cache = steps.write(*jax.device_put((_padded(numbers), padded)), cache)
         self.drop(request)
         return cache
 

@@ -17,6 +17,7 @@ from jaxkv.codecs import Codec, Dense
 from jaxkv.config import KVCacheConfig
 from jaxkv.creation import create
 from jaxkv.kv_cache import KVCache, NumTokens
+from jaxkv.programs import promotes_ranks
 
 
 def one_layer(config: KVCacheConfig) -> KVCache:
@@ -36,6 +37,7 @@ def layer_config(
     )  # fmt: skip
 
 
+@promotes_ranks
 def cached_attention(
     cache: KVCache,
     query: Float[Array, "*batch tokens heads head_dim"],
@@ -93,7 +95,10 @@ def _real_tokens(
         )
     seen = jnp.broadcast_to(mask, (*batch, *mask.shape[-3:])).astype(bool)
     count = seen.any((-3, -2)).sum(-1, dtype=jnp.int32)
-    queries, keys = jnp.arange(tokens)[:, None], jnp.arange(tokens)
+    queries, keys = (
+        jnp.arange(tokens, dtype=jnp.int32)[:, None],
+        jnp.arange(tokens, dtype=jnp.int32),
+    )
     needed = (keys <= queries) & (queries < count[..., None, None])
     sound = (seen | ~needed[..., None, :, :]).all((-3, -2, -1))
     if not isinstance(sound, jax.core.Tracer) and not np.asarray(sound).all():

@@ -3,20 +3,15 @@
 import dataclasses
 import math
 import operator
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import jax
 from jax.errors import JaxRuntimeError
 
+from jaxkv.devices import Device, default_device
 from jaxkv.memory.machine import process_bytes, tightest_bound
 from jaxkv.memory.units import parse_bytes
 from jaxkv.text import format_bytes
-
-if TYPE_CHECKING:
-    # An extension type without stubs, which a type checker takes for a variable.
-    Device: TypeAlias = Any
-else:
-    from jax import Device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +78,6 @@ def device_memory(device: Device | int | str | None = None) -> DeviceMemory:
         return _of_device(device)
     size = _size(device)
     return DeviceMemory("given", "given", size, size, 0)
-
-
-def default_device() -> Device:
-    """Where JAX puts arrays when nobody says where."""
-    default = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if default is None or isinstance(default, str):
-        return jax.local_devices(backend=default)[0]
-    return default
 
 
 def live_array_bytes(device: Device) -> int:

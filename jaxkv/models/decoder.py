@@ -23,6 +23,7 @@ from jaxkv.models.layers import (
 )
 from jaxkv.models.model import Model
 from jaxkv.models.rope import rotate, rotation
+from jaxkv.programs import promotes_ranks
 
 Hidden = Float[Array, "*batch tokens hidden"]
 
@@ -151,6 +152,7 @@ class Decoder(Model):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(hidden, vocab, rngs=rngs, dtype=dtype)
 
+    @promotes_ranks
     def __call__(
         self,
         tokens: Int[Array, "*batch tokens"],
@@ -173,7 +175,9 @@ class Decoder(Model):
         """
         check_tokens(tokens, cache)
         length = tokens.shape[-1]
-        positions = jnp.arange(length) if cache is None else next_positions(cache, length)
+        positions = (
+            jnp.arange(length, dtype=jnp.int32) if cache is None else next_positions(cache, length)
+        )
         context = length if cache is None else cache.config.max_context_length
         ropes = self.config.ropes
         rotations = {rope: rotation(rope, positions, context) for rope in dict.fromkeys(ropes)}

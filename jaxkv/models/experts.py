@@ -43,7 +43,9 @@ class Experts(nnx.Module):
                 lambda: total,
             ), None
 
-        return lax.scan(add, jnp.zeros_like(x), jnp.arange(self.config.num_experts))[0]
+        return lax.scan(
+            add, jnp.zeros_like(x), jnp.arange(self.config.num_experts, dtype=jnp.int32)
+        )[0]
 
     def _run(self, expert: Array, x: Hidden) -> Hidden:
         """One expert: a gated linear unit with a clamped swish, and one added to the other side."""

@@ -30,6 +30,7 @@ from jaxkv.models.layers import (
     check_tokens,
 )
 from jaxkv.models.model import Model
+from jaxkv.programs import promotes_ranks
 
 Hidden = Float[Array, "*batch tokens hidden"]
 
@@ -212,6 +213,7 @@ class GPT2(Model):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(hidden, vocab, rngs=rngs, dtype=dtype)
 
+    @promotes_ranks
     def __call__(
         self,
         tokens: Int[Array, "*batch tokens"],
@@ -222,7 +224,9 @@ class GPT2(Model):
         """As `Decoder.__call__`; a context beyond ``max_positions`` is a `ValueError`."""
         check_tokens(tokens, cache, self.config.max_positions)
         length = tokens.shape[-1]
-        positions = jnp.arange(length) if cache is None else next_positions(cache, length)
+        positions = (
+            jnp.arange(length, dtype=jnp.int32) if cache is None else next_positions(cache, length)
+        )
         # Padding may lie past the last position that there is.
         x = self.wte(tokens) + self.wpe(jnp.minimum(positions, self.config.max_positions - 1))
         for number, block in enumerate(self.h):

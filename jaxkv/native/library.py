@@ -2,6 +2,9 @@
 
 It is kept in the user's cache folder. Where no C++ compiler is found, its users take another
 way, and say so (`jaxkv.explain`). ``JAXKV_NATIVE=0`` in the environment turns it off.
+
+XLA must know it before a program that another process compiled is loaded. So what was built on
+this machine before is registered when jaxkv is imported.
 """
 
 import ctypes
@@ -32,9 +35,7 @@ def unavailable() -> str | None:
     """What stands in the way of the library's use, or None once XLA knows it."""
     if os.environ.get("JAXKV_NATIVE") == "0":
         return "JAXKV_NATIVE=0 turns it off"
-    candidates = (os.environ.get("CXX") or "c++", "g++", "clang++")
-    compiler = next(filter(None, map(shutil.which, candidates)), None)
-    if compiler is None:
+    if (compiler := _compiler()) is None:
         return "no C++ compiler was found (c++, g++ or $CXX), which it is built with once"
     try:
         library = ctypes.CDLL(os.fspath(built(compiler)))
@@ -46,30 +47,52 @@ def unavailable() -> str | None:
     return None
 
 
+def register_if_built() -> None:
+    """Let XLA know the library where that takes no compilation."""
+    if (compiler := _compiler()) is not None and _place(compiler).exists():
+        unavailable()
+
+
 def built(compiler: str) -> pathlib.Path:
-    """The compiled library, named by all that it depends on."""
-    native_flag = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    command = [compiler, *_FLAGS, native_flag, f"-I{jax.ffi.include_dir()}"]
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    sources = [_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))]
-    contents = [source.read_bytes() for source in sources]
-    depends_on = [contents, version, command, jaxlib.__version__, _processor()]
-    digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
-    folder = _cache_folder()
-    library = folder / f"native-{digest[:16]}.so"
+    """The compiled library."""
+    library = _place(compiler)
     if not library.exists():
+        folder = library.parent
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Built beside its place and moved there whole: two processes may do this at once.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = os.path.join(scratch, "native.so")
             subprocess.run(
-                [*command, os.fspath(_SOURCE), "-o", new],
+                [*_command(compiler), os.fspath(_SOURCE), "-o", new],
                 capture_output=True,
                 check=True,
                 timeout=120,
             )
             os.replace(new, library)
     return library
+
+
+def _compiler() -> str | None:
+    candidates = (os.environ.get("CXX") or "c++", "g++", "clang++")
+    return next(filter(None, map(shutil.which, candidates)), None)
+
+
+def _command(compiler: str) -> list[str]:
+    native_flag = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    return [compiler, *_FLAGS, native_flag, f"-I{jax.ffi.include_dir()}"]
+
+
+def _place(compiler: str) -> pathlib.Path:
+    """Where the library is once it is built: named by all that it depends on."""
+    sources = [_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))]
+    contents = [source.read_bytes() for source in sources]
+    status = os.stat(compiler)  # another version is another file
+    depends_on = [
+        *(contents, _command(compiler), status.st_size, status.st_mtime_ns),
+        *(jaxlib.__version__, _processor()),
+    ]
+    digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
+    return _cache_folder() / f"native-{digest[:16]}.so"
 
 
 def _cache_folder() -> pathlib.Path:

@@ -13,6 +13,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
+from jaxkv.devices import num_devices_of
 from jaxkv.native.library import unavailable
 
 _LEAST_BYTES = 64 << 10  # of weights; for fewer the call itself takes longer than the product
@@ -21,11 +22,9 @@ _LANES = 32  # elements that the kernel reads at once
 
 
 def cannot_multiply(x: Array, weights: Sequence[Array]) -> str | None:
-    """Why `products` is not for these arrays, or None."""
-    if jax.default_backend() != "cpu":
-        return f"it runs on a CPU, and the backend is {jax.default_backend()}"
-    if (devices := jax.local_device_count("cpu")) > 1:
-        return f"this process has {devices} CPU devices, and sharded weights would be gathered"
+    """Why `products` is not for these arrays on a CPU, or None."""
+    if (devices := max(num_devices_of(array) for array in (x, *weights))) > 1:
+        return f"the arrays are on {devices} devices, and sharded ones would be gathered"
     if (rows := x.size // max(1, x.shape[-1])) not in range(1, _MOST_ROWS + 1):
         return f"it is for 1 to {_MOST_ROWS} rows, and these are {rows}"
     if x.dtype not in (jnp.float32, jnp.bfloat16):

@@ -128,7 +128,7 @@ class Bounds:
         inside = (positions[:, None] // self.block == blocks[..., None]) & (positions >= 0)[:, None]
         started_before = blocks * self.block < first
         blocks = jnp.where(inside.any(-1), blocks, self.lowest.shape[2])  # else: to be dropped
-        row = jnp.arange(batch)[:, None]
+        row = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
         def update(leaf: Array, extreme: float, reduce: Callable, merge: Callable) -> Array:
             chosen = jnp.where(inside[..., None, None], keys[:, None], extreme)

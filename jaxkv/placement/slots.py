@@ -10,7 +10,7 @@ from jaxkv.addressing import Index, Layer, PagedIndex
 from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.addressing.kept_by_head import KeptByHeadIndex
 from jaxkv.addressing.ring import RingIndex
-from jaxkv.addressing.runs import first_slots
+from jaxkv.addressing.runs import first_slots, place
 from jaxkv.placement.host_memory import in_host_memory, to_device, to_host
 
 # Copied in one turn of a loop. On an H100 pages of 64 arrive at 22 GB/s so, one by one at 15.
@@ -91,10 +91,10 @@ def _joined(leaf: Array, layer: Layer, starts: Int[Array, "*batch pieces"], size
     at_once = math.gcd(flat.size, _PIECES_AT_ONCE)
 
     def some(turn: Int[Array, ""], whole: Array) -> Array:
-        places = ((layer, 0, flat[turn * at_once + i], *origin) for i in range(at_once))
-        pieces = [lax.dynamic_slice(leaf, place, (1, sides, size, *rest)) for place in places]
+        places = (place(layer, 0, flat[turn * at_once + i], *origin) for i in range(at_once))
+        pieces = [lax.dynamic_slice(leaf, each, (1, sides, size, *rest)) for each in places]
         joined = jnp.concatenate([to_device(piece)[0] for piece in pieces], axis=1)
-        return lax.dynamic_update_slice(whole, joined, (0, turn * at_once * size, *origin))
+        return lax.dynamic_update_slice(whole, joined, place(0, turn * at_once * size, *origin))
 
     whole = jnp.zeros((sides, flat.size * size, *rest), leaf.dtype)
     whole = lax.fori_loop(0, flat.size // at_once, some, whole)
@@ -126,11 +126,11 @@ def write_slots(
         places = start + jnp.arange(size, dtype=jnp.int32)
         numbers = jnp.clip(token + places - slot, 0, tokens - 1)
         is_new = (slots[row, numbers] == places).reshape(-1, *(1 for _ in leaf.shape[3:]))
-        place = (layer, 0, start, *(0 for _ in leaf.shape[3:]))
-        old = to_device(lax.dynamic_slice(leaf, place, sizes))
+        begin = place(layer, 0, start, *(0 for _ in leaf.shape[3:]))
+        old = to_device(lax.dynamic_slice(leaf, begin, sizes))
         piece = jnp.where(is_new, new[:, row, numbers][None], old)
         following = jnp.where(slots[row, token] < 0, token + 1, token + end - slot)
-        return following, lax.dynamic_update_slice(leaf, to_host(piece), place)
+        return following, lax.dynamic_update_slice(leaf, to_host(piece), begin)
 
     def one_sequence(row: Array | int, leaf: Array) -> Array:
         if tokens == 1:

@@ -53,7 +53,7 @@ class ExpectedAttention:
         rest = jnp.where(counted, before_rope - mean, 0)
         covariance = jnp.einsum("whi,whj->hij", rest, rest) / count
 
-        next_ones = next_position(positions) + jnp.arange(self.future)
+        next_ones = next_position(positions) + jnp.arange(self.future, dtype=jnp.int32)
         turn = jax.vmap(self._mean_turn, in_axes=(0, None))
         mean = turn(mean[:, None], next_ones)[:, 0]
         covariance = turn(turn(covariance, next_ones).mT, next_ones)

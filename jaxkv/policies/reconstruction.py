@@ -12,11 +12,13 @@ from jaxtyping import Array, Float, Int
 from jaxkv.attention.observed import Call, watch
 from jaxkv.kv_cache import KVCache
 from jaxkv.policies.policy import attention_weights, fold_queries
+from jaxkv.programs import moves_data
 from jaxkv.vectors import read
 
 _OVERLAP = 8  # tokens before a chunk that say where it begins; as in the authors' code
 
 
+@moves_data
 def reconstruction_scores(
     model: Callable[..., tuple[Array, KVCache]],
     tokens: Int[Array, "*batch tokens"],
@@ -104,7 +106,7 @@ def _most_attention(call: Call, length: Array, start: Array, size: int, sinks: i
         [read(call.cache, call.layer, first, count, jnp.float32)[0] for first, count in spans],
         axis=-3,
     )
-    at = jnp.concatenate([first + jnp.arange(count) for first, count in spans])
+    at = jnp.concatenate([first + jnp.arange(count, dtype=jnp.int32) for first, count in spans])
     positions = jnp.broadcast_to(at, (keys.shape[-2], len(at)))
 
     def one_sequence(queries: Array, keys: Array) -> Array:
@@ -113,7 +115,9 @@ def _most_attention(call: Call, length: Array, start: Array, size: int, sinks: i
             return jnp.maximum(so_far, weights.max(axis=(1, 2)))
 
         none = jnp.zeros(positions.shape, jnp.float32)
-        weights = fold_queries(highest, none, queries, length + jnp.arange(replayed))
+        weights = fold_queries(
+            highest, none, queries, length + jnp.arange(replayed, dtype=jnp.int32)
+        )
         return weights[:, sinks : sinks + size]
 
     return (jax.vmap(one_sequence) if keys.ndim == 4 else one_sequence)(queries, keys)

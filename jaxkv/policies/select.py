@@ -46,7 +46,7 @@ def select(
     ranked = lax.sort(keys, num_keys=3)[-1][:, :keep]
     found = jnp.take_along_axis(positions, ranked, axis=1)
     if most is not None:
-        kept = jnp.arange(keep) < jnp.asarray(most, jnp.int32)[..., None]
+        kept = jnp.arange(keep, dtype=jnp.int32) < jnp.asarray(most, jnp.int32)[..., None]
         found = jnp.where(kept, found, -1)
     # Back to ascending slots, those that are not kept last.
     _, slots, found = lax.sort(((found < 0).astype(jnp.int32), ranked, found), num_keys=2)

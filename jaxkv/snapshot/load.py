@@ -17,6 +17,7 @@ from jaxkv.errors import CacheFullError, ConfigError, SnapshotError
 from jaxkv.hybrid import AnyCache, AnyConfig
 from jaxkv.memory.allocate import allocate
 from jaxkv.newest import Newest
+from jaxkv.programs import moves_data
 from jaxkv.snapshot import container, manifest
 from jaxkv.snapshot.fills import filled_by, fills_of
 from jaxkv.snapshot.fingerprint import differences, fingerprint
@@ -42,6 +43,7 @@ def inspect(
     return manifest.read(file, container.read_manifest(file), codec, addressing)
 
 
+@moves_data
 def load(
     path: str | os.PathLike,
     *,

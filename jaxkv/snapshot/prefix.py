@@ -15,12 +15,14 @@ from jaxkv.errors import CacheFullError, SnapshotError
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
 from jaxkv.paging import PageAllocator, restore
+from jaxkv.programs import moves_data
 from jaxkv.rearrange import select
 from jaxkv.snapshot.fill import Fill
 from jaxkv.snapshot.load import check_kind, check_model, opened
 from jaxkv.snapshot.places import means_of_file, named
 
 
+@moves_data
 def load_prefix(
     path: str | os.PathLike,
     cache: AnyCache,

@@ -15,6 +15,7 @@ from jaxkv.cache import check
 from jaxkv.codecs import leaf_specs
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
+from jaxkv.programs import moves_data
 from jaxkv.snapshot import container
 from jaxkv.snapshot.fingerprint import fingerprint
 from jaxkv.snapshot.kept import KeptSource
@@ -24,6 +25,7 @@ from jaxkv.snapshot.places import Places, buffer_of_layers, places_of, written_o
 Tokens = Sequence[int] | Sequence[Sequence[int]] | Int[Array, "*batch tokens"]
 
 
+@moves_data
 def save(
     cache: AnyCache, path: str | os.PathLike, *, tokens: Tokens | None = None, model: Any = None
 ) -> None:

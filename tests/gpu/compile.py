@@ -80,9 +80,8 @@ def step(implementation):
 
 def main(device_name):
     # What this process would ask of its device.
-    jax.default_backend = lambda: "gpu"
     row = IMPLEMENTATIONS["mosaic"]
-    IMPLEMENTATIONS["mosaic"] = row._replace(cannot_serve=mosaic.cannot_read)
+    IMPLEMENTATIONS["mosaic"] = row._replace(cannot_read=mosaic.cannot_read)
     text = TARGET.format(*DEVICES[device_name], name=device_name)
     topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
     placed = jax.sharding.SingleDeviceSharding(topology.devices[0])

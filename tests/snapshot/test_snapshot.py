@@ -222,6 +222,7 @@ def test_rows_and_room_are_checked(tmp_path):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batch))
 
 
+@pytest.mark.devices(4)
 def test_to_another_device_and_to_shards(tmp_path):
     cache = filled(small_config("int8"))
     jaxkv.save(cache, tmp_path / "file")
