@@ -7,8 +7,9 @@ from typing import Any
 import jax.export
 import numpy as np
 
-from jaxkv.addressing import Contiguous, Kept, KeptByHead, KeptIndex, Paged, PagedIndex, Ring, Sums
+from jaxkv.addressing import Contiguous, Kept, KeptByHead, Paged, PagedIndex, Ring, Sums
 from jaxkv.addressing.contiguous import ContiguousIndex
+from jaxkv.addressing.kept import KeptEvenlyIndex
 from jaxkv.addressing.kept_by_head import KeptByHeadIndex
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.codecs import Centred, Dense, Float8, Int8, KeysValues, Rope, Rotated
@@ -20,7 +21,7 @@ from jaxkv.placement import Bounds, HostMemory, Resident
 
 _NODES = (
     *(KVCache, HybridCache, Resident, Bounds, Sums),
-    *(ContiguousIndex, PagedIndex, RingIndex, KeptIndex, KeptByHeadIndex, NewestIndex),
+    *(ContiguousIndex, PagedIndex, RingIndex, KeptEvenlyIndex, KeptByHeadIndex, NewestIndex),
 )
 _STATIC = {
     kind.__name__: kind
