@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxkv.memory.ledger import Event
-from jaxkv.memory.tracker import MemoryTracker
+from jaxkv.memory.tracker import Event, MemoryTracker
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

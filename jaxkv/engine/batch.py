@@ -15,7 +15,7 @@ from jaxkv.engine.request import MOST_STOP_TOKENS, Request
 from jaxkv.engine.swap import SwapSpace, pages_in_use
 from jaxkv.errors import PoolFullError
 from jaxkv.memory.session import Session
-from jaxkv.paging import Copy, PageAllocator, Prompt, restore
+from jaxkv.paging import Copy, PageAllocator, Prompt
 from jaxkv.sampling import Sampling
 
 Arrived = list[tuple[Request, list[int]]]
@@ -97,7 +97,7 @@ class Batch:
 
     def _resume(self, request: Request) -> None:
         """Other pages with what was kept of its old ones; nothing of it is computed again."""
-        restore(self.pages, request.number, request.prompt, request.length)
+        self.pages.restore(request.number, request.prompt, request.length)
         cache = self._session.cache
         pages = pages_in_use(self.pages, request, self.rows.index(None), cache)
         self._session.cache = self._swap.put_back(request, cache, pages)

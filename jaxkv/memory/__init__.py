@@ -2,10 +2,9 @@
 
 from jaxkv.memory.allocate import allocate
 from jaxkv.memory.device import DeviceMemory, device_memory
-from jaxkv.memory.ledger import Allocation, Event, Purpose
 from jaxkv.memory.plan import CodecPlan, Plan, plan
 from jaxkv.memory.session import Session, session
-from jaxkv.memory.tracker import MemoryTracker
+from jaxkv.memory.tracker import Allocation, Event, MemoryTracker, Purpose
 from jaxkv.memory.units import parse_bytes, parse_tokens
 
 __all__ = [

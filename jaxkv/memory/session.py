@@ -12,10 +12,9 @@ from jaxkv.errors import CacheClosedError
 from jaxkv.hybrid import AnyCache, AnyConfig
 from jaxkv.memory.allocate import allocate, free
 from jaxkv.memory.device import Device, device_memory
-from jaxkv.memory.ledger import Purpose
 from jaxkv.memory.plan import needed_bytes
 from jaxkv.memory.text import pairs
-from jaxkv.memory.tracker import MemoryTracker
+from jaxkv.memory.tracker import MemoryTracker, Purpose
 from jaxkv.text import format_bytes, sequences
 
 

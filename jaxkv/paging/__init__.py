@@ -1,11 +1,12 @@
 """Host bookkeeping of a paged cache, without a device: page allocator and prefix index."""
 
-from jaxkv.paging.allocator import PageAllocator
-from jaxkv.paging.audit import Usage
+import warnings
+from collections.abc import Hashable
+
+from jaxkv.paging.allocator import PageAllocator, Usage
 from jaxkv.paging.group import Group
 from jaxkv.paging.prefix_index import Event
 from jaxkv.paging.prompt import Content, Prompt
-from jaxkv.paging.restore import restore
 from jaxkv.paging.sequence import Admission, Copy
 
 __all__ = [
@@ -19,3 +20,13 @@ __all__ = [
     "Usage",
     "restore",
 ]
+
+
+def restore(pages: PageAllocator, request: Hashable, prompt: Prompt, length: int) -> None:
+    """`PageAllocator.restore`, under its old name."""
+    warnings.warn(
+        "jaxkv.paging.restore is deprecated: call pages.restore(request, prompt, length).",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    pages.restore(request, prompt, length)

@@ -1,18 +1,75 @@
-"""Which sequence holds which pages: admit, extend, advance, fork, truncate, release."""
+"""Which sequence holds which pages: admit, extend, advance, fork, truncate, release; the proof."""
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
 from jaxkv.errors import BookkeepingError, PoolFullError, UnknownRequestError
-from jaxkv.paging.audit import Usage, measure, problems
 from jaxkv.paging.group import Group, GroupPages, check_fits, check_free, how_full
 from jaxkv.paging.prefix_index import Event, PrefixIndex
-from jaxkv.paging.prompt import Prompt
+from jaxkv.paging.prompt import Prompt, num_tokens, page_digest
 from jaxkv.paging.search import PrefixSearch
 from jaxkv.paging.sequence import Admission, Copy, HeldSequence
 
 Request = Hashable
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Figures of a moment, over all groups; and of the allocator's life, where it says so.
+
+    Attributes:
+      num_pages: of the pools.
+      page_size: tokens a page.
+      held_pages: that requests hold; a shared page counts once.
+      shared_pages: of them, that more than one holds.
+      cached_pages: free ones whose content can still be found.
+      most_held_pages: at any time so far.
+      num_requests: that hold pages.
+      wasted_slots: of held pages, that no token known so far needs.
+      evictions: cached pages that were taken for something else, so far.
+      prompt_tokens: admitted so far.
+      hit_tokens: of them, that were in the pool already.
+    """
+
+    num_pages: int
+    page_size: int
+    held_pages: int
+    shared_pages: int
+    cached_pages: int
+    most_held_pages: int
+    num_requests: int
+    wasted_slots: int
+    evictions: int
+    prompt_tokens: int
+    hit_tokens: int
+
+    @property
+    def occupancy(self) -> float:
+        """The share of pages that requests hold."""
+        return self.held_pages / self.num_pages
+
+    @property
+    def by_use(self) -> dict[str, int]:
+        """Every page once, as `jaxkv.plots.pool_occupancy` takes them."""
+        return {
+            "sequences": self.held_pages - self.shared_pages,
+            "shared": self.shared_pages,
+            "cached": self.cached_pages,
+            "free": self.num_pages - self.held_pages - self.cached_pages,
+        }
+
+    @property
+    def waste(self) -> float:
+        """The share of held slots that hold no token."""
+        held = self.held_pages * self.page_size
+        return self.wasted_slots / held if held else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of prompt tokens that did not have to be computed."""
+        return self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 class PageAllocator:
@@ -124,6 +181,42 @@ class PageAllocator:
         self.num_hit_tokens += hit
         return Admission(hit, copies)
 
+    def restore(self, request: Request, prompt: Prompt, length: int) -> None:
+        """Admit a request whose first tokens are to be written to its pages from elsewhere.
+
+        All its pages are fresh, and none is looked for. Write them before the next step;
+        ``advance(request, length)`` then makes those of the prompt findable.
+
+        Args:
+          request: any hashable name that no admitted request has.
+          prompt: what the tokens begin with; there are pages for the rest of it too.
+          length: tokens that are there already, of the prompt and what followed it.
+
+        Raises:
+          PoolFullError: not enough pages are free now. The books are as they were.
+          CacheFullError: more tokens than the whole pool has room for.
+          ValueError: the request is there already, or the prompt has another page size.
+
+        >>> import jaxkv.paging
+        >>> pages = jaxkv.paging.PageAllocator(8, page_size=4)
+        >>> pages.restore("a", pages.prompt([1, 2, 3, 4, 5, 6]), length=5)
+        >>> pages.advance("a", 5)  # once they are written
+        >>> pages.find(pages.prompt([1, 2, 3, 4, 5, 7]))
+        5
+        """
+        self.check_new(request, prompt)
+        total = max(length, len(prompt))
+        check_fits(self.groups, total)
+        held = [range(group.first_seen(length), group.end(length, total)) for group in self.groups]
+        reserve = self.reserve if self.sequences else 0
+        needed = [len(numbers) + reserve for numbers in held]
+        check_free(self.groups, needed, f"no room for {total} tokens of request {request!r}")
+        sequence = HeldSequence(prompt, length)
+        sequence.num_published = 0
+        for group, numbers in zip(self.groups, held, strict=True):
+            sequence.tables.append([-1] * numbers.start + [group.pool.take() for _ in numbers])
+        self.sequences[request] = sequence
+
     def extend(self, request: Request, length: int) -> None:
         """Give a request pages for its first ``length`` tokens, where it has none yet.
 
@@ -223,7 +316,21 @@ class PageAllocator:
 
     def usage(self) -> Usage:
         """Capacity, what is held and cached, the most that was held, waste, hits."""
-        return measure(self)
+        pools = [group.pool for group in self.groups]
+        sequences = self.sequences.values()
+        return Usage(
+            num_pages=sum(pool.num_pages for pool in pools),
+            page_size=self.page_size,
+            held_pages=sum(pool.num_held for pool in pools),
+            shared_pages=sum(pool.num_shared for pool in pools),
+            cached_pages=sum(pool.num_cached for pool in pools),
+            most_held_pages=sum(pool.most_held for pool in pools),
+            num_requests=len(sequences),
+            wasted_slots=sum(sequence.num_wasted_slots() for sequence in sequences),
+            evictions=sum(pool.num_evictions for pool in pools),
+            prompt_tokens=self.num_prompt_tokens,
+            hit_tokens=self.num_hit_tokens,
+        )
 
     def check(self) -> None:
         """Prove that the books are right; cheap enough to call now and then in production.
@@ -231,8 +338,29 @@ class PageAllocator:
         Raises:
           BookkeepingError: naming every rule that is broken.
         """
-        if found := problems(self):
+        if found := self._problems():
             raise BookkeepingError(f"The books of the page pool are wrong: {'; '.join(found)}.")
+
+    def _problems(self) -> list[str]:
+        """Every rule that the books break; none if all is well. Linear in pages held and known."""
+        found = []
+        for number, group in enumerate(self.groups):
+            holders = [0] * group.pool.num_pages
+            for request, sequence in self.sequences.items():
+                held = [page for page in sequence.tables[number] if page >= 0]
+                for page in held:
+                    holders[page] += 1
+                found += [
+                    f"group {number}, request {request!r}: {text}"
+                    for text in _problems_of(sequence, group, sequence.tables[number])
+                ]
+            found += [f"group {number}: {text}" for text in group.pool.problems(holders)]
+            found += [
+                f"group {number}, page {page}: its digest is not that of its content"
+                for page, content in group.pool.index.contents.items()
+                if content.digest and page_digest(content.parent, content.tokens) != content.digest
+            ]
+        return found
 
     def check_new(self, request: Request, prompt: Prompt) -> None:
         """Refuse a request that is there already, and a prompt of other pages."""
@@ -247,3 +375,28 @@ class PageAllocator:
                 f"request {request!r} holds no pages: it was never admitted, or released already."
             )
         return self.sequences[request]
+
+
+def _problems_of(sequence: HeldSequence, group: GroupPages, table: list[int]) -> list[str]:
+    held = [page for page in table if page >= 0]
+    contents, references = group.pool.index.contents, group.pool.references
+    full, rest = divmod(sequence.length, group.page_size)
+    to_write = table[full:]
+    start = contents.get(to_write[0]) if to_write else None
+    checks = {
+        "a page stands in its table twice": len(held) == len(set(held)),
+        "it holds more tokens than its pages": sequence.length <= len(table) * group.page_size,
+        "a page that a query may see was given back": -1
+        not in table[group.first_seen(sequence.length) :],
+        "a page that is to be written is shared": all(references[page] == 1 for page in to_write),
+        "a page to be written can be found by what stands there": not any(
+            page in contents for page in to_write[1:]
+        )
+        and (start is None or num_tokens(start.tokens) <= rest),
+        "a page is found by another content than its tokens": all(
+            contents[page] == sequence.prompt.content(number)
+            for number, page in enumerate(table[: sequence.num_published // group.page_size])
+            if page in contents
+        ),
+    }
+    return [text for text, sound in checks.items() if not sound]

@@ -14,7 +14,7 @@ from jaxkv.codecs import Codec
 from jaxkv.errors import CacheFullError, SnapshotError
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
-from jaxkv.paging import PageAllocator, restore
+from jaxkv.paging import PageAllocator
 from jaxkv.programs import moves_data
 from jaxkv.rearrange import select
 from jaxkv.snapshot.fill import Fill
@@ -89,7 +89,7 @@ def load_prefix(
         if pages.find(prompt) == length:
             return cache
         request = f"the prefix in {file}"
-        restore(pages, request, prompt, length)
+        pages.restore(request, prompt, length)
         try:
             fills = [
                 Fill(

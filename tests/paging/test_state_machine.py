@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from jaxkv.errors import CacheFullError, PoolFullError, UnknownRequestError
-from jaxkv.paging import Group, PageAllocator, restore
+from jaxkv.paging import Group, PageAllocator
 from tests.paging.device import Device
 
 # Examples of up to 50 calls: some 3,000 calls by default, 100,000 with
@@ -109,7 +109,7 @@ class Pool(RuleBasedStateMachine):
         tokens = (prompt + answer)[: int(share * (len(prompt) + len(answer)))]
         named = self.pages.prompt(prompt, salt=salt, reuse=reuse)
         request, self.count = self.count, self.count + 1
-        self.unchanged_by(restore, self.pages, request, named, len(tokens))
+        self.unchanged_by(self.pages.restore, request, named, len(tokens))
         if request not in self.pages.sequences:
             return
         self.pages.check()
