@@ -139,6 +139,7 @@ class Decoder(Model):
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj", "router", "lm_head"),
     )
+    checkpoint_embedding = "embed_tokens"
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         vocab, hidden = config.vocab_size, config.hidden_size

@@ -201,6 +201,7 @@ class GPT2(Model):
 
     checkpoint_prefix = "transformer."
     checkpoint_transposes = ("lm_head",)
+    checkpoint_embedding = "wte"
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         vocab, hidden = config.vocab_size, config.hidden_size

@@ -22,6 +22,7 @@ class Model(nnx.Module):
     # and the modules whose weights are kept there as [out, in].
     checkpoint_prefix: ClassVar[str]
     checkpoint_transposes: ClassVar[tuple[str, ...]]
+    checkpoint_embedding: ClassVar[str]  # the module that can be the head too
 
     config: Any
     lm_head: Linear  # only where the embedding is not the head too
