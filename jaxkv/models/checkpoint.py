@@ -29,7 +29,7 @@ class StoredTensor:
     num_bytes: int
 
     def equals(self, other: "StoredTensor") -> bool:
-        """Whether both have the same dtype, shape and bits. Read in pieces, as either may be large."""
+        """Whether both have the same dtype, shape and bits; they are read in pieces."""
         if (self.stored_dtype, self.shape) != (other.stored_dtype, other.shape):
             return False
         with self.file.open("rb") as mine, other.file.open("rb") as others:
