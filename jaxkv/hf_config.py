@@ -2,69 +2,27 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.errors import ConfigError
+from jaxkv.hf_families import BY_MODEL_TYPE, OTHER_KINDS
 
 # A ``config.json``, the folder that holds it, or its contents.
 Source = str | os.PathLike | Mapping[str, Any]
 
-# By model_type. Public folders lean on these: gemma-3-4b-it's says neither heads nor head size.
-_DEFAULTS: dict[Any, dict[str, Any]] = {
-    "mistral": {"sliding_window": 4096},
-    "qwen2": {"sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
-    "gemma2": {
-        "vocab_size": 256_000,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
-        "query_pre_attn_scalar": 256,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 2,
-    },
-    "gemma3_text": {
-        "vocab_size": 262_208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-    },
-    "gpt_oss": {
-        "head_dim": 64,
-        "attention_bias": True,
-        "rms_norm_eps": 1e-5,
-        "num_experts_per_tok": 4,
-        "swiglu_alpha": 1.702,
-        "swiglu_limit": 7.0,
-        "sliding_window": 128,
-        "sliding_window_pattern": 2,
-        "rope_theta": 150_000.0,
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": 32.0,
-            "original_max_position_embeddings": 4096,
-            "truncate": False,
-        },
-    },
-}
+# What a multimodal config.json says of its text decoder beside ``text_config``.
+_BESIDE = ("architectures", "eos_token_id", "quantization_config", "tie_word_embeddings")
+
+
+def decoder_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``config.json`` itself says of its decoder, flat: without `text_config`'s defaults."""
+    nested = config.get("text_config")
+    if not nested:
+        return dict(config)
+    outer = {name: config[name] for name in ("model_type", *_BESIDE) if name in config}
+    return outer | nested
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,52 +33,36 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     >>> text["model_type"], text["num_hidden_layers"], text["head_dim"]
     ('gemma3_text', 34, 256)
     """
-    nested = config.get("text_config") or {}
-    kind = nested.get("model_type") or config.get("model_type")
+    own = decoder_fields(config)
+    kind = own.get("model_type")
     kind = "gemma3_text" if kind == "gemma3" else kind
-    return {**_DEFAULTS.get(kind, {}), **config, **nested, "model_type": kind}
+    defaults = BY_MODEL_TYPE[kind].defaults if kind in BY_MODEL_TYPE else {}
+    return {**defaults, **own, "model_type": kind}
 
 
 def layer_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """The window of each layer of a `text_config`, in tokens; None for one that sees all.
 
-    The window counts the query itself. A ``sliding_window`` of a family that is not known here,
-    and that says nothing of its layers, is left out: what is planned is then the most that it
-    can need.
+    The window counts the query itself. Where neither ``model_type`` nor ``layer_types`` says which
+    layers have it, none has: what is planned is then the most that it can need.
 
     Raises:
-      ConfigError: ``layer_types`` that are not one a layer, or not known.
+      ConfigError: as `hf_shape`, or nothing says which layers have a window.
 
     >>> gemma2 = {"model_type": "gemma2", "num_hidden_layers": 4, "sliding_window": 8}
     >>> layer_windows(text_config(gemma2))
     (8, None, 8, None)
     """
-    num_layers = config.get("num_hidden_layers") or config["n_layer"]
-    kind = config.get("model_type")
-    window, types = config.get("sliding_window"), config.get("layer_types")
-    if window is None or not config.get("use_sliding_window", kind not in ("qwen2", "qwen3")):
+    num_layers = hf_shape(config)["num_layers"]
+    window, rule = config.get("sliding_window"), BY_MODEL_TYPE[config.get("model_type")].windows
+    used = "use_sliding_window" not in rule.reads or config.get("use_sliding_window")
+    if "sliding_window" not in rule.reads or window is None or not used:
         return (None,) * num_layers
-    if kind == "mistral":
-        slides = [True] * num_layers
-    elif types:
-        slides = _slides(types, num_layers)
-    elif kind in ("qwen2", "qwen3"):
-        slides = [layer >= config["max_window_layers"] for layer in range(num_layers)]
-    else:  # all but every so many-th
-        full_every = config.get("sliding_window_pattern") or 1
-        slides = [(layer + 1) % full_every > 0 for layer in range(num_layers)]
+    if (types := config.get("layer_types")) and "layer_types" in rule.reads:
+        slides = [layer_type == "sliding_attention" for layer_type in types]
+    else:
+        slides = rule.slides(config, num_layers)
     return tuple(window if slide else None for slide in slides)
-
-
-def _slides(layer_types: Any, num_layers: int) -> list[bool]:
-    known = {"sliding_attention": True, "full_attention": False}
-    unknown = sorted(set(layer_types) - known.keys())
-    if unknown or len(layer_types) != num_layers:
-        raise ConfigError(
-            f"layer_types must be {num_layers} of {', '.join(known)}, one a layer, got "
-            f"{len(layer_types)}{f' with {unknown[0]}' if unknown else ''}."
-        )
-    return [known[layer_type] for layer_type in layer_types]
 
 
 def read_hf(source: Source) -> Mapping[str, Any]:
@@ -149,29 +91,73 @@ def hf_shape(config: Mapping[str, Any]) -> dict[str, Any]:
     """num_layers, num_kv_heads and head_dim of a `text_config`, whatever a family calls them.
 
     Raises:
-      ConfigError: not a decoder with keys and values.
+      ConfigError: not a decoder that keeps keys and values of one size in each layer and nothing
+        else, or one that is not known.
     """
 
     def first(*names: str) -> Any:
         return next((config[name] for name in names if config.get(name) is not None), None)
 
-    num_layers = first("num_hidden_layers", "n_layer")
-    num_heads = first("num_attention_heads", "n_head")
-    width = first("hidden_size", "n_embd")
+    num_layers = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    num_heads = first("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+    width = first("hidden_size", "n_embd", "d_model")
+    head_dim = first("head_dim", "kv_channels")
+    _refuse_other_kinds(config, head_dim)
     if not all(isinstance(number, int) and number > 0 for number in (num_layers, num_heads, width)):
         raise ConfigError(
             "Not the config of a decoder: expected num_hidden_layers, num_attention_heads and "
             "hidden_size (or GPT-2's n_layer, n_head and n_embd), got the keys "
             f"{', '.join(sorted(config.keys() - {'model_type'})) or 'of an empty object'}."
         )
-    if config.get("kv_lora_rank") is not None:
-        raise ConfigError(
-            "This model keeps a latent vector a token (kv_lora_rank, multi-head latent attention), "
-            "not keys and values: its cache is not one of these."
-        )
-    kv_heads = first("num_key_value_heads") or num_heads
+    _check_layer_types(config, num_layers)
     return {
         "num_layers": num_layers,
-        "num_kv_heads": 1 if config.get("multi_query") else kv_heads,
-        "head_dim": first("head_dim") or width // num_heads,
+        "num_kv_heads": _num_kv_heads(config) or num_heads,
+        "head_dim": head_dim or width // num_heads,
     }
+
+
+def _num_kv_heads(config: Mapping[str, Any]) -> int | None:
+    """None where there are as many as query heads."""
+    default = BY_MODEL_TYPE[config.get("model_type")].multi_query
+    multi_query = default is not None and config.get("multi_query", default)
+    if multi_query and not config.get("new_decoder_architecture"):
+        return 1
+    nested = config.get("attn_config") or {}
+    return (
+        config.get("num_key_value_heads") or config.get("num_kv_heads") or nested.get("kv_n_heads")
+    )
+
+
+def _refuse_other_kinds(config: Mapping[str, Any], head_dim: int | None) -> None:
+    """Refuse what is not, or may not be, keys and values of one size in each layer."""
+    model_type = config.get("model_type")
+    for field, value in config.items():
+        for names, meaning in OTHER_KINDS.items():
+            plain = not value or (field.endswith("head_dim") and value == head_dim)
+            if re.fullmatch(names, field) and not plain:
+                raise ConfigError(
+                    f"{model_type or 'This model'} has {meaning} ({field} = {value!r:.60}). Such a "
+                    "cache is not built here: only keys and values of one size in all layers are."
+                )
+    if model_type not in BY_MODEL_TYPE:
+        raise ConfigError(
+            f"What a {model_type!r} keeps is not known here. If it is keys and values of one size "
+            "in all layers, and nothing else, give num_hidden_layers, num_attention_heads, "
+            "num_key_value_heads, head_dim and hidden_size alone, without model_type."
+        )
+
+
+def _check_layer_types(config: Mapping[str, Any], num_layers: int) -> None:
+    types, known = config.get("layer_types"), ("sliding_attention", "full_attention")
+    unknown = sorted(set(types or ()) - set(known))
+    if types and (unknown or len(types) != num_layers):
+        raise ConfigError(
+            f"layer_types must be {num_layers} of {', '.join(known)}, one a layer, got "
+            f"{len(types)}{f' with {unknown[0]}, which no cache here holds' if unknown else ''}."
+        )
+    reads = BY_MODEL_TYPE[config.get("model_type")].windows.reads
+    if types and "sliding_window" not in reads and "sliding_attention" in types:
+        raise ConfigError(
+            f"layer_types has sliding_attention; a {config['model_type']} has no windows."
+        )

@@ -93,7 +93,9 @@ def test_a_configs_windows_become_rings(tmp_path):
         ),
         ({"model_type": "gpt_oss"}, (128, None, 128, None)),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 3}, (4096, 4096, None, 4096)),
-        ({"model_type": "starcoder2", "sliding_window": 8}, (None,) * 4),
+        ({"model_type": "starcoder2", "sliding_window": 8}, (8,) * 4),
+        ({"model_type": "llama", "sliding_window": 8}, (None,) * 4),
+        ({"sliding_window": 8}, (None,) * 4),
         (
             {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
             (8, None, 8, None),
@@ -101,7 +103,8 @@ def test_a_configs_windows_become_rings(tmp_path):
     ],
 )
 def test_windows_by_family(config, windows):
-    assert layer_windows(text_config({"num_hidden_layers": 4} | config)) == windows
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 64}
+    assert layer_windows(text_config(shape | config)) == windows
 
 
 def test_codecs_that_are_not_one_a_layer():

@@ -15,6 +15,7 @@ from jaxkv.commands.model_options import (
     codec_of,
     decode,
     encode,
+    load_model,
     sampling_of,
 )
 from jaxkv.display import progress_bar
@@ -60,10 +61,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from jaxkv import models
-
     sampling = sampling_of(options)
-    model, tokenizer = models.load(options.model, dtype=options.dtype)
+    model, tokenizer = load_model(options)
     lines, bad = _read(options, tokenizer)
     longest = max(
         (len(line.fields["prompt"]) + line.fields["max_new_tokens"] for line in lines), default=1

@@ -10,6 +10,7 @@ from jaxkv.commands.model_options import (
     codec_of,
     decode,
     encode,
+    load_model,
     sampling_of,
 )
 from jaxkv.generation import Generation, generate
@@ -48,10 +49,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from jaxkv import models
-
     sampling = sampling_of(options)
-    model, tokenizer = models.load(options.model, dtype=options.dtype)
+    model, tokenizer = load_model(options)
     tracker = MemoryTracker()
     tracker.track(model, purpose=Purpose.WEIGHTS, name=options.model or "embedded model")
     texts = options.prompt or [_DEFAULT_PROMPT]

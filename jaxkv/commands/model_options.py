@@ -25,6 +25,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, temperature: float) 
     add("--seed", type=int, default=0, help="of the first prompt; the next has the next")
 
 
+def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model that was named, for texts of the context that was, and its tokenizer."""
+    from jaxkv import models
+
+    model, tokenizer = models.load(options.model, dtype=options.dtype)
+    return model.for_context(options.context) if options.context else model, tokenizer
+
+
 def sampling_of(options: argparse.Namespace) -> Sampling:
     """How tokens are drawn.
 

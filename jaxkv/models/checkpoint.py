@@ -14,6 +14,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # What the safetensors format calls them -> numpy's.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PIECE = 1 << 24  # bytes of each of two tensors that are compared at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,17 @@ class StoredTensor:
     stored_dtype: str
     shape: tuple[int, ...]
     offset: int
+    num_bytes: int
+
+    def equals(self, other: "StoredTensor") -> bool:
+        """Whether both have the same dtype, shape and bits; they are read in pieces."""
+        if (self.stored_dtype, self.shape) != (other.stored_dtype, other.shape):
+            return False
+        with self.file.open("rb") as mine, other.file.open("rb") as others:
+            mine.seek(self.offset)
+            others.seek(other.offset)
+            sizes = (min(_PIECE, self.num_bytes - at) for at in range(0, self.num_bytes, _PIECE))
+            return all(mine.read(size) == others.read(size) for size in sizes)
 
     def read(self) -> np.ndarray:
         """Its numbers, as they are stored.
@@ -127,6 +139,7 @@ def _tensors_of(file: Path) -> dict[str, StoredTensor]:
             entry["dtype"],
             tuple(entry["shape"]),
             8 + header_size + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
         )
         for name, entry in header.items()
     }

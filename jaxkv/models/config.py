@@ -6,8 +6,10 @@ from typing import Any
 
 from jaxkv.errors import CheckpointError, ConfigError
 from jaxkv.hf_config import layer_windows
+from jaxkv.hf_families import BY_MODEL_TYPE
 from jaxkv.models.families import FAMILIES, Family
 from jaxkv.models.hf_fields import (
+    check_all_read,
     check_choice,
     check_counts,
     check_positive,
@@ -17,6 +19,7 @@ from jaxkv.models.hf_fields import (
     write_fields,
 )
 from jaxkv.models.layers import ACTIVATIONS
+from jaxkv.models.rope import HF_FIELDS as ROPE_FIELDS
 from jaxkv.models.rope import RopeConfig
 
 
@@ -144,15 +147,23 @@ class DecoderConfig:
         architecture, flat = hf_decoder(config)
         if architecture == "GPT2LMHeadModel":
             raise CheckpointError("config.json: GPT2LMHeadModel is read by GPT2Config, not here.")
+        check_all_read(architecture, config, _read_of(architecture))
         given = read_fields(cls, flat, _hf_fields(architecture))
         try:
             shape = cls(**given, architecture=architecture, eos_token_ids=eos_token_ids(flat))
-            rope, local_rope = _ropes(flat, shape.head_dim)
-            return dataclasses.replace(
+            rope, local_rope = _ropes(flat, shape)
+            full = dataclasses.replace(
                 shape, rope=rope, local_rope=local_rope, windows=layer_windows(flat)
             )
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"config.json: {error}") from error
+        for factor in (rope.partial_rotary_factor, local_rope.partial_rotary_factor):
+            if factor != 1:
+                raise CheckpointError(
+                    f"config.json: partial_rotary_factor = {factor!r} is not supported for "
+                    f"{architecture}: transformers turns whole heads. Remove it to do so here."
+                )
+        return full
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a ``config.json`` that `from_hf` reads as this config."""
@@ -173,21 +184,21 @@ class DecoderConfig:
         return written | beside | {"rope_parameters": parameters}
 
 
-def _ropes(config: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig]:
+def _ropes(config: Mapping[str, Any], shape: DecoderConfig) -> tuple[RopeConfig, RopeConfig]:
     """The rope of layers that see all, and that of layers with a window."""
     nested = config.get("rope_parameters") or {}
     if "full_attention" in nested or "sliding_attention" in nested:
         full, local = nested.get("full_attention"), nested.get("sliding_attention")
-    elif config.get("rope_local_base_freq"):
-        full, local = config.get("rope_scaling"), None
+    elif shape.family.local_rope:
+        full, local = nested or config.get("rope_scaling"), None
     else:
-        rope = RopeConfig.from_hf(config, head_dim)
+        rope = RopeConfig.from_hf(config, shape.head_dim)
         return rope, rope
     plain = {**config, "rope_scaling": None}
     theta = {"rope_theta": config.get("rope_local_base_freq")}
     return (
-        RopeConfig.from_hf(plain | {"rope_parameters": full}, head_dim),
-        RopeConfig.from_hf(plain | theta | {"rope_parameters": local}, head_dim),
+        RopeConfig.from_hf(plain | {"rope_parameters": full}, shape.head_dim),
+        RopeConfig.from_hf(plain | theta | {"rope_parameters": local}, shape.head_dim),
     )
 
 
@@ -220,3 +231,11 @@ _OWN = {
 
 def _hf_fields(architecture: str) -> dict[str, str]:
     return _SHARED | {name: _OWN[name] for name in FAMILIES[architecture].fields}
+
+
+def _read_of(architecture: str) -> set[str]:
+    """The fields of a ``config.json`` that are read, or that this architecture does not use."""
+    family = FAMILIES[architecture]
+    windows = BY_MODEL_TYPE[family.model_type].windows.reads
+    local = ("rope_local_base_freq",) if family.local_rope else ()
+    return {*_hf_fields(architecture), *windows, *ROPE_FIELDS, *local, *family.unused}

@@ -1,6 +1,7 @@
 """One decoder for all with rope and norms: Llama, Mistral, Qwen, Gemma 2 and 3, gpt-oss."""
 
-from typing import Any
+import dataclasses
+from typing import Any, Self
 
 import jax.numpy as jnp
 from flax import nnx
@@ -22,7 +23,7 @@ from jaxkv.models.layers import (
     linears,
 )
 from jaxkv.models.model import Model
-from jaxkv.models.rope import rotate, rotation
+from jaxkv.models.rope import check_room, rotate, rotation
 from jaxkv.programs import promotes_ranks
 
 Hidden = Float[Array, "*batch tokens hidden"]
@@ -140,6 +141,7 @@ class Decoder(Model):
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj", "router", "lm_head"),
     )
+    checkpoint_embedding = "embed_tokens"
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         vocab, hidden = config.vocab_size, config.hidden_size
@@ -171,15 +173,18 @@ class Decoder(Model):
 
         Raises:
           CacheFullError: outside jit, see `jaxkv.append`.
-          TypeError, ValueError: a bad dtype or shape.
+          TypeError, ValueError: a bad dtype or shape, or a cache for which `for_context` must say
+            what the rope is.
         """
         check_tokens(tokens, cache)
         length = tokens.shape[-1]
         positions = (
             jnp.arange(length, dtype=jnp.int32) if cache is None else next_positions(cache, length)
         )
-        context = length if cache is None else cache.config.max_context_length
         ropes = self.config.ropes
+        context = length if cache is None else cache.config.max_context_length
+        if cache is not None or num_tokens is not None:  # texts may be shorter than that
+            check_room(ropes, context)
         rotations = {rope: rotation(rope, positions, context) for rope in dict.fromkeys(ropes)}
         x = self._embed(tokens)
         for rope, block in zip(ropes, self.layers, strict=True):
@@ -188,6 +193,17 @@ class Decoder(Model):
             cache = advance(cache, length if num_tokens is None else num_tokens)
         logits, cap = self._logits(self.norm(x), self.embed_tokens), self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap), cache
+
+    def for_context(self, max_context_length: int) -> Self:
+        ropes = {
+            field: getattr(self.config, field).for_context(max_context_length)
+            for field in ("rope", "local_rope")
+        }
+        model, config = nnx.clone(self), dataclasses.replace(self.config, **ropes)
+        for _, module in nnx.iter_modules(model):
+            if getattr(module, "config", None) == self.config:
+                module.config = config
+        return model
 
     def _embed(self, tokens: Int[Array, "*batch tokens"]) -> Hidden:
         embedded = self.embed_tokens(tokens)

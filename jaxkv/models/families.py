@@ -10,7 +10,10 @@ class Family:
     Attributes:
       model_type: its name in a ``config.json``.
       fields: the fields that its ``config.json`` has beside those that all have.
+      unused: fields that it may have and that change nothing: transformers does not use them.
+      quantization: how its released weights may be packed.
       slides: layers may have a window.
+      local_rope: those layers have a rope of their own.
       qkv_bias: queries, keys and values have biases even where attention has not.
       qk_norm: queries and keys are normalized a head (Henry et al., 2020).
       is_gemma: embeddings are multiplied by the root of their size, norms by one plus their
@@ -21,7 +24,10 @@ class Family:
 
     model_type: str
     fields: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    quantization: str | None = None
     slides: bool = False
+    local_rope: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
     is_gemma: bool = False
@@ -41,10 +47,28 @@ FAMILIES: dict[str, Family] = {
         "qwen3", ("hidden_act", "attention_bias"), slides=True, qk_norm=True
     ),
     "Gemma2ForCausalLM": Family(
-        "gemma2", (*_GEMMA, "attn_logit_softcapping"), slides=True, is_gemma=True
+        "gemma2",
+        (*_GEMMA, "attn_logit_softcapping"),
+        unused=("hidden_act", "sliding_window_size"),
+        slides=True,
+        is_gemma=True,
     ),
-    "Gemma3ForCausalLM": Family("gemma3_text", _GEMMA, slides=True, qk_norm=True, is_gemma=True),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text",
+        _GEMMA,
+        unused=("hidden_act", "_sliding_window_pattern"),
+        slides=True,
+        local_rope=True,
+        qk_norm=True,
+        is_gemma=True,
+    ),
     "GptOssForCausalLM": Family(
-        "gpt_oss", ("attention_bias", *_EXPERTS), slides=True, has_sinks=True, has_experts=True
+        "gpt_oss",
+        ("attention_bias", *_EXPERTS),
+        unused=("hidden_act", "experts_per_token", "initial_context_length"),
+        quantization="mxfp4",
+        slides=True,
+        has_sinks=True,
+        has_experts=True,
     ),
 }

@@ -13,6 +13,7 @@ from jaxkv.errors import CheckpointError, ConfigError
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import NumTokens
 from jaxkv.models.hf_fields import (
+    check_all_read,
     check_choice,
     check_counts,
     eos_token_ids,
@@ -99,12 +100,13 @@ class GPT2Config:
         Raises:
           CheckpointError: another architecture, an unsupported feature or a bad field.
         """
-        family, config = hf_decoder(config)
+        family, flat = hf_decoder(config)
         if family != "GPT2LMHeadModel":
             raise CheckpointError(f"config.json: {family} is read by DecoderConfig, not here.")
-        given = read_fields(cls, config, _HF_FIELDS)
+        check_all_read(family, config, _HF_FIELDS.keys())
+        given = read_fields(cls, flat, _HF_FIELDS)
         try:
-            return cls(**given, eos_token_ids=eos_token_ids(config))
+            return cls(**given, eos_token_ids=eos_token_ids(flat))
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"config.json: {error}") from error
 
@@ -202,6 +204,7 @@ class GPT2(Model):
 
     checkpoint_prefix = "transformer."
     checkpoint_transposes = ("lm_head",)
+    checkpoint_embedding = "wte"
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         vocab, hidden = config.vocab_size, config.hidden_size

@@ -1,11 +1,13 @@
 """Between a ``config.json`` and a model's config: names, checks, and what is not supported."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from jaxkv.errors import CheckpointError, ConfigError
-from jaxkv.hf_config import text_config
+from jaxkv.hf_config import decoder_fields, text_config
 from jaxkv.models.families import FAMILIES
 
 # Architecture -> model_type.
@@ -15,50 +17,93 @@ _MODEL_TYPES = {name: family.model_type for name, family in FAMILIES.items()} | 
 # Multimodal architectures whose text decoder is read, and which one that is.
 _NESTED = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
 
+# Fields that say nothing of logits: of files, of training, of how texts are drawn, of other heads.
+_HARMLESS = re.compile(
+    r"_name_or_path|architectures|auto_map|(torch_)?dtype|model_type|quantization_config|tokenizer_class"
+    r"|transformers_version|transformers\.js_config|torchscript|use_bfloat16|unsloth_\w+|is_llama_config"
+    r"|\w+_p?drop(out)?|gradient_checkpointing|initializer_range|pretraining_tp"
+    r"|output_router_logits|router_aux_loss_coef"
+    r"|\w+_token_id|bad_words_ids|\w*suppress_tokens|(max|min)_length|do_sample|early_stopping"
+    r"|num_beams|num_beam_groups|num_return_sequences|\w+_penalty|\w*no_repeat_ngram_size"
+    r"|temperature|top_[kp]|typical_p|prefix|remove_invalid_values|task_specific_params"
+    r"|(output|return_dict)_\w+|return_dict|use_cache|cache_implementation|n_ctx|is_decoder"
+    r"|summary_\w+|id2label|label2id|num_labels|problem_type|finetuning_task|tf_legacy_loss"
+    r"|chunk_size_feed_forward|reorder_and_upcast_attn"
+)
+
+
+def _is_off(value: Any) -> bool:
+    return not value
+
+
+# Fields that change logits -> whether a value of theirs does not.
+_CHANGES_NOTHING: dict[str, Callable[[Any], bool]] = {
+    "add_cross_attention": _is_off,
+    "attention_bias": _is_off,
+    "attn_logit_softcapping": _is_off,
+    "final_logit_softcapping": _is_off,
+    "is_encoder_decoder": _is_off,
+    "layer_types": lambda types: set(types) <= {"full_attention"},
+    "mlp_bias": _is_off,
+    "partial_rotary_factor": lambda factor: factor == 1,
+    "rope_interleaved": _is_off,
+    "use_bidirectional_attention": _is_off,
+    "use_mrope": _is_off,
+}
+
 
 def hf_decoder(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The architecture that a ``config.json`` names, and its decoder's fields, flat.
 
     Raises:
-      CheckpointError: it is not supported, or it uses a feature that is not.
+      CheckpointError: it is not supported, or its weights are packed in a way that is not.
     """
     by_type: dict[Any, str] = {model_type: name for name, model_type in _MODEL_TYPES.items()}
-    flat = text_config(config)
-    named = (config.get("architectures") or [by_type.get(flat["model_type"])])[0]
+    own = decoder_fields(config)
+    named = (config.get("architectures") or [by_type.get(text_config(own)["model_type"])])[0]
     named = _NESTED.get(named, named)
     if named not in _MODEL_TYPES:
         raise CheckpointError(
-            f"config.json: architecture {named or config.get('model_type')!r} is not supported; "
+            f"config.json: architecture {named or own.get('model_type')!r} is not supported; "
             f"known are {', '.join((*_MODEL_TYPES, *_NESTED))}."
         )
-    if flat["model_type"] != _MODEL_TYPES[named]:
-        flat = text_config(flat | {"model_type": _MODEL_TYPES[named]})
-    _refuse(named, flat)
-    return named, flat
+    packed = own.get("quantization_config") or {}
+    can_unpack = FAMILIES[named].quantization if named in FAMILIES else None
+    if packed and (can_unpack is None or packed.get("quant_method") != can_unpack):
+        raise _unsupported(named, "quantization_config", packed)
+    return named, text_config(own | {"model_type": _MODEL_TYPES[named]})
 
 
-def _refuse(architecture: str, config: Mapping[str, Any]) -> None:
-    """Refuse what would silently give other logits than the model's."""
-    quantization = config.get("quantization_config") or {}
-    is_mxfp4 = architecture == "GptOssForCausalLM" and quantization.get("quant_method") == "mxfp4"
-    slides = architecture in FAMILIES and FAMILIES[architecture].slides
-    layer_types = set(config.get("layer_types") or []) - {"full_attention"}
-    windows = config.get("use_sliding_window") and config.get("sliding_window")
-    refused = {
-        "quantization_config": not is_mxfp4 and quantization,
-        "layer_types": not slides and sorted(layer_types),
-        "sliding_window": not slides and windows,
-        "add_cross_attention": config.get("add_cross_attention"),
-        "use_bidirectional_attention": config.get("use_bidirectional_attention"),
-        # transformers reads this one, and does not use it.
-        "attn_logit_softcapping": architecture == "Gemma3ForCausalLM"
-        and config.get("attn_logit_softcapping"),
-    }
-    for field, value in refused.items():
-        if value:
-            raise CheckpointError(
-                f"config.json: {field} = {value!r} is not supported for {architecture}."
-            )
+def check_all_read(architecture: str, config: Mapping[str, Any], read: Collection[str]) -> None:
+    """Name every field of a ``config.json`` that nothing reads although it may matter.
+
+    Args:
+      read: the fields that are read for this architecture, or not used by it.
+
+    Raises:
+      CheckpointError: a field that changes logits.
+
+    Warns:
+      UserWarning: a field that is not known.
+    """
+    unknown = []
+    for name, value in decoder_fields(config).items():
+        if name in read or value is None or _HARMLESS.fullmatch(name):
+            continue
+        if name not in _CHANGES_NOTHING:
+            unknown.append(f"{name} = {value!r:.60}")
+        elif not _CHANGES_NOTHING[name](value):
+            raise _unsupported(architecture, name, value)
+    if unknown:
+        warnings.warn(
+            f"config.json: nothing reads {', '.join(unknown)} for {architecture}. If that changes "
+            "what the model computes, its logits are wrong here.",
+            stacklevel=3,
+        )
+
+
+def _unsupported(architecture: str, name: str, value: Any) -> CheckpointError:
+    return CheckpointError(f"config.json: {name} = {value!r} is not supported for {architecture}.")
 
 
 def read_fields(kind: type, config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """A Hugging Face folder into a model and its tokenizer, and a model into such a folder."""
 
+import dataclasses
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,9 @@ Tensors = dict[str, StoredTensor | PackedTensor]
 
 EMBEDDED = Path(__file__).parent / "embedded"
 DTYPES = ("float32", "float16", "bfloat16")
-# Tensors that are no weights of their own: tables that follow from the config, a tied head.
-_NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^lm_head\.weight$")
+# Tensors that are no weights of their own: tables that follow from the config.
+_NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+_HEAD = "lm_head.weight"
 # What multimodal models have beside their text decoder, and what stands before its names.
 _NO_TEXT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 _TEXT = re.compile(r"^language_model\.(?:model\.)?|^model\.language_model\.")
@@ -69,8 +72,13 @@ def load(folder: str | os.PathLike | None = None, *, dtype: Any = "float32") -> 
     if name not in DTYPES:
         raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {name}.")
     path = EMBEDDED if folder is None else local_folder(os.fspath(folder))
-    model = nnx.eval_shape(lambda: _random_model(path, name))
-    _fill(model, with_packed(stored_tensors(path)), path)
+    config = _read_config(path)
+    kind = GPT2 if isinstance(config, GPT2Config) else Decoder
+    tensors = _by_short_name(with_packed(stored_tensors(path)), kind.checkpoint_prefix, path)
+    if config.tie_word_embeddings and _HEAD in tensors:
+        config = _with_its_head(config, tensors, f"{kind.checkpoint_embedding}.weight", path)
+    model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=name))
+    _fill(model, tensors, path)
     return model, _read_tokenizer(path / "tokenizer.json")
 
 
@@ -100,11 +108,46 @@ def save(model: Model, folder: str | os.PathLike) -> None:
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _random_model(folder: Path, dtype: str) -> Model:
+def _read_config(folder: Path) -> GPT2Config | DecoderConfig:
     config = read_json(folder / "config.json")
-    if hf_decoder(config)[0] == "GPT2LMHeadModel":
-        return GPT2(GPT2Config.from_hf(config), rngs=nnx.Rngs(0), dtype=dtype)
-    return Decoder(DecoderConfig.from_hf(config), rngs=nnx.Rngs(0), dtype=dtype)
+    is_gpt2 = hf_decoder(config)[0] == "GPT2LMHeadModel"
+    return GPT2Config.from_hf(config) if is_gpt2 else DecoderConfig.from_hf(config)
+
+
+def _by_short_name(stored: Tensors, prefix: str, folder: Path) -> Tensors:
+    """The tensors of the text decoder, without what stands before their names.
+
+    Files of a model without its head leave the prefix out.
+
+    Raises:
+      CheckpointError: two tensors of one name.
+    """
+    named: Tensors = {}
+    for name, tensor in stored.items():
+        if _NO_TEXT.match(name):
+            continue
+        short = _TEXT.sub("", name).removeprefix(prefix)
+        if short in named:
+            raise CheckpointError(f"{folder}: {named[short].name} and {name} are the same tensor.")
+        named[short] = tensor
+    return named
+
+
+def _with_its_head(config: Any, tensors: Tensors, embedding: str, folder: Path) -> Any:
+    """A config that ties the head to the embedding, untied where the file has another head.
+
+    A head that is the embedding once more is dropped from the tensors.
+    """
+    table, head = tensors.get(embedding), tensors[_HEAD]
+    if isinstance(head, StoredTensor) and isinstance(table, StoredTensor) and head.equals(table):
+        del tensors[_HEAD]
+        return config
+    warnings.warn(
+        f"{folder}: tie_word_embeddings in config.json makes the embedding the head, but the file "
+        f"has another one, {head.name}, which is used. Set tie_word_embeddings to false.",
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def _params(model: Model) -> Iterator[tuple[tuple, str, nnx.Param, bool]]:
@@ -135,15 +178,10 @@ def _matched(
     folder: Path,
 ) -> Tensors:
     """The tensor of each parameter, once all are there, of the right shape, and no other is."""
-    # Files of a model without its head leave the prefix out.
-    short_names = {
-        _TEXT.sub("", name).removeprefix(prefix): tensor
-        for name, tensor in stored.items()
-        if not _NO_TEXT.match(name)
-    }
+    unused = dict(stored)
     matched = {}
     for _, name, param, transposed in params:
-        tensor = short_names.pop(name.removeprefix(prefix), None)
+        tensor = unused.pop(name.removeprefix(prefix), None)
         if tensor is None:
             raise CheckpointError(f"{folder}: tensor {name} is missing.")
         expected = param.shape[::-1] if transposed else param.shape
@@ -153,7 +191,7 @@ def _matched(
                 f"config.json it must be {list(expected)}."
             )
         matched[name] = tensor
-    unknown = [tensor.name for name, tensor in short_names.items() if not _NO_WEIGHTS.search(name)]
+    unknown = [tensor.name for name, tensor in unused.items() if not _NO_WEIGHTS.search(name)]
     if unknown:
         raise CheckpointError(
             f"{folder}: unexpected tensor {', '.join(sorted(unknown)[:3])}"

@@ -1,7 +1,7 @@
 """What all models here share: they know the cache that fits them."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +12,7 @@ from jaxkv.codecs import Centred, Codec, Dense, Rope
 from jaxkv.hybrid import AnyConfig
 from jaxkv.model_shape import RING_CHUNK, Shape
 from jaxkv.models.layers import Embedding, Linear, matmul
+from jaxkv.models.rope import check_room
 from jaxkv.newest import Newest
 
 
@@ -22,6 +23,7 @@ class Model(nnx.Module):
     # and the modules whose weights are kept there as [out, in].
     checkpoint_prefix: ClassVar[str]
     checkpoint_transposes: ClassVar[tuple[str, ...]]
+    checkpoint_embedding: ClassVar[str]  # the module that can be the head too
 
     config: Any
     lm_head: Linear  # only where the embedding is not the head too
@@ -58,12 +60,16 @@ class Model(nnx.Module):
             chunk`` tokens. None for calls of any size: then all layers keep all tokens, in
             ``addressing``.
           newest: the newest tokens by a finer codec as well, see `jaxkv.Newest`.
+
+        Raises:
+          ValueError: texts that fill it have another rope than shorter ones, see `for_context`.
         """
         config = self.config
         windows = getattr(config, "windows", ())
         codecs = codec or Dense(self.dtype.name)
         codecs = (codecs,) * config.num_layers if isinstance(codecs, Codec) else tuple(codecs)
         if ropes := getattr(config, "ropes", ()):
+            check_room(ropes, max_context_length)
             known = {
                 rope: Rope(tuple(rope.frequencies(max_context_length).tolist())) for rope in ropes
             }
@@ -79,6 +85,19 @@ class Model(nnx.Module):
             chunk=chunk,
             newest=newest,
         )
+
+    def for_context(self, max_context_length: int) -> Self:
+        """The model for texts of up to so many tokens: with the same weights, and one rope for all.
+
+        Only the ropes of two kinds depend on a text's length, once that is beyond the context of
+        training: ``longrope`` has two sets of frequencies, ``dynamic`` one for each length. Without
+        a cache a text has those of its own length, as in transformers. In a cache all texts
+        must have the same, as long as they grow: those of ``max_context_length`` tokens.
+
+        Args:
+          max_context_length: of the texts; the cache may have other room.
+        """
+        return self
 
     def _logits(
         self, x: Float[Array, "*batch tokens hidden"], embedding: Embedding

@@ -5,7 +5,8 @@ Every scaling is a choice of frequencies, and for some a factor on the rotated v
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.errors import ConfigError
 from jaxkv.models.rope_types import ROPE_TYPES, Frequencies, temperature
+
+# The fields of a config.json that `RopeConfig.from_hf` reads.
+HF_FIELDS = (
+    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
+    *("max_position_embeddings", "original_max_position_embeddings"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +77,7 @@ class RopeConfig:
                 f"rope turns pairs of numbers: head_dim x partial_rotary_factor must be even and "
                 f"at most head_dim, got {self.head_dim} x {self.partial_rotary_factor}."
             )
-        for field in ("theta", *ROPE_TYPES[self.rope_type][1]):
+        for field in ("theta", *ROPE_TYPES[self.rope_type].needs):
             self._check_field(field)
 
     def _check_field(self, field: str) -> None:
@@ -92,6 +99,9 @@ class RopeConfig:
 
         Raises:
           ConfigError: as the class does.
+
+        Warns:
+          UserWarning: a parameter of the scaling that no rope type here reads.
         """
         scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         scaling.setdefault("rope_type", scaling.get("type", "default"))
@@ -101,7 +111,15 @@ class RopeConfig:
             scaling[name] = config.get(name) or scaling.get(name)
         scaling.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
         scaling["theta"] = scaling.pop("rope_theta")
+        scaling.pop("type", None)
         fields = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(name for name in scaling.keys() - fields if scaling[name] is not None)
+        if unknown:
+            warnings.warn(
+                f"config.json: no rope type here reads {', '.join(unknown)}. If that changes how "
+                "the model turns its keys, its logits are wrong here.",
+                stacklevel=4,
+            )
         given: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in scaling.items()
@@ -142,10 +160,13 @@ class RopeConfig:
         """Radians a position, for each pair of numbers.
 
         Args:
-          context: tokens that this sequence may grow to. Only the types ``dynamic`` and
-            ``longrope`` depend on it.
+          context: tokens of the text. Only the types ``dynamic`` and ``longrope`` depend on it.
         """
-        return ROPE_TYPES[self.rope_type][0](self, context).astype(np.float32)
+        return ROPE_TYPES[self.rope_type].frequencies(self, context).astype(np.float32)
+
+    def for_context(self, context: int) -> "RopeConfig":
+        """The rope that has the frequencies of a text of this length for texts of any length."""
+        return dataclasses.replace(self, **ROPE_TYPES[self.rope_type].fixed(self, context))
 
     @property
     def vector_factor(self) -> float:
@@ -161,6 +182,27 @@ class RopeConfig:
         if self.mscale and self.mscale_all_dim:
             return temperature(stretch, self.mscale) / temperature(stretch, self.mscale_all_dim)
         return temperature(stretch, 1.0)
+
+
+def check_room(ropes: Iterable[RopeConfig], max_context_length: int) -> None:
+    """Refuse room for texts that have another rope than shorter ones.
+
+    Keys are cached as they were turned: how a text's are must not depend on room that it does not
+    use, and those of its beginning cannot be turned anew once it has grown.
+
+    Raises:
+      ValueError: it says what to do.
+    """
+    for rope in set(ropes):
+        if np.array_equal(rope.frequencies(1), rope.frequencies(max_context_length)):
+            continue
+        trained = getattr(rope, ROPE_TYPES[rope.rope_type].trained or "")
+        raise ValueError(
+            f"rope type {rope.rope_type}: texts of more than {trained} tokens have other "
+            f"frequencies than shorter ones, and max_context_length is {max_context_length}. Give "
+            f"at most {trained}, or one rope to all texts: model.for_context({max_context_length}) "
+            f"or model.for_context({trained})."
+        )
 
 
 def rotation(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -23,14 +23,14 @@ def _linear(rope: "RopeConfig", context: int) -> Frequencies:
 
 
 def _dynamic(rope: "RopeConfig", context: int) -> Frequencies:
-    """NTK-aware scaling: the base grows with the context once that is beyond the trained one.
+    """NTK-aware scaling: the base grows with the text once that is beyond the trained context."""
+    return _geometric(rope, _stretched_theta(rope, context))
 
-    transformers grows it anew at every step, and leaves cached keys turned by older bases. Here
-    one base serves a whole sequence: that of the context it may grow to.
-    """
+
+def _stretched_theta(rope: "RopeConfig", context: int) -> float:
     stretch = rope.factor * max(context, rope.max_position_embeddings)
     ratio = stretch / rope.max_position_embeddings - (rope.factor - 1)
-    return _geometric(rope, rope.theta * ratio ** (rope.rotary_dim / (rope.rotary_dim - 2)))
+    return rope.theta * ratio ** (rope.rotary_dim / (rope.rotary_dim - 2))
 
 
 def _llama3(rope: "RopeConfig", context: int) -> Frequencies:
@@ -61,14 +61,13 @@ def _yarn(rope: "RopeConfig", context: int) -> Frequencies:
 
 
 def _longrope(rope: "RopeConfig", context: int) -> Frequencies:
-    """LongRoPE (Ding et al., 2024): a searched divisor a pair; one set for short contexts.
+    """LongRoPE (Ding et al., 2024): a searched divisor a pair; one set for short texts."""
+    return _geometric(rope, rope.theta) / np.asarray(_divisors(rope, context))
 
-    transformers changes the set when a sequence outgrows the original context. Here one set
-    serves a whole sequence: that of the context it may grow to.
-    """
+
+def _divisors(rope: "RopeConfig", context: int) -> tuple[float, ...]:
     is_long = context > rope.original_max_position_embeddings
-    divisors = np.asarray(rope.long_factor if is_long else rope.short_factor)
-    return _geometric(rope, rope.theta) / divisors
+    return rope.long_factor if is_long else rope.short_factor
 
 
 def _geometric(rope: "RopeConfig", theta: float) -> Frequencies:
@@ -79,15 +78,48 @@ def temperature(stretch: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(stretch) + 1.0
 
 
-# Type -> (its frequencies, the fields that it cannot do without).
-ROPE_TYPES: dict[str, tuple[Callable[["RopeConfig", int], Frequencies], tuple[str, ...]]] = {
-    "default": (_default, ()),
-    "linear": (_linear, ("factor",)),
-    "dynamic": (_dynamic, ("factor", "max_position_embeddings")),
-    "llama3": (
+class RopeType(NamedTuple):
+    """A row.
+
+    Attributes:
+      frequencies: of a text of so many tokens.
+      needs: the fields that it cannot do without.
+      trained: the field that says up to how many tokens they are the same; None: always.
+      fixed: the fields of a rope that has, for texts of any length, those of so many tokens.
+    """
+
+    frequencies: Callable[["RopeConfig", int], Frequencies]
+    needs: tuple[str, ...] = ()
+    trained: str | None = None
+    fixed: Callable[["RopeConfig", int], dict[str, Any]] = lambda rope, context: {}
+
+
+ROPE_TYPES: dict[str, RopeType] = {
+    "default": RopeType(_default),
+    "linear": RopeType(_linear, ("factor",)),
+    "dynamic": RopeType(
+        _dynamic,
+        ("factor", "max_position_embeddings"),
+        trained="max_position_embeddings",
+        fixed=lambda rope, context: {
+            "rope_type": "default",
+            "theta": _stretched_theta(rope, context),
+            "factor": 0.0,
+        },
+    ),
+    "llama3": RopeType(
         _llama3,
         ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     ),
-    "yarn": (_yarn, ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")),
-    "longrope": (_longrope, ("short_factor", "long_factor", "original_max_position_embeddings")),
+    "yarn": RopeType(
+        _yarn, ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
+    ),
+    "longrope": RopeType(
+        _longrope,
+        ("short_factor", "long_factor", "original_max_position_embeddings"),
+        trained="original_max_position_embeddings",
+        fixed=lambda rope, context: dict.fromkeys(
+            ("short_factor", "long_factor"), _divisors(rope, context)
+        ),
+    ),
 }

@@ -42,7 +42,9 @@ def test_architecture_may_be_told_by_model_type():
         ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported; known are"),
         ({"architectures": None, "model_type": "rwkv"}, "architecture 'rwkv' is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} is not"),
-        ({"use_sliding_window": True, "sliding_window": 8}, "sliding_window = 8 is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not .* turns whole heads"),
+        ({"rope_interleaved": True}, "rope_interleaved = True is not supported"),
+        ({"attn_logit_softcapping": 5.0}, "attn_logit_softcapping = 5.0 is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .*sliding"),
         ({"rope_scaling": {"type": "mrope"}}, "config.json: rope type 'mrope' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "config.json: rope type linear: factor must"),
@@ -66,6 +68,14 @@ def test_bad_llama_configs_are_refused_by_name(changes, message):
         ("gemma2", {"sliding_window": 0}, r"windows must be 2 entries.* got \(0, None\)"),
         ("gemma2", {"attn_logit_softcapping": -1.0}, "attention_softcap must be a positive"),
         ("gemma3", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping = 5.0 is not supp"),
+        ("gemma3 linear", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not"),
+        (
+            "gemma3 rope_parameters",
+            {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.25}}},
+            "partial_rotary_factor = 0.25 is not",
+        ),
+        ("qwen2", {"attention_bias": True}, "attention_bias = True is not supp"),
+        ("mistral", {"layer_types": ["linear_attention"] * 2}, "layer_types = .*linear_attention"),
         (
             "gpt_oss",
             {"quantization_config": {"quant_method": "awq"}},
@@ -77,6 +87,56 @@ def test_bad_llama_configs_are_refused_by_name(changes, message):
 def test_bad_configs_of_sliding_families_are_refused_by_name(variant, changes, message):
     with pytest.raises(CheckpointError, match=message):
         read(variant, **changes)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "named"),
+    [
+        ("llama", {"mystery": 7, "other": None}, "nothing reads mystery = 7 for LlamaForCausalLM"),
+        ("mistral", {"use_sliding_window": False}, "nothing reads use_sliding_window = False for"),
+        ("llama", {"use_sliding_window": True, "sliding_window": 8}, "reads .*sliding_window = 8"),
+        ("gpt2", {"head_dim": 4}, "nothing reads head_dim = 4 for GPT2LMHeadModel"),
+        ("qwen3", {"rope_local_base_freq": 5.0}, "nothing reads rope_local_base_freq = 5.0"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "default", "mystery": 2}},
+            "no rope type here reads mystery",
+        ),
+    ],
+)
+def test_what_nothing_reads_is_named(variant, changes, named):
+    """And changes nothing, as in transformers: so its windows stay where Mistral says not to."""
+    with pytest.warns(UserWarning, match=named):
+        config = read(variant, **changes)
+    assert config == read(variant)
+
+
+# What config.json files of the Hub say beside what is read.
+_OF_THE_HUB = {
+    "llama": {"_name_or_path": "x", "pretraining_tp": 1, "torch_dtype": "bfloat16"}
+    | {"transformers.js_config": {}, "is_llama_config": True, "rope_interleaved": False},
+    "mistral": {"attention_dropout": 0.0, "use_cache": True, "bos_token_id": 1},
+    "qwen2": {"use_mrope": False, "max_window_layers": 21, "initializer_range": 0.02},
+    "gemma2": {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}
+    | {"sliding_window_size": 7, "_name_or_path": ""},
+    "gemma3 layer types": {"_sliding_window_pattern": 6, "use_bidirectional_attention": False},
+    "gpt_oss": {"experts_per_token": 4, "initial_context_length": 4096, "hidden_act": "silu"}
+    | {"output_router_logits": False, "router_aux_loss_coef": 0.9},
+    "gpt2": {"n_ctx": 32, "resid_pdrop": 0.1, "summary_type": "cls_index", "use_cache": True}
+    | {"task_specific_params": {"text-generation": {"max_length": 50}}},
+}
+
+
+@pytest.mark.parametrize("variant", _OF_THE_HUB)
+def test_what_does_not_matter_goes_without_a_word(variant):
+    assert read(variant, **_OF_THE_HUB[variant]) == read(variant)
+
+
+def test_a_multimodal_model_that_is_quantized():
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+    outer |= {"text_config": hf_config("gemma3"), "quantization_config": {"quant_method": "awq"}}
+    with pytest.raises(CheckpointError, match=r"quantization_config = .*awq"):
+        DecoderConfig.from_hf(outer)
 
 
 def test_gemma3_of_the_hub_leaves_most_to_the_defaults():

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxkv
-from jaxkv.models import RopeConfig, load
+from jaxkv.models import RopeConfig, load, save
 from tests.models.variants import GOLDENS, NUM_TOKENS, VARIANTS, token_ids, write_checkpoint
 from tests.oracle import jit
 
@@ -76,13 +76,49 @@ def test_uncached_logits_equal_transformers(variant, model):
 @for_each(*FAMILIES, *SLIDING, *HEADS_AND_SCALES, *SCALED_ROPES)
 def test_logits_of_chunks_equal_transformers(variant, model):
     """Where layers slide, 24 tokens go round a ring of 7 - 1 + 8 slots."""
-    tokens = jnp.asarray(token_ids(variant))
+    tokens, model = jnp.asarray(token_ids(variant)), model.for_context(NUM_TOKENS)
     cache = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS, chunk=8))
     for start in range(0, NUM_TOKENS, 8):
         chunk = slice(start, start + 8)
         logits, cache = model(tokens[chunk], cache)
         assert_golden(logits, variant, chunk)
     assert cache.lengths == NUM_TOKENS
+
+
+# Variants, and the most tokens that a text can have for its rope to be that of shorter ones.
+LENGTH_DEPENDENT = [("llama longrope short", 32), ("llama longrope", 16), ("llama dynamic", 16)]
+
+
+@pytest.mark.parametrize(("variant", "trained"), LENGTH_DEPENDENT)
+def test_room_that_a_text_does_not_use_changes_nothing(variant, trained, model_of):
+    """A cache with room for longer texts, whose rope is another, is refused until one is chosen."""
+    model, tokens = model_of(variant), jnp.asarray(token_ids(variant))
+    short = model.for_context(trained)
+    expected, _ = model(tokens[:10])  # as transformers: by the text's own length
+    roomy = jaxkv.create(short.cache_config(max_context_length=trained + 1))
+    for refused in (
+        lambda: model.cache_config(max_context_length=trained + 1),
+        lambda: model(tokens[:10], roomy),
+        lambda: model(jnp.tile(tokens, 2)[: trained + 1], num_tokens=jnp.int32(10)),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"more than {trained} tokens .*for_context\({trained}"
+        ):
+            refused()
+    np.testing.assert_allclose(short(tokens[:10], roomy)[0], expected, atol=TOLERANCE)
+    fitting = jaxkv.create(model.cache_config(max_context_length=trained))
+    np.testing.assert_allclose(model(tokens[:10], fitting)[0], expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("variant", "trained"), LENGTH_DEPENDENT)
+def test_a_rope_that_was_chosen_is_saved(variant, trained, model_of, tmp_path):
+    chosen = model_of(variant).for_context(trained + 8)
+    save(chosen, tmp_path)
+    loaded, _ = load(tmp_path)
+    assert loaded.config == chosen.config
+    assert (loaded.config != model_of(variant).config) == (
+        trained < NUM_TOKENS or "short" in variant
+    )
 
 
 @for_each("llama", "qwen3", "gpt2", "gemma3", "gpt_oss")

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from jaxkv.errors import CheckpointError
 from jaxkv.models import GPT2, Decoder, DecoderConfig, byte_tokenizer, load, save
-from tests.models.variants import hf_config, token_ids, weights, write_checkpoint
+from tests.models.variants import GOLDENS, hf_config, token_ids, weights, write_checkpoint
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_saved_files_are_those_of_the_checkpoint(folder, tmp_path):
 
 def test_names_without_prefix_and_tensors_that_are_no_weights(tmp_path):
     for variant, extra in (
-        ("gpt2", ("h.0.attn.bias", "h.0.attn.masked_bias", "lm_head.weight")),
+        ("gpt2", ("h.0.attn.bias", "h.0.attn.masked_bias")),
         ("llama", ("layers.0.self_attn.rotary_emb.inv_freq",)),
     ):
         folder = tmp_path / variant
@@ -172,6 +172,41 @@ def test_missing_head_of_an_untied_model(folder):
     del tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors")
     refused(folder, "tensor lm_head.weight is missing")
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2 untied"])
+@pytest.mark.parametrize("ties", [True, None])
+def test_a_head_of_its_own_is_used_though_the_config_ties_it(tmp_path, variant, ties):
+    """As transformers: its logits for the untied model, and a warning."""
+    config = hf_config(variant) | {"tie_word_embeddings": ties}
+    write_checkpoint(variant, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if ties or variant.startswith("gpt2"):
+        with pytest.warns(UserWarning, match=r"the file has another one, lm_head\.weight"):
+            model, _ = load(tmp_path)
+    else:
+        model, _ = load(tmp_path)
+    assert not model.config.tie_word_embeddings
+    with np.load(GOLDENS) as goldens:
+        logits = model(jnp.asarray(token_ids(variant)))[0]
+        np.testing.assert_allclose(logits, goldens[variant], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("variant", "table"), [("llama tied", "embed_tokens"), ("gpt2", "wte")])
+def test_a_head_that_is_the_embedding_once_more(tmp_path, variant, table):
+    expected, _ = load(write_checkpoint(variant, tmp_path))
+    tensors = weights(variant)
+    (embedding,) = (tensor for name, tensor in tensors.items() if table in name)
+    save_file(tensors | {"lm_head.weight": embedding}, tmp_path / "model.safetensors")
+    got, _ = load(tmp_path)
+    assert got.config.tie_word_embeddings
+    np.testing.assert_array_equal(logits_of(got), logits_of(expected))
+
+
+def test_two_tensors_of_one_name(folder):
+    twice = {"layers.0.mlp.up_proj.weight": np.zeros((48, 32), np.float32)}
+    save_file(weights("llama") | twice, folder / "model.safetensors")
+    refused(folder, "model.layers.0.mlp.up_proj.weight", "are the same tensor")
 
 
 def test_misshaped_tensor(folder):

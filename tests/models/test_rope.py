@@ -56,6 +56,12 @@ def test_dynamic_and_longrope_follow_the_context_and_no_other_does():
         same = np.array_equal(config.frequencies(64), config.frequencies(65))
         assert same == (rope_type not in ("dynamic", "longrope")), rope_type
         np.testing.assert_array_equal(config.frequencies(8), config.frequencies(64))
+        for context in (64, 65):
+            fixed = config.for_context(context)
+            for length in (1, 64, 100):
+                np.testing.assert_array_equal(
+                    fixed.frequencies(length), config.frequencies(context)
+                )
 
 
 def test_long_positions_keep_float32_precision_in_bfloat16():

@@ -1,0 +1,312 @@
+"""Which cache each family of transformers needs, a row a family, by its ``model_type``.
+
+A row says what transformers takes where a ``config.json`` is silent, and which layers have a
+window. `tests/test_hf_families.py` holds every row to the caches that transformers makes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxkv.errors import ConfigError
+
+
+class Windows(NamedTuple):
+    """Which layers have the window that ``sliding_window`` is.
+
+    Attributes:
+      reads: the fields of a ``config.json`` that say so. Where ``use_sliding_window`` is one, no
+        layer has a window unless it is true; where ``layer_types`` is one, it decides.
+      slides: whether each layer has one, where no ``layer_types`` decide.
+    """
+
+    reads: tuple[str, ...]
+    slides: Callable[[Mapping[str, Any], int], Sequence[bool]]
+
+
+def _all_layers(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
+    return [True] * num_layers
+
+
+def _no_layers(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
+    return [False] * num_layers
+
+
+def _late_layers(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
+    return [layer >= config["max_window_layers"] for layer in range(num_layers)]
+
+
+def _unsaid(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
+    raise ConfigError(
+        f"A {config['model_type']} has layers with a window and layers without: its config.json "
+        "must say which in layer_types."
+    )
+
+
+def _all_but_every(count: int | str) -> Callable[[Mapping[str, Any], int], Sequence[bool]]:
+    """All but each so many-th; a number, or the field that has it."""
+
+    def slides(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
+        every = config[count] if isinstance(count, str) else count
+        if not isinstance(every, int) or every < 1:
+            raise ConfigError(f"{count} must be an int of at least 1, got {every!r}.")
+        return [(layer + 1) % every > 0 for layer in range(num_layers)]
+
+    return slides
+
+
+_NONE = Windows((), _no_layers)
+_ALL = Windows(("sliding_window",), _all_layers)
+_NAMED = Windows(("sliding_window", "layer_types"), _unsaid)
+_NAMED_IF_USED = Windows(("sliding_window", "use_sliding_window", "layer_types"), _unsaid)
+_QWEN = Windows(
+    ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"), _late_layers
+)
+
+
+def _every(count: int | str) -> Windows:
+    named = (count,) if isinstance(count, str) else ()
+    return Windows(("sliding_window", "layer_types", *named), _all_but_every(count))
+
+
+class Family(NamedTuple):
+    """A row.
+
+    Attributes:
+      defaults: what is taken for fields that are not there.
+      windows: which layers have a window.
+      multi_query: what is taken for the field of that name, one head of keys and values unless
+        ``new_decoder_architecture``; None where it is not read.
+    """
+
+    defaults: Mapping[str, Any]
+    windows: Windows = _NONE
+    multi_query: bool | None = None
+
+
+def _plain(
+    num_layers: int,
+    num_heads: int,
+    width: int,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    *,
+    windows: Windows = _NONE,
+    **more: Any,
+) -> Family:
+    """Keys and values of one size a layer and token. None: it follows from the others."""
+    defaults = {
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "hidden_size": width,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+    }
+    given = {name: value for name, value in defaults.items() if value is not None}
+    return Family(given | more, windows)
+
+
+def _gpt2(num_layers: int, num_heads: int, width: int) -> Family:
+    """The same under GPT-2's names."""
+    return Family({"n_layer": num_layers, "n_head": num_heads, "n_embd": width})
+
+
+_GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
+
+_QWEN_VL = _plain(80, 64, 8192, 8, windows=_QWEN, max_window_layers=80, sliding_window=4096)
+
+# A config.json without a model_type says all itself.
+_UNNAMED = Family({}, Windows(_NAMED.reads, _no_layers), multi_query=False)
+
+# By model_type.
+BY_MODEL_TYPE: dict[str | None, Family] = {
+    None: _UNNAMED,
+    "afmoe": _plain(
+        *(32, 16, 2048, None, 128),
+        windows=_every("global_attn_every_n_layers"),
+        global_attn_every_n_layers=4,
+        sliding_window=1024,
+    ),
+    "apertus": _plain(32, 32, 4096),
+    "apertus1p5_text": _plain(32, 32, 4096),
+    "arcee": _plain(32, 32, 2560),
+    "aria_text": _plain(32, 32, 4096),
+    "beam": _plain(52, 48, 5120, 8, 128, windows=_NAMED, sliding_window=512),
+    "biogpt": _plain(24, 16, 1024),
+    "bitnet": _plain(30, 20, 2560, 5),
+    "bloom": Family({"n_layer": 2, "n_head": 8, "hidden_size": 64}),
+    "codegen": _gpt2(28, 16, 4096),
+    "cohere": _plain(40, 64, 8192),
+    "cohere2": _plain(
+        *(40, 64, 8192),
+        windows=_every("sliding_window_pattern"),
+        sliding_window_pattern=4,
+        sliding_window=4096,
+    ),
+    "cohere2_moe": _plain(40, 64, 8192, None, 128, windows=_NAMED, sliding_window=4096),
+    "ctrl": _gpt2(48, 16, 1280),
+    "cwm": _plain(64, 48, 6144, 8, 128, windows=_NAMED, sliding_window=8192),
+    "dbrx": Family({"n_layers": 24, "n_heads": 16, "d_model": 2048, "attn_config": {}}),
+    "diffllama": _plain(16, 32, 2048),
+    "doge": _plain(32, 8, 1024, windows=_ALL),
+    "dots1": _plain(
+        *(62, 32, 4608, 32),
+        windows=Windows(("sliding_window", "max_window_layers", "layer_types"), _late_layers),
+        max_window_layers=62,
+        sliding_window=4096,
+    ),
+    "emu3_text_model": _plain(32, 32, 4096, 8),
+    "ernie4_5": _plain(18, 16, 1024, 2, 128),
+    "ernie4_5_moe": _plain(28, 20, 2560, 4),
+    "ernie4_5_vl_moe_text": _plain(28, 20, 2560, 4),
+    "exaone": _plain(32, 32, 4096, 8),
+    "exaone4": _plain(
+        *(32, 32, 4096, 32),
+        windows=_every("sliding_window_pattern"),
+        sliding_window_pattern=4,
+        sliding_window=4096,
+    ),
+    "exaone_moe": _plain(
+        *(32, 32, 4096, 32),
+        windows=_every("sliding_window_pattern"),
+        sliding_window_pattern=4,
+        sliding_window=4096,
+    ),
+    "falcon": _plain(32, 71, 4544)._replace(multi_query=True),
+    "flex_olmo": _plain(32, 32, 4096),
+    "flint": _plain(49, 32, 2048, 4, 128, windows=_NAMED, sliding_window=513),
+    "gemma": _plain(28, 16, 3072, 16, 256),
+    "gemma2": _plain(
+        *(26, 8, 2304, 4, 256),
+        windows=_every(2),
+        vocab_size=256_000,
+        intermediate_size=9216,
+        query_pre_attn_scalar=256,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        sliding_window=4096,
+        **_GEMMA,
+    ),
+    # gemma-3-4b-it says neither heads nor head size.
+    "gemma3_text": _plain(
+        *(26, 8, 2304, 4, 256),
+        windows=_every("sliding_window_pattern"),
+        vocab_size=262_208,
+        intermediate_size=9216,
+        query_pre_attn_scalar=256,
+        sliding_window=4096,
+        sliding_window_pattern=6,
+        rope_theta=1_000_000.0,
+        rope_local_base_freq=10_000.0,
+        **_GEMMA,
+    ),
+    "glm": _plain(40, 32, 4096, 2, 128),
+    "glm4": _plain(40, 32, 4096, 2, 128),
+    "glm4_moe": _plain(46, 96, 4096, 8),
+    "glm4v_moe_text": _plain(46, 96, 4096, 8),
+    "glm4v_text": _plain(40, 32, 4096, 2),
+    "glm_ocr_text": _plain(16, 16, 1024, 8),
+    "gpt-sw3": _gpt2(12, 12, 768),
+    "gpt2": _gpt2(12, 12, 768),
+    "gpt_bigcode": _gpt2(12, 12, 768)._replace(multi_query=True),
+    "gpt_neo": Family({"num_layers": 24, "num_heads": 16, "hidden_size": 2048}),
+    "gpt_neox": _plain(44, 64, 6144),
+    "gpt_neox_japanese": _plain(32, 32, 2560),
+    "gpt_oss": _plain(
+        *(36, 64, 2880, 8, 64),
+        windows=_every(2),
+        attention_bias=True,
+        rms_norm_eps=1e-5,
+        num_experts_per_tok=4,
+        swiglu_alpha=1.702,
+        swiglu_limit=7.0,
+        sliding_window=128,
+        rope_theta=150_000.0,
+        rope_scaling=_YARN,
+    ),
+    "gptj": _gpt2(28, 16, 4096),
+    "granite": _plain(32, 32, 4096),
+    "granite_docling_text": _plain(28, 16, 1024, 4),
+    "granite_swa": _plain(24, 20, 2560, 4, windows=_NAMED, sliding_window=128),
+    "granitemoe": _plain(32, 32, 4096),
+    "granitemoe_swa": _plain(32, 32, 4096, windows=_NAMED, sliding_window=128),
+    "granitemoeshared": _plain(32, 32, 4096),
+    "helium": _plain(24, 20, 2560, 20, 128),
+    "hunyuan_v1_dense": _plain(32, 32, 4096),
+    "hunyuan_v1_moe": _plain(32, 32, 4096),
+    "hy_v3": _plain(80, 64, 4096, 8, 128),
+    "hyperclovax": _plain(32, 32, 4096),
+    "internlm3": _plain(48, 32, 4096, 2, 128),
+    "iquestcoder": _plain(80, 40, 5120, 8, 128),
+    "jais2": _plain(32, 26, 3328),
+    "jetmoe": _plain(12, 32, 2048, 16, kv_channels=128),
+    "kolibri1": _plain(50, 48, 2560, 4, 128, windows=_every(5), sliding_window=513),
+    "laguna": _plain(40, 48, 2048, 8, 128, windows=_UNNAMED.windows, sliding_window=512),
+    "llama": _plain(32, 32, 4096),
+    "mellum": _plain(28, 32, 2304, 4, 128, windows=_UNNAMED.windows, sliding_window=1024),
+    "minimax_m2": _plain(62, 48, 3072, 8, 128),
+    "ministral": _plain(
+        32, 32, 4096, 8, windows=Windows(_NAMED.reads, _all_layers), sliding_window=4096
+    ),
+    "ministral3": _plain(34, 32, 4096, 8, 128, windows=_ALL),
+    "mistral": _plain(32, 32, 4096, 8, windows=_ALL, sliding_window=4096),
+    "mixtral": _plain(32, 32, 4096, 8, windows=_ALL),
+    "mpt": Family({"n_layers": 24, "n_heads": 16, "d_model": 2048}),
+    "nanochat": _plain(12, 6, 768),
+    "nemotron": _plain(32, 48, 6144),
+    "olmo": _plain(32, 32, 4096),
+    "olmo2": _plain(32, 32, 4096),
+    "olmo3": _plain(32, 32, 4096, windows=_every(4), sliding_window=4096),
+    "olmoe": _plain(16, 16, 2048),
+    "opt": _plain(12, 12, 768),
+    "persimmon": _plain(36, 64, 4096),
+    "phi": _plain(24, 32, 2048),
+    "phi3": _plain(32, 32, 3072, windows=_ALL),
+    "phi4_multimodal": _plain(32, 32, 3072, 8, windows=_ALL),
+    "phimoe": _plain(32, 32, 4096, 8, windows=_ALL),
+    "qwen2": _plain(32, 32, 4096, 32, windows=_QWEN, max_window_layers=28, sliding_window=4096),
+    "qwen2_5_vl": _QWEN_VL,
+    "qwen2_5_vl_text": _QWEN_VL,
+    "qwen2_moe": _plain(24, 16, 2048, 16, windows=_NAMED_IF_USED, sliding_window=4096),
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_vl_text": _QWEN_VL,
+    "qwen3": _plain(
+        32, 32, 4096, 32, 128, windows=_QWEN, max_window_layers=28, sliding_window=4096
+    ),
+    "qwen3_moe": _plain(
+        *(24, 32, 2048, 4),
+        windows=Windows(("sliding_window", "use_sliding_window"), _all_layers),
+        sliding_window=4096,
+    ),
+    "qwen3_vl_moe_text": _plain(24, 16, 2048, 16),
+    "qwen3_vl_text": _plain(32, 32, 4096, 32, 128),
+    "sarvam_moe": _plain(19, 64, 4096, 4, 64),
+    "seed_oss": _plain(64, 80, 4096, 8, 128),
+    "smollm3": _plain(36, 16, 2048, 4, windows=_NAMED_IF_USED),
+    "solar_open": _plain(48, 64, 4096, 8, 128),
+    "stablelm": _plain(32, 32, 2560, 32),
+    "starcoder2": _plain(30, 24, 3072, 2, windows=_ALL),
+    "vaultgemma": _plain(26, 8, 2304, 4, 256, windows=_every(2), sliding_window=4096),
+    "xglm": Family({"num_layers": 24, "attention_heads": 16, "d_model": 1024}),
+}
+
+
+# Fields that mean more, or less, than keys and values of one size in each layer -> what they mean.
+OTHER_KINDS = {
+    r"kv_lora_rank": "one latent vector a token instead of keys and values",
+    r"(swa_)?v_head_dim|(swa|global)_head_dim|num_global_key_value_heads|attention_k_eq_v"
+    r"|swa_num_key_value_heads|per_layer_config": "keys, values or layers of unlike sizes",
+    r"num_kv_shared_layers|kv_sharing_modes": "layers that read what other layers keep",
+    r"attention_chunk_size": "attention within chunks",
+    r"(mamba|ssm|linear|time_step)_\w+|conv_L_cache|conv_kernel|short_conv_kernel_size|state_size"
+    r"|full_attention_interval|attn_layer_(period|offset)|attn_type_list|layers_block_type"
+    r"|block_types|hybrid_(override_pattern|layer_ids)|lru_width": "layers that keep a state",
+    r"index_\w+": "keys of an index beside those of attention",
+    r"cross_attention_layers|add_cross_attention|is_encoder_decoder": "cross-attention",
+    r"use_bidirectional_attention": "attention to later tokens",
+}
