@@ -8,8 +8,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxkv.codecs import Leaves, container_dtype, leaf_specs
 from jaxkv.config import KVCacheConfig
+from jaxkv.errors import ConfigError
 from jaxkv.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
-from jaxkv.kv_cache import KVCache
+from jaxkv.kv_cache import OUT_OF_RANGE, KVCache
 from jaxkv.placement import Resident, zeros_in_host_memory
 
 
@@ -19,6 +20,9 @@ def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
     Args:
       config: its shape; a `HybridConfig` gives a `HybridCache`.
       device: a `jax.Device` or `jax.sharding.Sharding` for the buffers; JAX's default if None.
+
+    Raises:
+      ConfigError: 2**30 or more positions, or slots times KV heads.
 
     >>> import jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 16, 1, 4, codec=jaxkv.Dense("float32")))
@@ -31,7 +35,19 @@ def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
     return _create(config, device)
 
 
+def _check_numbers(config: KVCacheConfig) -> None:
+    """Refuse more positions or places for a head's vector than int32 has numbers for."""
+    context, places = config.max_context_length, config.num_slots * config.num_kv_heads
+    if max(context, places) >= OUT_OF_RANGE:
+        raise ConfigError(
+            f"create: {context} tokens, and {config.num_slots} slots x {config.num_kv_heads} KV "
+            "heads, must both be below 2**30, since they are numbered with int32. Use a smaller "
+            "max_context_length or batch_size, or fewer num_pages."
+        )
+
+
 def _create(config: KVCacheConfig, device: Any) -> KVCache:
+    _check_numbers(config)
     if config.in_host_memory and device is None:
         # All in one place that is named, for a step returns it so, and compiles once then.
         device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]

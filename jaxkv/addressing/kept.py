@@ -49,10 +49,11 @@ class Kept:
 
     def __post_init__(self):
         check_counts(self, "tokens", "new", "num_layers", "num_kv_heads")
-        if not isinstance(self.sums, bool) or not isinstance(self.within, Contiguous | Paged):
+        within, window = self.within, getattr(self.within, "window", None)
+        if not isinstance(self.sums, bool) or not isinstance(within, Contiguous | Paged) or window:
             raise ValueError(
-                f"Kept: sums must be True or False and within Contiguous() or Paged(), got "
-                f"{self.sums!r} and {self.within!r}."
+                f"Kept: sums must be True or False and within Contiguous() or Paged() without a "
+                f"window, got {self.sums!r} and {within!r}."
             )
 
     @property
@@ -175,11 +176,18 @@ class KeptIndex:
         self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
     ) -> Int[Array, "*batch kv_heads size"]:
         slots = start + jnp.arange(size, dtype=jnp.int32)
-        first, end = self.first_new[..., None, None], lengths[..., None, None]
+        first, end = self._new_positions(lengths)
         kept = jnp.take(self.positions[layer], slots - self.new, axis=-1, mode="clip")
         kept = jnp.where(kept < first, kept, -1)
         new = jnp.where(first + slots < end, first + slots, -1)
         return jnp.where(slots < self.new, new, kept)
+
+    def _new_positions(
+        self, lengths: Int[Array, "*batch"]
+    ) -> tuple[Int[Array, "*batch 1 1"], Int[Array, "*batch 1 1"]]:
+        """Those of new tokens begin at the one and end before the other."""
+        end = jnp.minimum(lengths, self.room)
+        return self.first_new[..., None, None], end[..., None, None]
 
     def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:
         return self.within.read(leaf, layer, start, size)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxkv.addressing.addressing import Layer
 from jaxkv.addressing.contiguous import Contiguous
 from jaxkv.addressing.kept import KeptIndex, check_counts
+from jaxkv.addressing.rows import read_rows
 from jaxkv.addressing.runs import first_slots
 
 
@@ -115,7 +116,7 @@ class KeptByHeadIndex(KeptIndex):
         self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
     ) -> Int[Array, "*batch kv_heads size"]:
         slots = start + jnp.arange(size, dtype=jnp.int32)
-        first, end = self.first_new[..., None, None], lengths[..., None, None]
+        first, end = self._new_positions(lengths)
         in_run = slots - self.new
         kept = self.positions[layer].at[self.firsts[layer][..., None] + in_run].get(mode="clip")
         owned = (in_run < self.counts[layer][..., None]) & (kept < first)
@@ -147,11 +148,7 @@ class KeptByHeadIndex(KeptIndex):
         logical = start + jnp.arange(size, dtype=jnp.int32)
         every_head = jnp.broadcast_to(logical, (*self.lengths.shape, kv_heads, size))
         places = jnp.maximum(jnp.swapaxes(self.head_slots(layer, every_head), -1, -2), 0)
-        # One gather of whole rows, as in a paged cache.
-        half_layers = (layer * sides + jnp.arange(sides, dtype=jnp.int32)) * (ctx * kv_heads)
-        rows = half_layers.reshape(sides, *(1 for _ in places.shape)) + places
-        flat = leaf.reshape(layers * sides * ctx * kv_heads, *vector)
-        return flat.at[rows].get(mode="clip")
+        return read_rows(leaf.reshape(layers, sides, ctx * kv_heads, *vector), layer, places)
 
     def select(self, rows: Int[Array, " rows"]) -> tuple[Self, Float[Array, " ctx"] | None]:
         """Not possible: sequences have runs of different lengths.

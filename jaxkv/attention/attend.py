@@ -21,7 +21,8 @@ from jaxkv.attention.reference import reference
 from jaxkv.attention.request import Grouped, Request, request_of
 from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
 from jaxkv.attention.streamed import is_streamed, streamed
-from jaxkv.checks import check_counts
+from jaxkv.cache import or_nan
+from jaxkv.checks import check_counts, layer_exists
 from jaxkv.codecs import Dense, unrotate
 from jaxkv.hybrid import AnyCache, HybridCache, in_its_group
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
@@ -108,7 +109,8 @@ def attend(
         `explain`. A named one is used or an error, never replaced.
 
     Returns:
-      The attention output, of the queries' shape and dtype. Zeros for a query that sees nothing.
+      The attention output, of the queries' shape and dtype. Zeros for a query that sees nothing,
+      NaN if a traced layer does not exist.
 
     Raises:
       IndexError, TypeError, ValueError: a bad layer, dtype, shape or option.
@@ -140,7 +142,8 @@ def attend(
     output = chosen.run(request)
     if not chosen.turns:
         output = unrotate(cache.config.codec, output)
-    return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
+    output = jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
+    return or_nan(output, layer_exists(cache, layer))
 
 
 def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> str:
