@@ -151,8 +151,8 @@ def check_intact(cache: KVCache) -> None:
         )
     lengths, name = np.asarray(cache.lengths).tolist(), cache.config.addressing.name
     raise ValueError(
-        f"cannot roll back to {lengths} tokens: the {name} cache has lost tokens that the next query "
-        f"would see. {cure}"
+        f"cannot roll back to {lengths} tokens: the {name} cache has lost tokens that the next "
+        f"query would see. {cure}"
     )
 
 
