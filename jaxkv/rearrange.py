@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxkv.addressing import PagedIndex
-from jaxkv.checks import check_alive, check_on_device, check_rows
+from jaxkv.checks import check_alive, check_on_device, check_rows, rows_exist
 from jaxkv.hybrid import AnyCache, in_every_group
 from jaxkv.kv_cache import KVCache
 from jaxkv.programs import on_device, one_program, promotes_ranks
@@ -28,7 +28,7 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
         single sequence is row 0.
 
     Raises:
-      IndexError: outside jit, a row that there is not.
+      IndexError: outside jit, a row that there is not (inside jit, `check` says so after).
 
     >>> import jaxkv
     >>> prompt = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
@@ -50,7 +50,10 @@ def _select(cache: KVCache, chosen: Int[Array, " rows"]) -> KVCache:
         storage = {name: jnp.take(leaf, slots, axis=2) for name, leaf in storage.items()}
     config = cache.config.replace(batch_size=chosen.size)
     newest = None if cache.newest is None else select(cache.newest, chosen)
-    return dataclasses.replace(cache, storage=storage, index=index, config=config, newest=newest)
+    selected = dataclasses.replace(
+        cache, storage=storage, index=index, config=config, newest=newest
+    )
+    return selected.where_in_range(rows_exist(cache, chosen))
 
 
 def fork(cache: AnyCache, num_copies: int) -> AnyCache:

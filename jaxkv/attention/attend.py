@@ -22,7 +22,8 @@ from jaxkv.attention.reference import reference
 from jaxkv.attention.request import Grouped, Request, request_of
 from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
 from jaxkv.attention.streamed import is_streamed, streamed
-from jaxkv.checks import check_counts, check_layer
+from jaxkv.cache import or_nan
+from jaxkv.checks import check_counts, check_layer, layer_exists
 from jaxkv.codecs import Dense, unrotate
 from jaxkv.devices import PLATFORMS, by_platform, default_device, platform_of
 from jaxkv.hybrid import AnyCache, in_its_group
@@ -126,7 +127,8 @@ def attend(
         `explain`. A named one is used or an error, never replaced.
 
     Returns:
-      The attention output, of the queries' shape and dtype. Zeros for a query that sees nothing.
+      The attention output, of the queries' shape and dtype. Zeros for a query that sees nothing,
+      NaN if a traced layer does not exist.
 
     Raises:
       IndexError, TypeError, ValueError: a bad layer, dtype, shape or option.
@@ -177,7 +179,8 @@ def _serve(
     output = chosen.run(request)
     if turn:
         output = unrotate(cache.config.codec, output)
-    return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
+    output = jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
+    return or_nan(output, layer_exists(cache, layer))
 
 
 def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> str:
