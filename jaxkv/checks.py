@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool
 from jaxkv.addressing import KeptIndex
 from jaxkv.errors import CacheClosedError, CacheFullError
 from jaxkv.hybrid import AnyCache, check_static_layer
-from jaxkv.kv_cache import KVCache, Layer, NumTokens, books_of
+from jaxkv.kv_cache import KVCache, Layer, NumTokens, books_of, buffer_of
 from jaxkv.placement import in_host_memory
 
 
@@ -103,6 +103,18 @@ def check_on_device(cache: KVCache) -> None:
         raise ValueError(
             "This cache is in host memory, where nothing can be rearranged. Bring it back "
             "with jaxkv.prefetch first."
+        )
+
+
+def check_here(cache: KVCache) -> None:
+    """Refuse a cache of which this process holds a part, where all of it is to be read."""
+    leaf = buffer_of(cache)
+    here = isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated
+    if not here:
+        raise ValueError(
+            "This cache is spread over several processes, and each holds a part of it. Gather it "
+            "first, in all of them: "
+            "jax.experimental.multihost_utils.process_allgather(cache, tiled=True)."
         )
 
 

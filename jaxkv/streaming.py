@@ -1,17 +1,21 @@
 """Writing to a cache that lives in host memory, and moving whole caches there and back."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
 from jaxkv.checks import check_alive
 from jaxkv.codecs import Leaves, bitcast, rotate
+from jaxkv.devices import default_device
 from jaxkv.hybrid import in_every_group
-from jaxkv.kv_cache import KVCache, Layer
+from jaxkv.kv_cache import KVCache, Layer, buffer_of
 from jaxkv.placement import host_sharding, run_of, write_slots
+from jaxkv.programs import on_device
 
 
 @in_every_group
@@ -20,7 +24,8 @@ def offload(cache: KVCache) -> KVCache:
 
     `append` and `attend` go on working at the pace of the bus (not where heads keep numbers of
     tokens of their own). The device memory is free again once the old cache is: rebind it,
-    ``cache = jaxkv.offload(cache)``.
+    ``cache = jaxkv.offload(cache)``. A copy in numpy arrays goes to where its
+    ``config.placement`` says.
 
     Raises:
       ValueError: the backend has no host memory.
@@ -31,7 +36,7 @@ def offload(cache: KVCache) -> KVCache:
     'pinned_host'
     """
     check_alive(cache)
-    return _moved(cache, lambda leaf: host_sharding(leaf.sharding))
+    return _moved(cache, host_sharding)
 
 
 @in_every_group
@@ -44,14 +49,21 @@ def prefetch(cache: KVCache) -> KVCache:
     'device'
     """
     check_alive(cache)
-    return _moved(cache, lambda leaf: leaf.sharding.with_memory_kind("device"))
+    return _moved(cache, lambda sharding: sharding.with_memory_kind("device"))
 
 
-def _moved(cache: KVCache, to: Any) -> KVCache:
-    if cache.config.placement is not None:  # it is where its config says
-        return cache
-    storage = {name: jax.device_put(leaf, to(leaf)) for name, leaf in cache.storage.items()}
-    return dataclasses.replace(cache, storage=storage)
+def _moved(cache: KVCache, to: Callable[[Sharding], Sharding]) -> KVCache:
+    at_home = SingleDeviceSharding(default_device())  # of numpy arrays
+    if cache.config.placement is not None:
+        if not isinstance(buffer_of(cache), np.ndarray):  # it is where its config says
+            return cache
+        to = host_sharding if cache.config.in_host_memory else lambda sharding: sharding
+    storage = {
+        name: jax.device_put(leaf, to(getattr(leaf, "sharding", at_home)))
+        for name, leaf in cache.storage.items()
+    }
+    beside = jax.tree.map(on_device, dataclasses.replace(cache, storage={}))
+    return dataclasses.replace(beside, storage=storage)
 
 
 def append_to_host(

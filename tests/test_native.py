@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxkv
 from jaxkv.native import cannot_multiply, library, products
@@ -50,9 +51,41 @@ def test_it_is_chosen_for_decode_alone():
     assert "cannot read kept by head" in explained(cache_of(addressing=uneven))["native"]
 
 
-def test_several_devices_leave_it_to_others():
+@pytest.mark.devices(2)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_sharded_cache_is_left_to_others_but_where_each_has_its_shard(axis_type):
     available()
-    assert "8 CPU devices" in explained(cache_of())["native"]
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(axis_type,))
+    over_heads = PartitionSpec(None, None, None, "heads")
+    config = cache_of().config
+    cache = jaxkv.create(config, device=NamedSharding(mesh, over_heads))
+    assert "the cache is on 2 devices" in explained(cache)["native"]
+    keys, queries = np.random.default_rng(0).standard_normal((2, 1, 2, 16), np.float32)
+
+    def step(cache, queries, keys):
+        cache = jaxkv.append(cache, keys, keys, layer=0)
+        return jaxkv.attend(cache, queries, layer=0)
+
+    def step_of_a_shard(storage, queries, keys):
+        local = jaxkv.create(config.replace(num_kv_heads=1))
+        return step(dataclasses.replace(local, storage=storage), queries, keys)
+
+    of_tokens = PartitionSpec(None, "heads")
+    in_shards = jax.shard_map(
+        step_of_a_shard,
+        mesh=mesh,
+        in_specs=(over_heads, of_tokens, of_tokens),
+        out_specs=of_tokens,
+    )
+    with jax.set_mesh(mesh):
+        arrays = [jax.device_put(each, of_tokens) for each in (queries, keys)]
+        by_xla = jax.jit(step).lower(cache, *arrays).compile()
+        by_kernel = jax.jit(in_shards).lower(cache.storage, *arrays).compile()
+        assert "jaxkv_decode" not in by_xla.as_text()
+        assert "jaxkv_decode" in by_kernel.as_text()
+        assert "all-gather" not in by_xla.as_text() + by_kernel.as_text()
+        for outputs in by_xla(cache, *arrays), by_kernel(cache.storage, *arrays):
+            np.testing.assert_allclose(outputs, keys, atol=1e-6)  # of the only token
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def _read(
     hidden_from = _hidden_from(request)
     output, log_total = jax.ffi.ffi_call(
         "jaxkv_decode",
-        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (queries.shape, queries.shape[:3])],
+        jax.eval_shape(_like_results, queries, keys[0]),
         vmap_method="sequential",
     )(
         keys[0],
@@ -126,6 +126,12 @@ def _read(
         share = 1 - jnp.exp(jnp.minimum(sinks - log_total, 0))  # of probability, that tokens took
         output += share[..., None] * value_means[:, None]
     return output, log_total
+
+
+def _like_results(queries: Array, buffer: Array) -> tuple[Array, Array]:
+    """Arrays of the results' types: in a `jax.shard_map` they vary as what they are made of."""
+    output = queries + buffer.reshape(-1)[0].astype(jnp.float32)
+    return output, output[..., 0]
 
 
 def _hidden_from(request: Request) -> Int[Array, " batch"]:

@@ -64,10 +64,8 @@ def _custom_call(axis: int):
     @custom_vmap
     def call(x, weights):
         rows = x.reshape(-1, x.shape[-1])
-        outs = [weight.shape[1 - axis] for weight in weights]
         results = jax.ffi.ffi_call(
-            "jaxkv_products",
-            [jax.ShapeDtypeStruct((len(rows), out), jnp.float32) for out in outs],
+            "jaxkv_products", jax.eval_shape(functools.partial(_by_xla, axis), rows, weights)
         )(rows.astype(jnp.float32), *weights, table=axis == 1)
         return tuple(result.reshape(*x.shape[:-1], -1) for result in results)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Sharding
 
@@ -17,7 +18,7 @@ from jaxkv.errors import CacheFullError, ConfigError, SnapshotError
 from jaxkv.hybrid import AnyCache, AnyConfig
 from jaxkv.memory.allocate import allocate
 from jaxkv.newest import Newest
-from jaxkv.programs import moves_data
+from jaxkv.programs import moves_data, on_device
 from jaxkv.snapshot import container, manifest
 from jaxkv.snapshot.fills import filled_by, fills_of
 from jaxkv.snapshot.fingerprint import differences, fingerprint
@@ -104,7 +105,8 @@ def load(
             cache = _new(file, saved, max_context_length, addressing, device)
             rows = range(len(saved.lengths))
         else:
-            cache, rows = into, _checked_rows(file, saved, into, rows)
+            cache = jax.tree.map(on_device, into)
+            rows = _checked_rows(file, saved, into, rows)
         fills = [
             fills_of(file, saved, number, group, rows, tensors)
             for number, group in enumerate(cache.groups)

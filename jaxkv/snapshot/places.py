@@ -35,6 +35,8 @@ def places_of(index: Index) -> list[Places]:
 def buffer_of_layers(cache: KVCache, leaf: str) -> Any:
     """A buffer to gather from layer by layer: where it is, for it may be larger than the host."""
     stored = cache.storage[leaf]
+    if isinstance(stored, np.ndarray):
+        return stored
     devices: list[Any] = list(stored.sharding.device_set)
     kind = stored.sharding.memory_kind or ""
     # Numpy sees it without a copy.

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
@@ -15,7 +16,7 @@ from jaxkv.errors import CacheFullError, SnapshotError
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
 from jaxkv.paging import PageAllocator
-from jaxkv.programs import moves_data
+from jaxkv.programs import moves_data, on_device
 from jaxkv.rearrange import select
 from jaxkv.snapshot.fill import Fill
 from jaxkv.snapshot.load import check_kind, check_model, opened
@@ -65,6 +66,7 @@ def load_prefix(
     >>> pages.find(pages.prompt([1, 2, 3, 4, 5, 6])), pages.find(pages.prompt([1, 2, 3, 4, 9, 9]))
     (5, 4)
     """
+    cache = jax.tree.map(on_device, cache)
     file, groups = Path(path), cache.groups
     _check_pool(groups, pages)
     with opened(file, codec, None) as (saved, tensors):

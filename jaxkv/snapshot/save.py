@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.addressing import KeptIndex
 from jaxkv.cache import check
+from jaxkv.checks import check_here
 from jaxkv.codecs import leaf_specs
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
@@ -57,6 +58,8 @@ def save(
     from jaxkv import __version__
 
     check(cache)
+    for group in cache.groups:
+        check_here(group)
     sources = [_sources_of(group) for group in cache.groups]
     lengths = tuple(np.asarray(cache.lengths).reshape(-1).tolist())
     ids = None if tokens is None else token_ids(tokens, cache.config.batch_size, lengths)
