@@ -61,8 +61,9 @@ def compress(
         `jaxkv.compression.adaptive`, which are packed.
       new: tokens that fit beside those kept; as many as before if None.
       queries: of the newest tokens, for policies that look at them; `jaxkv.observed` gives them.
-      sinks: first tokens of a sequence that stay whatever their score.
-      recent: newest tokens of a sequence that stay whatever their score.
+      sinks: first tokens of a sequence, which stay whatever a policy says, infinity included.
+      recent: newest tokens, likewise. A head that keeps fewer than ``sinks + recent`` keeps those
+        of them that score highest.
       pages: for sequences of a shared pool that are to stay in it: free pages for ``new`` and
         kept tokens, from the pool's books. Its buffers are donated, and are those of the result;
         other pages are not written.
