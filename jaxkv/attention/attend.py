@@ -21,6 +21,7 @@ from jaxkv.attention.reference import reference
 from jaxkv.attention.request import Grouped, Request, request_of
 from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
 from jaxkv.attention.streamed import is_streamed, streamed
+from jaxkv.cache import real_of
 from jaxkv.checks import check_counts
 from jaxkv.codecs import Dense, unrotate
 from jaxkv.hybrid import AnyCache, HybridCache, in_its_group
@@ -123,6 +124,7 @@ def attend(
     _check_call(cache, queries, window, softcap, sinks)
     *_, tokens, heads, _ = queries.shape
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
+    num_tokens = real_of(cache, tokens, num_tokens)
     name = implementation or _choose(cache, tokens, heads)
     if name not in IMPLEMENTATIONS:
         raise ValueError(

@@ -138,9 +138,10 @@ class Batch:
         chunk = request.prompt.tokens[request.length : end]
         tokens = np.zeros((1, self._chunk), np.int32)
         tokens[0, : len(chunk)] = chunk
-        start, tables = np.array([request.length], np.int32), self._tables([request])
+        num_tokens, start = np.array([[len(chunk)], [request.length]], np.int32)
+        tables = self._tables([request])
         self._session.cache = steps.prefill(
-            self._structure, self._leaves, tokens, start, tables, self._session.cache
+            self._structure, self._leaves, tokens, num_tokens, start, tables, self._session.cache
         )
         request.length = end
         self.pages.advance(request.number, request.length)
