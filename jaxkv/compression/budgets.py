@@ -78,9 +78,9 @@ def adaptive(
     positions = np.stack(
         [np.asarray(held_positions(cache, layer)) for layer in range(cache.config.num_layers)]
     )
-    scores, lowest = np.asarray(for_all_slots(cache, scores)), np.finfo(np.float32).min
-    scores = np.nan_to_num(scores, nan=lowest, posinf=np.inf, neginf=lowest)
-    ranked = np.where(positions >= 0, scores, -np.inf)
+    given, lowest = np.asarray(for_all_slots(cache, scores)), float(np.finfo(np.float32).min)
+    ranked = np.nan_to_num(given, nan=lowest, posinf=np.inf, neginf=lowest)
+    ranked = np.where(positions >= 0, ranked, -np.inf)
     if not across_layers:
         return _shared(ranked, keep, least)
     by_sequence = np.moveaxis(ranked, 0, -3)  # [*batch, layers, kv_heads, slots]

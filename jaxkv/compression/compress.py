@@ -50,6 +50,7 @@ def compress(
     What is kept is gathered as it is stored, codes and scales, never encoded anew, and keeps its
     position: attention over the result is attention over exactly the tokens kept, and over its
     `jaxkv.Newest` ones, which stay. The old cache is as it was; let go of it to free its memory.
+    Of a cache in host memory the result is on the device, unless ``pages`` are given.
 
     Args:
       cache: after prefill, with any codec. A paged one gives one with pages of its own, unless
@@ -148,7 +149,7 @@ def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[
             jnp.asarray(limits[chosen]),
             pool=pool,
             pages=pages,
-            config=config.replace(num_layers=len(chosen), addressing=addressing),
+            config=config.replace(num_layers=len(chosen), addressing=addressing, placement=None),
             addressing=addressing,
             sinks=options["sinks"],
             recent=options["recent"],

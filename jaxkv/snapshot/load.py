@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxkv.addressing import Addressing, Kept, KeptByHead
-from jaxkv.checks import check_on_device
 from jaxkv.codecs import Codec
 from jaxkv.creation import create
 from jaxkv.errors import CacheFullError, ConfigError, SnapshotError
@@ -18,7 +17,7 @@ from jaxkv.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
 from jaxkv.memory.allocate import allocate
 from jaxkv.newest import Newest
 from jaxkv.snapshot import container, manifest
-from jaxkv.snapshot.fills import filled_by, fills_of
+from jaxkv.snapshot.fills import fills_of
 from jaxkv.snapshot.fingerprint import differences, fingerprint
 from jaxkv.snapshot.kept import check_kept
 from jaxkv.snapshot.manifest import Manifest
@@ -108,7 +107,7 @@ def load(
             fills_of(file, saved, number, group, rows, tensors)
             for number, group in enumerate(caches_of(cache))
         ]
-        filled = tuple(filled_by(*both) for both in fills)  # once all of them are known to fit
+        filled = tuple(fill() for fill in fills)  # once all of them are known to fit
     return HybridCache(filled, cache.config) if isinstance(cache, HybridCache) else filled[0]
 
 
@@ -181,8 +180,6 @@ def _checked_rows(
 
 def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
     """Refuse a cache whose vectors are not like those of the file, or that differs in more."""
-    for cache in caches_of(into):
-        check_on_device(cache)
     layers = getattr(into.config, "group_of_layer", None)
     if saved.group_of_layer != layers:
         raise SnapshotError(
