@@ -74,6 +74,7 @@ def append(
     check_vectors(cache, "values", values, expected_shape=keys.shape)
     tokens = keys.shape[-3]
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
+    num_tokens = real_of(cache, tokens, num_tokens)
     check_chunk(cache, tokens)
     check_room(cache, tokens if num_tokens is None else num_tokens)
     if tokens == 0:
@@ -136,8 +137,36 @@ def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
 def _advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
     more = jnp.asarray(num_tokens, jnp.int32)
     in_range = (more >= 0) & (more < OUT_OF_RANGE)
+    if cache.real_tokens is not None:
+        more = jnp.minimum(more, cache.real_tokens)
+        cache = dataclasses.replace(cache, real_tokens=cache.real_tokens - more)
     lengths = jnp.minimum(cache.lengths + jnp.where(in_range, more, 0), OUT_OF_RANGE)
     return cache.with_lengths(jnp.where(in_range, lengths, OUT_OF_RANGE))
+
+
+@in_every_group
+def padded_after(cache: KVCache, num_tokens: NumTokens | None) -> KVCache:
+    """The cache for a step by a model that knows nothing of padding; None ends the step.
+
+    `append`, `attend` and `advance` then take the first ``num_tokens`` of all tokens of the step
+    for real, and no more. So padding enters neither slots nor means.
+
+    >>> import jaxkv
+    >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4))
+    >>> cache = padded_after(cache, 3)
+    >>> int(jaxkv.advance(cache, 5).lengths)
+    3
+    """
+    real = None if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
+    return dataclasses.replace(cache, real_tokens=real)
+
+
+def real_of(cache: KVCache, tokens: int, num_tokens: NumTokens | None) -> NumTokens | None:
+    """How many of the next ``tokens`` are real: as many as is said, and no padding of the step."""
+    if cache.real_tokens is None:
+        return num_tokens
+    most = tokens if num_tokens is None else num_tokens
+    return jnp.minimum(cache.real_tokens, jnp.asarray(most, jnp.int32))
 
 
 def next_positions(cache: AnyCache, num_tokens: int) -> Int[Array, "*batch tokens"]:

@@ -12,7 +12,6 @@ from jaxkv.addressing import KeptIndex
 from jaxkv.errors import CacheClosedError, CacheFullError
 from jaxkv.hybrid import AnyCache, check_static_layer
 from jaxkv.kv_cache import KVCache, Layer, NumTokens, books_of, buffer_of
-from jaxkv.placement import in_host_memory
 
 
 def check_layer(cache: KVCache, layer: Layer) -> Layer:
@@ -94,15 +93,6 @@ def check_alive(cache: AnyCache) -> None:
         raise CacheClosedError(
             "This cache was donated or deleted: its buffers live on in the cache that the jitted "
             "function returned. Rebind it, as in `logits, cache = step(params, tokens, cache)`."
-        )
-
-
-def check_on_device(cache: KVCache) -> None:
-    """Refuse a cache in host memory where its buffers are to be gathered from."""
-    if any(in_host_memory(leaf) for leaf in cache.storage.values()):
-        raise ValueError(
-            "This cache is in host memory, where nothing can be rearranged. Bring it back "
-            "with jaxkv.prefetch first."
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxkv.cache import truncate
+from jaxkv.cache import padded_after
 from jaxkv.hybrid import AnyCache
 from jaxkv.sampling import Sampling, sample
 
@@ -72,9 +72,9 @@ def _prefill(
     num_tokens: Int[Array, " batch"],
     cache: AnyCache,
 ) -> AnyCache:
-    """Take one chunk of every prompt. Padding is appended too, then rolled back."""
-    _, appended = model(leaves, tokens, cache)
-    return truncate(appended, cache.lengths + num_tokens)
+    """Take one chunk of every prompt, without its padding."""
+    _, cache = model(leaves, tokens, padded_after(cache, num_tokens))
+    return padded_after(cache, None)
 
 
 @functools.partial(
@@ -101,9 +101,10 @@ def _decode(
     def one_step(carry):
         step, (last, remaining, seeds), cache, new = carry
         active = remaining > 0
-        logits, appended = model(leaves, last[:, None], cache)
-        # A finished sequence goes through the model with the others, and is rolled back.
-        cache = truncate(appended, cache.lengths + active.astype(jnp.int32))
+        # A finished sequence goes through the model with the others, as padding.
+        cache = padded_after(cache, active.astype(jnp.int32))
+        logits, cache = model(leaves, last[:, None], cache)
+        cache = padded_after(cache, None)
         token, logprob = sample(logits[:, -1], sampling, seeds=seeds, positions=cache.lengths)
         stopped = jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
         remaining = jnp.where(active & ~stopped, remaining - 1, 0)

@@ -99,7 +99,8 @@ def generate(
       max_new_tokens: tokens to add to each prompt, at most.
       sampling: how a token is drawn; greedy unless said.
       seed: of the draws, an int32, one for all or one a prompt. A sequence's tokens depend on
-        its own seed and prompt, so equal prompts need different seeds to differ.
+        its own seed and prompt, so equal prompts need different seeds to differ. With a `Centred`
+        codec they depend on the other prompts too, whose means they share.
       stop_tokens: ids that end a sequence.
       max_context_length: slots a sequence; the next power of two that holds the longest if
         None. Keep it the same over calls to compile once.

@@ -33,7 +33,7 @@ NumTokens = int | Int[Array, "*batch"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["storage", "index", "means", "resident", "newest"],
+    data_fields=["storage", "index", "means", "resident", "newest", "real_tokens"],
     meta_fields=["config"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -51,6 +51,7 @@ class KVCache:
         device; else None.
       newest: where ``config.newest`` keeps the newest tokens by a finer codec too, the cache of
         them; else None.
+      real_tokens: in a step that is padded, how many of its tokens are still to come; else None.
 
     >>> import jax, jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 64, num_kv_heads=1, head_dim=16))
@@ -66,6 +67,7 @@ class KVCache:
     means: Float32[Array, "layers 2 kv_heads head_dim"] | None = None
     resident: Resident | None = None
     newest: "KVCache | None" = None
+    real_tokens: Int[Array, "*batch"] | None = None
 
     @property
     def groups(self) -> tuple["KVCache"]:

@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxkv.addressing import PagedIndex
-from jaxkv.checks import check_alive, check_on_device, check_rows, rows_exist
+from jaxkv.checks import check_alive, check_rows, rows_exist
 from jaxkv.hybrid import AnyCache, in_every_group
-from jaxkv.kv_cache import KVCache
+from jaxkv.kv_cache import KVCache, buffer_of
+from jaxkv.placement import copy_runs, in_host_memory, take_slots
 from jaxkv.programs import on_device, one_program, promotes_ranks
 
 
@@ -29,6 +30,7 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
 
     Raises:
       IndexError: outside jit, a row that there is not (inside jit, `check` says so after).
+      ValueError: inside jit, a cache in host memory whose sequences would have to be copied.
 
     >>> import jaxkv
     >>> prompt = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
@@ -38,22 +40,24 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     check_alive(cache)
     chosen = rows if isinstance(rows, jax.Array) else on_device(np.asarray(rows, np.int32))
     check_rows(cache, chosen)
-    check_on_device(cache)
+    if in_host_memory(buffer_of(cache)):  # which no compiled program gathers from
+        return _selected(cache, chosen)
     return _select(cache, chosen)
 
 
-@one_program()
-def _select(cache: KVCache, chosen: Int[Array, " rows"]) -> KVCache:
+def _selected(cache: KVCache, chosen: Int[Array, " rows"]) -> KVCache:
     index, slots = cache.index.select(chosen)
     storage = cache.storage
     if slots is not None:
-        storage = {name: jnp.take(leaf, slots, axis=2) for name, leaf in storage.items()}
-    config = cache.config.replace(batch_size=chosen.size)
+        storage = {name: take_slots(leaf, slots) for name, leaf in storage.items()}
+    resident = None if cache.resident is None else cache.resident.select(chosen)
     newest = None if cache.newest is None else select(cache.newest, chosen)
-    selected = dataclasses.replace(
-        cache, storage=storage, index=index, config=config, newest=newest
-    )
+    config = cache.config.replace(batch_size=chosen.size)
+    selected = KVCache(storage, index, config, cache.means, resident, newest)
     return selected.where_in_range(rows_exist(cache, chosen))
+
+
+_select = one_program()(_selected)
 
 
 def fork(cache: AnyCache, num_copies: int) -> AnyCache:
@@ -87,7 +91,8 @@ def copy_pages(
 
     Raises:
       TypeError: not a paged cache.
-      ValueError: it is in host memory.
+      ValueError: its newest tokens are on the device too (`HostMemory` of a pool that nobody
+        shares).
 
     >>> import jax.numpy as jnp, jaxkv
     >>> config = jaxkv.KVCacheConfig(1, 8, 1, 4, addressing=jaxkv.Paged(page_size=4))
@@ -101,7 +106,12 @@ def copy_pages(
         raise TypeError(
             f"copy_pages needs a paged cache, got a {cache.config.addressing.name} one."
         )
-    check_on_device(cache)
+    if cache.resident is not None:
+        raise ValueError(
+            "copy_pages: this cache has its newest tokens on the device too, where there are no "
+            "pages. Bring it back with jaxkv.prefetch first, or share a pool, "
+            "jaxkv.Paged(num_pages=...), which has none there."
+        )
     return copied(cache, sources, destinations)
 
 
@@ -111,12 +121,14 @@ def copied(
 ) -> KVCache:
     """`copy_pages`, or copies of whole sequences' slots where they have no pages."""
     targets, origins = slots_of_pages(cache, destinations), slots_of_pages(cache, sources)
-    storage = {
-        name: leaf.at[:, :, targets].set(
-            leaf.at[:, :, origins].get(mode="clip"), mode="drop", unique_indices=True
-        )
-        for name, leaf in cache.storage.items()
-    }
+
+    def with_copies(leaf: Array) -> Array:
+        if in_host_memory(leaf):
+            return copy_runs(leaf, sources, destinations, page_size_of(cache))
+        found = leaf.at[:, :, origins].get(mode="clip")
+        return leaf.at[:, :, targets].set(found, mode="drop", unique_indices=True)
+
+    storage = {name: with_copies(leaf) for name, leaf in cache.storage.items()}
     return dataclasses.replace(cache, storage=storage)
 
 

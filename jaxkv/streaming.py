@@ -1,12 +1,12 @@
 """Writing to a cache that lives in host memory, and moving whole caches there and back."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax import lax
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
 from jaxkv.checks import check_alive
@@ -14,8 +14,9 @@ from jaxkv.codecs import Leaves, bitcast, rotate
 from jaxkv.devices import default_device
 from jaxkv.hybrid import in_every_group
 from jaxkv.kv_cache import KVCache, Layer, buffer_of
-from jaxkv.placement import host_sharding, run_of, write_slots
+from jaxkv.placement import Bounds, host_sharding, needed_run, to_device, write_slots
 from jaxkv.programs import on_device
+from jaxkv.vectors import read
 
 
 @in_every_group
@@ -36,12 +37,23 @@ def offload(cache: KVCache) -> KVCache:
     'pinned_host'
     """
     check_alive(cache)
-    return _moved(cache, host_sharding)
+    held_by_numpy = isinstance(buffer_of(cache), np.ndarray)
+    if cache.config.placement is not None and not held_by_numpy:  # it is where its config says
+        return cache
+    at_home = SingleDeviceSharding(default_device())  # of numpy arrays
+    storage = {
+        name: jax.device_put(leaf, host_sharding(getattr(leaf, "sharding", at_home)))
+        for name, leaf in cache.storage.items()
+    }
+    beside = jax.tree.map(on_device, dataclasses.replace(cache, storage={}))
+    return dataclasses.replace(beside, storage=storage)
 
 
 @in_every_group
 def prefetch(cache: KVCache) -> KVCache:
-    """The cache on its device again. Returns at once; the copy is waited for when it is used.
+    """The cache on its device again, all of it: one made with `HostMemory` has no placement then.
+
+    Returns at once; the copy is waited for when it is used.
 
     >>> import jaxkv
     >>> cache = jaxkv.offload(jaxkv.create(jaxkv.KVCacheConfig(1, 16, 1, 4)))
@@ -49,21 +61,37 @@ def prefetch(cache: KVCache) -> KVCache:
     'device'
     """
     check_alive(cache)
-    return _moved(cache, lambda sharding: sharding.with_memory_kind("device"))
+    cache = jax.tree.map(on_device, cache)  # what numpy holds
+    storage = {name: to_device(leaf) for name, leaf in cache.storage.items()}
+    config = cache.config.replace(placement=None)
+    return dataclasses.replace(cache, storage=storage, config=config, resident=None)
 
 
-def _moved(cache: KVCache, to: Callable[[Sharding], Sharding]) -> KVCache:
-    at_home = SingleDeviceSharding(default_device())  # of numpy arrays
-    if cache.config.placement is not None:
-        if not isinstance(buffer_of(cache), np.ndarray):  # it is where its config says
-            return cache
-        to = host_sharding if cache.config.in_host_memory else lambda sharding: sharding
-    storage = {
-        name: jax.device_put(leaf, to(getattr(leaf, "sharding", at_home)))
-        for name, leaf in cache.storage.items()
-    }
-    beside = jax.tree.map(on_device, dataclasses.replace(cache, storage={}))
-    return dataclasses.replace(beside, storage=storage)
+def on_the_device(cache: KVCache) -> KVCache:
+    """The tokens of a cache in host memory that its device holds too, as a cache of them alone."""
+    resident = cache.resident
+    assert resident is not None, "a cache whose placement keeps tokens on the device"
+    index = resident.index(cache.lengths)
+    return dataclasses.replace(cache, storage=resident.storage, index=index, resident=None)
+
+
+@jax.jit
+def bounds_of(cache: KVCache, bounds: Bounds, rows: Int[Array, " rows"]) -> Bounds:
+    """Bounds in which those of some sequences are of the keys that the cache holds, as stored."""
+    index, size = cache.index, min(bounds.block, cache.index.extent)
+    layers, batch, blocks, *vector = bounds.lowest.shape
+    chosen = jnp.isin(jnp.arange(batch), rows)[:, None]
+
+    def with_block(turn: Array, bounds: Bounds) -> Bounds:
+        layer, block = jnp.divmod(turn, blocks)
+        start = jnp.minimum(block * bounds.block, index.extent - size)
+        keys = rotate(cache.config.codec, read(cache, layer, start, size, jnp.float32)[0])
+        positions = index.key_positions(layer, index.lengths, start, size).reshape(batch, size)
+        inside = chosen & (positions // bounds.block == block)
+        positions = jnp.where(inside, positions, -1)
+        return bounds.extended(layer, keys.reshape(batch, size, *vector), positions)
+
+    return lax.fori_loop(0, layers * blocks, with_block, bounds)
 
 
 def append_to_host(
@@ -80,11 +108,7 @@ def append_to_host(
       keys: before they were encoded.
       positions: of the tokens, one after the other from each sequence's length on; -1 for padding.
     """
-    if (run := run_of(cache.index)) is None:
-        raise ValueError(
-            f"This {cache.config.addressing.name} cache is in host memory, where its tokens stand "
-            "in no order to be written in. Bring it back with jaxkv.prefetch first."
-        )
+    run = needed_run(cache.index)
     kept = jnp.where(positions < cache.index.capacity, positions, -1)
     rows = (cache.config.batch_size or 1, kept.shape[-1])
     slots = cache.index.slots(kept).reshape(rows)

@@ -10,7 +10,7 @@ import pytest
 
 import jaxkv
 from jaxkv import decode
-from tests.decoders import sharp_decoder
+from tests.decoders import look_up, sharp_decoder
 
 CONTEXT = 192
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9] * 140]
@@ -69,6 +69,28 @@ def test_a_sequence_does_not_depend_on_its_batch(model, sampling):
         for prompt, seed in zip(PROMPTS, (3, 4, 5), strict=True)
     ]
     assert together == alone
+
+
+FIELDS = {"num_kv_heads": 2, "head_dim": 16, "batch_size": 1, "newest": jaxkv.Newest(3)}
+PADDED = {
+    "statistics": jaxkv.KVCacheConfig(
+        1, 24, codec=jaxkv.Centred(jaxkv.Int8()), placement=jaxkv.HostMemory(4, 4, 2), **FIELDS
+    ),
+    "ring": jaxkv.KVCacheConfig(1, 200, addressing=jaxkv.Ring(4), **FIELDS),
+}
+
+
+@pytest.mark.parametrize("config", PADDED.values(), ids=PADDED)
+def test_padding_leaves_no_trace(config):
+    """Means, bounds of blocks, newest tokens and rings: each leaf is that of the prompt alone."""
+    prompt = [3, 1, 4, 1, 5]
+    chunk = np.zeros((1, decode.PREFILL_CHUNK), np.int32)
+    chunk[0, :5] = prompt
+    program = decode.Program.of(look_up, jaxkv.Sampling(), ())
+    padded = program.prefill((chunk, np.array([5], np.int32)), jaxkv.create(config))
+    _, alone = jax.jit(look_up)(jnp.array([prompt]), jaxkv.create(config))
+    for mine, other in zip(jax.tree.leaves(padded), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(mine, other)
 
 
 def test_seeds(model):

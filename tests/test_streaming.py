@@ -349,8 +349,144 @@ def test_offload_and_prefetch_are_bitwise(addressing):
     np.testing.assert_allclose(*more, rtol=1e-5)
     for mine, other in zip(jaxkv.layer(away, 0), jaxkv.layer(cache, 0), strict=True):
         np.testing.assert_array_equal(mine, other)
-    with pytest.raises(ValueError, match=r"jaxkv\.prefetch"):
-        jaxkv.select(away, [0, 0])
+
+
+# --- verbs for which tokens have to move ---------------------------------------------------------
+
+MOVED = {
+    "contiguous": (jaxkv.Contiguous(), CHOOSING),
+    "ring": (RING, jaxkv.HostMemory(resident=4, block=4)),  # round which 18 tokens go
+    "own pages": (jaxkv.Paged(3), CHOOSING),
+    "shared pages": (jaxkv.Paged(4, num_pages=20), PLACE),
+}
+
+
+def slow(*kinds):
+    return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
+def of_everybody(cache):
+    """A pool's cache with pages for all sequences, in any order."""
+    if not getattr(cache.index, "shared", False):
+        return cache
+    pages = np.random.default_rng(0).permutation(20)[: cache.index.table.size]
+    table = pages.reshape(cache.index.table.shape).astype(np.int32)
+    return cache.with_pages(table, cache.lengths)
+
+
+@functools.cache
+def of_18_tokens(kind):
+    """A cache of two sequences in host memory, and all that it was given."""
+    config = config_of("int8", MOVED[kind][1], addressing=MOVED[kind][0], batch_size=2)
+    cache, given = of_everybody(jaxkv.create(config)), []
+    append = jit(lambda cache, layer, *new: jaxkv.append(cache, *new, layer=layer))
+    for seed in range(3):
+        given.append(random_step(config, 6, heads=4, seed=seed))
+        for layer in range(2):
+            cache = append(cache, layer, *(array[layer] for array in given[-1][1:]))
+        cache = jaxkv.advance(cache, 6)
+    return cache, given
+
+
+def assert_it_goes_on(cache, given, rows):
+    """A token more: what it gives is what all those tokens, of these rows, must give."""
+    oracle = Oracle(cache.config)
+    for arrays in given:
+        oracle.step(*(array[:, rows] for array in arrays))
+    arrays = random_step(cache.config, 1, heads=4, seed=9)
+    cache, outputs = run_streamed(cache, *arrays)
+    np.testing.assert_allclose(outputs, oracle.step(*arrays), rtol=1e-5, atol=1e-5)
+    assert in_host_memory(cache)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", *slow("ring", "own pages")])
+def test_select_and_fork_work_in_host_memory(kind):
+    cache, given = of_18_tokens(kind)
+    assert_it_goes_on(jaxkv.select(cache, [1, 0]), given, [1, 0])
+    three = jaxkv.fork(jaxkv.select(cache, [1]), 3)
+    assert three.config == cache.config.replace(batch_size=3)
+    for leaf, other in zip(jax.tree.leaves(three), jax.tree.leaves(cache), strict=True):
+        assert leaf.nbytes == other.nbytes // 2 * 3
+        assert leaf.sharding.memory_kind == other.sharding.memory_kind
+    with pytest.raises(ValueError, match=r"outside jit, or .* jaxkv\.prefetch"):
+        jax.jit(jaxkv.select)(cache, jnp.array([1, 0]))
+    back = jax.jit(lambda cache: jaxkv.select(jaxkv.prefetch(cache), [1, 0]))(cache)
+    outside = jaxkv.select(jaxkv.prefetch(cache), [1, 0])
+    assert back.config == outside.config == cache.config.replace(placement=None)
+    for name, leaf in cache.storage.items():
+        swapped = np.concatenate(np.split(np.asarray(leaf), 2, axis=2)[::-1], axis=2)
+        np.testing.assert_array_equal(back.storage[name], swapped)
+        np.testing.assert_array_equal(outside.storage[name], swapped)
+        assert back.storage[name].sharding.memory_kind == "device"
+
+
+@pytest.mark.parametrize("kind", ["ring", "own pages", *slow("contiguous", "shared pages")])
+def test_load_fills_a_cache_in_host_memory(kind, tmp_path):
+    """With the sequences changed about, into slots full of garbage."""
+    cache, given = of_18_tokens(kind)
+    jaxkv.save(cache, tmp_path / "file")
+    into = of_everybody(poisoned(jaxkv.create(cache.config)))
+    loaded = jaxkv.load(tmp_path / "file", into=into, rows=[1, 0])
+    assert loaded.config == cache.config
+    if loaded.resident is not None and loaded.resident.bounds is not None:
+        for side in ("lowest", "highest"):  # of keys as they are stored, in 8 bits
+            mine, other = (getattr(each.resident.bounds, side) for each in (loaded, cache))
+            np.testing.assert_allclose(mine, other[:, ::-1], atol=0.02)
+    assert_it_goes_on(loaded, given, [1, 0])
+
+
+def equal_but_for_the_place(ours, theirs):
+    assert ours.config == theirs.config
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+BY_HEAD = pytest.param(np.array([[3, 6], [5, 4]]), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("keep", [6, BY_HEAD], ids=["a layer", "a head"])
+def test_a_cache_in_host_memory_is_compressed_onto_the_device_and_evicts(keep, tmp_path):
+    policy, (cache, _) = jaxkv.policies.KeyDiff(), of_18_tokens("own pages")
+    compress = jit(lambda cache: jaxkv.compress(cache, policy, keep=keep, new=3))
+    evict = jit(lambda cache: jaxkv.evict(jaxkv.advance(cache, 3), policy, tokens=3, sinks=1))
+    small = compress(cache)
+    equal_but_for_the_place(small, compress(jaxkv.prefetch(cache)))
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(small)} == {"device"}
+    away, there = jaxkv.offload(small), evict(small)
+    jaxkv.save(small, tmp_path / "file")
+    empty = jaxkv.create(small.config)
+    loaded = jaxkv.load(tmp_path / "file", into=jaxkv.offload(empty))
+    equal_but_for_the_place(loaded, jaxkv.load(tmp_path / "file", into=empty))
+    assert in_host_memory(loaded)
+    if isinstance(keep, int):
+        evicted = evict(away)
+        equal_but_for_the_place(evicted, there)
+        assert in_host_memory(evicted)
+        return
+    for verb in (evict, compress, lambda cache: jaxkv.layer(cache, 0)):
+        with pytest.raises(ValueError, match=r"in no order .* jaxkv\.prefetch"):
+            verb(away)
+    equal_but_for_the_place(evict(jaxkv.prefetch(away)), there)
+
+
+def test_pages_are_copied_in_host_memory():
+    """All at once, as where nothing has to be moved: two change places, and one is skipped."""
+    cache, _ = of_18_tokens("shared pages")
+    sources, targets = np.array([3, 5, 7, 0], np.int32), np.array([5, 3, -1, 9], np.int32)
+    copied = jit(jaxkv.copy_pages)(cache, sources, targets)
+    for name, leaf in cache.storage.items():
+        pages = np.asarray(leaf).reshape(*leaf.shape[:2], 20, 4, *leaf.shape[3:])
+        expected = pages.copy()
+        expected[:, :, [5, 3, 9]] = pages[:, :, [3, 5, 0]]
+        np.testing.assert_array_equal(copied.storage[name], expected.reshape(leaf.shape))
+    assert in_host_memory(copied)
+    own, _ = of_18_tokens("own pages")
+    with pytest.raises(ValueError, match=r"no pages.*jaxkv\.prefetch"):
+        jaxkv.copy_pages(own, sources, targets)
+    back = jaxkv.copy_pages(jaxkv.prefetch(own), sources[:2], targets[:2])
+    np.testing.assert_array_equal(
+        back.storage["codes"][:, :, 15:18], own.storage["codes"][:, :, 9:12]
+    )
 
 
 @pytest.mark.slow
@@ -383,8 +519,6 @@ def test_a_placement_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="not of positions"):
         jaxkv.fetched_blocks(cache, jnp.ones((1, 2, 8)), layer=0)
     shared = jaxkv.create(config_of(addressing=jaxkv.Paged(4, num_pages=9)))
-    with pytest.raises(ValueError, match="nothing can be rearranged"):
-        jaxkv.copy_pages(shared, jnp.array([0]), jnp.array([1]))
     with pytest.raises(jaxkv.ConfigError, match="must be on the device"):
         jaxkv.Engine(None, shared.config.replace(batch_size=2))
     with pytest.raises(jaxkv.ConfigError, match="placement must be"):

@@ -22,7 +22,7 @@ from jaxkv.attention.reference import reference
 from jaxkv.attention.request import Grouped, Request, request_of
 from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
 from jaxkv.attention.streamed import is_streamed, streamed
-from jaxkv.cache import or_nan
+from jaxkv.cache import or_nan, real_of
 from jaxkv.checks import check_counts, check_layer, layer_exists
 from jaxkv.codecs import Dense, unrotate
 from jaxkv.devices import PLATFORMS, by_platform, default_device, platform_of
@@ -143,6 +143,7 @@ def attend(
     _check_call(cache, queries, window, softcap, sinks)
     *_, tokens, heads, _ = queries.shape
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
+    num_tokens = real_of(cache, tokens, num_tokens)
     platform = platform_of(buffer_of(cache), queries)
     names = _serving(cache, tokens, heads, platform, implementation)
     number = check_layer(cache, layer)

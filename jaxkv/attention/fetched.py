@@ -8,6 +8,7 @@ from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.attention.older import chosen_blocks, first_on_device
 from jaxkv.attention.request import request_of
 from jaxkv.attention.streamed import cannot_serve
+from jaxkv.cache import real_of
 from jaxkv.kv_cache import KVCache, Layer, NumTokens
 from jaxkv.placement import HostMemory
 from jaxkv.programs import promotes_ranks
@@ -52,7 +53,8 @@ def fetched_blocks(
             "positions; all that a query may see are fetched."
         )
     placement = cache.config.placement or HostMemory()
-    request = request_of(cache, queries, layer, num_tokens)
+    real = real_of(cache, queries.shape[-3], num_tokens)
+    request = request_of(cache, queries, layer, real)
     end = first_on_device(request)
     count = -(-end // placement.block) if queries.shape[-3] else 0 * end
     numbers = chosen_blocks(request, end)

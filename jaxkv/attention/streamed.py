@@ -18,6 +18,7 @@ from jaxkv.attention.request import Grouped, Request
 from jaxkv.codecs import Leaves
 from jaxkv.kv_cache import KVCache, Layer, buffer_of
 from jaxkv.placement import in_host_memory, read_slots, run_of
+from jaxkv.streaming import on_the_device
 
 
 def cannot_serve(cache: KVCache, tokens: int) -> str | None:
@@ -42,11 +43,10 @@ def streamed(request: Request) -> Grouped:
 
 
 def _with_newest(request: Request, state: Online, end: Int[Array, " batch"]) -> Online:
-    resident = request.cache.resident
-    if resident is None:
+    if request.cache.resident is None:
         return state
-    storage, index = resident.storage, resident.index(request.cache.lengths)
-    newest = dataclasses.replace(request.cache, storage=storage, index=index)
+    newest = on_the_device(request.cache)
+    storage, index = newest.storage, newest.index
     ring = dataclasses.replace(request, cache=newest)
     extent = index.extent
     size = min(KEY_BLOCK, extent)

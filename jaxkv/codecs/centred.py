@@ -36,7 +36,10 @@ class Centred:
     better, and a model's later ones can be of any length. They take ``8 * layers * kv_heads *
     head_dim`` bytes. Attention adds ``q . R_t m`` to its logits.
 
-    A mean is set while all of it is zero and every sequence is empty.
+    A mean is set while all of it is zero and every sequence is empty. Padding never counts, but all
+    sequences of a cache share the means. So in a batch an answer depends on the other prompts, and
+    in an `Engine` on the prompt that came first, whatever their salts. Where that must not be, let
+    a prompt of your own come first.
 
     Args:
       codec: of the differences, such as `Rotated`.

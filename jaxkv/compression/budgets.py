@@ -67,14 +67,16 @@ def adaptive(
       scores: as `jaxkv.compress` takes them, comparable between the heads that share, as attention
         weights are.
       keep: tokens a head, on average.
-      least: share of ``keep`` that every head has, and at least one token.
+      least: share of ``keep`` that every head has, and at least one token; give it room for the
+        ``sinks`` and ``recent`` tokens of `jaxkv.compress`.
       across_layers: whether the heads of all layers share, and not those of each.
     """
     positions = np.stack(
         [np.asarray(held_positions(cache, layer)) for layer in range(cache.config.num_layers)]
     )
-    scores = np.nan_to_num(np.asarray(for_all_slots(cache, scores)), nan=-np.inf, posinf=np.inf)
-    ranked = np.where(positions >= 0, scores, -np.inf)
+    given, lowest = np.asarray(for_all_slots(cache, scores)), float(np.finfo(np.float32).min)
+    ranked = np.nan_to_num(given, nan=lowest, posinf=np.inf, neginf=lowest)
+    ranked = np.where(positions >= 0, ranked, -np.inf)
     if not across_layers:
         return _shared(ranked, keep, least)
     by_sequence = np.moveaxis(ranked, 0, -3)  # [*batch, layers, kv_heads, slots]
@@ -87,12 +89,12 @@ def _shared(
     ranked: Float[np.ndarray, "*pools heads slots"], keep: int, least: float
 ) -> Int[np.ndarray, "*pools heads"]:
     """How many of the highest scores of each pool are of each head."""
-    *pools, heads, slots = ranked.shape
-    sure = min(max(1, int(least * keep)), slots)
-    best_first = np.argsort(-ranked, axis=-1, kind="stable")
-    np.put_along_axis(ranked, best_first[..., :sure], np.inf, axis=-1)
-    pooled = np.argsort(-ranked.reshape(*pools, -1), axis=-1, kind="stable")
-    chosen = pooled[..., : heads * keep] // slots
+    *pools, heads, _ = ranked.shape
+    best_first = -np.sort(-ranked, axis=-1)
+    best_first[..., : max(1, int(least * keep))] = np.inf
+    # Equal scores, such as infinite ones, are taken from each head in turn.
+    in_turn = np.swapaxes(best_first, -1, -2).reshape(*pools, -1)
+    chosen = np.argsort(-in_turn, axis=-1, kind="stable")[..., : heads * keep] % heads
     return (chosen[..., None] == np.arange(heads)).sum(axis=-2).astype(np.int32)
 
 

@@ -51,6 +51,7 @@ def compress(
     What is kept is gathered as it is stored, codes and scales, never encoded anew, and keeps its
     position: attention over the result is attention over exactly the tokens kept, and over its
     `jaxkv.Newest` ones, which stay. The old cache is as it was; let go of it to free its memory.
+    Of a cache in host memory the result is on the device, unless ``pages`` are given.
 
     Args:
       cache: after prefill, with any codec. A paged one gives one with pages of its own, unless
@@ -62,8 +63,9 @@ def compress(
         `jaxkv.compression.adaptive`, which are packed.
       new: tokens that fit beside those kept; as many as before if None.
       queries: of the newest tokens, for policies that look at them; `jaxkv.observed` gives them.
-      sinks: first tokens of a sequence that stay whatever their score.
-      recent: newest tokens of a sequence that stay whatever their score.
+      sinks: first tokens of a sequence, which stay whatever a policy says, infinity included.
+      recent: newest tokens, likewise. A head that keeps fewer than ``sinks + recent`` keeps those
+        of them that score highest.
       pages: for sequences of a shared pool that are to stay in it: free pages for ``new`` and
         kept tokens, from the pool's books. Its buffers are donated, and are those of the result;
         other pages are not written.
@@ -157,7 +159,7 @@ def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[
             jnp.asarray(limits[chosen]),
             pool=pool,
             pages=pages,
-            config=config.replace(num_layers=len(chosen), addressing=addressing),
+            config=config.replace(num_layers=len(chosen), addressing=addressing, placement=None),
             addressing=addressing,
             sinks=options["sinks"],
             recent=options["recent"],

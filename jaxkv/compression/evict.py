@@ -54,8 +54,9 @@ def evict(
       tokens: how many are to come next, at most ``cache.index.new``.
       queries: of the newest tokens, ``[layers, *batch, window, heads, head_dim]``, for policies
         that look at them. With `HeavyHitters` those of each token once, in every call.
-      sinks: first tokens of a sequence that stay whatever their score.
-      recent: newest tokens of a sequence that stay whatever their score.
+      sinks: first tokens of a sequence, which stay whatever a policy says, infinity included.
+      recent: newest tokens, likewise. A head that keeps fewer than ``sinks + recent`` keeps those
+        of them that score highest.
       after: an output of the step, such as its logits: XLA then knows that attention has read
         what is about to be moved. Without, it keeps a copy of the cache to be sure.
 

@@ -3,9 +3,11 @@
 import math
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 from jaxkv.kv_cache import KVCache
+from jaxkv.placement import in_host_memory, read_slots, to_device, to_host
 from jaxkv.policies import select
 from jaxkv.policies.policy import Positions, Scores
 
@@ -18,7 +20,7 @@ def picked(
     Args:
       slots: logical ones, all of them among the first ``size``.
     """
-    rows = cache.index.read(leaf, layer, 0, size)
+    rows = read_slots(cache.index, leaf, layer, 0, size)
     sides, vector = rows.shape[0], leaf.shape[4:]
     kv_heads, kept = slots.shape[-2:]
     batch = math.prod(slots.shape[:-2])
@@ -34,7 +36,14 @@ def picked(
 def write_heads(
     leaf: Array, layer: Array, targets: Int[Array, "*batch kv_heads slots"], vectors: Array
 ) -> Array:
-    """Write vectors where the ctx and KV head axes are one; those with a target of -1 nowhere."""
+    """Write vectors where the ctx and KV head axes are one; those with a target of -1 nowhere.
+
+    In host memory, where nothing can be scattered to, the layer is brought to the device and back.
+    """
+    if in_host_memory(leaf):
+        whole = to_device(lax.dynamic_slice_in_dim(leaf, layer, 1))
+        written = write_heads(whole, jnp.int32(0), targets, vectors)
+        return lax.dynamic_update_slice_in_dim(leaf, to_host(written), layer, axis=0)
     layers, sides, ctx, kv_heads, *vector = leaf.shape
     past_the_end = ctx * kv_heads + jnp.arange(targets.size, dtype=jnp.int32)
     places = jnp.where(targets.reshape(-1) < 0, past_the_end, targets.reshape(-1))

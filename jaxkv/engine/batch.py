@@ -138,10 +138,11 @@ class Batch:
         chunk = request.prompt.tokens[request.length : end]
         tokens = np.zeros((1, self._chunk), np.int32)
         tokens[0, : len(chunk)] = chunk
-        start, tables = np.array([request.length], np.int32), self._tables([request])
-        tokens, start, tables = jax.device_put((tokens, start, tables))
+        num_tokens, start = np.array([[len(chunk)], [request.length]], np.int32)
+        given = tokens, num_tokens, start, self._tables([request])
+        tokens, num_tokens, start, tables = jax.device_put(given)
         self._session.cache = steps.prefill(
-            self._structure, self._leaves, tokens, start, tables, self._session.cache
+            self._structure, self._leaves, tokens, num_tokens, start, tables, self._session.cache
         )
         request.length = end
         self.pages.advance(request.number, request.length)

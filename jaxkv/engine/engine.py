@@ -1,4 +1,4 @@
-"""Continuous batching over one paged pool: many requests, each as if it were alone."""
+"""Continuous batching over one paged pool: many requests, each with an answer of its own."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -26,8 +26,9 @@ class Engine:
     When the pool runs dry, the request admitted last gives its pages back and waits; later it is
     computed again, or its pages come back from host memory, and its answer goes on where it was.
 
-    What a request answers depends on its prompt and its seed. Pages that prompts have in
-    common are computed once; a page found holds the same bits as a page computed.
+    What a request answers depends on its prompt and its seed; with a `Centred` codec also on the
+    engine's first prompt, whose means all requests share. Pages that prompts have in common are
+    computed once; a page found holds the same bits as a page computed.
 
     Args:
       model: any ``model(tokens, cache) -> (logits, cache)``, as for `generate`.
@@ -126,7 +127,8 @@ class Engine:
           seed: of its draws, an int32.
           stop_tokens: ids that end it, besides the engine's.
           salt: requests share pages with those of the same salt only. Give each tenant one of
-            its own, chosen by the server, or one could learn from timing what others asked.
+            its own, chosen by the server, or one could learn from timing what others asked. The
+            means of a `Centred` codec are shared whatever the salt.
 
         Raises:
           CacheFullError: prompt and answer can never fit.

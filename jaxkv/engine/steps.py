@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxkv.addressing import PagedIndex
-from jaxkv.cache import truncate
+from jaxkv.cache import padded_after
 from jaxkv.codecs import Leaves
 from jaxkv.decode import New, Structure
 from jaxkv.hybrid import AnyCache
@@ -48,18 +48,19 @@ def prefill(
     model: Structure,
     leaves: list[Array],
     tokens: Int[Ints, "1 chunk"],
+    num_tokens: Int[Ints, "1"],
     start: Int[Ints, "1"],
     tables: Tables,
     cache: AnyCache,
 ) -> AnyCache:
-    """Compute one chunk of one prompt, padding included, which later tokens write over.
+    """Compute one chunk of one prompt, padded on the right.
 
     One sequence a step, from a multiple of the chunk: so a page's bits depend on the tokens up
     to it and on nothing else, and a page found is a page computed. That is also why it neither
     reads nor writes `Newest` tokens, which stand in no page.
     """
     row = _placed(_plain(select(cache, [0])), tables, start, start)
-    _, row = model(leaves, jnp.asarray(tokens), row)
+    _, row = model(leaves, jnp.asarray(tokens), padded_after(row, num_tokens))
     groups = [
         dataclasses.replace(group, storage=written.storage).with_means(written.means)
         for group, written in zip(cache.groups, row.groups, strict=True)
@@ -89,10 +90,10 @@ def decode(
     def one_step(carry):
         step, last, remaining, cache, new = carry
         active = remaining > 0
-        logits, appended = model(leaves, last[:, None], cache)
-        # A row that rests goes through the model with the others, and writes where it will write
-        # again, or nowhere if it has no pages.
-        cache = truncate(appended, cache.lengths + active.astype(jnp.int32))
+        # A row that rests goes through the model with the others, as padding.
+        cache = padded_after(cache, active.astype(jnp.int32))
+        logits, cache = model(leaves, last[:, None], cache)
+        cache = padded_after(cache, None)
         token, logprob = sample(logits[:, -1], sampling, seeds=seeds, positions=cache.lengths)
         known = rows.known[:, step]
         token = jnp.where(known >= 0, known, token)

@@ -9,16 +9,26 @@ from jaxkv.placement.host_memory import (
     zeros_in_host_memory,
 )
 from jaxkv.placement.resident import Bounds, Resident
-from jaxkv.placement.slots import read_slots, run_of, write_slots
+from jaxkv.placement.slots import (
+    copy_runs,
+    needed_run,
+    read_slots,
+    run_of,
+    take_slots,
+    write_slots,
+)
 
 __all__ = [
     "Bounds",
     "HostMemory",
     "Resident",
+    "copy_runs",
     "host_sharding",
     "in_host_memory",
+    "needed_run",
     "read_slots",
     "run_of",
+    "take_slots",
     "to_device",
     "to_host",
     "write_slots",

@@ -68,8 +68,8 @@ class HostMemory:
         """Why a cache of this addressing cannot be created so, or None."""
         if isinstance(addressing, Kept | KeptByHead):
             return (
-                "a compressed cache cannot have a placement in host memory, where it could not "
-                "choose again; compress on the device and jaxkv.offload the result, got "
+                "a compressed cache cannot have a placement in host memory, for its newest tokens "
+                "stand in no ring; create it without one and jaxkv.offload the result, got "
                 f"{addressing!r}"
             )
         own_pages = isinstance(addressing, Paged) and addressing.num_pages is None

@@ -81,6 +81,16 @@ class Resident:
         }
         return dataclasses.replace(self, storage=storage)
 
+    def select(self, rows: Int[Array, " rows"]) -> Self:
+        """The same of a batch of these sequences."""
+        index, slots = self.index(self.written).select(rows)
+        storage = {name: jnp.take(leaf, slots, axis=2) for name, leaf in self.storage.items()}
+        bounds = self.bounds
+        if bounds is not None:
+            lowest, highest = bounds.lowest[:, rows], bounds.highest[:, rows]
+            bounds = dataclasses.replace(bounds, lowest=lowest, highest=highest)
+        return dataclasses.replace(self, storage=storage, written=index.written, bounds=bounds)
+
     @property
     def num_slots(self) -> int:
         return next(iter(self.storage.values())).shape[2]

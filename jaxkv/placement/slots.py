@@ -2,7 +2,9 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
@@ -30,6 +32,57 @@ def run_of(index: Index) -> int | None:
     return within.extent if isinstance(within, ContiguousIndex | RingIndex) else None
 
 
+def needed_run(index: Index) -> int:
+    """`run_of` an index whose buffers are in host memory.
+
+    Raises:
+      ValueError: it has no runs.
+    """
+    if (run := run_of(index)) is None:
+        raise ValueError(
+            "This cache with a number of tokens for each head is in host memory, where its tokens "
+            "stand in no order to be read or written in. Bring it back with jaxkv.prefetch first."
+        )
+    return run
+
+
+def take_slots(leaf: Array, slots: Int[Array, " ctx"]) -> Array:
+    """A buffer with these slots of another one, where that is. In host memory outside jit alone."""
+    if not in_host_memory(leaf):
+        return jnp.take(leaf, slots, axis=2)
+    if isinstance(leaf, jax.core.Tracer) or isinstance(slots, jax.core.Tracer):
+        raise ValueError(
+            "Sequences of a cache in host memory cannot be rearranged inside jit. Do it outside "
+            "jit, or bring the cache back with jaxkv.prefetch first."
+        )
+    return jax.device_put(np.take(np.asarray(leaf), np.asarray(slots), axis=2), leaf.sharding)
+
+
+def copy_runs(
+    leaf: Array, sources: Int[Array, " runs"], targets: Int[Array, " runs"], size: int
+) -> Array:
+    """Copy runs of ``size`` slots within a leaf in host memory, in all layers.
+
+    Args:
+      sources, targets: numbers of runs; a target that there is not is skipped.
+    """
+    runs = leaf.shape[2] // size
+    exists = (targets >= 0) & (targets < runs)
+    order = jnp.argsort(~exists)  # those that exist first
+
+    def read(run: Array) -> Array:
+        return to_device(lax.dynamic_slice_in_dim(leaf, run * size, size, axis=2))
+
+    found = lax.map(read, jnp.clip(sources, 0, runs - 1))  # all, before any is written
+
+    def write(turn: Array, leaf: Array) -> Array:
+        number = order[turn]
+        place = targets[number] * size
+        return lax.dynamic_update_slice_in_dim(leaf, to_host(found[number]), place, axis=2)
+
+    return lax.fori_loop(0, exists.sum(), write, leaf)
+
+
 def read_slots(
     index: Index,
     leaf: Array,
@@ -47,15 +100,13 @@ def read_slots(
     """
     if not in_host_memory(leaf):
         return index.read(leaf, layer, start, size)
-    within = getattr(index, "within", index)
+    run, within = needed_run(index), getattr(index, "within", index)
     if isinstance(within, PagedIndex):
         fits = size % within.page_size == 0 or within.page_size % size == 0
         read = _pages if whole_pages and fits else _parts_of_pages
         return read(within, leaf, layer, start, size)
     if jnp.ndim(start) == 0:
         return to_device(index.read(leaf, layer, start, size))
-    run = run_of(index)
-    assert run is not None, "read_slots: an index whose slots stand in runs"
     return _joined(leaf, layer, first_slots(index.lengths.shape, run) + start, size)
 
 

@@ -25,8 +25,9 @@ def select(
       positions: of each slot's token, -1 for none.
       keep: slots to return a head; those that too few tokens are held for come last.
       most: tokens to keep at most, for all heads or a head; ``keep`` if None.
-      sinks: the first tokens of the sequence, kept whatever their score.
-      recent: the newest tokens, kept whatever their score.
+      sinks: the first tokens of the sequence, kept before all others whatever those score.
+      recent: the newest tokens, likewise. Of more protected tokens than a head may keep, those
+        that score highest stay.
 
     Returns:
       Slots, and the positions of their tokens: -1 where a slot is not to be kept.
@@ -38,12 +39,12 @@ def select(
     [[0, 1, 4]]
     """
     protected = (positions < sinks) | (positions >= next_position(positions) - recent)
+    # A score may itself be infinite, so protection is a rank of its own.
+    rank = jnp.where(positions < 0, 2, jnp.where(protected, 0, 1))
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-    scores = jnp.where(protected, jnp.inf, scores)
     every_slot = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    # Tokens before empty slots, high scores first, newer ones first.
-    keys = (positions < 0).astype(jnp.int32), -scores, -positions, every_slot
-    ranked = lax.sort(keys, num_keys=3)[-1][:, :keep]
+    # Tokens before empty slots, protected ones first, then high scores, then newer ones.
+    ranked = lax.sort((rank, -scores, -positions, every_slot), num_keys=3)[-1][:, :keep]
     found = jnp.take_along_axis(positions, ranked, axis=1)
     if most is not None:
         kept = jnp.arange(keep, dtype=jnp.int32) < jnp.asarray(most, jnp.int32)[..., None]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Int
 
 from jaxkv.addressing import Index
@@ -17,6 +18,7 @@ from jaxkv.codecs import Leaves
 from jaxkv.errors import CacheFullError, SnapshotError
 from jaxkv.kv_cache import KVCache
 from jaxkv.newest import NewestIndex
+from jaxkv.placement import in_host_memory, run_of, write_slots
 from jaxkv.snapshot.group import Group
 from jaxkv.snapshot.places import means_of_file, places_of
 
@@ -59,13 +61,17 @@ class Fill:
                     "with the addressing that it was saved with."
                 )
             leaves = {name: tensors[f"{sequence}.{name}"] for name in cache.storage}
-            self._moves.append((leaves, found, slots))
+            # Host memory is written to by runs, which end where positions are left out.
+            gaps = np.flatnonzero(np.diff(positions) != 1) + 1
+            for move in zip(np.split(found, gaps), np.split(slots, gaps), strict=True):
+                self._moves.append((leaves, *move))
 
     def __call__(self) -> KVCache:
         storage, config = self._cache.storage, self._cache.config
         at_once = min(_TOKENS_AT_ONCE, self._index.extent)
+        num_slots = next(iter(storage.values())).shape[2]
         # Tokens that fill up the last portion go nowhere, each to a place of its own.
-        nowhere = config.num_slots + np.arange(at_once, dtype=np.int32)
+        nowhere = num_slots + np.arange(at_once, dtype=np.int32)
         for leaves, found, slots in self._moves:
             for start in range(0, len(slots), at_once):
                 part = found[start : start + at_once]
@@ -74,22 +80,35 @@ class Fill:
                 portions = {
                     name: _portion(storage[name], leaves[name], part, at_once) for name in leaves
                 }
-                storage = _put(storage, targets, portions)
+                storage = _put(storage, targets, portions, run_of(self._index))
         return KVCache(storage, self._index, config, self._means)
 
 
-@functools.partial(jax.jit, donate_argnames="storage")
-def _put(storage: Leaves, slots: Int[Array, " tokens"], portions: Leaves) -> Leaves:
-    return {
-        name: leaf.at[:, :, slots].set(portions[name], mode="drop", unique_indices=True)
-        for name, leaf in storage.items()
-    }
+@functools.partial(jax.jit, donate_argnames="storage", static_argnames="run")
+def _put(
+    storage: Leaves, slots: Int[Array, " tokens"], portions: Leaves, run: int | None
+) -> Leaves:
+    return {name: _written(leaf, slots, portions[name], run) for name, leaf in storage.items()}
+
+
+def _written(leaf: Array, slots: Int[Array, " tokens"], portion: Array, run: int | None) -> Array:
+    if not in_host_memory(leaf):
+        return leaf.at[:, :, slots].set(portion, mode="drop", unique_indices=True)
+    assert run is not None
+    slots = jnp.where(slots < leaf.shape[2], slots, -1)[None]
+
+    def one_layer(layer: Array, leaf: Array) -> Array:
+        return write_slots(leaf, layer, portion[layer][:, None], slots, run)
+
+    return lax.fori_loop(0, len(leaf), one_layer, leaf)
 
 
 def _portion(leaf: Array, stored: np.ndarray, found: np.ndarray, size: int) -> Array:
-    """Some tokens of a file, filled up to ``size``, where the leaf is and cut as it is cut."""
+    """Some tokens of a file, filled up to ``size``, on the leaf's devices and cut as it is cut."""
     portion = np.zeros((*stored.shape[:2], size, *stored.shape[3:]), leaf.dtype)
     portion[:, :, : len(found)] = stored[:, :, found].view(leaf.dtype)
+    if in_host_memory(leaf):
+        return jax.device_put(portion, leaf.sharding.with_memory_kind("device"))
     try:
         leaf.sharding.shard_shape(portion.shape)
     except ValueError:  # cut along its slots: each device gets all, and keeps its own

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxkv.addressing import Addressing, Kept, KeptByHead
-from jaxkv.checks import check_on_device
 from jaxkv.codecs import Codec
 from jaxkv.creation import create
 from jaxkv.errors import CacheFullError, ConfigError, SnapshotError
@@ -20,7 +19,7 @@ from jaxkv.memory.allocate import allocate
 from jaxkv.newest import Newest
 from jaxkv.programs import moves_data, on_device
 from jaxkv.snapshot import container, manifest
-from jaxkv.snapshot.fills import filled_by, fills_of
+from jaxkv.snapshot.fills import fills_of
 from jaxkv.snapshot.fingerprint import differences, fingerprint
 from jaxkv.snapshot.kept import check_kept
 from jaxkv.snapshot.manifest import Manifest
@@ -111,7 +110,7 @@ def load(
             fills_of(file, saved, number, group, rows, tensors)
             for number, group in enumerate(cache.groups)
         ]
-        filled = tuple(filled_by(*both) for both in fills)  # once all of them are known to fit
+        filled = tuple(fill() for fill in fills)  # once all of them are known to fit
     return cache.with_groups(filled)
 
 
@@ -184,8 +183,6 @@ def _checked_rows(
 
 def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
     """Refuse a cache whose vectors are not like those of the file, or that differs in more."""
-    for cache in into.groups:
-        check_on_device(cache)
     layers = into.config.group_of_layer
     if saved.group_of_layer != layers:
         raise SnapshotError(

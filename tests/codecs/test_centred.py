@@ -9,8 +9,11 @@ import pytest
 from flax import nnx
 
 import jaxkv
+from jaxkv import decode
+from jaxkv.integrations.attention import cached_attention
 from jaxkv.models import Decoder, DecoderConfig, RopeConfig
 from jaxkv.models.rope import rotate, rotation
+from tests.decoders import TABLE, look_up
 from tests.oracle import assert_same_storage, jit, layer_step, poisoned
 
 HEAD_DIM = 16
@@ -115,6 +118,50 @@ def test_means_are_set_once():
     more = vectors_under(ROPES["plain"], 5, first=6, seed=1)
     for later in (cache, jaxkv.truncate(cache, 3), jaxkv.reset(cache)):
         np.testing.assert_array_equal(jaxkv.append(later, *more, layer=0).means[0], cache.means[0])
+
+
+TOKENS, COUNTS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]]), np.array([5, 3], np.int32)
+
+
+def means_of_generate(config):
+    chunk = np.zeros((2, decode.PREFILL_CHUNK), np.int32)
+    chunk[:, :5] = TOKENS
+    program = decode.Program.of(look_up, jaxkv.Sampling(), ())
+    return program.prefill((chunk, COUNTS), jaxkv.create(config)).means
+
+
+def means_of_an_engine(config, prompt):
+    pool = config.replace(addressing=jaxkv.Paged(4, num_pages=8))
+    with jaxkv.Engine(look_up, pool, prefill_chunk=8) as engine:
+        engine.submit(prompt, max_new_tokens=2)
+        engine.run()
+        return np.asarray(engine.cache.means)
+
+
+def means_of_a_hook(config):
+    vectors = jnp.asarray(TABLE)[TOKENS]
+    mask = np.arange(5) < COUNTS[:, None, None, None]
+    mask = np.broadcast_to(mask, (2, 1, 5, 5))
+    return cached_attention(jaxkv.create(config), vectors, vectors, vectors, mask=mask)[1].means
+
+
+BATCH = [3, 1, 4, 1, 5, 9, 2, 6]
+WAYS = {
+    "generate": (means_of_generate, BATCH),
+    "a hook": (means_of_a_hook, BATCH),
+    "an engine's prefill": (
+        lambda config: means_of_an_engine(config, [3, 1, 4, 1, 5]),
+        [3, 1, 4, 1],
+    ),
+    "an engine's decode": (lambda config: means_of_an_engine(config, [7]), [7]),  # one row rests
+}
+
+
+@pytest.mark.parametrize(("means", "real"), WAYS.values(), ids=WAYS)
+def test_padding_enters_no_mean(means, real):
+    config = jaxkv.KVCacheConfig(1, 24, 2, HEAD_DIM, 2, jaxkv.Centred(jaxkv.Int8()))
+    expected = TABLE[real].astype(np.float64).sum(axis=0) / (len(real) + 1)
+    np.testing.assert_allclose(means(config)[0], [expected] * 2, atol=1e-3)
 
 
 def test_after_that_one_token_at_a_time_gives_bitwise_what_bulk_gives():

@@ -8,6 +8,7 @@ import pytest
 import jaxkv
 from jaxkv.codecs import CODECS
 from jaxkv.compression import adaptive, pyramid, score
+from jaxkv.compression.budgets import limits_of
 from jaxkv.compression.scoring import held
 from jaxkv.policies import POLICIES, HeavyHitters, KeyDiff, SinksAndRecent, select
 from tests.compression.layouts import KV_HEADS, LAYERS, LENGTHS, Filled, positions_of, run_step
@@ -149,6 +150,44 @@ def test_memory_is_freed(codec, share):
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(small))
         assert held <= (share + 0.05) * config.size_bytes
         assert held == small.config.size_bytes + small.config.index_bytes
+
+
+def against_the_protected(keys, values, queries, positions):
+    """A policy that must have every token but the first two and the newest two."""
+    protected = (positions < 2) | (positions > positions.max() - 2)
+    return jnp.where(protected, jnp.nan, jnp.inf)
+
+
+@pytest.mark.parametrize("keep", ["a head", "a layer", "by head"])
+def test_sinks_and_recent_tokens_stay_whatever_a_policy_says(keep):
+    """When a cache is compressed, and each time that it evicts."""
+    policy, cache = against_the_protected, Filled().cache
+    budgets = {"a head": 5, "a layer": (6, 4)}
+    if keep == "by head":
+        scores = jnp.where(
+            jnp.arange(16) % 9 < 2, jnp.nan, jnp.full((LAYERS, KV_HEADS, 16), jnp.inf)
+        )
+        budgets[keep] = adaptive(cache, scores, 5, least=0.8, across_layers=True)
+    options = {"sinks": 2, "recent": 2}
+    compress = jit(
+        lambda cache: jaxkv.compress(cache, policy, keep=budgets[keep], new=2, **options)
+    )
+    evict = jit(lambda cache: jaxkv.evict(jaxkv.advance(cache, 2), policy, tokens=2, **options))
+    small, limits = compress(cache), limits_of(cache, budgets[keep])
+    for length in (11, 13, 15):
+        for layer in range(LAYERS):
+            for positions, limit in zip(positions_of(small, layer), limits[layer], strict=True):
+                kept = {*positions[positions >= 0].tolist()}
+                assert len(kept) == limit
+                assert kept >= {0, 1, length - 2, length - 1}
+        small = evict(small) if length < 15 else small
+
+
+@pytest.mark.parametrize("number", [np.inf, np.nan, -np.inf])
+def test_heads_whose_scores_are_equal_share_alike(number):
+    cache = Filled().cache
+    budgets = adaptive(cache, jnp.full((LAYERS, KV_HEADS, 16), number), 4, across_layers=True)
+    assert budgets.tolist() == [[4, 4], [4, 4]]
 
 
 def test_adaptive_budgets_follow_the_scores():

@@ -111,6 +111,17 @@ def test_it_goes_on_as_one_with_pages_of_its_own(codec, evicts, newest):
     books.admit("a", books.prompt([*SHARED, *range(9, 17)]))
 
 
+def test_a_pool_in_host_memory_stays_there():
+    pool, books = pool_of("int8")
+    pages = np.array([[21, 20, 23]], np.int32)
+    compress = jit(lambda row: jaxkv.compress(row, KeyDiff(), keep=KEEP, new=NEW, pages=pages))
+    small = compress(view(pool, books, ["b"], [PROMPT]))
+    away = compress(view(jaxkv.offload(pool), books, ["b"], [PROMPT]))
+    for mine, other in zip(jax.tree.leaves(away), jax.tree.leaves(small), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert away.storage["codes"].sharding.memory_kind == "pinned_host"
+
+
 REFUSALS = {
     "a page of its own": ({"pages": [[0, 21, 22]]}, r"do not have yet, got \[0, 21, 22\]"),
     "a page twice": ({"pages": [[21, 21, 22]]}, "different ones of 24"),

@@ -111,7 +111,7 @@ _select = jit(select, static_argnames=("keep", "sinks", "recent"))
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(-1, 20), st.sampled_from([0.0, 1.0, 2.0, np.inf, np.nan])),
+        st.tuples(st.integers(-1, 20), st.sampled_from([0.0, 1.0, 2.0, np.inf, -np.inf, np.nan])),
         min_size=12,
         max_size=12,
         unique_by=lambda one: one[0] if one[0] >= 0 else object(),
@@ -132,7 +132,7 @@ def test_select_keeps_the_best_and_the_protected(held, most, protected):
     def rank(slot):
         position, score = positions[0, slot], scores[0, slot]
         is_protected = position < sinks or position >= end - recent
-        return (np.inf if is_protected else -np.inf if np.isnan(score) else score, position)
+        return is_protected, -np.inf if np.isnan(score) else score, position
 
     held_slots = [slot for slot in range(12) if positions[0, slot] >= 0]
     best = sorted(held_slots, key=rank, reverse=True)[: min(6, most)]
