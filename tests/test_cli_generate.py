@@ -53,7 +53,7 @@ def test_a_folder_as_json(folder, capsys):
         (["--model", "FOLDER", "--prompt", "hello"], "no tokenizer.json, so --prompt takes token"),
         (["--model", "FOLDER", "--prompt", "41"], "token 41, outside the vocabulary of 40 tokens"),
         (["--model", "FOLDER", "--prompt", "1", "--context", "8"], "and the context holds 8"),
-        (["--temperature", "-1"], "temperature must be at least 0 and finite, got -1.0"),
+        (["--temperature", "-1"], "temperature must be 0, or from 1.2e-38 to 8.5e+37, got -1.0"),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],
 )
