@@ -28,6 +28,8 @@ Chunk = tuple[np.ndarray, np.ndarray]
 PREFILL_CHUNK = 128
 # Decode steps that run on the device before the host sees their tokens.
 TOKENS_PER_DISPATCH = 16
+# What stands for a token where the model's logits are no distribution; the sequence ends there.
+NOT_A_NUMBER = -2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,13 @@ class New(NamedTuple):
 
     tokens: Array
     logprobs: Array
+
+    def of(self, row: int) -> tuple[list[int], list[float], bool]:
+        """The tokens of a sequence and their log-probabilities; did its logits fail after them?"""
+        tokens, logprobs = self.tokens[:, row], self.logprobs[:, row]
+        found = tokens >= 0
+        failed = bool((tokens == NOT_A_NUMBER).any())
+        return tokens[found].tolist(), logprobs[found].tolist(), failed
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
@@ -105,10 +114,12 @@ def _decode(
         # A finished sequence goes through the model with the others, and is rolled back.
         cache = truncate(appended, cache.lengths + active.astype(jnp.int32))
         token, logprob = sample(logits[:, -1], sampling, seeds=seeds, positions=cache.lengths)
-        stopped = jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
+        failed = jnp.isnan(logprob)
+        stopped = failed | jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
         remaining = jnp.where(active & ~stopped, remaining - 1, 0)
+        found = jnp.where(failed, NOT_A_NUMBER, token)
         new = New(
-            new.tokens.at[step].set(jnp.where(active, token, -1)),
+            new.tokens.at[step].set(jnp.where(active, found, -1)),
             new.logprobs.at[step].set(logprob),
         )
         return step + 1, State(jnp.where(active, token, last), remaining, seeds), cache, new

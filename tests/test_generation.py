@@ -90,6 +90,20 @@ def test_stop_tokens_end_one_sequence_and_not_the_others(model):
         assert why == ("stop" if stop in tokens else "length")
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_end_their_own_sequence_alone(bad):
+    def fails_after_8(tokens, cache):
+        logits = jnp.where(tokens[..., None] == 8, bad, 9 * jax.nn.one_hot(tokens + 1, 64))
+        return logits, jaxkv.advance(cache, tokens.shape[-1])
+
+    config = jaxkv.KVCacheConfig(1, 64, 1, 4, batch_size=3)
+    result = jaxkv.generate(fails_after_8, [[5], [40], [8]], max_new_tokens=20, config=config)
+    assert result.tokens == [[6, 7, 8], list(range(41, 61)), []]
+    assert result.finish_reasons == ["nan", "length", "nan"]
+    assert [len(logprobs) for logprobs in result.logprobs] == [3, 20, 0]
+    assert np.isfinite(np.concatenate(result.logprobs)).all()
+
+
 def test_tokens_arrive_in_order_and_whole(model):
     arrived = [[], [], []]
     result = run(model, on_tokens=lambda number, tokens: arrived[number].append(tokens))

@@ -163,15 +163,14 @@ class Batch:
             sampling=self._sampling,
             num_steps=self._decode_steps,
         )
-        tokens, logprobs = jax.device_get(new)
-        arrived = []
+        new, arrived = jax.device_get(new), []
         for row, decoded in enumerate(rows):
             if decoded is not None:
-                count = int((tokens[:, row] >= 0).sum())
-                fresh = decoded.take(tokens[:count, row].tolist(), logprobs[:count, row].tolist())
+                tokens, logprobs, failed = new.of(row)
+                fresh = decoded.take(tokens, logprobs, failed)
                 self.pages.advance(decoded.number, decoded.length)
                 self.figures.generated_tokens += len(fresh)
-                self.figures.repeated_tokens += count - len(fresh)
+                self.figures.repeated_tokens += len(tokens) - len(fresh)
                 arrived.append((decoded, fresh))
         self.figures.look(self.pages.usage())
         for decoded, _ in arrived:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 from jaxkv.addressing import PagedIndex
 from jaxkv.cache import truncate
 from jaxkv.codecs import Leaves
-from jaxkv.decode import New, Structure
+from jaxkv.decode import NOT_A_NUMBER, New, Structure
 from jaxkv.hybrid import AnyCache, HybridCache
 from jaxkv.kv_cache import KVCache
 from jaxkv.rearrange import copied, select, slots_of_pages
@@ -96,9 +96,11 @@ def decode(
         token, logprob = sample(logits[:, -1], sampling, seeds=seeds, positions=cache.lengths)
         known = rows.known[:, step]
         token = jnp.where(known >= 0, known, token)
-        stopped = (token[:, None] == rows.stop_tokens).any(axis=-1)
+        failed = jnp.isnan(logprob)
+        stopped = failed | (token[:, None] == rows.stop_tokens).any(axis=-1)
+        found = jnp.where(failed, NOT_A_NUMBER, token)
         new = New(
-            new.tokens.at[step].set(jnp.where(active, token, -1)),
+            new.tokens.at[step].set(jnp.where(active, found, -1)),
             new.logprobs.at[step].set(logprob),
         )
         remaining = jnp.where(active & ~stopped, remaining - 1, 0)

@@ -12,6 +12,7 @@ import jaxkv
 from jaxkv import decode
 from jaxkv.engine import steps
 from jaxkv.model_shape import Shape
+from tests.decoders import sharp_decoder
 from tests.engine.requests import (
     CHUNK,
     CONTEXT,
@@ -118,6 +119,22 @@ def test_stop_tokens_limits_and_order_of_a_stream(model, alone):
         assert (stopped.tokens, stopped.finish_reason) == (expected[:end], "stop")
         assert (limited.tokens, limited.finish_reason) == (expected[:3], "length")
         assert list(running.stream(free)) == expected, "a stream may begin late"
+
+
+def test_logits_that_are_no_numbers_end_their_own_request_alone(alone):
+    expected = alone[jaxkv.Sampling()]
+    seen = {token for tokens in (*PROMPTS, *expected) for token in tokens}
+    bad = next(token for token in range(64) if token not in seen)
+    model = sharp_decoder()
+    model.embed_tokens.weight[...] = model.embed_tokens.weight[...].at[bad].set(np.nan)
+    with engine(model) as running:
+        failing = [running.submit([*PROMPTS[1], bad, 3], max_new_tokens=NEW) for _ in range(2)]
+        requests = submit_all(running)
+        run(running)
+        assert [(request.finish_reason, request.tokens) for request in failing] == [("nan", [])] * 2
+        assert list(running.stream(failing[0])) == []
+        assert [request.tokens for request in requests] == expected
+        assert running.figures.preemptions > 0, "pages with what is no number were taken again"
 
 
 def test_cancelling_one_leaves_the_others(model, alone):
