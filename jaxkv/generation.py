@@ -11,10 +11,11 @@ import numpy as np
 
 from jaxkv.checks import checked_prompt
 from jaxkv.codecs import Codec
-from jaxkv.decode import PREFILL_CHUNK, Chunk, Model, Program, State
+from jaxkv.decode import PREFILL_CHUNK, Chunk, Program, State
 from jaxkv.display import progress_bar
 from jaxkv.hybrid import AnyConfig
 from jaxkv.memory import MemoryTracker, session
+from jaxkv.model_step import Model
 from jaxkv.sampling import Sampling
 
 _SMALLEST_CONTEXT = 512

@@ -125,9 +125,7 @@ def test_decode_is_in_place(model):
     cache = jaxkv.create(model.cache_config(max_context_length=4096, batch_size=2))
     program = decode.Program.of(model, jaxkv.Sampling(), ())
     state = decode.State(*(jnp.zeros(2, jnp.int32) for _ in range(3)))
-    lowered = decode._decode.lower(
-        program.model, program.leaves, state, cache, **program._options()
-    )
+    lowered = decode._decode.lower(program.weights, state, cache, **program._options())
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= cache.size_bytes
     assert memory.temp_size_in_bytes < 0.2 * cache.size_bytes

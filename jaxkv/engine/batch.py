@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxkv.decode import Model, Structure
 from jaxkv.engine import steps
 from jaxkv.engine.figures import Figures
 from jaxkv.engine.request import MOST_STOP_TOKENS, Request
 from jaxkv.engine.swap import SwapSpace, pages_in_use
 from jaxkv.errors import PoolFullError
 from jaxkv.memory.session import Session
+from jaxkv.model_step import Model, Weights
 from jaxkv.paging import Copy, PageAllocator, Prompt, restore
 from jaxkv.sampling import Sampling
 
@@ -51,7 +51,7 @@ class Batch:
         self.waiting: collections.deque[Request] = collections.deque()
         self.pages, self.figures = pages, Figures()
         self._swap = SwapSpace(swap_space, self.figures)
-        self._structure, self._leaves = Structure.split(model)
+        self._weights = Weights.of(model)
         self._sampling, self._session = sampling, session
         self._chunk, self._decode_steps = prefill_chunk, decode_steps
 
@@ -140,7 +140,7 @@ class Batch:
         tokens[0, : len(chunk)] = chunk
         start, tables = np.array([request.length], np.int32), self._tables([request])
         self._session.cache = steps.prefill(
-            self._structure, self._leaves, tokens, start, tables, self._session.cache
+            self._weights, tokens, start, tables, self._session.cache
         )
         request.length = end
         self.pages.advance(request.number, request.length)
@@ -156,8 +156,7 @@ class Batch:
         if not any(rows):
             return []
         self._session.cache, new = steps.decode(
-            self._structure,
-            self._leaves,
+            self._weights,
             self._dispatch(rows),
             self._session.cache,
             sampling=self._sampling,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 from jaxkv.checks import checked_prompt
-from jaxkv.decode import PREFILL_CHUNK, Model
+from jaxkv.decode import PREFILL_CHUNK
 from jaxkv.display import progress_bar
 from jaxkv.engine.batch import Arrived, Batch
 from jaxkv.engine.checks import check_config, check_request
@@ -14,6 +14,7 @@ from jaxkv.engine.request import Request
 from jaxkv.errors import PoolFullError, UnknownRequestError
 from jaxkv.hybrid import AnyCache, AnyConfig
 from jaxkv.memory import MemoryTracker, session
+from jaxkv.model_step import Model
 from jaxkv.paging import PageAllocator, Prompt
 from jaxkv.sampling import Sampling
 

@@ -18,9 +18,10 @@ from jaxtyping import Array, Int
 from jaxkv.addressing import PagedIndex
 from jaxkv.cache import truncate
 from jaxkv.codecs import Leaves
-from jaxkv.decode import NOT_A_NUMBER, New, Structure
+from jaxkv.decode import NOT_A_NUMBER, New
 from jaxkv.hybrid import AnyCache, HybridCache
 from jaxkv.kv_cache import KVCache
+from jaxkv.model_step import Model, ModelStep
 from jaxkv.rearrange import copied, select, slots_of_pages
 from jaxkv.sampling import Sampling, sample
 
@@ -43,10 +44,9 @@ class Rows(NamedTuple):
     tables: Tables
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+@functools.partial(ModelStep, donated=[3])
 def prefill(
-    model: Structure,
-    leaves: list[Array],
+    model: Model,
     tokens: Int[Ints, "1 chunk"],
     start: Int[Ints, "1"],
     tables: Tables,
@@ -59,7 +59,7 @@ def prefill(
     reads nor writes `Newest` tokens, which stand in no page.
     """
     row = _placed(_plain(select(cache, [0])), tables, start, start)
-    _, row = model(leaves, jnp.asarray(tokens), row)
+    _, row = model(jnp.asarray(tokens), row)
     groups = [
         dataclasses.replace(group, storage=written.storage).with_means(written.means)
         for group, written in zip(groups_of(cache), groups_of(row), strict=True)
@@ -67,12 +67,9 @@ def prefill(
     return _with_groups(cache, groups)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "sampling", "num_steps"), donate_argnames="cache"
-)
+@functools.partial(ModelStep, donated=[1])
 def decode(
-    model: Structure,
-    leaves: list[Array],
+    model: Model,
     rows: Rows,
     cache: AnyCache,
     *,
@@ -89,7 +86,7 @@ def decode(
     def one_step(carry):
         step, last, remaining, cache, new = carry
         active = remaining > 0
-        logits, appended = model(leaves, last[:, None], cache)
+        logits, appended = model(last[:, None], cache)
         # A row that rests goes through the model with the others, and writes where it will write
         # again, or nowhere if it has no pages.
         cache = truncate(appended, cache.lengths + active.astype(jnp.int32))

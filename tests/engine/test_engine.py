@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import decode
 from jaxkv.engine import steps
 from jaxkv.model_shape import Shape
+from jaxkv.model_step import Weights
 from tests.decoders import sharp_decoder
 from tests.engine.requests import (
     CHUNK,
@@ -183,15 +183,15 @@ def test_steps_are_in_place(model):
         newest=jaxkv.Newest(16),
     )
     cache = jaxkv.create(config)
-    structure, leaves = decode.Structure.split(model)
+    weights = Weights.of(model)
     one, table = np.ones(1, np.int32), np.full((1, 64), -1, np.int32)
     two = np.ones(2, np.int32)
     known, tables = np.full((2, 4), -1, np.int32), (np.repeat(table, 2, 0),)
     rows = steps.Rows(two, two, two, two, two, two[:, None], known, tables)
     tokens = np.zeros((1, 32), np.int32)
     lowered = [
-        steps.prefill.lower(structure, leaves, tokens, one, (table,), cache),
-        steps.decode.lower(structure, leaves, rows, cache, sampling=HOT, num_steps=4),
+        steps.prefill.lower(weights, tokens, one, (table,), cache),
+        steps.decode.lower(weights, rows, cache, sampling=HOT, num_steps=4),
         steps.copy.lower((one, one), (one, one), cache),
     ]
     for step in lowered:
