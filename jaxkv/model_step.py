@@ -12,6 +12,7 @@ import jax
 from jaxtyping import Array
 
 from jaxkv.closures import Hoisted, hoist, inlined, named_arrays
+from jaxkv.errors import ModelChangedError
 from jaxkv.hybrid import AnyCache
 
 # ``model(tokens [batch, tokens], cache) -> (logits [batch, tokens, vocabulary], cache)``
@@ -22,31 +23,35 @@ class Weights(NamedTuple):
     """A model as it is now.
 
     Attributes:
-      structure: the treedef of a pytree; any other callable itself.
+      model: itself.
+      treedef: of a pytree; None for any other callable.
       arrays: the leaves of a pytree; of any other callable those that it names.
     """
 
-    structure: Any
+    model: Model
+    treedef: Any
     arrays: list[Any]
 
     @classmethod
     def of(cls, model: Model) -> "Weights":
         leaves, treedef = jax.tree.flatten(model)
         if jax.tree_util.treedef_is_leaf(treedef):
-            return cls(model, named_arrays(model))
-        return cls(treedef, leaves)
+            return cls(model, None, named_arrays(model))
+        return cls(model, treedef, leaves)
 
 
 class Watch:
-    """Tells arrays that were exchanged from those that it saw, and keeps none of them alive."""
+    """Tells weights that were exchanged from those that it saw, and keeps none of them alive."""
 
-    def __init__(self, arrays: Sequence[Any]):
-        self._seen = [_reference(array) for array in arrays]
+    def __init__(self, weights: Weights):
+        self._treedef = weights.treedef
+        self._seen = [_reference(array) for array in weights.arrays]
 
-    def sees(self, arrays: Sequence[Any]) -> bool:
+    def sees(self, weights: Weights) -> bool:
         """Are they the same?"""
-        same = zip(self._seen, arrays, strict=False)
-        return len(self._seen) == len(arrays) and all(seen() is array for seen, array in same)
+        if self._treedef != weights.treedef or len(self._seen) != len(weights.arrays):
+            return False
+        return all(seen() is array for seen, array in zip(self._seen, weights.arrays, strict=True))
 
 
 def _reference(leaf: Any) -> Callable[[], Any]:
@@ -75,7 +80,9 @@ class ModelStep:
         self._known: dict[int, _Known] = {}
 
     def __call__(self, weights: Weights, *arguments: Any, **options: Any) -> Any:
-        return self._jitted(*self._program(weights, arguments, options), *arguments)
+        program, arrays = self._program(weights, arguments, options)
+        _check_alive(arrays)
+        return self._jitted(program, arrays, *arguments)
 
     def lower(self, weights: Weights, *arguments: Any, **options: Any) -> Any:
         """As of a function under jit."""
@@ -86,20 +93,37 @@ class ModelStep:
     ) -> tuple[Callable, list[Any]]:
         """What is compared, and the arrays that are passed."""
         named = tuple(sorted(options.items()))
-        model = weights.structure
-        if isinstance(model, jax.tree_util.PyTreeDef):
-            return _OfPytree(self._step, model, named), weights.arrays
-        known = self._known.get(id(model))
-        if known is None:
-            weakref.finalize(model, self._known.pop, id(model), None)
-        if known is None or not known.watch.sees(weights.arrays):
-            known = self._known[id(model)] = _Known(Watch(weights.arrays), {})
+        if weights.treedef is not None:
+            return _OfPytree(self._step, weights.treedef, named), weights.arrays
         leaves, tree = jax.tree.flatten(arguments)
         shape = named, tree, tuple(map(jax.typeof, leaves)), jax.sharding.get_abstract_mesh()
-        if shape not in known.hoisted:
-            step = functools.partial(self._step, inlined(model), **options)
-            known.hoisted[shape] = _Found.among(weights.arrays, *hoist(step, *arguments))
-        return known.hoisted[shape].program, known.hoisted[shape].arrays(weights.arrays)
+        known = self._known_of(weights)
+        if shape not in known:
+            step = functools.partial(self._step, inlined(weights.model), **options)
+            known[shape] = _Found.among(weights.arrays, *hoist(step, *arguments))
+        return known[shape].program, known[shape].arrays(weights.arrays)
+
+    def _known_of(self, weights: Weights) -> dict[Any, "_Found"]:
+        """The steps of a function that were traced while it named the same arrays, by shape."""
+        number = id(weights.model)
+        if number not in self._known:
+            try:
+                weakref.finalize(weights.model, self._known.pop, number, None)
+            except TypeError:  # nobody can tell when it is gone
+                return {}
+        elif self._known[number].watch.sees(weights):
+            return self._known[number].steps
+        self._known[number] = _Known(Watch(weights), {})
+        return self._known[number].steps
+
+
+def _check_alive(arrays: Sequence[Any]) -> None:
+    deleted = sum(isinstance(array, jax.Array) and array.is_deleted() for array in arrays)
+    if deleted:
+        raise ModelChangedError(
+            f"{deleted} of the model's arrays were deleted, as by a training step that takes them "
+            "donated. Give the model that holds the new ones, to an Engine by update."
+        )
 
 
 class _OfPytree(NamedTuple):
@@ -114,10 +138,8 @@ class _OfPytree(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What is known of a function while it and the arrays that it names are the same."""
-
     watch: Watch
-    hoisted: dict[Any, "_Found"]
+    steps: dict[Any, "_Found"]
 
 
 class _Found(NamedTuple):

@@ -42,10 +42,17 @@ class Request:
     first_token: float | None = None
     # Tokens whose keys and values are in its pages; those of the answer follow the prompt's.
     length: int = 0
+    # Did others compute some of them?
+    shares: bool = False
 
     @property
     def done(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def begun(self) -> bool:
+        """Was anything computed for it?"""
+        return bool(self.length or self.tokens)
 
     @property
     def is_prefilling(self) -> bool:
@@ -62,6 +69,12 @@ class Request:
         """The token that the next decode step takes."""
         decoded = self.num_decoded
         return self.tokens[decoded - 1] if decoded else int(self.prompt.tokens[-1])
+
+    def start_over(self) -> None:
+        """Forget the answer so far."""
+        # Other lists, by which a stream sees that this is another answer.
+        self.tokens, self.logprobs = [], []
+        self.length, self.num_cached, self.first_token = 0, None, None
 
     def take(self, tokens: list[int], logprobs: list[float], failed: bool) -> list[int]:
         """Enter what a dispatch found, as `New.of` says it, and return what of it is new."""

@@ -152,6 +152,18 @@ def write(
     return _with_pools(cache, pools)
 
 
+def without_means(cache: AnyCache) -> AnyCache:
+    """A pool whose means nobody set yet."""
+
+    def unset(group: KVCache | None) -> KVCache | None:
+        if group is None or group.means is None:
+            return group
+        means, newest = jnp.zeros_like(group.means), unset(group.newest)
+        return dataclasses.replace(group, means=means, newest=newest)
+
+    return _with_groups(cache, [unset(group) for group in groups_of(cache)])
+
+
 def groups_of(cache: AnyCache) -> tuple[KVCache, ...]:
     """The groups of layers of any cache: one, unless it is hybrid."""
     return cache.groups if isinstance(cache, HybridCache) else (cache,)
