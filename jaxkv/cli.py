@@ -1,6 +1,7 @@
 """The command line: ``jaxkv COMMAND``, one row of `COMMANDS` each."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -30,13 +31,16 @@ exit status: 0 done or yes, 1 no, 2 the question was not understood, 130 interru
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status: 0 yes, 1 no, 2 not understood.
 
-    130 after Ctrl-C, as shells have it.
+    130 after Ctrl-C, as shells have it. Given no arguments it takes the shell's, and writes UTF-8
+    to it whatever the locale.
 
     >>> main(["plan", "gpt2", "--context", "1", "--device", "1MB"])  # doctest: +ELLIPSIS
     KV cache  1 tokens x 12 layers x 12 KV heads x 64, bfloat16
     ...
     0
     """
+    if arguments is None and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
     parser = _parser()
     options = parser.parse_args(arguments)
     try:

@@ -6,10 +6,9 @@ of prompt lengths compiles each once.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -17,10 +16,9 @@ from jaxtyping import Array, Int
 
 from jaxkv.cache import padded_after
 from jaxkv.hybrid import AnyCache
+from jaxkv.model_step import Model, ModelStep, Weights
 from jaxkv.sampling import Sampling, sample
 
-# ``model(tokens [batch, tokens], cache) -> (logits [batch, tokens, vocabulary], cache)``
-Model = Callable[[Array, AnyCache], tuple[Array, AnyCache]]
 # ``(tokens [batch, PREFILL_CHUNK], num_tokens [batch])``, padded on the right.
 Chunk = tuple[np.ndarray, np.ndarray]
 
@@ -28,25 +26,8 @@ Chunk = tuple[np.ndarray, np.ndarray]
 PREFILL_CHUNK = 128
 # Decode steps that run on the device before the host sees their tokens.
 TOKENS_PER_DISPATCH = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Structure:
-    """What jit compares of a model: its treedef, or the function itself where it has no arrays."""
-
-    static: Any
-
-    @classmethod
-    def split(cls, model: Model) -> tuple["Structure", list[Array]]:
-        leaves, treedef = jax.tree.flatten(model)
-        is_function = jax.tree_util.treedef_is_leaf(treedef)
-        return (cls(model), []) if is_function else (cls(treedef), leaves)
-
-    def __call__(
-        self, leaves: list[Array], tokens: Array, cache: AnyCache
-    ) -> tuple[Array, AnyCache]:
-        model = self.static.unflatten(leaves) if leaves else self.static
-        return model(tokens, cache)
+# What stands for a token where the model's logits are no distribution; the sequence ends there.
+NOT_A_NUMBER = -2
 
 
 class State(NamedTuple):
@@ -63,28 +44,29 @@ class New(NamedTuple):
     tokens: Array
     logprobs: Array
 
+    def of(self, row: int) -> tuple[list[int], list[float], bool]:
+        """The tokens of a sequence and their log-probabilities; did its logits fail after them?"""
+        tokens, logprobs = self.tokens[:, row], self.logprobs[:, row]
+        found = tokens >= 0
+        failed = bool((tokens == NOT_A_NUMBER).any())
+        return tokens[found].tolist(), logprobs[found].tolist(), failed
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+
+@functools.partial(ModelStep, donated=[2])
 def _prefill(
-    model: Structure,
-    leaves: list[Array],
+    model: Model,
     tokens: Int[Array, "batch chunk"],
     num_tokens: Int[Array, " batch"],
     cache: AnyCache,
 ) -> AnyCache:
     """Take one chunk of every prompt, without its padding."""
-    _, cache = model(leaves, tokens, padded_after(cache, num_tokens))
+    _, cache = model(tokens, padded_after(cache, num_tokens))
     return padded_after(cache, None)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "sampling", "stop_tokens", "num_steps"),
-    donate_argnames=("state", "cache"),
-)
+@functools.partial(ModelStep, donated=[0, 1])
 def _decode(
-    model: Structure,
-    leaves: list[Array],
+    model: Model,
     state: State,
     cache: AnyCache,
     *,
@@ -103,13 +85,15 @@ def _decode(
         active = remaining > 0
         # A finished sequence goes through the model with the others, as padding.
         cache = padded_after(cache, active.astype(jnp.int32))
-        logits, cache = model(leaves, last[:, None], cache)
+        logits, cache = model(last[:, None], cache)
         cache = padded_after(cache, None)
         token, logprob = sample(logits[:, -1], sampling, seeds=seeds, positions=cache.lengths)
-        stopped = jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
+        failed = jnp.isnan(logprob)
+        stopped = failed | jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
         remaining = jnp.where(active & ~stopped, remaining - 1, 0)
+        found = jnp.where(failed, NOT_A_NUMBER, token)
         new = New(
-            new.tokens.at[step].set(jnp.where(active, token, -1)),
+            new.tokens.at[step].set(jnp.where(active, found, -1)),
             new.logprobs.at[step].set(logprob),
         )
         return step + 1, State(jnp.where(active, token, last), remaining, seeds), cache, new
@@ -124,26 +108,25 @@ def _decode(
 class Program:
     """The two compiled functions of a generation, with what stays the same over it."""
 
-    model: Structure
-    leaves: list[Array]
+    weights: Weights
     sampling: Sampling
     stop_tokens: tuple[int, ...]
 
     @classmethod
     def of(cls, model: Model, sampling: Sampling, stop_tokens: Sequence[int]) -> "Program":
-        return cls(*Structure.split(model), sampling, tuple(int(token) for token in stop_tokens))
+        return cls(Weights.of(model), sampling, tuple(int(token) for token in stop_tokens))
 
     def compile(self, chunks: list[Chunk], state: State, cache: AnyCache) -> None:
         """So that the timings of the steps are not those of XLA."""
         if chunks:
-            _prefill.lower(self.model, self.leaves, *chunks[0], cache).compile()
-        _decode.lower(self.model, self.leaves, state, cache, **self._options()).compile()
+            _prefill.lower(self.weights, *chunks[0], cache).compile()
+        _decode.lower(self.weights, state, cache, **self._options()).compile()
 
     def prefill(self, chunk: Chunk, cache: AnyCache) -> AnyCache:
-        return _prefill(self.model, self.leaves, *jax.device_put(chunk), cache)
+        return _prefill(self.weights, *jax.device_put(chunk), cache)
 
     def decode(self, state: State, cache: AnyCache) -> tuple[State, AnyCache, New]:
-        return _decode(self.model, self.leaves, state, cache, **self._options())
+        return _decode(self.weights, state, cache, **self._options())
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -91,6 +91,21 @@ class UnknownRequestError(JaxkvError, LookupError):
     """
 
 
+class ModelChangedError(JaxkvError, RuntimeError):
+    """Weights of a model were deleted, or exchanged while requests run. Nothing was computed.
+
+    >>> import jax, jaxkv
+    >>> def follow(step, tokens, cache):  # a "model" that answers token + step
+    ...     return jax.nn.one_hot(tokens + step, 9), jaxkv.advance(cache, tokens.shape[-1])
+    >>> model = jax.tree_util.Partial(follow, jax.numpy.int32(1))
+    >>> model.args[0].delete()  # as a training step does that takes weights donated
+    >>> config = jaxkv.KVCacheConfig(1, 8, 1, 4, batch_size=1)
+    >>> jaxkv.generate(model, [[1]], max_new_tokens=1, config=config)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    jaxkv.errors.ModelChangedError: 1 of the model's arrays were deleted...
+    """
+
+
 class BookkeepingError(JaxkvError, AssertionError):
     """The books of a page pool contradict themselves: a bug, or somebody changed them."""
 

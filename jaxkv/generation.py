@@ -3,17 +3,18 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxkv.checks import checked_prompt
 from jaxkv.codecs import Codec
-from jaxkv.decode import PREFILL_CHUNK, Chunk, Model, New, Program, State
+from jaxkv.decode import PREFILL_CHUNK, Chunk, Program, State
 from jaxkv.display import progress_bar
 from jaxkv.hybrid import AnyConfig
 from jaxkv.memory import MemoryTracker, session
+from jaxkv.model_step import Model
 from jaxkv.sampling import Sampling
 
 _SMALLEST_CONTEXT = 512
@@ -51,7 +52,8 @@ class Generation:
     Attributes:
       tokens: the new tokens, a stop token included.
       logprobs: of each new token under the model, before temperature and filters.
-      finish_reasons: ``"stop"`` for a stop token, ``"length"`` for ``max_new_tokens``.
+      finish_reasons: ``"stop"`` for a stop token, ``"length"`` for ``max_new_tokens``, ``"nan"``
+        where the model's next logits were no distribution, see `sample`.
       config: of the cache that was used; its ``size_bytes`` were held.
 
     >>> import jax, jaxkv
@@ -70,9 +72,16 @@ class Generation:
     config: AnyConfig
 
 
-class _Answer(NamedTuple):
-    tokens: list[int]
-    logprobs: list[float]
+@dataclasses.dataclass
+class _Answer:
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    failed: bool = False
+
+    def finish_reason(self, stop_tokens: Sequence[int]) -> str:
+        if self.failed:
+            return "nan"
+        return "stop" if self.tokens[-1] in stop_tokens else "length"
 
 
 def generate(
@@ -136,7 +145,7 @@ def generate(
     program = Program.of(model, sampling, stop_tokens)
     state = _start(checked, max_new_tokens, seed)
     chunks = list(_chunks(checked))
-    answers = [_Answer([], []) for _ in checked]
+    answers = [_Answer() for _ in checked]
     streams = on_tokens is not None
 
     with session(config, tracker=tracker, device=device) as live:
@@ -153,9 +162,12 @@ def generate(
         with progress_bar("decode", num_wanted, quiet=streams) as advance_bar:
             while jax.device_get(state.remaining).any():
                 state, live.cache, new = program.decode(state, live.cache)
-                for number, (tokens, logprobs) in enumerate(_arrived(new)):
-                    answers[number].tokens.extend(tokens)
-                    answers[number].logprobs.extend(logprobs)
+                new = jax.device_get(new)
+                for number, answer in enumerate(answers):
+                    tokens, logprobs, failed = new.of(number)
+                    answer.tokens += tokens
+                    answer.logprobs += logprobs
+                    answer.failed |= failed
                     if on_tokens is not None and tokens:
                         on_tokens(number, tokens)
                     advance_bar(len(tokens))
@@ -166,9 +178,7 @@ def generate(
     return Generation(
         tokens=[answer.tokens for answer in answers],
         logprobs=[answer.logprobs for answer in answers],
-        finish_reasons=[
-            "stop" if answer.tokens[-1] in program.stop_tokens else "length" for answer in answers
-        ],
+        finish_reasons=[answer.finish_reason(program.stop_tokens) for answer in answers],
         timings=Timings(compile_seconds, prefill_seconds, num_prefilled, decode_seconds, decoded),
         config=config,
     )
@@ -186,13 +196,6 @@ def _start(prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[
         raise ValueError(f"generate: a seed must be an int32, got {seed!r}.")
     remaining = [max_new_tokens] * len(prompts)
     return State(*jax.device_put([np.int32(values) for values in (last, remaining, seeds)]))
-
-
-def _arrived(new: New) -> Iterator[tuple[list[int], list[float]]]:
-    """The new tokens and log-probabilities of each sequence, without what is after its end."""
-    tokens, logprobs = jax.device_get(new)
-    for column, column_logprobs in zip(tokens.T, logprobs.T, strict=True):
-        yield column[column >= 0].tolist(), column_logprobs[column >= 0].tolist()
 
 
 def _chunks(prompts: list[np.ndarray]) -> Iterator[Chunk]:

@@ -1,12 +1,18 @@
 """From logits to the next token, seeded so that a sequence does not depend on its batch."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxkv.programs import promotes_ranks
+
+# Temperatures that float32 can multiply and divide by.
+_COLDEST = float(np.finfo(np.float32).tiny)
+_HOTTEST = 1 / _COLDEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +41,13 @@ class Sampling:
 
     def __post_init__(self):
         problems = []
-        if not 0 <= self.temperature < float("inf"):
-            problems.append(f"temperature must be at least 0 and finite, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            problems.append(f"top_k must be at least 1 or None, got {self.top_k}")
+        if self.temperature != 0 and not _COLDEST <= self.temperature <= _HOTTEST:
+            problems.append(
+                f"temperature must be 0, or from {_COLDEST:.2g} to {_HOTTEST:.2g}, got "
+                f"{self.temperature}"
+            )
+        if self.top_k is not None and (self.top_k < 1 or self.top_k % 1):
+            problems.append(f"top_k must be an int of at least 1, or None, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.min_p <= 1:
@@ -65,7 +74,9 @@ def sample(
         seed and position, so neither batch nor chunking changes a sequence.
 
     Returns:
-      The tokens, and the log-probability of each under the model (before any filter).
+      The tokens, and the log-probability of each under the model (before any filter). It is NaN
+      where the logits are no distribution: one of them is NaN or infinity, or all are minus
+      infinity. The token means nothing there.
 
     >>> import jax.numpy as jnp, jaxkv
     >>> one = jnp.zeros(1, jnp.int32)
@@ -81,7 +92,9 @@ def sample(
     else:
         keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))
-        kept = _filtered(logits / sampling.temperature, sampling)
+        # Less the highest first, or a low temperature makes it infinite.
+        scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
+        kept = _filtered(scaled, sampling)
         tokens = jnp.argmax(kept + noise(keys(seeds, positions)), axis=-1)
     tokens = tokens.astype(jnp.int32)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)
@@ -100,9 +113,9 @@ def _filtered(
         probabilities = jax.nn.softmax(descending)
         # A token stays while the tokens before it have not reached top_p yet.
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = jnp.where(before < sampling.top_p, descending, jnp.inf)
+        kept = jnp.where(before < sampling.top_p, descending, descending[:, :1])
         logits = jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
     if sampling.min_p > 0:
-        highest = logits.max(axis=-1, keepdims=True)
-        logits = jnp.where(logits < highest + jnp.log(sampling.min_p), -jnp.inf, logits)
+        lowest = logits.max(axis=-1, keepdims=True) + math.log(sampling.min_p)
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)
     return logits

@@ -1,13 +1,18 @@
 """``jaxkv generate`` as a shell sees it."""
 
+import io
 import json
+import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
 from jaxkv.cli import main
-from jaxkv.models import Decoder, DecoderConfig, save
+from jaxkv.commands.model_options import decode_answer
+from jaxkv.models import Decoder, DecoderConfig, byte_tokenizer, load, save
 
 FIGURES = {
     "prefill_tokens",
@@ -24,6 +29,17 @@ def folder(tmp_path):
     config = DecoderConfig(40, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2)
     save(Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16), tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def tokenizer(folder):
+    """Of words as SentencePiece has them, with their space before them; in the folder too."""
+    words = {"\u2581größe": 0} | {f"\u2581w{number}": number for number in range(1, 40)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="\u2581größe"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
 
 
 def test_the_embedded_model_streams_and_reports(capsys):
@@ -47,13 +63,81 @@ def test_a_folder_as_json(folder, capsys):
     assert report["answers"][0]["text"].split() == [str(t) for t in report["answers"][0]["tokens"]]
 
 
+def test_every_way_to_show_an_answer_has_the_space_before_it(folder, tokenizer, tmp_path, capsys):
+    options = ["--model", str(folder), "--temperature", "0", "--max-new-tokens", "4"]
+    prompts = ["w3 größe", "w7"]
+    asked = ["--prompt", prompts[0], "--prompt", prompts[1]]
+    assert main(["generate", *options, *asked, "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    texts = [
+        tokenizer.decode(tokenizer.encode(prompt).ids + answer["tokens"])
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    assert [answer["prompt"] + answer["text"] for answer in answers] == texts
+    assert main(["generate", *options, *asked]) == 0
+    assert capsys.readouterr().out.startswith(f"--- 1 ---\n{texts[0]}\n--- 2 ---\n{texts[1]}\n")
+    assert main(["generate", *options, *asked[:2]]) == 0
+    assert capsys.readouterr().out.startswith(f"{texts[0]}\n\n")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, prompts)))
+    assert main(["batch", str(file), *options]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [prompt + line["text"] for prompt, line in zip(prompts, lines, strict=True)] == texts
+
+
+def test_an_answer_may_begin_within_a_character():
+    tokenizer = byte_tokenizer()
+    assert decode_answer(tokenizer, [97, 195], [169, 33]) == "é!"
+    assert decode_answer(tokenizer, [97], [195]) == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_a_prompt_that_is_not_ascii_in_a_c_locale(folder, monkeypatch):
+    typed = "w1 größe".encode().decode("ascii", "surrogateescape")  # what Python gives there
+    line = ["jaxkv", "generate", "--model", str(folder), "--prompt", typed, "--temperature", "0"]
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "argv", [*line, "--max-new-tokens", "1"])
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert main() == 0
+    shown.flush()
+    assert shown.buffer.getvalue().startswith("w1 größe w".encode())
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_a_prompt_that_is_no_text_is_named(folder, tmp_path, capsys):
+    assert main(["generate", "--model", str(folder), "--prompt", "w1 \udcff"]) == 2
+    assert "a prompt must be Unicode text, got 'w1 \\udcff'" in capsys.readouterr().err
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps("w1 \ud800"))
+    assert main(["batch", str(file), "--model", str(folder)]) == 2
+    assert "line 1: a prompt must be Unicode text, got 'w1 \\ud800'" in capsys.readouterr().err
+
+
+def test_logits_that_are_no_numbers_are_told_of(folder, tmp_path, capsys):
+    model, _ = load(folder)
+    model.embed_tokens.weight[...] = model.embed_tokens.weight[...].at[7].set(np.nan)
+    save(model, folder)
+    options = ["--model", str(folder), "--temperature", "0", "--max-new-tokens", "4"]
+    assert main(["generate", *options, "--prompt", "1 7", "--prompt", "2", "--json"]) == 1
+    captured = capsys.readouterr()
+    told = "after 0 tokens of the answer the model's logits are no numbers"
+    assert f"jaxkv generate: prompt 1: {told}" in captured.err
+    assert [answer["finish"] for answer in json.loads(captured.out)["answers"]] == ["nan", "length"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"1 7"\n"2"')
+    assert main(["batch", str(file), *options]) == 1
+    captured = capsys.readouterr()
+    assert f"line 1: {told}" in captured.err
+    assert [json.loads(line)["finish"] for line in captured.out.splitlines()] == ["nan", "length"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--model", "FOLDER", "--prompt", "hello"], "no tokenizer.json, so --prompt takes token"),
         (["--model", "FOLDER", "--prompt", "41"], "token 41, outside the vocabulary of 40 tokens"),
         (["--model", "FOLDER", "--prompt", "1", "--context", "8"], "and the context holds 8"),
-        (["--temperature", "-1"], "temperature must be at least 0 and finite, got -1.0"),
+        (["--temperature", "-1"], "temperature must be 0, or from 1.2e-38 to 8.5e+37, got -1.0"),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],
 )

@@ -113,6 +113,20 @@ def test_stop_tokens_end_one_sequence_and_not_the_others(model):
         assert why == ("stop" if stop in tokens else "length")
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_end_their_own_sequence_alone(bad):
+    def fails_after_8(tokens, cache):
+        logits = jnp.where(tokens[..., None] == 8, bad, 9 * jax.nn.one_hot(tokens + 1, 64))
+        return logits, jaxkv.advance(cache, tokens.shape[-1])
+
+    config = jaxkv.KVCacheConfig(1, 64, 1, 4, batch_size=3)
+    result = jaxkv.generate(fails_after_8, [[5], [40], [8]], max_new_tokens=20, config=config)
+    assert result.tokens == [[6, 7, 8], list(range(41, 61)), []]
+    assert result.finish_reasons == ["nan", "length", "nan"]
+    assert [len(logprobs) for logprobs in result.logprobs] == [3, 20, 0]
+    assert np.isfinite(np.concatenate(result.logprobs)).all()
+
+
 def test_tokens_arrive_in_order_and_whole(model):
     arrived = [[], [], []]
     result = run(model, on_tokens=lambda number, tokens: arrived[number].append(tokens))
@@ -134,9 +148,7 @@ def test_decode_is_in_place(model):
     cache = jaxkv.create(model.cache_config(max_context_length=4096, batch_size=2))
     program = decode.Program.of(model, jaxkv.Sampling(), ())
     state = decode.State(*(jnp.zeros(2, jnp.int32) for _ in range(3)))
-    lowered = decode._decode.lower(
-        program.model, program.leaves, state, cache, **program._options()
-    )
+    lowered = decode._decode.lower(program.weights, state, cache, **program._options())
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= cache.size_bytes
     assert memory.temp_size_in_bytes < 0.2 * cache.size_bytes

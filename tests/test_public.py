@@ -32,6 +32,7 @@ FLOORS = [
     {"policies"},
     {"compression"},
     {"measure", "memory", "sampling", "known_models", "snapshot"},
+    {"closures", "model_step"},
     {"decode"},
     {"generation", "engine"},
     {"models", "integrations", "plots"},

@@ -17,13 +17,18 @@ SAMPLINGS = {
     "plain": Sampling(temperature=1.0),
     "hot": Sampling(temperature=2.0),
     "cold": Sampling(temperature=0.5),
+    "coldest": Sampling(temperature=1.2e-38),
+    "coldest of all": Sampling(temperature=1e-37, top_k=5, top_p=0.8, min_p=0.4),
+    "hottest": Sampling(temperature=8e37),
     "top_k": Sampling(temperature=1.0, top_k=3),
     "top_k 1": Sampling(temperature=1.0, top_k=1),
     "top_k of all": Sampling(temperature=1.0, top_k=50),
     "top_p below two": Sampling(temperature=1.0, top_p=0.64),
     "top_p above two": Sampling(temperature=1.0, top_p=0.66),
     "top_p of one": Sampling(temperature=1.0, top_p=0.01),
+    "least top_p": Sampling(temperature=1.0, top_p=5e-324),
     "min_p": Sampling(temperature=1.0, min_p=0.2),
+    "least min_p": Sampling(temperature=1e-2, min_p=1e-60),
     "min_p 1": Sampling(temperature=1.0, min_p=1.0),
     "hot top_p": Sampling(temperature=2.0, top_p=0.7),
     "hot min_p": Sampling(temperature=2.0, min_p=0.55),
@@ -33,7 +38,8 @@ SAMPLINGS = {
 
 def probabilities(logits, sampling):
     """The documented distribution, in the order of the arguments, a token at a time."""
-    weights = np.exp(np.asarray(logits, np.float64) / sampling.temperature)
+    logits = np.asarray(logits, np.float64)
+    weights = np.exp((logits - logits.max()) / sampling.temperature)
     order = list(np.argsort(-weights))
     kept = order[: sampling.top_k]
     total, nucleus = 0.0, []
@@ -94,6 +100,50 @@ def test_greedy_takes_the_most_likely_whatever_the_seed():
         np.testing.assert_allclose(np.exp(logprobs), expected[[0, 1, 2], tokens], rtol=1e-6)
 
 
+TIED, FAR_APART = [19, 20, 20, 19.9999], [-3e38, 3e38, -3e38, -np.inf]
+NO_DISTRIBUTIONS = [[np.nan, 1, 2, 3], [0, np.inf, 1, 2], [-np.inf] * 4]
+ROWS = [TIED] * 2000 + [FAR_APART, *NO_DISTRIBUTIONS]
+
+
+@functools.cache
+def draws_of_extremes(*, spoiled=True):
+    """In one program too; with the rows that are no distributions, or others in their place."""
+    logits = np.array(ROWS, np.float32)
+    if not spoiled:
+        logits[-3:] = 0
+    names = ("coldest", "hottest", "least top_p", "min_p 1", "all")
+    samplings = {name: SAMPLINGS[name] for name in names} | {"greedy": Sampling()}
+    return _draw_extremes(logits, tuple(samplings.items()))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draw_extremes(logits, samplings):
+    numbers = jnp.arange(len(logits))
+    return {
+        name: sample(logits, sampling, seeds=numbers, positions=numbers)
+        for name, sampling in samplings
+    }
+
+
+@pytest.mark.parametrize("name", ["coldest", "least top_p", "min_p 1"])
+def test_equally_likely_tokens_stay_so_with_extreme_arguments(name):
+    counts = np.bincount(draws_of_extremes()[name][0][:2000], minlength=4)
+    assert counts[[0, 3]].tolist() == [0, 0]
+    assert 850 < counts[1] < 1150
+
+
+@pytest.mark.parametrize("name", ["coldest", "hottest", "least top_p", "min_p 1", "all", "greedy"])
+def test_the_logprob_says_where_logits_are_no_distribution(name):
+    tokens, logprobs = draws_of_extremes()[name]
+    others = len(ROWS) - 3
+    assert np.isnan(logprobs[others:]).all()
+    assert (tokens[others - 1], logprobs[others - 1]) == (1, 0) or name == "hottest"
+    undisturbed = draws_of_extremes(spoiled=False)[name]
+    for drawn, without in zip((tokens, logprobs), undisturbed, strict=True):
+        assert not np.isnan(without).any()
+        assert drawn[:others].tolist() == without[:others].tolist()
+
+
 def test_bfloat16_logits_are_sampled_in_float32():
     logits = jnp.asarray(np.broadcast_to(LOGITS, (50, 7)), jnp.bfloat16)
     seeds = np.arange(50)
@@ -145,11 +195,13 @@ def test_equal_samplings_compile_once():
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("temperature", -0.1, "at least 0 and finite"),
-        ("temperature", float("inf"), "at least 0 and finite"),
-        ("temperature", float("nan"), "at least 0 and finite"),
-        ("top_k", 0, "at least 1 or None"),
-        ("top_k", -3, "at least 1 or None"),
+        *(
+            ("temperature", value, r"0, or from 1.2e-38 to 8.5e\+37")
+            for value in (-0.1, 1e-38, 5e-324, 1e38, float("inf"), float("nan"))
+        ),
+        ("top_k", 0, "an int of at least 1, or None"),
+        ("top_k", -3, "an int of at least 1, or None"),
+        ("top_k", 2.5, "an int of at least 1, or None"),
         ("top_p", 0.0, "above 0 and at most 1"),
         ("top_p", 1.1, "above 0 and at most 1"),
         ("min_p", -0.5, "between 0 and 1"),
@@ -158,8 +210,9 @@ def test_equal_samplings_compile_once():
     ],
 )
 def test_bad_values(field, value, allowed):
-    with pytest.raises(ValueError, match=f"Sampling: {field} must be {allowed}, got {value}"):
+    with pytest.raises(ValueError, match=f"Sampling: {field} must be {allowed}, got ") as caught:
         Sampling(**{field: value})
+    assert str(caught.value).endswith(f"got {value}.")
 
 
 def test_every_bad_value_is_named():

@@ -13,10 +13,12 @@ from jaxkv.commands.command import Command, argument_type
 from jaxkv.commands.model_options import (
     add_model_arguments,
     codec_of,
-    decode,
+    decode_answer,
     encode,
     load_model,
+    nan_message,
     sampling_of,
+    unicode_text,
 )
 from jaxkv.display import progress_bar
 from jaxkv.engine import Engine, Request
@@ -36,7 +38,8 @@ A line is a text in quotes, or an object: {"prompt": TEXT or [token ids]}, and i
 "max_new_tokens", "seed", "stop_tokens" (ids) and "salt" (only equal ones share pages). Lines
 that start alike are computed once.
 
-exit status: 0 done, 1 some lines could not be run and are named, 2 none could
+exit status: 0 done, 1 some lines could not be run or their logits are no numbers, and are named,
+2 none could be run
 """
 _FIELDS = {"prompt", "max_new_tokens", "seed", "stop_tokens", "salt"}
 
@@ -84,14 +87,19 @@ def _run(options: argparse.Namespace) -> int:
                 bad.append((number, str(error)))
         seconds, first_round = _drive(engine, [request for _, request in requests])
         report = _report(engine, requests, len(bad), seconds, first_round)
-    for number, problem in sorted(bad):
+    failed = [
+        (number, nan_message(len(request.tokens)))
+        for number, request in requests
+        if request.finish_reason == "nan"
+    ]
+    for number, problem in sorted(bad + failed):
         print(f"jaxkv batch: {options.file}, line {number}: {problem}", file=sys.stderr)
     _write(options.output, _answers(requests, tokenizer))
     if not requests:
         return 2
     text = json.dumps(report, indent=2) if options.json else _summary(report, config.describe())
     print(text, file=sys.stdout if options.output else sys.stderr)
-    return 1 if bad else 0
+    return 1 if bad or failed else 0
 
 
 def _read(options: argparse.Namespace, tokenizer: Any) -> tuple[list[_Line], list[tuple[int, str]]]:
@@ -127,7 +135,7 @@ def _parsed(text: str, tokenizer: Any) -> dict[str, Any]:
     if not isinstance(fields.get("max_new_tokens", 1), int):
         raise ValueError(f"max_new_tokens must be an int, got {fields['max_new_tokens']!r}")
     if isinstance(fields["prompt"], str):
-        fields["prompt"] = encode(tokenizer, fields["prompt"])
+        fields["prompt"] = encode(tokenizer, unicode_text(fields["prompt"]))
     if not isinstance(fields["prompt"], list):
         raise ValueError(f"a prompt must be a text or a list of ids, got {fields['prompt']!r}")
     return fields
@@ -151,7 +159,7 @@ def _answers(requests: list[tuple[int, Request]], tokenizer: Any) -> Iterator[st
     for number, request in requests:
         answer = {
             "line": number,
-            "text": decode(tokenizer, request.tokens),
+            "text": decode_answer(tokenizer, request.prompt.tokens.tolist(), request.tokens),
             "tokens": request.tokens,
             "finish": request.finish_reason,
             "cached_tokens": request.num_cached,

@@ -2,16 +2,21 @@
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from jaxkv.commands.command import Command
 from jaxkv.commands.model_options import (
+    INCOMPLETE,
     add_model_arguments,
     codec_of,
-    decode,
+    decode_answer,
+    decode_prompt,
     encode,
     load_model,
+    nan_message,
     sampling_of,
+    unicode_text,
 )
 from jaxkv.generation import Generation, generate
 from jaxkv.memory import MemoryTracker, Purpose, device_memory
@@ -28,7 +33,8 @@ examples:
   jaxkv generate --prompt 'def a' --prompt 'def b' --json
       several prompts at once, the answers and figures as JSON
 
-exit status: 0 done, 2 the question was not understood or the model could not be loaded
+exit status: 0 done, 1 logits that are no numbers ended an answer, 2 the question was not
+understood or the model could not be loaded
 """
 _DEFAULT_PROMPT = """\
 class Point:
@@ -38,8 +44,6 @@ class Point:
 
     def __repr__(self):
 """
-# What a decoded text ends with while a character's last bytes are still to come.
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
     model, tokenizer = load_model(options)
     tracker = MemoryTracker()
     tracker.track(model, purpose=Purpose.WEIGHTS, name=options.model or "embedded model")
-    texts = options.prompt or [_DEFAULT_PROMPT]
+    texts = [unicode_text(text) for text in options.prompt or [_DEFAULT_PROMPT]]
     prompts = [encode(tokenizer, text) for text in texts]
     stream = None if options.json or len(texts) > 1 else _Stream(tokenizer, prompts[0])
     result = generate(
@@ -68,34 +72,44 @@ def _run(options: argparse.Namespace) -> int:
         on_tokens=stream,
         tracker=tracker,
     )
+    answers = [
+        {
+            "prompt": text,
+            "text": decode_answer(tokenizer, prompt, tokens),
+            "tokens": tokens,
+            "finish": why,
+        }
+        for text, prompt, tokens, why in zip(
+            texts, prompts, result.tokens, result.finish_reasons, strict=True
+        )
+    ]
     figures = _figures(result, tracker)
     if options.json:
-        answers = [
-            {"prompt": text, "text": decode(tokenizer, tokens), "tokens": tokens, "finish": why}
-            for text, tokens, why in zip(texts, result.tokens, result.finish_reasons, strict=True)
-        ]
         print(json.dumps({"answers": answers, **figures}, indent=2))
-        return 0
-    if stream is None:
-        for number, (text, tokens) in enumerate(zip(texts, result.tokens, strict=True), 1):
-            print(f"--- {number} ---\n{text}{decode(tokenizer, tokens)}")
-    print(f"\n\n{_summary(result, figures)}")
-    return 0
+    else:
+        if stream is None:
+            for number, answer in enumerate(answers, 1):
+                print(f"--- {number} ---\n{answer['prompt']}{answer['text']}")
+        print(f"\n\n{_summary(result, figures)}")
+    failed = [number for number, answer in enumerate(answers, 1) if answer["finish"] == "nan"]
+    for number in failed:
+        message = nan_message(len(result.tokens[number - 1]))
+        print(f"jaxkv generate: prompt {number}: {message}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 class _Stream:
     """Prints a text as its tokens arrive, prompt first, whole characters only."""
 
     def __init__(self, tokenizer: Any, prompt: list[int]):
-        self._tokenizer, self._tokens, self._printed = tokenizer, list(prompt), 0
-        self._print()
+        self._tokenizer, self._prompt = tokenizer, prompt
+        self._answer: list[int] = []
+        self._printed = 0
+        print(decode_prompt(tokenizer, prompt), end="", flush=True)
 
     def __call__(self, number: int, new: list[int]) -> None:
-        self._tokens += new
-        self._print()
-
-    def _print(self) -> None:
-        text = decode(self._tokenizer, self._tokens).rstrip(_INCOMPLETE)
+        self._answer += new
+        text = decode_answer(self._tokenizer, self._prompt, self._answer).rstrip(INCOMPLETE)
         print(text[self._printed :], end="", flush=True)
         self._printed = len(text)
 

@@ -1,12 +1,16 @@
 """What subcommands that run a model share: which model, how tokens are drawn, its texts."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from jaxkv.codecs import CODECS, Codec
 from jaxkv.commands.command import argument_type
 from jaxkv.memory import parse_tokens
 from jaxkv.sampling import Sampling
+
+# What a decoded text ends with while a character's last bytes are still to come.
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, temperature: float) -> None:
@@ -47,6 +51,18 @@ def codec_of(options: argparse.Namespace) -> Codec | None:
     return CODECS[options.codec] if options.codec else None
 
 
+def unicode_text(text: str) -> str:
+    """A prompt as it was typed: Python takes what is not ASCII for raw bytes in a C locale.
+
+    Raises:
+      ValueError: the bytes are not UTF-8.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"a prompt must be Unicode text, got {text!r}: {error.reason}.") from None
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text; without a tokenizer, of a text of token ids.
 
@@ -63,6 +79,28 @@ def encode(tokenizer: Any, text: str) -> list[int]:
         ) from None
 
 
-def decode(tokenizer: Any, tokens: list[int]) -> str:
-    """The text of token ids; the ids themselves without a tokenizer."""
+def decode_prompt(tokenizer: Any, prompt: Sequence[int]) -> str:
+    """The text of token ids, whole characters only; the ids themselves without a tokenizer."""
+    return _decode(tokenizer, prompt).rstrip(INCOMPLETE)
+
+
+def decode_answer(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """What the tokens of an answer add to the text of its prompt.
+
+    Not the text of these tokens alone, for it may depend on those before: SentencePiece's has no
+    space at its start, and a character may take several tokens.
+    """
+    return _decode(tokenizer, [*prompt, *tokens])[len(decode_prompt(tokenizer, prompt)) :]
+
+
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens) if tokenizer else "".join(f" {token}" for token in tokens)
+
+
+def nan_message(num_tokens: int) -> str:
+    """What to say of an answer whose finish reason is ``nan``."""
+    return (
+        f"after {num_tokens} tokens of the answer the model's logits are no numbers, and it ends "
+        "there. A weight is NaN, or a number was too large for --dtype: bfloat16 and float32 hold "
+        "larger ones than float16."
+    )

@@ -2,19 +2,20 @@
 
 import collections
 import contextlib
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxkv.decode import Model, Structure
 from jaxkv.engine import steps
 from jaxkv.engine.figures import Figures
 from jaxkv.engine.request import MOST_STOP_TOKENS, Request
 from jaxkv.engine.swap import SwapSpace, pages_in_use
-from jaxkv.errors import PoolFullError
+from jaxkv.errors import ModelChangedError, PoolFullError
 from jaxkv.memory.session import Session
+from jaxkv.model_step import Model, Watch, Weights
 from jaxkv.paging import Copy, PageAllocator, Prompt
 from jaxkv.sampling import Sampling
 
@@ -51,7 +52,8 @@ class Batch:
         self.waiting: collections.deque[Request] = collections.deque()
         self.pages, self.figures = pages, Figures()
         self._swap = SwapSpace(swap_space, self.figures)
-        self._structure, self._leaves = Structure.split(model)
+        self._model = model
+        self._watch = Watch(Weights.of(model))
         self._sampling, self._session = sampling, session
         self._chunk, self._decode_steps = prefill_chunk, decode_steps
 
@@ -62,9 +64,52 @@ class Batch:
         return [rows[number] for number in self.pages.sequences]
 
     @property
+    def begun(self) -> list[Request]:
+        """The requests that something was computed for, or that have pages."""
+        return [*self.running, *(request for request in self.waiting if request.begun)]
+
+    @property
     def prefilling(self) -> list[Request]:
         """Those of them whose prompts are not all computed yet."""
         return [request for request in self.running if request.is_prefilling]
+
+    @contextlib.contextmanager
+    def weights_as_they_are(self) -> Iterator[None]:
+        """Rounds in here use the model's weights of now, which nothing keeps between them.
+
+        Raises:
+          ModelChangedError: they were exchanged since requests have begun.
+        """
+        weights = Weights.of(self._model)
+        if not self._watch.sees(weights):
+            if self.begun:
+                raise ModelChangedError(
+                    f"the model's weights were exchanged, and {len(self.begun)} requests have "
+                    "begun with the old ones. Call Engine.update(model, restart=True) to begin "
+                    "these anew, or cancel them."
+                )
+            self._forget(weights)
+        self._weights = weights
+        try:
+            yield
+        finally:
+            del self._weights
+
+    def exchange(self, model: Model) -> None:
+        """Another model, or other weights of this one, for requests that then all begin anew."""
+        for request in reversed(self.running):
+            self._wait_again(request)
+        for request in self.begun:
+            self._swap.drop(request)
+            request.start_over()
+        self._model = model
+        self._forget(Weights.of(model))
+
+    def _forget(self, weights: Weights) -> None:
+        """What was computed with others, of which nothing is in use."""
+        self.pages.forget()
+        self._session.cache = steps.without_means(self._session.cache)
+        self._watch = Watch(weights)
 
     def admit_waiting(self) -> None:
         """Give waiting requests rows and pages, in their order, while they last."""
@@ -91,7 +136,7 @@ class Batch:
         """Pages for its prompt and for what it answered before."""
         admission = self.pages.admit(request.number, request.prompt, ahead=len(request.tokens))
         self._copy(admission.copies)
-        request.length = admission.num_cached
+        request.length, request.shares = admission.num_cached, admission.num_cached > 0
         if request.num_cached is None:
             request.num_cached = admission.num_cached
 
@@ -111,7 +156,7 @@ class Batch:
         """
         rows = self.rows.index(request), self.rows.index(None)
         self._copy(self.pages.fork(request.number, child.number), rows)
-        child.length = request.length
+        child.length, child.shares = request.length, request.shares
         child.num_cached = child.prompt.num_shareable
         self.rows[rows[1]] = child
 
@@ -142,7 +187,7 @@ class Batch:
         given = tokens, num_tokens, start, self._tables([request])
         tokens, num_tokens, start, tables = jax.device_put(given)
         self._session.cache = steps.prefill(
-            self._structure, self._leaves, tokens, num_tokens, start, tables, self._session.cache
+            self._weights, tokens, num_tokens, start, tables, self._session.cache
         )
         request.length = end
         self.pages.advance(request.number, request.length)
@@ -158,23 +203,23 @@ class Batch:
         if not any(rows):
             return []
         self._session.cache, new = steps.decode(
-            self._structure,
-            self._leaves,
+            self._weights,
             jax.device_put(self._dispatch(rows)),
             self._session.cache,
             sampling=self._sampling,
             num_steps=self._decode_steps,
         )
-        tokens, logprobs = jax.device_get(new)
-        arrived = []
+        new, arrived = jax.device_get(new), []
         for row, decoded in enumerate(rows):
             if decoded is not None:
-                count = int((tokens[:, row] >= 0).sum())
-                fresh = decoded.take(tokens[:count, row].tolist(), logprobs[:count, row].tolist())
+                tokens, logprobs, failed = new.of(row)
+                fresh = decoded.take(tokens, logprobs, failed and not decoded.shares)
                 self.pages.advance(decoded.number, decoded.length)
                 self.figures.generated_tokens += len(fresh)
-                self.figures.repeated_tokens += count - len(fresh)
+                self.figures.repeated_tokens += len(tokens) - len(fresh)
                 arrived.append((decoded, fresh))
+                if failed:
+                    self._distrust(decoded)
         self.figures.look(self.pages.usage())
         for decoded, _ in arrived:
             if decoded.done:
@@ -234,9 +279,24 @@ class Batch:
         cache, row = self._session.cache, self.rows.index(request)
         if not self._swap.keep(request, cache, pages_in_use(self.pages, request, row, cache)):
             request.length = 0
-        self.leave(request)
         request.num_preemptions += 1
         self.figures.preemptions += 1
+        self._wait_again(request)
+
+    def _distrust(self, request: Request) -> None:
+        """What gave logits that are no numbers is shared no more.
+
+        Tokens of a chunk spoil those before them too, for zero times NaN is NaN. So who found
+        pages in the pool computes them for itself before it is said to have failed.
+        """
+        self.pages.withdraw(request.number)
+        if request.shares:
+            request.length = 0
+            request.prompt = dataclasses.replace(request.prompt, reuse=False)
+            self._wait_again(request)
+
+    def _wait_again(self, request: Request) -> None:
+        self.leave(request)
         self.waiting.appendleft(request)
 
     def _copy(self, copies: list[Copy], rows: tuple[int, int] = (-1, -1)) -> None:

@@ -5,15 +5,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 from jaxkv.checks import checked_prompt
-from jaxkv.decode import PREFILL_CHUNK, Model
+from jaxkv.decode import PREFILL_CHUNK
 from jaxkv.display import progress_bar
 from jaxkv.engine.batch import Arrived, Batch
 from jaxkv.engine.checks import check_config, check_request
 from jaxkv.engine.figures import Figures
 from jaxkv.engine.request import Request
-from jaxkv.errors import PoolFullError, UnknownRequestError
+from jaxkv.errors import ModelChangedError, PoolFullError, UnknownRequestError
 from jaxkv.hybrid import AnyCache, AnyConfig
 from jaxkv.memory import MemoryTracker, session
+from jaxkv.model_step import Model
 from jaxkv.paging import PageAllocator, Prompt
 from jaxkv.sampling import Sampling
 
@@ -177,8 +178,47 @@ class Engine:
         """Is any request not over?"""
         return bool(self._batch.waiting or self._batch.running)
 
+    def update(self, model: Model, *, restart: bool = False) -> None:
+        """Answer with other weights from now on; what was computed with the old ones is forgotten.
+
+        Weights that are exchanged in place, as an optimizer does in an nnx module, are seen at the
+        next round and need no call while no request has begun. Of a plain function they are seen
+        where it names the arrays itself, or what holds them; see `generate`.
+
+        Args:
+          model: which takes the cache that the old one took.
+          restart: True to begin anew those requests that have begun. Their answers so far are
+            dropped; a fork begins at its prompt.
+
+        Raises:
+          ModelChangedError: requests have begun, and restart is False. Nothing was changed.
+          ValueError: a model with another vocabulary. Neither.
+        """
+        if self._batch.begun and not restart:
+            raise ModelChangedError(
+                f"{len(self._batch.begun)} requests have begun with the old weights. Run them to "
+                "their end or cancel them first, or begin them anew with restart=True."
+            )
+        vocabulary = getattr(model, "vocab_size", self._vocabulary)
+        if vocabulary != (self._vocabulary or vocabulary):
+            raise ValueError(
+                f"Engine.update: a model with a vocabulary of {vocabulary} tokens cannot take the "
+                f"place of one with {self._vocabulary}. Make another Engine."
+            )
+        self._vocabulary = vocabulary
+        self._batch.exchange(model)
+
     def step(self) -> Arrived:
-        """One round. Returns the new tokens of each request that got any."""
+        """One round. Returns the new tokens of each request that got any.
+
+        Raises:
+          ModelChangedError: the model's weights were deleted, or exchanged since requests have
+            begun.
+        """
+        with self._batch.weights_as_they_are():
+            return self._round()
+
+    def _round(self) -> Arrived:
         self._batch.admit_waiting()
         num_decoding = len(self._batch.running) - len(self._batch.prefilling)
         budget = self._budget - num_decoding * self._decode_steps
@@ -186,11 +226,22 @@ class Engine:
         return self._batch.decode()
 
     def stream(self, request: Request) -> Iterator[int]:
-        """The tokens of a request as they come. Runs the engine, for all requests, meanwhile."""
-        sent = 0
+        """The tokens of a request as they come. Runs the engine, for all requests, meanwhile.
+
+        Raises:
+          ModelChangedError: see `step`; or `update` began the request anew after tokens were sent.
+          UnknownRequestError: not a request of this engine, or it was closed.
+        """
+        sent, answer = 0, request.tokens
         while True:
-            while sent < len(request.tokens):
-                yield request.tokens[sent]
+            if request.tokens is not answer and sent:
+                raise ModelChangedError(
+                    f"request {request.number} was begun anew with other weights after {sent} "
+                    "tokens of its old answer had been streamed. Stream it again."
+                )
+            answer = request.tokens
+            while sent < len(answer):
+                yield answer[sent]
                 sent += 1
             if request.done:
                 return
@@ -201,9 +252,9 @@ class Engine:
         """Run until every request is over, with a progress bar over the tokens that may come."""
         requests = [*self._batch.waiting, *self._batch.running]
         wanted = sum(request.max_new_tokens - len(request.tokens) for request in requests)
-        with progress_bar("tokens", wanted) as advance_bar:
+        with progress_bar("tokens", wanted) as advance_bar, self._batch.weights_as_they_are():
             while self.busy:
-                advance_bar(sum(len(tokens) for _, tokens in self.step()))
+                advance_bar(sum(len(tokens) for _, tokens in self._round()))
 
     def close(self) -> None:
         """Cancel what runs and free the cache."""

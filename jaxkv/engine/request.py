@@ -21,7 +21,8 @@ class Request:
       stop_tokens: ids that end it, the engine's included.
       tokens: the answer so far, a stop token included.
       logprobs: of each, under the model before temperature and filters.
-      finish_reason: ``"stop"``, ``"length"`` or ``"cancelled"``; None while it is not over.
+      finish_reason: ``"stop"``, ``"length"``, ``"cancelled"``, or ``"nan"`` where the model's next
+        logits were no distribution, see `jaxkv.sample`; None while it is not over.
       num_cached: prompt tokens that were in the pool when it first ran.
       num_preemptions: times that its pages were taken from it, to be computed again later.
       submitted, first_token: times by `time.perf_counter`, the second None until it came.
@@ -41,10 +42,17 @@ class Request:
     first_token: float | None = None
     # Tokens whose keys and values are in its pages; those of the answer follow the prompt's.
     length: int = 0
+    # Did others compute some of them?
+    shares: bool = False
 
     @property
     def done(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def begun(self) -> bool:
+        """Was anything computed for it?"""
+        return bool(self.length or self.tokens)
 
     @property
     def is_prefilling(self) -> bool:
@@ -62,8 +70,14 @@ class Request:
         decoded = self.num_decoded
         return self.tokens[decoded - 1] if decoded else int(self.prompt.tokens[-1])
 
-    def take(self, tokens: list[int], logprobs: list[float]) -> list[int]:
-        """Enter what a dispatch found, and return what of it is new."""
+    def start_over(self) -> None:
+        """Forget the answer so far."""
+        # Other lists, by which a stream sees that this is another answer.
+        self.tokens, self.logprobs = [], []
+        self.length, self.num_cached, self.first_token = 0, None, None
+
+    def take(self, tokens: list[int], logprobs: list[float], failed: bool) -> list[int]:
+        """Enter what a dispatch found, as `New.of` says it, and return what of it is new."""
         known = len(self.tokens) - self.num_decoded
         new = tokens[known:]
         self.length += len(tokens)
@@ -71,7 +85,9 @@ class Request:
         self.logprobs += logprobs[known:]
         if new and self.first_token is None:
             self.first_token = time.perf_counter()
-        if new and new[-1] in self.stop_tokens:
+        if failed:
+            self.finish_reason = "nan"
+        elif new and new[-1] in self.stop_tokens:
             self.finish_reason = "stop"
         elif len(self.tokens) == self.max_new_tokens:
             self.finish_reason = "length"

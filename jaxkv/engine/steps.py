@@ -18,9 +18,10 @@ from jaxtyping import Array, Int
 from jaxkv.addressing import PagedIndex
 from jaxkv.cache import padded_after
 from jaxkv.codecs import Leaves
-from jaxkv.decode import New, Structure
+from jaxkv.decode import NOT_A_NUMBER, New
 from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache
+from jaxkv.model_step import Model, ModelStep
 from jaxkv.rearrange import copied, select, slots_of_pages
 from jaxkv.sampling import Sampling, sample
 
@@ -43,10 +44,9 @@ class Rows(NamedTuple):
     tables: Tables
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+@functools.partial(ModelStep, donated=[4])
 def prefill(
-    model: Structure,
-    leaves: list[Array],
+    model: Model,
     tokens: Int[Ints, "1 chunk"],
     num_tokens: Int[Ints, "1"],
     start: Int[Ints, "1"],
@@ -60,7 +60,7 @@ def prefill(
     reads nor writes `Newest` tokens, which stand in no page.
     """
     row = _placed(_plain(select(cache, [0])), tables, start, start)
-    _, row = model(leaves, jnp.asarray(tokens), padded_after(row, num_tokens))
+    _, row = model(jnp.asarray(tokens), padded_after(row, num_tokens))
     groups = [
         dataclasses.replace(group, storage=written.storage).with_means(written.means)
         for group, written in zip(cache.groups, row.groups, strict=True)
@@ -68,12 +68,9 @@ def prefill(
     return cache.with_groups(groups)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "sampling", "num_steps"), donate_argnames="cache"
-)
+@functools.partial(ModelStep, donated=[1])
 def decode(
-    model: Structure,
-    leaves: list[Array],
+    model: Model,
     rows: Rows,
     cache: AnyCache,
     *,
@@ -92,14 +89,16 @@ def decode(
         active = remaining > 0
         # A row that rests goes through the model with the others, as padding.
         cache = padded_after(cache, active.astype(jnp.int32))
-        logits, cache = model(leaves, last[:, None], cache)
+        logits, cache = model(last[:, None], cache)
         cache = padded_after(cache, None)
         token, logprob = sample(logits[:, -1], sampling, seeds=seeds, positions=cache.lengths)
         known = rows.known[:, step]
         token = jnp.where(known >= 0, known, token)
-        stopped = (token[:, None] == rows.stop_tokens).any(axis=-1)
+        failed = jnp.isnan(logprob)
+        stopped = failed | (token[:, None] == rows.stop_tokens).any(axis=-1)
+        found = jnp.where(failed, NOT_A_NUMBER, token)
         new = New(
-            new.tokens.at[step].set(jnp.where(active, token, -1)),
+            new.tokens.at[step].set(jnp.where(active, found, -1)),
             new.logprobs.at[step].set(logprob),
         )
         remaining = jnp.where(active & ~stopped, remaining - 1, 0)
@@ -152,6 +151,18 @@ def write(
         }
         pools.append(dataclasses.replace(pool, storage=storage))
     return _with_pools(cache, pools)
+
+
+def without_means(cache: AnyCache) -> AnyCache:
+    """A pool whose means nobody set yet."""
+
+    def unset(group: KVCache) -> KVCache:
+        if group.means is None:
+            return group
+        newest = None if group.newest is None else unset(group.newest)
+        return dataclasses.replace(group, means=jnp.zeros_like(group.means), newest=newest)
+
+    return cache.with_groups([unset(group) for group in cache.groups])
 
 
 def paged_index(group: KVCache) -> PagedIndex:

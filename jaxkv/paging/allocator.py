@@ -303,6 +303,16 @@ class PageAllocator:
         """The pages of a request in the order of its tokens, int32; -1 for one given back."""
         return np.array(self._sequence(request).tables[group], np.int32)
 
+    def withdraw(self, request: Request) -> None:
+        """Let nobody find the pages of a request any more; who has them keeps them.
+
+        Raises:
+          UnknownRequestError: it was not admitted, or released.
+        """
+        for group, table in zip(self.groups, self._sequence(request).tables, strict=True):
+            for page in table:
+                group.pool.index.remove(page)
+
     def forget(self) -> None:
         """Forget the content of all pages, as after a change of weights.
 

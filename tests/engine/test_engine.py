@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import decode
 from jaxkv.engine import steps
 from jaxkv.model_shape import Shape
+from jaxkv.model_step import Weights
+from tests.decoders import sharp_decoder
 from tests.engine.requests import (
     CHUNK,
     CONTEXT,
@@ -120,6 +121,22 @@ def test_stop_tokens_limits_and_order_of_a_stream(model, alone):
         assert list(running.stream(free)) == expected, "a stream may begin late"
 
 
+def test_logits_that_are_no_numbers_end_their_own_request_alone(alone):
+    expected = alone[jaxkv.Sampling()]
+    seen = {token for tokens in (*PROMPTS, *expected) for token in tokens}
+    bad = next(token for token in range(64) if token not in seen)
+    model = sharp_decoder()
+    model.embed_tokens.weight[...] = model.embed_tokens.weight[...].at[bad].set(np.nan)
+    with engine(model) as running:
+        failing = [running.submit([*PROMPTS[1], bad, 3], max_new_tokens=NEW) for _ in range(2)]
+        requests = submit_all(running)
+        run(running)
+        assert [(request.finish_reason, request.tokens) for request in failing] == [("nan", [])] * 2
+        assert list(running.stream(failing[0])) == []
+        assert [request.tokens for request in requests] == expected
+        assert running.figures.preemptions > 0, "pages with what is no number were taken again"
+
+
 def test_cancelling_one_leaves_the_others(model, alone):
     with engine(model) as running:
         requests = submit_all(running)
@@ -166,15 +183,15 @@ def test_steps_are_in_place(model):
         newest=jaxkv.Newest(16),
     )
     cache = jaxkv.create(config)
-    structure, leaves = decode.Structure.split(model)
+    weights = Weights.of(model)
     one, table = np.ones(1, np.int32), np.full((1, 64), -1, np.int32)
     two = np.ones(2, np.int32)
     known, tables = np.full((2, 4), -1, np.int32), (np.repeat(table, 2, 0),)
     rows = steps.Rows(two, two, two, two, two, two[:, None], known, tables)
     tokens = np.zeros((1, 32), np.int32)
     lowered = [
-        steps.prefill.lower(structure, leaves, tokens, one, one, (table,), cache),
-        steps.decode.lower(structure, leaves, rows, cache, sampling=HOT, num_steps=4),
+        steps.prefill.lower(weights, tokens, one, one, (table,), cache),
+        steps.decode.lower(weights, rows, cache, sampling=HOT, num_steps=4),
         steps.copy.lower((one, one), (one, one), cache),
     ]
     for step in lowered:
