@@ -102,6 +102,11 @@ def copy_pages(
     >>> keys[4:, 0, 0].tolist()
     [1.0, 1.0, 1.0, 1.0]
     """
+    if len(cache.groups) > 1:
+        raise TypeError(
+            "copy_pages: a page is one of a pool, and this cache has a pool for each group. Copy "
+            "in each of cache.groups, and put them back with cache.with_groups."
+        )
     if not isinstance(cache.index, PagedIndex):
         raise TypeError(
             f"copy_pages needs a paged cache, got a {cache.config.addressing.name} one."
