@@ -76,12 +76,13 @@ class Oracle:
         return outputs
 
     def _seen(self, tokens):
-        """All so far or, of a ring, the first few and the newest."""
+        """All so far or, with a window, the newest, and a ring's first few."""
         window = getattr(self.addressing, "window", None)
         if window is None:
             return tokens
         newest = max(len(tokens) - window, 0)
-        return tokens[: min(self.addressing.sinks, newest)] + tokens[newest:]
+        sinks = getattr(self.addressing, "sinks", 0)
+        return tokens[: min(sinks, newest)] + tokens[newest:]
 
     def truncate(self, length):
         for sequences in self.tokens:

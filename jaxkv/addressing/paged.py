@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxkv.addressing.addressing import Layer
+from jaxkv.addressing.runs import gather_slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +146,8 @@ class PagedIndex:
         return jnp.maximum(pages, 0) * self.page_size + logical % self.page_size
 
     def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:
-        layers, sides, ctx, *vector = leaf.shape
         slots = self.places(start + jnp.arange(size, dtype=jnp.int32))
-        # One gather of whole rows: an index for layers and sides too would put a transpose after.
-        half_layers = (layer * sides + jnp.arange(sides, dtype=jnp.int32)) * ctx
-        rows = half_layers.reshape(sides, *(1 for _ in slots.shape)) + slots
-        return leaf.reshape(layers * sides * ctx, *vector).at[rows].get(mode="clip")
+        return gather_slots(leaf, layer, slots)
 
     def select(self, rows: Int[Array, " rows"]) -> tuple[Self, Int[Array, " ctx"] | None]:
         lengths = self.lengths.reshape(-1)[rows]

@@ -1,4 +1,4 @@
-"""What addressings share that give each sequence one run of slots of the ctx axis."""
+"""Slots of the ctx axis: those of addressings that give each sequence one run, and any."""
 
 import math
 
@@ -28,6 +28,15 @@ def read_runs(
 def place(*starts: Int[Array, ""] | int) -> list[Array]:
     """Where a slice begins, in one type of integer, which `jax_enable_x64` would make two."""
     return [jnp.asarray(start, jnp.int32) for start in starts]
+
+
+def gather_slots(leaf: Array, layer: Layer, slots: Int[Array, "*batch slots"]) -> Array:
+    """Any ctx slots of one layer: ``[sides, *batch, slots, ...]``."""
+    layers, sides, ctx, *vector = leaf.shape
+    # One gather of whole rows: an index for layers and sides too would put a transpose after.
+    half_layers = (layer * sides + jnp.arange(sides, dtype=jnp.int32)) * ctx
+    rows = half_layers.reshape(sides, *(1 for _ in slots.shape)) + slots
+    return leaf.reshape(layers * sides * ctx, *vector).at[rows].get(mode="clip")
 
 
 def first_slots(batch: tuple[int, ...], extent: int) -> Int[Array, "*batch 1"]:
