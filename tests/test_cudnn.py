@@ -249,7 +249,7 @@ def lowered(config, tokens, **options):
 
 
 def test_it_lowers_to_calls_that_read_the_cache_in_place(monkeypatch):
-    row = IMPLEMENTATIONS["cudnn"]._replace(cannot_serve=cudnn.cannot_read)
+    row = IMPLEMENTATIONS["cudnn"]._replace(cannot_read=cudnn.cannot_read)
     monkeypatch.setitem(IMPLEMENTATIONS, "cudnn", row)
     config = jaxkv.KVCacheConfig(
         2, 256, 2, 64, batch_size=2, addressing=jaxkv.Paged(16, num_pages=32)
