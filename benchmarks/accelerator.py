@@ -12,6 +12,7 @@ import jaxkv
 from benchmarks.accelerator_agreement import agreement
 from benchmarks.accelerator_attention import CONTEXTS, compile_ahead, sweep
 from benchmarks.accelerator_decode import decode, generate
+from benchmarks.accelerator_prefill import prefill
 from benchmarks.measure import interleaved
 from benchmarks.report import Row, Table
 from jaxkv.memory import device_memory
@@ -27,6 +28,7 @@ def run(quick: bool) -> Iterator[Table]:
         return
     print(f"device         {jax.devices()[0].device_kind}", flush=True)
     yield _within("Agreement", 150, agreement)
+    yield _within("Prefill", 150, prefill)
     contexts = CONTEXTS[:2] if quick else CONTEXTS
     yield _within("Compiled", 150, functools.partial(compile_ahead, contexts))
     for batch, context in contexts:

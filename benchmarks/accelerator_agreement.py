@@ -1,9 +1,11 @@
-"""Decode attention on an accelerator: right against float64, whatever lies in unused slots."""
+"""Attention on an accelerator: right against float64, whatever lies in unused slots."""
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,44 +36,74 @@ _CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("rotated2", jaxkv.Contiguous(), {}),
     ("rotated4-centred", jaxkv.Contiguous(), {}),
 )
+_TOKENS = (1, 6, 300)  # decode, a few, a chunk
 
 
 def agreement() -> Table:
     """Each implementation against float64 on the host, on fresh random data in a dirty cache."""
+    cases = [_Case(tokens, *case) for tokens in _TOKENS for case in _CASES]
     with ThreadPoolExecutor() as pool:  # compiling takes longer than all else
-        tables = pool.map(lambda case: _agreement_of(*case), _CASES)
-        rows = [row for table in tables for row in table]
-    return Table("Agreement: decode attention against float64", rows)
-
-
-def _agreement_of(codec: str, addressing: Any, options: dict[str, Any]) -> list[Row]:
-    generator = np.random.default_rng()
-    cache = _dirty_cache(codec, addressing, generator)
-    queries = generator.standard_normal((2, 1, _HEADS, _HEAD_DIM), np.float32)
-    expected = _on_host(cache, queries, **options)
+        asked = list(pool.map(_ask, cases))
+        calls = [(data, name) for data in asked for name in _implementations(data)]
+        programs = list(pool.map(lambda call: _compiled(*call), calls))
+        expected = {id(data): pool.submit(_on_host, data) for data in asked}
     rows: list[Row] = []
-    for name, implementation in IMPLEMENTATIONS.items():
-        if implementation.cannot_serve(cache, 1):
-            continue
-        run = functools.partial(jaxkv.attend, layer=1, implementation=name, **options)
-        error = np.linalg.norm(jax.jit(run)(cache, queries) - expected)
+    # One after the other: a program that calls cuDNN cannot be loaded while another thread works.
+    for (data, name), program in zip(calls, programs, strict=True):
+        case, right = data.case, expected[id(data)].result()
+        error = program(data.cache, data.queries)[:, _some(case.tokens)] - right
         rows.append(
             {
-                "codec": codec,
-                "addressing": addressing.name,
-                "options": ", ".join(options) or "none",
+                "tokens": case.tokens,
+                "codec": case.codec,
+                "addressing": case.addressing.name,
+                "options": ", ".join(case.options) or "none",
                 "implementation": name,
-                "relative error": error / np.linalg.norm(expected),
+                "relative error": float(np.linalg.norm(error) / np.linalg.norm(right)),
             }
         )
-    return rows
+    return Table("Agreement: attention against float64", rows)
 
 
-def _dirty_cache(codec: str, addressing: Any, generator: np.random.Generator) -> jaxkv.KVCache:
+class _Case(NamedTuple):
+    tokens: int
+    codec: str
+    addressing: Any
+    options: dict[str, Any]
+
+
+class _Asked(NamedTuple):
+    case: _Case
+    cache: jaxkv.KVCache
+    queries: np.ndarray
+
+
+def _ask(case: _Case) -> _Asked:
+    generator = np.random.default_rng()
+    cache = _dirty_cache(case, generator)
+    shape = (2, case.tokens, _HEADS, _HEAD_DIM)
+    return _Asked(case, cache, generator.standard_normal(shape, np.float32))
+
+
+def _implementations(data: _Asked) -> list[str]:
+    return [
+        name
+        for name, implementation in IMPLEMENTATIONS.items()
+        if not implementation.cannot_serve(data.cache, data.case.tokens)
+        and (implementation.caps or "softcap" not in data.case.options)
+    ]
+
+
+def _compiled(data: _Asked, name: str) -> Callable[..., jax.Array]:
+    run = functools.partial(jaxkv.attend, layer=1, implementation=name, **data.case.options)
+    return jax.jit(run).lower(data.cache, data.queries).compile()
+
+
+def _dirty_cache(case: _Case, generator: np.random.Generator) -> jaxkv.KVCache:
     """Two ragged sequences, their last tokens appended, with NaN wherever nothing was written."""
     config = jaxkv.KVCacheConfig(
-        2, 3000, _KV_HEADS, _HEAD_DIM, batch_size=2, codec=jaxkv.codecs.CODECS[codec],
-        addressing=addressing,
+        2, 3000, _KV_HEADS, _HEAD_DIM, batch_size=2, codec=jaxkv.codecs.CODECS[case.codec],
+        addressing=case.addressing,
     )  # fmt: skip
     cache = shuffled(jaxkv.create(config), generator)
     dirty = {
@@ -82,7 +114,7 @@ def _dirty_cache(codec: str, addressing: Any, generator: np.random.Generator) ->
     for start in range(0, max(_LENGTHS), _CHUNK):  # a ring takes no more at once
         keys, values = generator.standard_normal((2, 2, _CHUNK, _KV_HEADS, _HEAD_DIM), np.float32)
         cache = append(cache, keys, values, jnp.clip(jnp.asarray(_LENGTHS) - start, 0, _CHUNK))
-    return cache.with_lengths(jnp.asarray(_LENGTHS) - 1)
+    return cache.with_lengths(jnp.asarray(_LENGTHS) - case.tokens)
 
 
 def _append(cache: jaxkv.KVCache, keys: Any, values: Any, num_tokens: Any) -> jaxkv.KVCache:
@@ -100,24 +132,35 @@ def shuffled(cache: jaxkv.KVCache, generator: np.random.Generator) -> jaxkv.KVCa
     return dataclasses.replace(cache, index=cache.index.with_table(table))
 
 
-def _on_host(cache, queries, window=None, softcap=None, sinks=None) -> np.ndarray:
+def _on_host(data: _Asked) -> np.ndarray:
+    cache, queries = data.cache, data.queries
+    window, softcap, sinks = (data.case.options.get(key) for key in ("window", "softcap", "sinks"))
     keys, values = (np.asarray(part, np.float64) for part in jaxkv.layer(cache, 1))
     lengths, index = jnp.asarray(_LENGTHS), cache.index
     held = np.asarray(index.key_positions(1, lengths, 0, index.extent))
     held = np.broadcast_to(held.reshape(2, -1, index.extent), (2, _KV_HEADS, index.extent))
-    outputs = np.empty(queries.shape)
-    for row, head in np.ndindex(2, _HEADS):
-        group, length = head * _KV_HEADS // _HEADS, _LENGTHS[row]
-        positions = held[row, group]
+    tokens, group = queries.shape[1], _HEADS // _KV_HEADS
+    outputs = np.empty((2, len(_some(tokens)), _HEADS, _HEAD_DIM))
+    for row, (place, token), head in itertools.product(
+        range(2), enumerate(_some(tokens)), range(_KV_HEADS)
+    ):
+        length, own = _LENGTHS[row] - tokens + token + 1, slice(head * group, (head + 1) * group)
+        positions = held[row, head]
         seen = (positions >= 0) & (positions < length)
         if window is not None:
             seen &= positions >= length - window
         if index.window is not None:
             seen &= (positions >= length - index.window) | (positions < index.sinks)
-        key, value = (part[row, seen, group] for part in (keys, values))
-        scores = key @ queries[row, 0, head] * _HEAD_DIM**-0.5
+        key, value = (part[row, seen, head] for part in (keys, values))
+        scores = queries[row, token, own] @ key.T * _HEAD_DIM**-0.5
         scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
-        weights = np.exp(scores - scores.max())
-        beside = 0 if sinks is None else np.exp(float(sinks[head]) - scores.max())
-        outputs[row, 0, head] = weights @ value / (weights.sum() + beside)
+        highest = scores.max(axis=-1, keepdims=True)
+        weights = np.exp(scores - highest)
+        beside = 0 if sinks is None else np.exp(np.float64(sinks[own, None]) - highest)
+        outputs[row, place, own] = weights @ value / (weights.sum(-1, keepdims=True) + beside)
     return outputs
+
+
+def _some(tokens: int) -> list[int]:
+    """Those that are looked at."""
+    return sorted({0, tokens // 2, tokens - 1})

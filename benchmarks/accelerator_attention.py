@@ -39,7 +39,7 @@ def sweep(batch: int, context: int) -> Table:
         cache, queries = _long_cache(batch, context, kind)
         layers, held = cache.config.num_layers, cache.config.size_bytes
         competitors = _competitors(cache, queries, kind, (batch, context) in _WITH_EVERY_FORM)
-        for name, seconds in _timed(competitors).items():
+        for name, seconds in timed(competitors).items():
             moved = 2 * held if name.startswith("copy") else held
             rates[f"{kind}: {name}"] = batch * context * layers / seconds
             row = {
@@ -134,9 +134,11 @@ def _competitors(cache, queries, kind: str, every_form: bool) -> dict[str, Calla
 
 def _names(cache: jaxkv.KVCache, kind: str, every_form: bool) -> list[str]:
     """Implementations that are timed."""
-    served = not IMPLEMENTATIONS["mosaic"].cannot_serve(cache, 1)
-    names = ["mosaic"] if served else []
-    if every_form or not served:
+    names = [
+        name for name in ("mosaic", "cudnn") if not IMPLEMENTATIONS[name].cannot_serve(cache, 1)
+    ]
+    names = names if every_form else names[:1]
+    if every_form or not names:
         names += ["reference", "blockwise"] if kind == "bfloat16" else ["reference"]
     return names
 
@@ -170,7 +172,7 @@ def _of_torch(leaf, config, every_form: bool) -> dict[str, Callable[[], Any]]:
     return calls
 
 
-def _timed(competitors: dict[str, Callable[[], Any]]) -> dict[str, float]:
+def timed(competitors: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Median seconds of a pass, in turns; as many in a row as a sample of some length takes."""
     passes, samples = {}, {name: [] for name in competitors}
     for name, call in list(competitors.items()):

@@ -19,15 +19,34 @@ from jaxkv.hybrid import AnyCache
 from jaxkv.model_step import Model, ModelStep, Weights
 from jaxkv.sampling import Sampling, sample
 
-# ``(tokens [batch, PREFILL_CHUNK], num_tokens [batch])``, padded on the right.
+# ``(tokens [batch, chunk], num_tokens [batch])``, padded on the right.
 Chunk = tuple[np.ndarray, np.ndarray]
 
-# Tokens of a prompt that one prefill step takes.
+# Tokens of a prompt that one prefill step takes on a CPU, where so few are bound by arithmetic.
 PREFILL_CHUNK = 128
+# An accelerator reads a weight in the time in which it multiplies it with 150 to 400 rows (an H200:
+# 990 TFLOP/s over 4.8 TB/s), and a step reads them all.
+_ROWS_TO_READ = 256
+_MOST_ROWS = 16384  # of all prompts in a step, whose activations are held at once
 # Decode steps that run on the device before the host sees their tokens.
 TOKENS_PER_DISPATCH = 16
 # What stands for a token where the model's logits are no distribution; the sequence ends there.
 NOT_A_NUMBER = -2
+
+
+def prefill_chunk(longest: int, batch: int, platform: str) -> int:
+    """Tokens of each prompt that a prefill step takes, a power of two, to compute the least.
+
+    Args:
+      longest: tokens of the longest prompt; all are padded to whole chunks of it.
+      batch: prompts.
+    """
+    if platform == "cpu":
+        return PREFILL_CHUNK
+    sizes = [PREFILL_CHUNK]
+    while 2 * sizes[-1] * batch <= _MOST_ROWS:
+        sizes.append(2 * sizes[-1])
+    return min(sizes, key=lambda size: -(-longest // size) * (size * batch + _ROWS_TO_READ))
 
 
 class State(NamedTuple):
@@ -58,10 +77,15 @@ def _prefill(
     tokens: Int[Array, "batch chunk"],
     num_tokens: Int[Array, " batch"],
     cache: AnyCache,
-) -> AnyCache:
-    """Take one chunk of every prompt, without its padding."""
+) -> tuple[AnyCache, Array]:
+    """Take one chunk of every prompt, without its padding.
+
+    Returns:
+      The cache, and the lengths once more, to wait for while the next step has the cache.
+    """
     _, cache = model(tokens, padded_after(cache, num_tokens))
-    return padded_after(cache, None)
+    cache = padded_after(cache, None)
+    return cache, cache.lengths
 
 
 @functools.partial(ModelStep, donated=[0, 1])
@@ -122,7 +146,7 @@ class Program:
             _prefill.lower(self.weights, *chunks[0], cache).compile()
         _decode.lower(self.weights, state, cache, **self._options()).compile()
 
-    def prefill(self, chunk: Chunk, cache: AnyCache) -> AnyCache:
+    def prefill(self, chunk: Chunk, cache: AnyCache) -> tuple[AnyCache, Array]:
         return _prefill(self.weights, *jax.device_put(chunk), cache)
 
     def decode(self, state: State, cache: AnyCache) -> tuple[State, AnyCache, New]:

@@ -30,6 +30,12 @@ def default_device() -> Device:
     return default
 
 
+def platform_at(place: Any) -> str:
+    """The platform of a device or a sharding; of the default device for None."""
+    place = default_device() if place is None else place
+    return next(iter(getattr(place, "device_set", [place]))).platform
+
+
 @functools.cache
 def local_gpu() -> Device | None:
     """The first GPU of this process, which stands for those that programs are lowered for."""

@@ -10,14 +10,19 @@ import numpy as np
 
 from jaxkv.checks import checked_prompt
 from jaxkv.codecs import Codec
-from jaxkv.decode import PREFILL_CHUNK, Chunk, Program, State
+from jaxkv.decode import Chunk, Program, State
+from jaxkv.decode import prefill_chunk as best_chunk
+from jaxkv.devices import platform_at
 from jaxkv.display import progress_bar
 from jaxkv.hybrid import AnyConfig
 from jaxkv.memory import MemoryTracker, session
+from jaxkv.memory.session import Session
 from jaxkv.model_step import Model
 from jaxkv.sampling import Sampling
 
 _SMALLEST_CONTEXT = 512
+# A layer with a window keeps a chunk beside it: no longer a one than that, or than the window.
+_MOST_BESIDE_A_WINDOW = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +100,7 @@ def generate(
     max_context_length: int | None = None,
     codec: Codec | Sequence[Codec] | None = None,
     config: AnyConfig | None = None,
+    prefill_chunk: int | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     tracker: MemoryTracker | None = None,
     device: Any = None,
@@ -116,6 +122,9 @@ def generate(
       codec: of the cache, one or one a layer; the model's choice if None.
       config: the whole cache config, for a model without a ``cache_config`` method; instead of
         ``max_context_length`` and ``codec``.
+      prefill_chunk: tokens of each prompt that are computed at once. If None, what suits the device
+        and the prompts: 128 on a CPU, elsewhere up to 16,384 of all prompts together, but beside
+        a window no more than that or 1,024. Layers with a window have room for it in their rings.
       on_tokens: called as ``on_tokens(prompt_number, new_tokens)`` as they arrive, some at a
         time. No progress bar is shown then.
       tracker: a ledger that the cache is entered in.
@@ -141,10 +150,13 @@ def generate(
     ]
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}.")
-    config = _cache_config(model, checked, max_new_tokens, max_context_length, codec, config)
+    chunk = _chunk_size(model, checked, config, device) if prefill_chunk is None else prefill_chunk
+    if chunk < 1:
+        raise ValueError(f"generate: prefill_chunk must be at least 1, got {chunk}.")
+    config = _cache_config(model, checked, max_new_tokens, max_context_length, codec, chunk, config)
     program = Program.of(model, sampling, stop_tokens)
     state = _start(checked, max_new_tokens, seed)
-    chunks = list(_chunks(checked))
+    chunks = list(_chunks(checked, chunk))
     answers = [_Answer() for _ in checked]
     streams = on_tokens is not None
 
@@ -154,9 +166,9 @@ def generate(
         marks.append(time.perf_counter())
         num_prefilled = sum(int(num_tokens.sum()) for _, num_tokens in chunks)
         with progress_bar("prefill", num_prefilled, quiet=streams) as advance_bar:
-            for chunk in chunks:
-                live.cache = jax.block_until_ready(program.prefill(chunk, live.cache))
-                advance_bar(int(chunk[1].sum()))
+            for (_, num_tokens), done in _prefilled(program, chunks, live):
+                jax.block_until_ready(done)
+                advance_bar(int(num_tokens.sum()))
         marks.append(time.perf_counter())
         num_wanted = len(checked) * max_new_tokens
         with progress_bar("decode", num_wanted, quiet=streams) as advance_bar:
@@ -198,15 +210,41 @@ def _start(prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[
     return State(*jax.device_put([np.int32(values) for values in (last, remaining, seeds)]))
 
 
-def _chunks(prompts: list[np.ndarray]) -> Iterator[Chunk]:
+def _chunk_size(
+    model: Model, prompts: list[np.ndarray], config: AnyConfig | None, device: Any
+) -> int:
+    """Tokens of each prompt that are computed at once, as far as windows have room."""
+    longest = max(len(prompt) for prompt in prompts) - 1
+    size = best_chunk(longest, len(prompts), platform_at(device))
+    if config is not None:
+        kept = (getattr(group.addressing, "chunk", size) for group in config.groups)
+        return min(size, *kept)
+    windows = getattr(getattr(model, "config", None), "windows", None) or (None,)
+    seen = min(window or size for window in windows)
+    return min(size, max(seen, _MOST_BESIDE_A_WINDOW))
+
+
+def _chunks(prompts: list[np.ndarray], size: int) -> Iterator[Chunk]:
     """All but the last token of each prompt."""
     lengths = np.asarray([len(prompt) - 1 for prompt in prompts])
-    for start in range(0, lengths.max(), PREFILL_CHUNK):
-        tokens = np.zeros((len(prompts), PREFILL_CHUNK), np.int32)
-        num_tokens = np.clip(lengths - start, 0, PREFILL_CHUNK).astype(np.int32)
+    for start in range(0, lengths.max(), size):
+        tokens = np.zeros((len(prompts), size), np.int32)
+        num_tokens = np.clip(lengths - start, 0, size).astype(np.int32)
         for row, prompt, count in zip(tokens, prompts, num_tokens, strict=True):
             row[:count] = prompt[start : start + count]
         yield tokens, num_tokens
+
+
+def _prefilled(
+    program: Program, chunks: list[Chunk], live: Session
+) -> Iterator[tuple[Chunk, jax.Array]]:
+    """Each chunk and what tells that it is computed, when the next one is on its way."""
+    last: list[tuple[Chunk, jax.Array]] = []
+    for chunk in chunks:
+        live.cache, done = program.prefill(chunk, live.cache)
+        yield from last
+        last = [(chunk, done)]
+    yield from last
 
 
 def _cache_config(
@@ -215,6 +253,7 @@ def _cache_config(
     max_new_tokens: int,
     max_context_length: int | None,
     codec: Codec | Sequence[Codec] | None,
+    chunk: int,
     config: AnyConfig | None,
 ) -> AnyConfig:
     needed = max(len(prompt) for prompt in prompts) + max_new_tokens
@@ -227,7 +266,7 @@ def _cache_config(
             learned = getattr(getattr(model, "config", None), "max_positions", context)
             context = min(context, max(learned, needed))
         config = model.cache_config(
-            max_context_length=context, batch_size=len(prompts), codec=codec
+            max_context_length=context, batch_size=len(prompts), codec=codec, chunk=chunk
         )
     elif max_context_length is not None or codec is not None:
         raise ValueError("generate: give config= alone, or max_context_length= and codec=.")

@@ -76,7 +76,7 @@ class Oracle:
         return outputs
 
     def _seen(self, tokens):
-        """All so far or, of a ring, the first few and the newest."""
+        """All so far or, with a window, the newest, and a ring's first few."""
         window = getattr(self.addressing, "window", None)
         if window is None:
             return tokens

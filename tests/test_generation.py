@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import decode
+from jaxkv import decode, generation
 from tests.decoders import look_up, sharp_decoder
 
 CONTEXT = 192
@@ -144,6 +144,49 @@ def test_two_compilations_whatever_the_prompts(model, caplog):
         assert sum(f"jit({function})" in message for message in compiled) == 1, compiled
 
 
+@pytest.mark.parametrize(
+    ("longest", "batch", "platform", "size"),
+    [
+        (8000, 1, "cpu", 128),
+        (8000, 1, "gpu", 8192),
+        (5000, 1, "gpu", 1024),  # 5 of 1,024 and 5 times the weights, not 2 of 4,096 and twice
+        (1000, 1, "tpu", 1024),
+        (300, 1, "gpu", 512),
+        (2000, 8, "gpu", 2048),  # 16,384 tokens of all prompts
+        (500, 64, "gpu", 256),
+        (500, 1000, "gpu", 128),
+        (0, 1, "gpu", 128),
+    ],
+)
+def test_the_chunk_is_what_computes_the_least(longest, batch, platform, size):
+    assert decode.prefill_chunk(longest, batch, platform) == size
+
+
+def test_the_chunk_changes_no_token(model):
+    assert run(model, prefill_chunk=33).tokens == run(model).tokens
+
+
+def test_a_window_has_room_for_the_chunk():
+    model = sharp_decoder(architecture="MistralForCausalLM", windows=(None, 8))
+    whole = run(model, prefill_chunk=150)
+    assert [getattr(group.addressing, "chunk", None) for group in whole.config.groups] == [
+        None,
+        150,
+    ]
+    narrow = model.cache_config(max_context_length=CONTEXT, batch_size=3, chunk=6)
+    assert run(model, config=narrow).tokens == whole.tokens
+
+
+def test_on_a_gpu_a_window_is_not_dwarfed_by_the_chunk(model, monkeypatch):
+    """Who would prefill 8,192 tokens at once takes no more than the window, or 1,024."""
+    monkeypatch.setattr(generation, "platform_at", lambda device: "gpu")
+    prompt = [np.zeros(8193, np.int32)]
+    assert generation._chunk_size(model, prompt, None, None) == 8192
+    for window, size in ((128, 1024), (4096, 4096)):
+        windowed = sharp_decoder(architecture="MistralForCausalLM", windows=(None, window))
+        assert generation._chunk_size(windowed, prompt, None, None) == size
+
+
 def test_decode_is_in_place(model):
     cache = jaxkv.create(model.cache_config(max_context_length=4096, batch_size=2))
     program = decode.Program.of(model, jaxkv.Sampling(), ())
@@ -187,6 +230,7 @@ def test_timings_add_up(model):
         ([[1.5]], {}, "prompt 0 must be .* got float64"),
         ([[1], [2, 64]], {}, "prompt 1 has token 64, outside the vocabulary of 64 tokens"),
         ([[-1]], {}, "prompt 0 has token -1"),
+        ([[1]], {"prefill_chunk": 0}, "prefill_chunk must be at least 1, got 0"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ([[1] * 190], {}, "are 210 tokens, and the context holds 192"),
         ([[1]], {"seed": [1, 2]}, "1 prompts need as many seeds, got 2"),

@@ -1,4 +1,4 @@
-"""What addressings share that give each sequence one run of slots of the ctx axis."""
+"""Slots of the ctx axis: those of addressings that give each sequence one run, and any."""
 
 import math
 

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxkv.attention.blockwise import KEY_BLOCK, blockwise
+from jaxkv.attention.cudnn import cannot_serve as cudnn_cannot_serve
+from jaxkv.attention.cudnn import cudnn
+from jaxkv.attention.cudnn import should_not_serve as cudnn_should_not_serve
 from jaxkv.attention.mosaic import cannot_serve as mosaic_cannot_serve
 from jaxkv.attention.mosaic import mosaic
 from jaxkv.attention.mosaic import should_not_serve as mosaic_should_not_serve
@@ -45,6 +48,7 @@ class Implementation(NamedTuple):
       platform: the only one that it is for; None for all.
       reads_host_memory: whether it can serve caches that are there.
       turns: whether it turns queries and outputs itself, as the codec wants.
+      caps: whether it knows a softcap.
     """
 
     run: Callable[[Request], Grouped]
@@ -53,6 +57,7 @@ class Implementation(NamedTuple):
     platform: str | None = None
     reads_host_memory: bool = False
     turns: bool = False
+    caps: bool = True
 
     def cannot_serve(self, cache: KVCache, tokens: int, platform: str | None = None) -> str | None:
         """Why it cannot serve this call, on the platform where the cache is if none is named."""
@@ -87,6 +92,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     ),
     "mosaic": Implementation(
         mosaic, mosaic_cannot_serve, mosaic_should_not_serve, "gpu", turns=True
+    ),
+    "cudnn": Implementation(
+        cudnn, cudnn_cannot_serve, cudnn_should_not_serve, "gpu", turns=True, caps=False
     ),
     "reference": Implementation(reference, _no_reason, _reference_is_wasteful),
     # Under a jit of its own a scan is traced once for all layers.
@@ -145,7 +153,7 @@ def attend(
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
     num_tokens = real_of(cache, tokens, num_tokens)
     platform = platform_of(buffer_of(cache), queries)
-    names = _serving(cache, tokens, heads, platform, implementation)
+    names = _serving(cache, tokens, heads, softcap, platform, implementation)
     number = check_layer(cache, layer)
     notify(Call(cache, queries, layer, num_tokens))
     if tokens == 0:
@@ -184,17 +192,21 @@ def _serve(
     return or_nan(output, layer_exists(cache, layer))
 
 
-def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> str:
+def explain(
+    cache: AnyCache, *, tokens: int = 1, heads: int | None = None, softcap: float | None = None
+) -> str:
     """Which implementation `attend` picks for a call of this shape, and why not each other one.
 
     Args:
       tokens: queries of each sequence: 1 for decode, more for prefill.
       heads: query heads; as many as KV heads if None.
+      softcap: as in `attend`.
 
     >>> import jaxkv
     >>> print(jaxkv.explain(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), tokens=2))
     native: not used, it serves one token a sequence, and this call has 2
     mosaic: not used, it runs on a GPU, and this is for a CPU
+    cudnn: not used, it runs on a GPU, and this is for a CPU
     reference: used
     blockwise: not needed, reference comes first
     streamed: not used, the cache is on the device
@@ -202,19 +214,19 @@ def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> st
     if len(cache.groups) > 1:
         groups = (
             f"group {number}, {group.config.addressing.name}:\n"
-            + explain(group, tokens=tokens, heads=heads)
+            + explain(group, tokens=tokens, heads=heads, softcap=softcap)
             for number, group in enumerate(cache.groups)
         )
         return "\n".join(groups)
     (cache,) = cache.groups
     heads = heads or cache.config.num_kv_heads
     platform = _expected_platform(cache)
-    chosen = _first_choice(cache, tokens, heads, platform)
+    chosen = _first_choice(cache, tokens, heads, softcap, platform)
     lines = []
     for name in IMPLEMENTATIONS:
         if name == chosen:
             verdict = "used"
-        elif reason := _reason_against(name, cache, tokens, heads, platform):
+        elif reason := _reason_against(name, cache, tokens, heads, softcap, platform):
             verdict = f"not used, {reason}"
         else:
             verdict = f"not needed, {chosen} comes first"
@@ -223,12 +235,17 @@ def explain(cache: AnyCache, *, tokens: int = 1, heads: int | None = None) -> st
 
 
 def _serving(
-    cache: KVCache, tokens: int, heads: int, platform: str | None, named: str | None
+    cache: KVCache,
+    tokens: int,
+    heads: int,
+    softcap: float | None,
+    platform: str | None,
+    named: str | None,
 ) -> dict[str, str]:
     """For each platform that the call may be for, who serves there."""
     platforms = PLATFORMS if platform is None else (platform,)
     if named is None:
-        return {each: _first_choice(cache, tokens, heads, each) for each in platforms}
+        return {each: _first_choice(cache, tokens, heads, softcap, each) for each in platforms}
     if named not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {named!r}."
@@ -236,13 +253,15 @@ def _serving(
     own = IMPLEMENTATIONS[named].platform
     if platform is None and own is not None:
         platforms = (own,)
-    if reason := _cannot_serve(named, cache, tokens, platforms[0]):
+    if reason := _cannot_serve(named, cache, tokens, softcap, platforms[0]):
         raise ValueError(f"implementation {named!r} cannot serve this call: {reason}.")
     return dict.fromkeys(platforms, named)
 
 
-def _first_choice(cache: KVCache, tokens: int, heads: int, platform: str) -> str:
-    call = cache, tokens, heads, platform
+def _first_choice(
+    cache: KVCache, tokens: int, heads: int, softcap: float | None, platform: str
+) -> str:
+    call = cache, tokens, heads, softcap, platform
     reasons = {name: _reason_against(name, *call) for name in IMPLEMENTATIONS}
     for name, reason in reasons.items():
         if not reason:
@@ -251,14 +270,15 @@ def _first_choice(cache: KVCache, tokens: int, heads: int, platform: str) -> str
 
 
 def _reason_against(
-    name: str, cache: KVCache, tokens: int, heads: int, platform: str
+    name: str, cache: KVCache, tokens: int, heads: int, softcap: float | None, platform: str
 ) -> str | None:
-    return _cannot_serve(name, cache, tokens, platform) or IMPLEMENTATIONS[name].should_not_serve(
-        cache, tokens, heads, platform
-    )
+    reason = _cannot_serve(name, cache, tokens, softcap, platform)
+    return reason or IMPLEMENTATIONS[name].should_not_serve(cache, tokens, heads, platform)
 
 
-def _cannot_serve(name: str, cache: KVCache, tokens: int, platform: str) -> str | None:
+def _cannot_serve(
+    name: str, cache: KVCache, tokens: int, softcap: float | None, platform: str
+) -> str | None:
     if is_streamed(cache) and name != "streamed":
         if not IMPLEMENTATIONS[name].reads_host_memory:
             return "the cache is in host memory"
@@ -266,7 +286,11 @@ def _cannot_serve(name: str, cache: KVCache, tokens: int, platform: str) -> str 
             return "it reads all blocks, and this cache's placement chooses"
     if cache.newest is not None and name not in ("native", "blockwise", "streamed"):
         return "the newest tokens are in a cache of their own"
-    return IMPLEMENTATIONS[name].cannot_serve(cache, tokens, platform)
+    if reason := IMPLEMENTATIONS[name].cannot_serve(cache, tokens, platform):
+        return reason
+    if softcap is not None and not IMPLEMENTATIONS[name].caps:
+        return "it has no softcap"
+    return None
 
 
 def _expected_platform(cache: KVCache) -> str:

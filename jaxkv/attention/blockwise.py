@@ -4,13 +4,15 @@ Memory is one block of one layer, and blocks that no query can see (unwritten, i
 before the window) are not read.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
 from jaxkv.attention.online import Online
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.codecs import rotate_values, unrotate
+from jaxkv.codecs import rotate, rotate_values, unrotate
 
 KEY_BLOCK = 1024  # slots
 QUERY_BLOCK = 256  # tokens
@@ -29,6 +31,13 @@ def blockwise(request: Request) -> Grouped:
     blocks = lax.map(one_block, jnp.arange(num_blocks, dtype=jnp.int32))
     joined = jnp.moveaxis(blocks, 0, 2)  # [batch, kv_heads, blocks, QUERY_BLOCK, group, head_dim]
     return joined.reshape(*joined.shape[:2], -1, *joined.shape[4:])[:, :, :tokens]
+
+
+def unturned_blockwise(request: Request) -> Grouped:
+    """The same where neither queries nor outputs are turned as the codec turns keys and values."""
+    codec = request.cache.config.codec
+    queries = rotate(codec, request.queries)
+    return unrotate(codec, blockwise(dataclasses.replace(request, queries=queries)))
 
 
 def _one_query_block(request: Request) -> Grouped:

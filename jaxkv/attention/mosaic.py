@@ -6,7 +6,6 @@ layer's number instead. What it is made of is in `mosaic_kernel`; here are the c
 can serve, what it is told of one, and how the parts of a context that it leaves are combined.
 """
 
-import dataclasses
 import functools
 import importlib
 
@@ -18,10 +17,10 @@ from jaxtyping import Array, Float, Int
 from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.addressing.paged import PagedIndex
 from jaxkv.addressing.ring import RingIndex
-from jaxkv.attention.blockwise import blockwise
+from jaxkv.attention.blockwise import unturned_blockwise
 from jaxkv.attention.mosaic_plan import TILE, plan, stored_by
 from jaxkv.attention.request import Grouped, Request
-from jaxkv.codecs import Centred, Dense, Int8, Rotated, bitcast, rotate, unrotate
+from jaxkv.codecs import Centred, Dense, Int8, Rotated, bitcast
 from jaxkv.codecs.hadamard import half_turn
 from jaxkv.devices import local_gpu, num_devices_of
 from jaxkv.kv_cache import KVCache, buffer_of
@@ -108,13 +107,7 @@ def _attend(request: Request, interpret: object) -> Grouped:
 @_attend.defjvp
 def _attend_jvp(interpret, primals, tangents):
     """The kernel has no derivative of its own; the blockwise form's is the same function's."""
-
-    def same(request: Request) -> Grouped:
-        codec = request.cache.config.codec
-        queries = rotate(codec, request.queries)
-        return unrotate(codec, blockwise(dataclasses.replace(request, queries=queries)))
-
-    return jax.jvp(same, primals, tangents)
+    return jax.jvp(unturned_blockwise, primals, tangents)
 
 
 # Lowered once for all layers of a model: that takes longer than to compile it.

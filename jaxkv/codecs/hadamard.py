@@ -14,9 +14,10 @@ _BITS = 10
 
 
 def rotate(vectors: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
-    """``H s x``, float32; orthogonal."""
+    """``H s x``, float32; orthogonal. Numbers of 16 bits are multiplied as they are, exactly."""
     head_dim = vectors.shape[-1]
-    return _times_hadamard(vectors * _signs(head_dim)) * block_size(head_dim) ** -0.5
+    signs = _signs(head_dim).astype(vectors.dtype)
+    return _times_hadamard(vectors * signs) * block_size(head_dim) ** -0.5
 
 
 def half_turn(head_dim: int) -> Float[np.ndarray, " head_dim"]:
@@ -74,7 +75,9 @@ def _power_of_two(exponent: Int32[Array, "*shape"]) -> Float[Array, "*shape"]:
 def _times_hadamard(vectors: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
     size = block_size(vectors.shape[-1])
     blocks = vectors.reshape(*vectors.shape[:-1], -1, size)
-    return jnp.matmul(blocks, matrix_of(size), precision="highest").reshape(vectors.shape)
+    matrix = matrix_of(size).astype(vectors.dtype)
+    turned = jnp.matmul(blocks, matrix, precision="highest", preferred_element_type=jnp.float32)
+    return turned.reshape(vectors.shape)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 from jaxkv.checks import checked_prompt
-from jaxkv.decode import PREFILL_CHUNK
+from jaxkv.devices import platform_at
 from jaxkv.display import progress_bar
 from jaxkv.engine.batch import Arrived, Batch
 from jaxkv.engine.checks import check_config, check_request
@@ -37,10 +37,11 @@ class Engine:
         `Paged` with ``num_pages``.
       sampling: how tokens are drawn; greedy unless said.
       stop_tokens: ids that end any request.
-      prefill_chunk: tokens of a prompt that a step takes.
+      prefill_chunk: tokens of a prompt that a step takes, and pages are found again in multiples of
+        it. If None, 128 on a CPU and 256 elsewhere, where a step takes hardly longer for it.
       decode_steps: tokens of an answer between two looks of the host.
       token_budget: tokens, prefilled and decoded, that a round is to stay within; at least one
-        chunk is prefilled.
+        chunk is prefilled. If None, 512 on a CPU and 2,048 elsewhere.
       sharing: False to compute every prompt anew.
       swap_space: bytes of host memory in which preempted requests may keep their pages; those
         that find no room there are computed again. `Figures` reports what is used.
@@ -73,14 +74,17 @@ class Engine:
         *,
         sampling: Sampling = Sampling(),
         stop_tokens: Sequence[int] = (),
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         decode_steps: int = 8,
-        token_budget: int = 512,
+        token_budget: int | None = None,
         sharing: bool = True,
         swap_space: int = 0,
         tracker: MemoryTracker | None = None,
         device: Any = None,
     ):
+        on_cpu = platform_at(device) == "cpu"
+        prefill_chunk = (128 if on_cpu else 256) if prefill_chunk is None else prefill_chunk
+        token_budget = (512 if on_cpu else 2048) if token_budget is None else token_budget
         groups, page_size = check_config(
             config, prefill_chunk, decode_steps, token_budget, swap_space
         )

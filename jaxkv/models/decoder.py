@@ -12,6 +12,7 @@ from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import NumTokens
 from jaxkv.models.config import DecoderConfig
 from jaxkv.models.experts import MixtureOfExperts
+from jaxkv.models.fused import GateUpProjection, QKVProjection
 from jaxkv.models.layers import (
     ACTIVATIONS,
     INIT_STD,
@@ -33,29 +34,43 @@ class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al., 2023) with rope, over the cache."""
 
     def __init__(
-        self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs, dtype: Any, out_std: float
+        self,
+        config: DecoderConfig,
+        layer: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        out_std: float,
+        fused: bool,
     ):
         hidden, head_dim, family = config.hidden_size, config.head_dim, config.family
         queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        qkv_bias = config.attention_bias or family.qkv_bias
         shared = {"rngs": rngs, "dtype": dtype}
-        self.q_proj = Linear(hidden, queries, bias=qkv_bias, **shared)
-        self.k_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
-        self.v_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
+        biased = shared | {"bias": config.attention_bias or family.qkv_bias}
+        if fused:
+            group = config.num_heads // config.num_kv_heads
+            self.qkv_proj = QKVProjection(hidden, config.num_kv_heads, group, head_dim, **biased)
+        else:
+            self.q_proj = Linear(hidden, queries, **biased)
+            self.k_proj = Linear(hidden, keys, **biased)
+            self.v_proj = Linear(hidden, keys, **biased)
         self.o_proj = Linear(queries, hidden, bias=config.attention_bias, std=out_std, **shared)
         if family.qk_norm:
             self.q_norm = _norm(head_dim, config, dtype)
             self.k_norm = _norm(head_dim, config, dtype)
         if family.has_sinks:
             self.sinks = nnx.Param(jnp.zeros(config.num_heads, dtype))
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.fused = config, layer, fused
 
     def __call__(self, x: Hidden, rotation, cache, num_tokens) -> tuple[Hidden, Any]:
         config = self.config
-        queries, keys, values = (
-            projected.reshape(*x.shape[:-1], -1, config.head_dim)
-            for projected in linears(x, self.q_proj, self.k_proj, self.v_proj)
-        )
+        if self.fused:
+            queries, keys, values = self.qkv_proj(x)
+        else:
+            queries, keys, values = (
+                projected.reshape(*x.shape[:-1], -1, config.head_dim)
+                for projected in linears(x, self.q_proj, self.k_proj, self.v_proj)
+            )
         if config.family.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         mixed, cache = attend_causal(
@@ -76,16 +91,24 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """A gated linear unit (Shazeer, 2020)."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, out_std: float):
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, out_std: float, fused: bool
+    ):
         hidden, inner = config.hidden_size, config.intermediate_size
         shared = {"bias": config.mlp_bias, "rngs": rngs, "dtype": dtype}
-        self.gate_proj = Linear(hidden, inner, **shared)
-        self.up_proj = Linear(hidden, inner, **shared)
+        if fused:
+            self.gate_up_proj = GateUpProjection(hidden, inner, **shared)
+        else:
+            self.gate_proj = Linear(hidden, inner, **shared)
+            self.up_proj = Linear(hidden, inner, **shared)
         self.down_proj = Linear(inner, hidden, std=out_std, **shared)
-        self.activation = config.activation
+        self.activation, self.fused = config.activation, fused
 
     def __call__(self, x: Hidden) -> Hidden:
-        gate, up = linears(x, self.gate_proj, self.up_proj)
+        if self.fused:
+            gate, up = self.gate_up_proj(x)
+        else:
+            gate, up = linears(x, self.gate_proj, self.up_proj)
         return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
 
 
@@ -96,14 +119,18 @@ class Block(nnx.Module):
     elsewhere, ``post_attention_layernorm``, stands after attention there.
     """
 
-    def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs, dtype: Any):
+    def __init__(
+        self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs, dtype: Any, fused: bool
+    ):
         out_std = INIT_STD / (2 * config.num_layers) ** 0.5
         shared = {"rngs": rngs, "dtype": dtype, "out_std": out_std}
-        mlp = MixtureOfExperts if config.family.has_experts else MLP
+        experts = config.family.has_experts
         self.input_layernorm = _norm(config.hidden_size, config, dtype)
-        self.self_attn = Attention(config, layer, **shared)
+        self.self_attn = Attention(config, layer, fused=fused, **shared)
         self.post_attention_layernorm = _norm(config.hidden_size, config, dtype)
-        self.mlp = mlp(config, **shared)
+        self.mlp = (
+            MixtureOfExperts(config, **shared) if experts else MLP(config, fused=fused, **shared)
+        )
         if config.family.is_gemma:
             self.pre_feedforward_layernorm = _norm(config.hidden_size, config, dtype)
             self.post_feedforward_layernorm = _norm(config.hidden_size, config, dtype)
@@ -126,6 +153,8 @@ class Decoder(Model):
       config: its shape.
       rngs: for random weights.
       dtype: of the weights, and of all that is computed but norms, softmax and logits (float32).
+      fused: keep the weights of queries, keys and values in one array, and those of gate and up
+        projection: faster on a GPU, see `jaxkv.models.fused`.
 
     >>> import jax.numpy as jnp, jaxkv
     >>> config = DecoderConfig(256, 32, 64, num_layers=2, num_heads=4, num_kv_heads=2)
@@ -143,12 +172,22 @@ class Decoder(Model):
     )
     checkpoint_embedding = "embed_tokens"
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        fused: bool = False,
+    ):
         vocab, hidden = config.vocab_size, config.hidden_size
         self.config = config
         self.embed_tokens = Embedding(vocab, hidden, rngs=rngs, dtype=dtype)
         self.layers = nnx.List(
-            [Block(config, layer, rngs=rngs, dtype=dtype) for layer in range(config.num_layers)]
+            [
+                Block(config, layer, rngs=rngs, dtype=dtype, fused=fused)
+                for layer in range(config.num_layers)
+            ]
         )
         self.norm = _norm(hidden, config, dtype)
         if not config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""Compile decode steps for a GPU that is not there: `python -m tests.gpu.compile "NVIDIA H200"`.
+"""Compile steps for a GPU that is not there: `python -m tests.gpu.compile "NVIDIA H200"`.
 
 Prints a line of JSON a program. Needs Python 3.12, jax 0.11 and the jax-cuda13-pjrt and -plugin
 wheels, but no driver and no CUDA libraries.
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 import jaxkv
-from jaxkv.attention import IMPLEMENTATIONS, mosaic
+from jaxkv.attention import IMPLEMENTATIONS, cudnn, mosaic
 from tests.compiled import assert_in_place
 
 # From the vendor's data sheets and `cudaGetDeviceProperties`.
@@ -45,7 +45,7 @@ runtime_version {{ major: 13 }}
 device_description_str: "{name}"
 """
 LAYERS, CONTEXT, KV_HEADS, HEADS = 4, 4096, 8, 32
-PROGRAMS = {
+DECODE = {
     "bfloat16": (jaxkv.Dense("bfloat16"), jaxkv.Contiguous(), 128),
     "bfloat16 pages": (jaxkv.Dense("bfloat16"), jaxkv.Paged(16, num_pages=2000), 64),
     "bfloat16 ring": (jaxkv.Dense("bfloat16"), jaxkv.Ring(window=1024, sinks=4), 128),
@@ -53,10 +53,16 @@ PROGRAMS = {
     "rotated4": (jaxkv.Rotated(bits=4), jaxkv.Contiguous(), 128),
     "rotated2 pages": (jaxkv.Rotated(bits=2), jaxkv.Paged(16, num_pages=2050), 128),
 }
+CHUNK = 96
+PREFILL = {
+    "bfloat16": (jaxkv.Dense("bfloat16"), jaxkv.Contiguous(), 128),
+    "bfloat16 pages": (jaxkv.Dense("bfloat16"), jaxkv.Paged(16, num_pages=2000), 64),
+    "int8": (jaxkv.Int8(), jaxkv.Contiguous(), 128),
+}
 
 
 def step(implementation):
-    """A decode step over all layers, in a loop with a traced layer, and unrolled."""
+    """A step over all layers, in a loop with a traced layer, and unrolled."""
 
     def one_layer(layer, state):
         cache, queries = state
@@ -67,26 +73,29 @@ def step(implementation):
 
     def looped(cache, queries):
         cache, queries = jax.lax.fori_loop(0, LAYERS, one_layer, (cache, queries))
-        return jaxkv.advance(cache, 1), queries
+        return jaxkv.advance(cache, queries.shape[1]), queries
 
     def unrolled(cache, queries):
         state = cache, queries
         for layer in range(LAYERS):
             state = one_layer(layer, state)
-        return jaxkv.advance(state[0], 1), state[1]
+        return jaxkv.advance(state[0], queries.shape[1]), state[1]
 
     return {"looped": looped, "unrolled": unrolled}
 
 
 def main(device_name):
     # What this process would ask of its device.
-    row = IMPLEMENTATIONS["mosaic"]
-    IMPLEMENTATIONS["mosaic"] = row._replace(cannot_read=mosaic.cannot_read)
+    for name, module in {"mosaic": mosaic, "cudnn": cudnn}.items():
+        row = IMPLEMENTATIONS[name]
+        IMPLEMENTATIONS[name] = row._replace(cannot_read=module.cannot_read)
     text = TARGET.format(*DEVICES[device_name], name=device_name)
     topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
     placed = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    implementation = "mosaic" if device_name == "NVIDIA H200" else "reference"
-    for name, (codec, addressing, head_dim) in PROGRAMS.items():
+    decoding = "mosaic" if device_name == "NVIDIA H200" else "reference"
+    programs = [(1, decoding, name, *kind) for name, kind in DECODE.items()]
+    programs += [(CHUNK, "cudnn", name, *kind) for name, kind in PREFILL.items()]
+    for tokens, implementation, name, codec, addressing, head_dim in programs:
         config = jaxkv.KVCacheConfig(
             LAYERS, CONTEXT, KV_HEADS, head_dim, batch_size=8, codec=codec, addressing=addressing
         )
@@ -99,7 +108,7 @@ def main(device_name):
                 for leaf, array in cache.storage.items()
             },
         )
-        queries = jax.ShapeDtypeStruct((8, 1, HEADS, head_dim), jnp.bfloat16)
+        queries = jax.ShapeDtypeStruct((8, tokens, HEADS, head_dim), jnp.bfloat16)
         arguments = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
             (cache, queries),
@@ -114,6 +123,7 @@ def main(device_name):
                 problem = str(error)
             share = temp / (config.size_bytes / LAYERS)
             facts = {"program": f"{name}, {form}", "problem": problem, "temp of a layer": share}
+            facts |= {"by": implementation}
             print(json.dumps(facts), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""A decode step compiled for GPUs that are not there; see `compile.py` for what that takes."""
+"""A step compiled for GPUs that are not there; see `compile.py` for what that takes."""
 
 import importlib.util
 import json
@@ -35,8 +35,15 @@ def compiled_for(device):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     programs = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert len(programs) == 12
-    return programs, run.stdout + run.stderr
+    assert len(programs) == 18
+    by_cudnn = [program for program in programs if program["by"] == "cudnn"]
+    for program in by_cudnn:
+        assert program["problem"] is None, program
+        # Queries and outputs of eight chunks; and of codes one layer in 16 bits.
+        assert program["temp of a layer"] < (0.7 if "bfloat16" in program["program"] else 3)
+    assert len(by_cudnn) == 6
+    decoding = [program for program in programs if program["by"] != "cudnn"]
+    return decoding, run.stdout + run.stderr
 
 
 def test_on_a_hopper_gpu_nothing_is_copied_and_no_register_spills():

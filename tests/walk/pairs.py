@@ -3,17 +3,11 @@
 ``python -m tests.walk.pairs`` tries all of them and prints the table.
 """
 
-import functools
 import itertools
-import re
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
-
-import jaxkv
-from jaxkv.attention import IMPLEMENTATIONS
 from tests.walk.caches import ADDRESSINGS, CODECS, KEEPS, MOST_ROWS, RESIDUALS, config_of
 from tests.walk.walk import Call, Walk, refused_by_jaxkv
 
