@@ -59,7 +59,7 @@ def layer_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     if "sliding_window" not in rule.reads or window is None or not used:
         return (None,) * num_layers
     if (types := config.get("layer_types")) and "layer_types" in rule.reads:
-        slides = [layer_type == "sliding_attention" for layer_type in types]
+        slides: Sequence[bool] = [layer_type == "sliding_attention" for layer_type in types]
     else:
         slides = rule.slides(config, num_layers)
     return tuple(window if slide else None for slide in slides)

@@ -90,7 +90,7 @@ class ModelStep:
 
     def _program(
         self, weights: Weights, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> tuple[Callable, list[Any]]:
+    ) -> tuple[Any, list[Any]]:
         """What is compared, and the arrays that are passed."""
         named = tuple(sorted(options.items()))
         if weights.treedef is not None:

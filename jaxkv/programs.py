@@ -12,7 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import numpy as np
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def promotes_ranks(function: Callable[P, R]) -> Callable[P, R]:

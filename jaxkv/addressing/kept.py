@@ -156,6 +156,14 @@ class KeptIndex(abc.ABC):
         """Positions of each head's kept tokens at these places among them; -1 for none."""
 
     @abc.abstractmethod
+    def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:
+        """See `Index.read`."""
+
+    @abc.abstractmethod
+    def select(self, rows: Int[Array, " rows"]) -> tuple[Self, Int[Array, " ctx"] | None]:
+        """See `Index.select`."""
+
+    @abc.abstractmethod
     def head_slots(
         self, layer: Layer, logical: Int[Array, "*batch kv_heads slots"]
     ) -> Int[Array, "*batch kv_heads slots"]:
@@ -207,6 +215,10 @@ class KeptIndex(abc.ABC):
         new = jnp.where(first + slots < end, first + slots, -1)
         return jnp.where(slots < self.new, new, kept)
 
+    def with_sums(self, sums: Sums) -> Self:
+        """The same index with other sums of attention, of an addressing that has any."""
+        return dataclasses.replace(self, sums=sums)
+
     def with_new_slots_free(self, full: Bool[Array, "*batch"]) -> Self:
         """After a choice: in these sequences every token held is a kept one."""
         since = jnp.where(full, 0, self.within.lengths)
@@ -249,10 +261,6 @@ class KeptEvenlyIndex(KeptIndex):
 
     def with_runs(self, counts: Int[Array, "layers *batch kv_heads"]) -> Self:
         return self  # all heads have the same places
-
-    def with_sums(self, sums: Sums) -> Self:
-        """The same index with other sums of attention."""
-        return dataclasses.replace(self, sums=sums)
 
     def limits(self, layer: Layer) -> Int[Array, "*batch kv_heads"]:
         return jnp.full(self.positions.shape[1:-1], self.positions.shape[-1], jnp.int32)

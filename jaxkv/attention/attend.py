@@ -158,11 +158,8 @@ def attend(
     notify(Call(cache, queries, layer, num_tokens))
     if tokens == 0:
         return queries
-    call = functools.partial(
-        *(_serve, cache, queries, number, num_tokens, scale, sinks),
-        softcap=softcap,
-        window=window,
-    )
+    arrays = cache, queries, number, num_tokens, scale, sinks
+    call = functools.partial(_serve, *arrays, softcap=softcap, window=window)
     runs = {name: functools.partial(call, chosen=IMPLEMENTATIONS[name]) for name in names.values()}
     if platform is not None:
         return runs[names[platform]]()

@@ -59,7 +59,7 @@ def unicode_text(text: str) -> str:
     """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ValueError(f"a prompt must be Unicode text, got {text!r}: {error.reason}.") from None
 
 

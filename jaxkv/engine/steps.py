@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 def prefill(
     model: Model,
     tokens: Int[Ints, "1 chunk"],
-    num_tokens: Int[Ints, "1"],
+    num_tokens: Int[Array, "1"],
     start: Int[Ints, "1"],
     tables: Tables,
     cache: AnyCache,

@@ -83,13 +83,13 @@ class Resident:
 
     def select(self, rows: Int[Array, " rows"]) -> Self:
         """The same of a batch of these sequences."""
-        index, slots = self.index(self.written).select(rows)
+        index, slots = self.index(self.first).select(rows)
         storage = {name: jnp.take(leaf, slots, axis=2) for name, leaf in self.storage.items()}
         bounds = self.bounds
         if bounds is not None:
             lowest, highest = bounds.lowest[:, rows], bounds.highest[:, rows]
             bounds = dataclasses.replace(bounds, lowest=lowest, highest=highest)
-        return dataclasses.replace(self, storage=storage, written=index.written, bounds=bounds)
+        return dataclasses.replace(self, storage=storage, first=index.first, bounds=bounds)
 
     @property
     def num_slots(self) -> int:

@@ -37,7 +37,7 @@ class Fills(NamedTuple):
         tokens = self.resident()
         assert isinstance(tokens.index, RingIndex)
         resident = dataclasses.replace(
-            self.cache.resident, storage=tokens.storage, written=tokens.index.written
+            self.cache.resident, storage=tokens.storage, first=tokens.index.first
         )
         if resident.bounds is not None:
             bounds = bounds_of(filled, resident.bounds, jnp.array(self.rows, jnp.int32))
