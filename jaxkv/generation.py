@@ -207,7 +207,9 @@ def _start(prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[
     if not whole or seeds.min() < limits.min or seeds.max() > limits.max:
         raise ValueError(f"generate: a seed must be an int32, got {seed!r}.")
     remaining = [max_new_tokens] * len(prompts)
-    return State(*jax.device_put([np.asarray(values, np.int32) for values in (last, remaining, seeds)]))
+    return State(
+        *jax.device_put([np.asarray(values, np.int32) for values in (last, remaining, seeds)])
+    )
 
 
 def _chunk_size(

@@ -110,7 +110,7 @@ def _gpt2(num_layers: int, num_heads: int, width: int) -> Family:
     return Family({"n_layer": num_layers, "n_head": num_heads, "n_embd": width})
 
 
-_GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+_GEMMA: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 _YARN = {
     "rope_type": "yarn",
     "factor": 32.0,

@@ -76,7 +76,9 @@ def model_types() -> list[str]:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto
 
-    planned = {_INSIDE.get(kind, kind) for kind in BY_MODEL_TYPE if kind} & set(CONFIG_MAPPING.keys())
+    planned = {_INSIDE.get(kind, kind) for kind in BY_MODEL_TYPE if kind} & set(
+        CONFIG_MAPPING.keys()
+    )
     return sorted(planned | modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys())
 
 

@@ -12,7 +12,6 @@ from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import NumTokens
 from jaxkv.models.config import DecoderConfig
 from jaxkv.models.experts import MixtureOfExperts
-from jaxkv.models.fused import GateUpProjection, QKVProjection
 from jaxkv.models.layers import (
     ACTIVATIONS,
     INIT_STD,
@@ -34,43 +33,29 @@ class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al., 2023) with rope, over the cache."""
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        layer: int,
-        *,
-        rngs: nnx.Rngs,
-        dtype: Any,
-        out_std: float,
-        fused: bool,
+        self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs, dtype: Any, out_std: float
     ):
         hidden, head_dim, family = config.hidden_size, config.head_dim, config.family
         queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        qkv_bias = config.attention_bias or family.qkv_bias
         shared = {"rngs": rngs, "dtype": dtype}
-        biased = shared | {"bias": config.attention_bias or family.qkv_bias}
-        if fused:
-            group = config.num_heads // config.num_kv_heads
-            self.qkv_proj = QKVProjection(hidden, config.num_kv_heads, group, head_dim, **biased)
-        else:
-            self.q_proj = Linear(hidden, queries, **biased)
-            self.k_proj = Linear(hidden, keys, **biased)
-            self.v_proj = Linear(hidden, keys, **biased)
+        self.q_proj = Linear(hidden, queries, bias=qkv_bias, **shared)
+        self.k_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
+        self.v_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
         self.o_proj = Linear(queries, hidden, bias=config.attention_bias, std=out_std, **shared)
         if family.qk_norm:
             self.q_norm = _norm(head_dim, config, dtype)
             self.k_norm = _norm(head_dim, config, dtype)
         if family.has_sinks:
             self.sinks = nnx.Param(jnp.zeros(config.num_heads, dtype))
-        self.config, self.layer, self.fused = config, layer, fused
+        self.config, self.layer = config, layer
 
     def __call__(self, x: Hidden, rotation, cache, num_tokens) -> tuple[Hidden, Any]:
         config = self.config
-        if self.fused:
-            queries, keys, values = self.qkv_proj(x)
-        else:
-            queries, keys, values = (
-                projected.reshape(*x.shape[:-1], -1, config.head_dim)
-                for projected in linears(x, self.q_proj, self.k_proj, self.v_proj)
-            )
+        queries, keys, values = (
+            projected.reshape(*x.shape[:-1], -1, config.head_dim)
+            for projected in linears(x, self.q_proj, self.k_proj, self.v_proj)
+        )
         if config.family.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         mixed, cache = attend_causal(
@@ -91,24 +76,16 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """A gated linear unit (Shazeer, 2020)."""
 
-    def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, out_std: float, fused: bool
-    ):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, out_std: float):
         hidden, inner = config.hidden_size, config.intermediate_size
         shared = {"bias": config.mlp_bias, "rngs": rngs, "dtype": dtype}
-        if fused:
-            self.gate_up_proj = GateUpProjection(hidden, inner, **shared)
-        else:
-            self.gate_proj = Linear(hidden, inner, **shared)
-            self.up_proj = Linear(hidden, inner, **shared)
+        self.gate_proj = Linear(hidden, inner, **shared)
+        self.up_proj = Linear(hidden, inner, **shared)
         self.down_proj = Linear(inner, hidden, std=out_std, **shared)
-        self.activation, self.fused = config.activation, fused
+        self.activation = config.activation
 
     def __call__(self, x: Hidden) -> Hidden:
-        if self.fused:
-            gate, up = self.gate_up_proj(x)
-        else:
-            gate, up = linears(x, self.gate_proj, self.up_proj)
+        gate, up = linears(x, self.gate_proj, self.up_proj)
         return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
 
 
@@ -119,18 +96,14 @@ class Block(nnx.Module):
     elsewhere, ``post_attention_layernorm``, stands after attention there.
     """
 
-    def __init__(
-        self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs, dtype: Any, fused: bool
-    ):
+    def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs, dtype: Any):
         out_std = INIT_STD / (2 * config.num_layers) ** 0.5
         shared = {"rngs": rngs, "dtype": dtype, "out_std": out_std}
-        experts = config.family.has_experts
+        mlp = MixtureOfExperts if config.family.has_experts else MLP
         self.input_layernorm = _norm(config.hidden_size, config, dtype)
-        self.self_attn = Attention(config, layer, fused=fused, **shared)
+        self.self_attn = Attention(config, layer, **shared)
         self.post_attention_layernorm = _norm(config.hidden_size, config, dtype)
-        self.mlp = (
-            MixtureOfExperts(config, **shared) if experts else MLP(config, fused=fused, **shared)
-        )
+        self.mlp = mlp(config, **shared)
         if config.family.is_gemma:
             self.pre_feedforward_layernorm = _norm(config.hidden_size, config, dtype)
             self.post_feedforward_layernorm = _norm(config.hidden_size, config, dtype)
@@ -153,8 +126,6 @@ class Decoder(Model):
       config: its shape.
       rngs: for random weights.
       dtype: of the weights, and of all that is computed but norms, softmax and logits (float32).
-      fused: keep the weights of queries, keys and values in one array, and those of gate and up
-        projection: faster on a GPU, see `jaxkv.models.fused`.
 
     >>> import jax.numpy as jnp, jaxkv
     >>> config = DecoderConfig(256, 32, 64, num_layers=2, num_heads=4, num_kv_heads=2)
@@ -172,22 +143,12 @@ class Decoder(Model):
     )
     checkpoint_embedding = "embed_tokens"
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype: Any = jnp.float32,
-        fused: bool = False,
-    ):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         vocab, hidden = config.vocab_size, config.hidden_size
         self.config = config
         self.embed_tokens = Embedding(vocab, hidden, rngs=rngs, dtype=dtype)
         self.layers = nnx.List(
-            [
-                Block(config, layer, rngs=rngs, dtype=dtype, fused=fused)
-                for layer in range(config.num_layers)
-            ]
+            [Block(config, layer, rngs=rngs, dtype=dtype) for layer in range(config.num_layers)]
         )
         self.norm = _norm(hidden, config, dtype)
         if not config.tie_word_embeddings:

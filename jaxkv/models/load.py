@@ -7,20 +7,18 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxkv.devices import default_device
 from jaxkv.display import progress_bar
 from jaxkv.errors import CheckpointError
 from jaxkv.models.checkpoint import SINGLE_FILE, StoredTensor, read_json, stored_tensors
 from jaxkv.models.config import DecoderConfig
 from jaxkv.models.decoder import Decoder
-from jaxkv.models.fused import PARTS, place_of
 from jaxkv.models.gpt2 import GPT2, GPT2Config
 from jaxkv.models.hf_fields import hf_decoder
 from jaxkv.models.hub import local_folder
@@ -39,9 +37,7 @@ _NO_TEXT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 _TEXT = re.compile(r"^language_model\.(?:model\.)?|^model\.language_model\.")
 
 
-def load(
-    folder: str | os.PathLike | None = None, *, dtype: Any = "float32", fused: bool | None = None
-) -> tuple[Model, Any]:
+def load(folder: str | os.PathLike | None = None, *, dtype: Any = "float32") -> tuple[Model, Any]:
     """A model and its tokenizer from a folder as Hugging Face writes it.
 
     Reads ``config.json``, ``model.safetensors`` (or the shards that its index lists) and
@@ -55,8 +51,6 @@ def load(
         trained on Python's standard library.
       dtype: of the weights and of what is computed: ``float32``, ``bfloat16`` or ``float16``.
         The file's own dtype may be another.
-      fused: of a `Decoder`: whether weights that multiply the same numbers are put in one array.
-        If None, where the default device is no CPU. `save` takes them apart again.
 
     Returns:
       The model, a `Decoder` or a `GPT2`, and a `tokenizers.Tokenizer`, or None where the folder
@@ -83,9 +77,7 @@ def load(
     tensors = _by_short_name(with_packed(stored_tensors(path)), kind.checkpoint_prefix, path)
     if config.tie_word_embeddings and _HEAD in tensors:
         config = _with_its_head(config, tensors, f"{kind.checkpoint_embedding}.weight", path)
-    fused = default_device().platform != "cpu" if fused is None else fused
-    options = {"fused": fused} if kind is Decoder else {}
-    model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=name, **options))
+    model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=name))
     _fill(model, tensors, path)
     return model, _read_tokenizer(path / "tokenizer.json")
 
@@ -108,11 +100,9 @@ def save(model: Model, folder: str | os.PathLike) -> None:
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for _, param, pieces in _params(model):
-        whole = np.asarray(param.get_value())
-        for piece in pieces:
-            array = whole[piece.place].reshape(piece.shape)
-            tensors[piece.name] = np.ascontiguousarray(array.T if piece.transposed else array)
+    for _, name, param, transposed in _params(model):
+        array = np.asarray(param.get_value())
+        tensors[name] = np.ascontiguousarray(array.T if transposed else array)
     safetensors.numpy.save_file(tensors, path / SINGLE_FILE, metadata={"format": "pt"})
     config = model.config.to_hf() | {"torch_dtype": model.dtype.name}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -160,83 +150,47 @@ def _with_its_head(config: Any, tensors: Tensors, embedding: str, folder: Path) 
     return dataclasses.replace(config, tie_word_embeddings=False)
 
 
-class _Piece(NamedTuple):
-    """A tensor of a checkpoint, and where it belongs in a parameter."""
-
-    name: str
-    place: tuple[Any, ...]
-    shape: tuple[int, ...]  # in the parameter
-    transposed: bool  # in the file
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        return self.shape[::-1] if self.transposed else self.shape
-
-
-def _params(model: Model) -> Iterator[tuple[tuple, nnx.Param, list[_Piece]]]:
-    """Each parameter's path, itself, and the tensors of a checkpoint that it is made of."""
+def _params(model: Model) -> Iterator[tuple[tuple, str, nnx.Param, bool]]:
+    """Each parameter's path, name in a checkpoint, itself, and whether it is transposed there."""
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         *_, module, kind = path
         prefix = "" if module == "lm_head" else model.checkpoint_prefix
-        pieces = []
-        for part in PARTS.get(module, (module,)):
-            name = prefix + ".".join(map(str, (*path[:-2], part, kind)))
-            transposed = kind == "weight" and part in model.checkpoint_transposes
-            if module not in PARTS:
-                pieces.append(_Piece(name, (), param.shape, transposed))
-                continue
-            place = place_of(part, kind)
-            shape = np.broadcast_to(0, param.shape)[place].shape
-            flat = (param.shape[0], -1) if kind == "weight" else (-1,)
-            sizes = np.broadcast_to(0, shape).reshape(flat).shape
-            pieces.append(_Piece(name, place, sizes, transposed))
-        yield path, param, pieces
+        transposed = kind == "weight" and module in model.checkpoint_transposes
+        yield path, prefix + ".".join(map(str, path)), param, transposed
 
 
 def _fill(model: Model, stored: Tensors, folder: Path) -> None:
     """Put every tensor of a checkpoint in its place in an abstract model."""
     params = list(_params(model))
-    wanted = [piece for _, _, pieces in params for piece in pieces]
-    tensors = _matched(wanted, stored, model.checkpoint_prefix, folder)
-    with progress_bar("Loading weights", sum(param.size for _, param, _ in params)) as advance:
-        for _, param, pieces in params:
-            param.set_value(jax.device_put(_joined(param, pieces, tensors)))
+    tensors = _matched(params, stored, model.checkpoint_prefix, folder)
+    with progress_bar("Loading weights", sum(param.size for _, _, param, _ in params)) as advance:
+        for _, name, param, transposed in params:
+            array = tensors[name].read().astype(param.dtype, copy=False)
+            param.set_value(jax.device_put(np.ascontiguousarray(array.T if transposed else array)))
             advance(param.size)
-    nnx.update(model, nnx.from_flat_state([(path, param) for path, param, _ in params]))
-
-
-def _joined(param: nnx.Param, pieces: list[_Piece], tensors: Tensors) -> np.ndarray:
-    arrays = []
-    for piece in pieces:
-        array = tensors[piece.name].read().astype(param.dtype, copy=False)
-        arrays.append(np.ascontiguousarray(array.T if piece.transposed else array))
-    if len(arrays) == 1:
-        return arrays[0]
-    whole = np.empty(param.shape, param.dtype)
-    for piece, array in zip(pieces, arrays, strict=True):
-        whole[piece.place] = array.reshape(whole[piece.place].shape)
-    return whole
+    nnx.update(model, nnx.from_flat_state([(path, param) for path, _, param, _ in params]))
 
 
 def _matched(
-    pieces: list[_Piece],
+    params: list[tuple[tuple, str, nnx.Param, bool]],
     stored: Tensors,
     prefix: str,
     folder: Path,
 ) -> Tensors:
-    """The tensor of each piece, once all are there, of the right shape, and no other is."""
+    """The tensor of each parameter, once all are there, of the right shape, and no other is."""
     unused = dict(stored)
     matched = {}
-    for piece in pieces:
-        tensor = unused.pop(piece.name.removeprefix(prefix), None)
+    for _, name, param, transposed in params:
+        tensor = unused.pop(name.removeprefix(prefix), None)
         if tensor is None:
-            raise CheckpointError(f"{folder}: tensor {piece.name} is missing.")
-        if tensor.shape != piece.stored_shape:
+            raise CheckpointError(f"{folder}: tensor {name} is missing.")
+        expected = param.shape[::-1] if transposed else param.shape
+        if tensor.shape != expected:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}; by "
-                f"config.json it must be {list(piece.stored_shape)}."
+                f"config.json it must be {list(expected)}."
             )
-        matched[piece.name] = tensor
+        matched[name] = tensor
     unknown = [tensor.name for name, tensor in unused.items() if not _NO_WEIGHTS.search(name)]
     if unknown:
         raise CheckpointError(

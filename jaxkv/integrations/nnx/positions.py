@@ -70,6 +70,8 @@ def _outputs(model: nnx.Module, *calls: jax.Array) -> list[np.ndarray]:
     probe.eval()
     for _, module in list(nnx.iter_modules(probe)):
         if isinstance(module, nnx.MultiHeadAttention):
-            module.attention_fn = nnx.data(_OnlyCounts(cast(CachedAttention, module.attention_fn).cache))
+            module.attention_fn = nnx.data(
+                _OnlyCounts(cast(CachedAttention, module.attention_fn).cache)
+            )
     outputs = [jax.tree.leaves(probe(tokens))[0] for tokens in calls]
     return [np.asarray(output, np.float32) for output in outputs]
