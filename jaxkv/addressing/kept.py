@@ -217,7 +217,7 @@ class KeptIndex(abc.ABC):
 
     def with_sums(self, sums: Sums) -> Self:
         """The same index with other sums of attention, of an addressing that has any."""
-        return dataclasses.replace(self, sums=sums)
+        return dataclasses.replace(self, sums=sums)  # type: ignore[call-arg]
 
     def with_new_slots_free(self, full: Bool[Array, "*batch"]) -> Self:
         """After a choice: in these sequences every token held is a kept one."""

@@ -202,7 +202,7 @@ class Decoder(Model):
         model, config = nnx.clone(self), dataclasses.replace(self.config, **ropes)
         for _, module in nnx.iter_modules(model):
             if getattr(module, "config", None) == self.config:
-                module.config = config
+                module.config = config  # type: ignore[attr-defined]
         return model
 
     def _embed(self, tokens: Int[Array, "*batch tokens"]) -> Hidden:

@@ -73,7 +73,7 @@ def load(folder: str | os.PathLike | None = None, *, dtype: Any = "float32") -> 
         raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {name}.")
     path = EMBEDDED if folder is None else local_folder(os.fspath(folder))
     config = _read_config(path)
-    kind = GPT2 if isinstance(config, GPT2Config) else Decoder
+    kind: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
     tensors = _by_short_name(with_packed(stored_tensors(path)), kind.checkpoint_prefix, path)
     if config.tie_word_embeddings and _HEAD in tensors:
         config = _with_its_head(config, tensors, f"{kind.checkpoint_embedding}.weight", path)
