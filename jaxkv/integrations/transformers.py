@@ -1,34 +1,33 @@
 """Caches of Hugging Face transformers, both ways: ``[batch, heads, tokens, head_dim]`` a layer."""
 
-from collections.abc import Iterable
 from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.addressing import Addressing, Contiguous
-from jaxkv.cache import advance, append, check, layer
+from jaxkv.cache import advance, append, check
+from jaxkv.cache import layer as vectors_of
 from jaxkv.codecs import Codec, Dense
 from jaxkv.config import KVCacheConfig
+from jaxkv.hybrid import AnyCache, in_its_group
+from jaxkv.integrations.hf_layers import Pairs, as_numpy, tokens_of
 from jaxkv.kv_cache import KVCache
 from jaxkv.memory.allocate import allocate
 
-# (keys, values) of each layer.
-Pairs = list[tuple[np.ndarray, np.ndarray]]
 
-
-def to_hf(cache: KVCache) -> Pairs:
+def to_hf(cache: AnyCache) -> Pairs:
     """The keys and values of each layer, decoded, as transformers keeps them.
 
     Args:
       cache: whose sequences are all of one length, and hold all their tokens.
 
     Returns:
-      ``(keys, values)`` a layer, numpy ``[batch, kv_heads, tokens, head_dim]`` in the codec's
+      ``(keys, values)`` per layer, numpy ``[batch, kv_heads, tokens, head_dim]`` in the codec's
       dtype (float32 if it is a quantized one); a batch of 1 for a single sequence.
 
     Raises:
-      ValueError: ragged lengths, or a ring that has dropped tokens.
+      ValueError: ragged lengths, or tokens that a ring or compression has dropped.
 
     >>> import jaxkv
     >>> config = jaxkv.KVCacheConfig(2, 8, num_kv_heads=1, head_dim=4)
@@ -43,25 +42,33 @@ def to_hf(cache: KVCache) -> Pairs:
             f"to_hf: transformers keeps sequences of one length, got {lengths.tolist()}. Take "
             "those of each length with jaxkv.select, or truncate to the shortest."
         )
+    return [_in_order(cache, layer=number) for number in range(cache.config.num_layers)]
+
+
+@in_its_group
+def _in_order(cache: KVCache, *, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """One layer's tokens from the first to the newest, whatever slots they are in."""
     index = cache.index
-    positions = np.asarray(index.key_positions(0, index.lengths, 0, index.extent))
-    order = np.argsort(positions.reshape(-1, index.extent)[0])
-    held = order[index.extent - np.count_nonzero(positions.reshape(-1, index.extent)[0] >= 0) :]
-    if len(held) < lengths[0]:
+    batch, tokens = cache.config.batch_size or 1, int(cache.lengths.reshape(-1)[0])
+    positions = np.asarray(index.key_positions(layer, index.lengths, 0, index.extent))
+    positions = positions.reshape(batch, -1, index.extent)  # of all heads at once, or of each
+    held = (positions >= 0).sum(-1)
+    if (held < tokens).any():
         raise ValueError(
-            f"to_hf: the {cache.config.addressing.name} cache keeps {len(held)} of its "
-            f"{lengths[0]} tokens; transformers needs all."
+            f"to_hf: the {cache.config.addressing.name} cache keeps {held.min()} of its "
+            f"{tokens} tokens; transformers needs all."
         )
+    slots = np.argsort(positions)[..., index.extent - tokens :, None]
 
-    def turned(vectors: Any) -> np.ndarray:
-        batched = np.asarray(vectors).reshape(len(lengths), index.extent, *vectors.shape[-2:])
-        return np.ascontiguousarray(np.swapaxes(batched[:, held], 1, 2))
+    def ordered(vectors: Any) -> np.ndarray:
+        by_slot = np.asarray(vectors).reshape(batch, index.extent, *vectors.shape[-2:])
+        return np.take_along_axis(by_slot.swapaxes(1, 2), slots, 2)
 
-    layers = (layer(cache, number) for number in range(cache.config.num_layers))
-    return [(turned(keys), turned(values)) for keys, values in layers]
+    keys, values = vectors_of(cache, layer)
+    return ordered(keys), ordered(values)
 
 
-def to_dynamic_cache(cache: KVCache) -> Any:
+def to_dynamic_cache(cache: AnyCache) -> Any:
     """`to_hf` as a ``transformers.DynamicCache`` of torch tensors, to go on with there.
 
     Raises:
@@ -86,6 +93,7 @@ def from_hf(
     hf_cache: Any,
     *,
     max_context_length: int,
+    attention_mask: Any = None,
     codec: Codec | None = None,
     addressing: Addressing = Contiguous(),
     single: bool = False,
@@ -93,27 +101,34 @@ def from_hf(
 ) -> KVCache:
     """A cache with the tokens of one that transformers filled.
 
-    The rope must be that of the model that goes on here; that of `jaxkv.models` is.
+    The rope must be that of the model that goes on here; that of `jaxkv.models` is. Positions must
+    count the real tokens alone, as in ``generate``: whoever calls a transformers model with a
+    batch padded on the left passes ``position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)``.
 
     Args:
-      hf_cache: a ``DynamicCache`` (anything with ``layers`` that have ``keys`` and ``values``), or
-        pairs of them a layer, torch or numpy, ``[batch, kv_heads, tokens, head_dim]``.
+      hf_cache: a ``DynamicCache``, ``StaticCache`` or ``QuantizedCache``, or pairs (keys, values)
+        per layer, torch or numpy, ``[batch, kv_heads, tokens, head_dim]``, of tokens alone.
       max_context_length: tokens that one sequence may hold.
+      attention_mask: which of the cache's tokens are real, ``[batch, tokens]``, for a batch that
+        was padded on either side; all of them if None. Padding is left out.
       codec: how vectors are stored; `Dense` of their dtype if None.
       addressing: which slot holds which token.
       single: one sequence without a batch axis, from a batch of 1.
       device: where the cache lives, a `jax.Device`.
 
     Raises:
-      ValueError: shapes that differ from layer to layer, or more than one sequence for a single.
+      TypeError: a cache or a layer that keeps something other than the keys and values of tokens.
+      ValueError: layers that are empty or have dropped tokens, shapes that differ from layer to
+        layer, more than one sequence for a single, or a mask of another shape or with padding
+        between tokens.
       CacheFullError: more tokens than ``max_context_length``.
 
     >>> import numpy as np
-    >>> pair = np.ones((1, 2, 3, 4), np.float32), np.ones((1, 2, 3, 4), np.float32)
-    >>> from_hf([pair, pair], max_context_length=8)
-    KVCache(2 layers, 2 KV heads x 4, float32, contiguous, 1 sequence, [3] of 8 tokens, 1.0 kB)
+    >>> pair = np.ones((2, 2, 3, 4), np.float32), np.ones((2, 2, 3, 4), np.float32)
+    >>> from_hf([pair, pair], max_context_length=8, attention_mask=[[1, 1, 1], [0, 1, 1]])
+    KVCache(2 layers, 2 KV heads x 4, float32, contiguous, 2 sequences, [3, 2] of 8 tokens, 2.0 kB)
     """
-    pairs = [tuple(_as_numpy(part) for part in pair) for pair in _pairs_of(hf_cache)]
+    pairs = tokens_of(hf_cache)
     shapes = sorted({part.shape for pair in pairs for part in pair})
     if len(shapes) != 1 or len(shapes[0]) != 4 or (single and shapes[0][0] != 1):
         wanted = "[1" if single else "[batch"
@@ -122,6 +137,7 @@ def from_hf(
             f"all layers, got {[list(shape) for shape in shapes]}."
         )
     batch, kv_heads, tokens, head_dim = shapes[0]
+    first, lengths = _real_tokens(attention_mask, batch, tokens)
     config = KVCacheConfig(
         num_layers=len(pairs),
         max_context_length=max_context_length,
@@ -133,27 +149,39 @@ def from_hf(
     )
     cache = cast(KVCache, allocate(config, device=device))
     at_once = cache.index.chunk or max(tokens, 1)
-    for start in range(0, tokens, at_once):
+    for start in range(0, int(lengths.max()), at_once):
+        size = min(at_once, tokens - start)
+        columns = first[:, None] + np.arange(start, start + size)
+        columns = np.minimum(columns, tokens - 1)[:, :, None, None]  # past a sequence: padding
+        real = np.clip(lengths - start, 0, size).astype(np.int32)
+        num_tokens = real[0] if single else real
         for number, pair in enumerate(pairs):
-            parts = (np.swapaxes(part[:, :, start : start + at_once], 1, 2) for part in pair)
+            parts = (np.take_along_axis(np.swapaxes(part, 1, 2), columns, 1) for part in pair)
             keys, values = (jnp.asarray(part[0] if single else part) for part in parts)
-            cache = append(cache, keys, values, layer=number)
-        cache = advance(cache, min(at_once, tokens - start))
+            cache = append(cache, keys, values, layer=number, num_tokens=num_tokens)
+        cache = advance(cache, num_tokens)
     return cache
 
 
-def _pairs_of(hf_cache: Any) -> Iterable[tuple[Any, Any]]:
-    if hasattr(hf_cache, "layers"):
-        return [(layer.keys, layer.values) for layer in hf_cache.layers]
-    return hf_cache
-
-
-def _as_numpy(tensor: Any) -> np.ndarray:
-    if not hasattr(tensor, "detach"):
-        return np.asarray(tensor)
-    tensor = tensor.detach().cpu().contiguous()
-    if str(tensor.dtype) == "torch.bfloat16":
-        import torch
-
-        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
+def _real_tokens(mask: Any, batch: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """The column of each sequence's first real token, and how many there are."""
+    if mask is None:
+        return np.zeros(batch, int), np.full(batch, tokens)
+    real = as_numpy(mask).astype(bool)
+    if real.shape != (batch, tokens):
+        raise ValueError(
+            f"from_hf: attention_mask must be [batch, tokens] = {[batch, tokens]}, a column for "
+            f"each token in the cache, got {list(real.shape)}. The last token that generate "
+            "returns is not in its cache yet."
+        )
+    first, lengths = real.argmax(1), real.sum(1)
+    columns = np.arange(tokens)
+    in_one_run = (columns >= first[:, None]) & (columns < (first + lengths)[:, None])
+    if (real != in_one_run).any():
+        row = int((real != in_one_run).any(1).argmax())
+        raise ValueError(
+            f"from_hf: sequence {row} of attention_mask has padding between its tokens, "
+            f"{real[row].astype(int).tolist()}, and what their positions are is not known. Pad "
+            "on the left to generate with transformers."
+        )
+    return first, lengths

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 import jaxkv
+from jaxkv.hybrid import HybridCache, HybridConfig
 from jaxkv.integrations.transformers import from_hf, to_dynamic_cache, to_hf
 
 torch = pytest.importorskip("torch")
@@ -69,3 +70,23 @@ def test_what_does_not_fit_is_said():
     ring = from_hf(pairs, max_context_length=8, addressing=jaxkv.Ring(2, chunk=1))
     with pytest.raises(ValueError, match="keeps 2 of its 5 tokens"):
         to_hf(ring)
+
+
+def test_each_sequence_of_a_ring_has_lost_tokens_of_its_own():
+    """Both are 4 tokens long, and one was rolled back from 8: two of its tokens are gone."""
+    config = jaxkv.KVCacheConfig(
+        1, 16, HEADS, HEAD_DIM, batch_size=2, addressing=jaxkv.Ring(3, chunk=4)
+    )
+    cache = jaxkv.advance(jaxkv.create(config), 4)
+    cache = jaxkv.truncate(jaxkv.advance(cache, np.array([0, 4], np.int32)), 4)
+    with pytest.raises(ValueError, match="keeps 2 of its 4 tokens"):
+        to_hf(cache)
+    assert to_hf(jaxkv.select(cache, np.array([0])))[0][0].shape == (1, HEADS, 4, HEAD_DIM)
+
+
+def test_a_hybrid_cache_goes_there_layer_by_layer():
+    pairs = [(layer.keys, layer.values) for layer in dynamic_cache(torch.float32).layers]
+    groups = [from_hf([pair], max_context_length=8) for pair in pairs]
+    config = HybridConfig([group.config for group in groups], group_of_layer=(1, 0))
+    for pair, expected in zip(to_hf(HybridCache(groups, config)), pairs[::-1], strict=True):
+        np.testing.assert_array_equal(pair, expected)
