@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxkv.codecs import Centred, Leaves, decode_stored, updated_means
+from jaxkv.codecs import Centred, Leaves, decode_stored, refuse_gradient, updated_means
 from jaxkv.kv_cache import KVCache, Layer
 from jaxkv.placement import read_slots
 
@@ -24,7 +24,8 @@ def encode(
     positions: Int[Array, "*batch tokens"],
 ) -> tuple[Leaves, Array | None]:
     """The codec's leaves, ``[sides, *batch, tokens, kv_heads, ...]``, and the cache's means."""
-    codec, vectors = cache.config.codec, jnp.stack([keys, values])
+    codec = cache.config.codec
+    vectors = refuse_gradient(codec, jnp.stack([keys, values]))
     if not isinstance(codec, Centred):
         return codec.encode(vectors), None
     vectors, empty = vectors.astype(jnp.float32), jnp.all(cache.lengths == 0)

@@ -169,6 +169,30 @@ def _refuse_derivative(dtype, primals, tangents):
     )
 
 
+def refuse_gradient(codec: Codec, vectors: Array) -> Array:
+    """The same vectors; where the codec rounds them to codes, with no derivative.
+
+    Raises:
+      TypeError: when differentiated, which would give that of the scales alone.
+    """
+    dtypes = (jnp.dtype(spec.dtype) for spec in leaf_specs(codec, vectors.shape[-1]).values())
+    is_plain = all(jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1 for dtype in dtypes)
+    return vectors if is_plain else _to_be_rounded(codec, vectors)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _to_be_rounded(codec: Codec, vectors: Array) -> Array:
+    return vectors
+
+
+@_to_be_rounded.defjvp
+def _refuse_rounding(codec, primals, tangents):
+    raise TypeError(
+        f"No gradient flows through keys and values stored as {codec.name}: they are rounded to "
+        'codes. Use codec=jaxkv.Dense("float32") to differentiate.'
+    )
+
+
 def decode_stored(
     codec: Codec, stored: Leaves, head_dim: int, dtype: jnp.dtype, *, rotated: bool = False
 ) -> Float[Array, "*shape head_dim"]:

@@ -1,5 +1,7 @@
 """The codec contract, for every row of `CODECS`."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +124,32 @@ def test_a_container_keeps_the_bits(codec):
 )
 def test_container_dtype(dtype, platform, container):
     assert container_dtype(dtype, platform) == jnp.dtype(container)
+
+
+def mixed(codec, queries, vectors):
+    """What attention over two tokens gives, as one number."""
+    config = jaxkv.KVCacheConfig(1, 4, 1, 8, codec=codec)
+    cache = jaxkv.append(jaxkv.create(config), vectors, vectors**2, layer=0)
+    return jaxkv.attend(cache, queries, layer=0).sum()
+
+
+ROUNDED = {name: codec for name, codec in KINDS.items() if not isinstance(codec, jaxkv.Dense)}
+ROUNDED["keys alone"] = jaxkv.KeysValues(jaxkv.Int8(), jaxkv.Dense("float32"))
+
+
+@pytest.mark.parametrize("codec", ROUNDED.values(), ids=ROUNDED)
+def test_a_gradient_that_rounding_would_lose_is_an_error(codec):
+    vectors = jax.random.normal(jax.random.key(0), (2, 1, 8))
+    with pytest.raises(TypeError, match=rf"values stored as {re.escape(codec.name)}: .*rounded"):
+        jax.grad(mixed, 2)(codec, vectors, vectors)
+
+
+def test_queries_have_a_gradient_over_codes():
+    vectors = jax.random.normal(jax.random.key(0), (2, 1, 8))
+    codes = jax.grad(mixed, 1)(jaxkv.Int8(), vectors, vectors)
+    np.testing.assert_allclose(
+        codes, jax.grad(mixed, 1)(jaxkv.Dense("float32"), vectors, vectors), atol=0.01
+    )
 
 
 def test_a_gradient_that_a_container_would_lose_is_an_error():
