@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import operator
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -16,6 +18,7 @@ from jaxkv.checks import check_alive, check_counts, check_room
 from jaxkv.codecs import Codec, Dense
 from jaxkv.config import KVCacheConfig
 from jaxkv.creation import create
+from jaxkv.hybrid import AnyCache
 from jaxkv.kv_cache import KVCache, NumTokens
 from jaxkv.programs import promotes_ranks
 
@@ -37,6 +40,22 @@ def layer_config(
     )  # fmt: skip
 
 
+def stacked(cache: KVCache, shape: tuple[int, ...]) -> KVCache:
+    """One such cache for each of the layers whose parameters stand in one array, as for a scan."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), cache)
+
+
+def in_each_layer(function: Callable[[AnyCache], AnyCache], cache: AnyCache) -> AnyCache:
+    """Apply a verb to a cache, or to each of those that are `stacked`."""
+    if cache.lengths.ndim == len(cache.config.batch_shape):
+        return function(cache)
+    layers = [
+        in_each_layer(function, jax.tree.map(operator.itemgetter(number), cache))
+        for number in range(len(cache.lengths))
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
 @promotes_ranks
 def cached_attention(
     cache: KVCache,
@@ -54,6 +73,13 @@ def cached_attention(
     their product. ``options`` are those of `jaxkv.attend`.
     """
     *batch, tokens, _, _ = query.shape
+    if {key.shape[-3], value.shape[-3]} != {tokens}:
+        raise ValueError(
+            f"Queries are of {tokens} tokens, keys of {key.shape[-3]}, values of "
+            f"{value.shape[-3]}: this is cross-attention, and a cache is for causal "
+            "self-attention, where each token brings its own key. Leave this module without "
+            "one, and the encoder's: give caches to the decoder's self-attention modules alone."
+        )
     sound = None
     if mask is not None:
         if num_tokens is not None:

@@ -13,6 +13,7 @@ from jaxkv.config import KVCacheConfig
 from jaxkv.hybrid import AnyCache
 from jaxkv.integrations.attention import (
     cached_attention,
+    in_each_layer,
     layer_config,
     one_layer,
     refuse_unserved,
@@ -37,6 +38,11 @@ class CachedAttention(nn.Module):
     lengths, any codec and addressing; fewer KV heads than query heads where a module of your
     own projects so. The cache stands in the collection ``cache``, so calls say
     ``mutable=["cache"]``; ``init`` leaves it empty. Each attention module needs one of its own.
+    Cross-attention is refused.
+
+    A model that embeds positions must not number the tokens of each call from 0, as
+    ``jnp.arange(tokens.shape[-1])`` does: let it take positions, and pass
+    ``jaxkv.next_positions`` of any of its caches, as below.
 
     Attributes:
       config: the cache. One layer of it is allocated, whatever its ``num_layers``; its
@@ -46,14 +52,23 @@ class CachedAttention(nn.Module):
     >>> import jax, jax.numpy as jnp, jaxkv
     >>> from flax import linen as nn
     >>> from jaxkv.integrations.linen import CachedAttention
-    >>> config = jaxkv.KVCacheConfig(1, 16, num_kv_heads=2, head_dim=4, batch_size=3)
-    >>> attention = nn.MultiHeadDotProductAttention(2, attention_fn=CachedAttention(config))
-    >>> prompt, token = jnp.ones((3, 5, 8)), jnp.ones((3, 1, 8))
-    >>> variables = attention.init(jax.random.key(0), prompt)
-    >>> _, changed = attention.apply(variables, prompt, mutable=["cache"])
-    >>> output, changed = attention.apply(variables | changed, token, mutable=["cache"])
-    >>> changed["cache"]["attention_fn"]["kv_cache"].lengths.tolist()
-    [6, 6, 6]
+    >>> config = jaxkv.KVCacheConfig(1, 16, num_kv_heads=2, head_dim=4, batch_size=1)
+    >>> class Model(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, tokens, positions):
+    ...         x = nn.Embed(256, 8)(tokens) + nn.Embed(16, 8)(positions)
+    ...         hook = CachedAttention(config, name="hook")
+    ...         return nn.MultiHeadDotProductAttention(2, attention_fn=hook)(x)
+    >>> model, tokens = Model(), jnp.array([[72, 105, 33]])
+    >>> variables = model.init(jax.random.key(0), tokens, tokens)
+    >>> for tokens in (jnp.array([[72, 105, 33]]), jnp.array([[10]])):
+    ...     cache = variables["cache"]["hook"]["kv_cache"]
+    ...     positions = jaxkv.next_positions(cache, tokens.shape[-1])
+    ...     output, changed = model.apply(variables, tokens, positions, mutable=["cache"])
+    ...     variables |= changed
+    ...     print(positions, output.shape)
+    [[0 1 2]] (1, 3, 8)
+    [[3]] (1, 1, 8)
     """
 
     config: KVCacheConfig
@@ -88,8 +103,8 @@ class CachedAttention(nn.Module):
         Raises:
           CacheFullError: outside jit, when there is no room. Inside jit the tokens are
             dropped, and ``map_caches(jaxkv.check, variables["cache"])`` says so.
-          ValueError: a mask that is not causal or padded on the left (inside jit its output
-            is NaN), a bias, dropout, or weights to sow.
+          ValueError: keys of another length than the queries, a mask that is not causal or
+            padded on the left (inside jit its output is NaN), a bias, dropout, or weights to sow.
         """
         refuse_unserved(bias, dropout_rate, deterministic, module is not None)
         held = self.variable("cache", "kv_cache", one_layer, self.config)
@@ -108,6 +123,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     Fields, parameters and, without ``decode``, results are Flax's, so checkpoints load
     unchanged. As there, an ``init`` with as many tokens as the longest sequence will have
     sizes the cache; with ``max_context_length`` any input does, and ``init`` is not needed.
+    Positions are as in `CachedAttention`, and cross-attention goes without ``decode``.
 
     Attributes:
       max_context_length: tokens that one sequence may hold; as many as ``init`` was given if
@@ -139,7 +155,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         """As Flax's own; with ``decode`` any number of tokens, after all before.
 
         Args:
-          *inputs: queries, and keys and values if they are others: ``[*batch, tokens, features]``.
+          *inputs: queries, and keys and values if they are others: ``[*batch, tokens, features]``;
+            while decoding of the same tokens.
           num_tokens: how many of the tokens are real, while decoding, as in `jaxkv.append`.
           **options: Flax's own. While decoding a ``mask`` is as in `CachedAttention`.
         """
@@ -189,7 +206,8 @@ def map_caches(function: Callable[[AnyCache], AnyCache], variables: Any) -> Any:
     """Apply a verb to every cache among variables, and return them with the new ones.
 
     Args:
-      function: such as `jaxkv.reset`, `jaxkv.check`, or a partial `jaxkv.truncate`.
+      function: such as `jaxkv.reset`, `jaxkv.check`, or a partial `jaxkv.truncate`. Of caches
+        that are stacked by `flax.linen.scan` it is given one after the other.
       variables: any pytree, such as what ``apply(..., mutable=["cache"])`` returned.
 
     >>> import functools, jaxkv
@@ -205,5 +223,7 @@ def map_caches(function: Callable[[AnyCache], AnyCache], variables: Any) -> Any:
         return isinstance(node, AnyCache)
 
     return jax.tree.map(
-        lambda node: function(node) if is_cache(node) else node, variables, is_leaf=is_cache
+        lambda node: in_each_layer(function, node) if is_cache(node) else node,
+        variables,
+        is_leaf=is_cache,
     )

@@ -1,6 +1,6 @@
 """The hook and the drop-in module, in nnx and linen alike, held to Flax's own attention.
 
-An `attention(kind, ...)` of each library is a function of ``x`` that remembers what it was
+An `attention(kind, ...)` of each library is a function of its inputs that remembers what it was
 given. All kinds of one library have the same parameters. Outside jit every new shape compiles
 each operation anew, so these tests share theirs: two sequences, 12, 4 or 1 tokens.
 """
@@ -64,8 +64,8 @@ def linen_attention(kind, batch=(2,), dtype=None, init_cache=None, **fields):
     module = make(HEADS, decode=decode, dtype=dtype, **fields)
     variables = module.init(jax.random.key(0), jnp.zeros((*batch, LENGTH, WIDTH), dtype))
 
-    def attend(x, **options):
-        output, changed = module.apply(variables, x, mutable=["cache"], **options)
+    def attend(*inputs, **options):
+        output, changed = module.apply(variables, *inputs, mutable=["cache"], **options)
         variables.update(changed)
         return output
 
@@ -202,6 +202,14 @@ def test_a_mask_that_a_cache_cannot_follow(mask):
 def test_what_is_refused(attention, options, message):
     with pytest.raises(ValueError, match=message):
         attention("drop-in")(random_input(2, 4), **options)
+
+
+@each_kind
+@each_library
+@pytest.mark.parametrize(("tokens", "keys"), [(4, 7), (1, 4)])
+def test_keys_of_another_length_are_cross_attention(attention, kind, tokens, keys):
+    with pytest.raises(ValueError, match=f"Queries are of {tokens} tokens, keys of {keys}, "):
+        attention(kind)(random_input(2, tokens), random_input(2, keys))
 
 
 @each_library

@@ -137,6 +137,31 @@ def test_verbs_over_the_variables():
         map_caches(jaxkv.check, changed)
 
 
+def test_verbs_over_layers_that_are_scanned():
+    """Their caches stand in one collection, stacked, and a verb is for one."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            hook = CachedAttention(CONFIG)
+            return x + nn.MultiHeadDotProductAttention(HEADS, attention_fn=hook)(x), None
+
+    axes = {"params": 0, "cache": 0}
+    scan = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=LAYERS)
+    model, x = scan(), random_input(2, 7)
+    variables = jax.jit(model.init)(jax.random.key(0), x, None)
+    apply = jax.jit(functools.partial(model.apply, mutable=["cache"]))
+    (expected, _), _ = apply(variables, x, None)
+    _, changed = apply(variables, x[:, :6], None)
+    changed = map_caches(functools.partial(jaxkv.select, rows=np.array([1, 0])), changed)
+    changed = map_caches(jaxkv.check, changed)
+    (actual, _), changed = apply(variables | changed, x[::-1, 6:], None)
+    np.testing.assert_allclose(actual, expected[::-1, 6:], atol=2e-6)
+    _, changed = apply(variables | changed, x, None)  # fourteen tokens in all, for twelve slots
+    with pytest.raises(jaxkv.CacheFullError, match="Tokens were dropped"):
+        map_caches(jaxkv.check, changed)
+
+
 def test_parameters_load_both_ways_and_a_cache_needs_no_init():
     x = random_input(2, LENGTH)
     theirs = nn.MultiHeadDotProductAttention(HEADS)

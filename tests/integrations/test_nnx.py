@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxkv
-from jaxkv.integrations.nnx import CachedAttention, MultiHeadAttention, add_caches, map_caches
+from jaxkv.integrations.nnx import MultiHeadAttention, add_caches, map_caches
 from tests.compiled import assert_in_place
 from tests.integrations.test_flax import random_input
 
@@ -192,16 +192,29 @@ def causal_scan(blocks, x):
 
 @pytest.mark.slow
 def test_hooks_in_a_layer_scan():
-    @nnx.vmap(in_axes=0)
-    def with_its_cache(block):
-        block.attention.attention_fn = nnx.data(CachedAttention(CONFIG))
-        return block
-
-    blocks, x = with_its_cache(stacked_blocks()), random_input(2, LENGTH)
+    blocks, x = stacked_blocks(), random_input(2, LENGTH)
     expected = nnx.jit(causal_scan)(stacked_blocks(), x)
+    add_caches(blocks, max_context_length=LENGTH, batch_size=2, codec=CONFIG.codec)
     step = nnx.jit(causal_scan, donate_argnums=0)
-    actual = jnp.concatenate([step(blocks, x[:, :11]), step(blocks, x[:, 11:])], axis=1)
-    np.testing.assert_allclose(actual, expected, atol=2e-6)
+    step(blocks, x[:, :11])
+    map_caches(functools.partial(jaxkv.select, rows=np.array([1, 0])), blocks)
+    actual = step(blocks, x[::-1, 11:])
+    np.testing.assert_allclose(actual, expected[::-1, 11:], atol=2e-6)
+    map_caches(jaxkv.check, blocks)
+    step(blocks, x[:, 11:])  # one too many, dropped inside jit
+    with pytest.raises(jaxkv.CacheFullError, match="Tokens were dropped"):
+        map_caches(jaxkv.check, blocks)
+
+
+def test_layers_that_are_stacked_elsewhere():
+    @nnx.vmap(out_axes=1)
+    def make(rngs):
+        return Block(rngs)
+
+    blocks = make(nnx.Rngs(0).split(LAYERS))
+    with pytest.raises(ValueError, match=r"got \[8, 2, 2, 4\]. Stack layers on the first axis"):
+        add_caches(blocks, max_context_length=LENGTH, batch_size=2)
+    assert blocks.attention.attention_fn is nnx.dot_product_attention
 
 
 def scan_with_the_cache_carried(blocks, x, cache):
@@ -247,6 +260,38 @@ def test_reset_truncate_and_check_a_model(make):
     step(model, x[:, :6])  # four too many, dropped inside jit
     with pytest.raises(jaxkv.CacheFullError, match="Tokens were dropped"):
         map_caches(jaxkv.check, model)
+
+
+class EncoderDecoder(nnx.Module):
+    """The usual one, of a layer each."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.encoder, self.decoder, self.cross = (
+            nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs) for _ in range(3)
+        )
+
+    def __call__(self, source, target):
+        x = target + self.decoder(target, is_causal=True)
+        return x + self.cross(x, source + self.encoder(source))
+
+
+def test_an_encoder_decoder_keeps_its_encoder_and_cross_attention():
+    source, target = random_input(2, 5), random_input(2, LENGTH, seed=1)
+    expected, model = EncoderDecoder()(source, target), EncoderDecoder()
+    add_caches(model, max_context_length=LENGTH, batch_size=2)
+    with pytest.raises(ValueError, match="Queries are of 12 tokens, keys of 5, values of 5"):
+        model(source, target)
+    model = EncoderDecoder()
+    add_caches(model.decoder, max_context_length=LENGTH, batch_size=2)  # as the message says
+    actual = [model(source, target[:, :11]), model(source, target[:, 11:])]
+    np.testing.assert_allclose(jnp.concatenate(actual, axis=1), expected, atol=2e-6)
+
+
+def test_features_of_two_kinds_are_cross_attention():
+    cross = nnx.MultiHeadAttention(HEADS, WIDTH, in_kv_features=6, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="in_kv_features=6 is cross-attention"):
+        add_caches(cross, max_context_length=LENGTH)
 
 
 def test_a_model_without_attention_modules():

@@ -101,7 +101,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         """As `flax.nnx.MultiHeadAttention`; with ``decode`` any number of tokens, after all before.
 
         Args:
-          inputs_q, inputs_k, inputs_v: ``[*batch, tokens, features]``, as in Flax.
+          inputs_q, inputs_k, inputs_v: ``[*batch, tokens, features]``, as in Flax; while decoding
+            of the same tokens, for cross-attention needs no cache.
           mask, num_tokens: as in `CachedAttention`, while decoding.
           deterministic, sow_weights, decode, out_sharding, qkv_sharding: as in Flax.
           **others: ``rngs`` and ``is_causal``, as in Flax. Decoding is causal without them.

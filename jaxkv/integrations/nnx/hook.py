@@ -16,7 +16,8 @@ class CachedAttention(nnx.Module):
     Given to `flax.nnx.MultiHeadAttention` with ``decode=False`` it takes the place of Flax's
     ``decode=True`` and ``init_cache``: prefill, chunks and single tokens, sequences of
     different lengths, fewer KV heads than query heads, any codec and addressing. Each
-    attention module needs one of its own. Attention is always causal, whatever ``is_causal``.
+    attention module needs one of its own. Attention is always causal, whatever ``is_causal``, and
+    cross-attention is refused. A model that embeds positions takes them as in `add_caches`.
 
     Args:
       config: the cache. One layer of it is allocated, whatever its ``num_layers``; its
@@ -80,8 +81,8 @@ class CachedAttention(nnx.Module):
         Raises:
           CacheFullError: outside jit, when there is no room. Inside jit the tokens are
             dropped, and ``map_caches(jaxkv.check, model)`` says so.
-          ValueError: a mask that is not causal or padded on the left (inside jit its output
-            is NaN), a bias, dropout, or weights to sow.
+          ValueError: keys of another length than the queries, a mask that is not causal or
+            padded on the left (inside jit its output is NaN), a bias, dropout, or weights to sow.
         """
         refuse_unserved(bias, dropout_rate, deterministic, module is not None)
         output, cache = cached_attention(
