@@ -30,26 +30,19 @@ class _OnlyCounts(CachedAttention):
 
 
 def warn_if_positions_restart(model: nnx.Module, batch_size: int | None) -> None:
-    """Run a model with caches over two tokens, at once and one by one: is the second the same?
+    """Warn of a model with caches that computes positions from the number of tokens in a call.
 
     Nothing is known of models that take anything but tokens, and nothing is said of them.
     """
     parameters = inspect.signature(type(model).__call__).parameters
     if any(part in name for name in parameters for part in _SAYS_WHERE):
         return
-    tokens = jnp.broadcast_to(
-        jnp.arange(2, dtype=jnp.int32), (2,) if batch_size is None else (batch_size, 2)
-    )
+    shape = (2,) if batch_size is None else (batch_size, 2)
     try:
-        (both,) = _outputs(model, tokens)
-        first, second = _outputs(model, tokens[..., :1], tokens[..., 1:])
+        restart = _positions_restart(model, jnp.broadcast_to(jnp.array([0, 1], jnp.int32), shape))
     except Exception:
         return
-    if both.shape[-2] != 2 or first.shape[-2] != 1:
-        return
-    rounding = np.abs(both[..., :1, :] - first).max()
-    difference = np.abs(both[..., 1:, :] - second).max()
-    if difference > 10 * rounding + 1e-3 * np.abs(both).max():
+    if restart:
         warnings.warn(
             f"{type(model).__name__} treats a token in a call of its own as it treats the first "
             "one of all: it seems to compute positions from the number of tokens it is given, as "
@@ -58,6 +51,17 @@ def warn_if_positions_restart(model: nnx.Module, batch_size: int | None) -> None
             "see jaxkv.integrations.nnx.add_caches.",
             stacklevel=3,
         )
+
+
+def _positions_restart(model: nnx.Module, tokens: jax.Array) -> bool:
+    """Is the second of two tokens another one in a call of its own, by more than rounding?"""
+    (both,) = _outputs(model, tokens)
+    first, second = _outputs(model, tokens[..., :1], tokens[..., 1:])
+    if both.shape[-2] != 2 or first.shape[-2] != 1:
+        return False
+    rounding = np.abs(both[..., :1, :] - first).max()
+    difference = np.abs(both[..., 1:, :] - second).max()
+    return bool(difference > 10 * rounding + 1e-3 * np.abs(both).max())
 
 
 def _outputs(model: nnx.Module, *calls: jax.Array) -> list[np.ndarray]:
