@@ -81,7 +81,8 @@ class Oracle:
         if window is None:
             return tokens
         newest = max(len(tokens) - window, 0)
-        return tokens[: min(self.addressing.sinks, newest)] + tokens[newest:]
+        sinks = getattr(self.addressing, "sinks", 0)
+        return tokens[: min(sinks, newest)] + tokens[newest:]
 
     def truncate(self, length):
         for sequences in self.tokens:

@@ -107,12 +107,18 @@ def test_every_pair_equals_the_oracle(codec, addressing, batch_size, heads, impl
     assert_equals_oracle(config, implementation, heads=query_heads)
 
 
+# Addressings of the table, and one with a window of its own that is no ring.
+WINDOWED = {"pages, window": jaxkv.Paged(page_size=4, window=4)}
+CALLS = [*itertools.product(SMALL, list(OPTIONS)[1:])]
+CALLS += itertools.product(WINDOWED, ["plain", "window", "together"])
+
+
 @pytest.mark.slow_cases(r"streamed")
 @implementations
-@pytest.mark.parametrize("addressing", SMALL)
-@pytest.mark.parametrize("options", list(OPTIONS)[1:])
+@pytest.mark.parametrize(("addressing", "options"), CALLS)
 def test_every_option_equals_the_oracle(addressing, options, implementation):
-    config = config_of(**SHAPE, batch_size=3).replace(addressing=SMALL[addressing])
+    addressing = (SMALL | WINDOWED)[addressing]
+    config = config_of(**SHAPE, batch_size=3).replace(addressing=addressing)
     assert_equals_oracle(config, implementation, heads=4, options=options)
 
 

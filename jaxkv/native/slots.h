@@ -52,8 +52,11 @@ struct Slots {
         0, std::min({extent, (int64_t)lengths[b], (int64_t)query_positions[b] + 1}));
   }
   int64_t Begin(int64_t b) const {
-    if (key_positions || window == 0) return 0;
-    return std::clamp<int64_t>(query_positions[b] + 1 - window, 0, End(b));
+    if (key_positions) return 0;
+    int64_t first = 0;
+    for (const int64_t newest : {window, kept_window})
+      if (newest > 0) first = std::max(first, query_positions[b] + 1 - newest);
+    return std::min(first, End(b));
   }
 
   // Fills a block with the next visible slots in [cursor, end). False if there are no more.
