@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.checks import (
     check_alive,
@@ -20,6 +20,7 @@ from jaxkv.checks import (
     check_layer,
     check_room,
     check_vectors,
+    layer_exists,
 )
 from jaxkv.codecs import Dense, bitcast
 from jaxkv.errors import CacheFullError
@@ -29,11 +30,13 @@ from jaxkv.hybrid import (
     in_every_group,
     in_its_group,
 )
-from jaxkv.kv_cache import KVCache, Layer, NumTokens, books_of, buffer_of
+from jaxkv.kv_cache import OUT_OF_RANGE, KVCache, Layer, NumTokens, books_of, buffer_of
 from jaxkv.placement import in_host_memory
 from jaxkv.programs import one_program
 from jaxkv.streaming import append_to_host
 from jaxkv.vectors import encode, read
+
+_MISUSED = "num_tokens, a length, a layer or a row inside jit was out of range"
 
 
 @changing_its_group
@@ -56,7 +59,8 @@ def append(
     Raises:
       CacheFullError: outside jit, when a sequence has not enough slots left. Inside jit the
         tokens that do not fit are dropped and `check` says so once `advance` has counted them.
-      IndexError, TypeError, ValueError: a bad layer, dtype or shape.
+      IndexError, TypeError, ValueError: a bad layer, dtype, shape or ``num_tokens``. Inside jit
+        nothing is written then, and `check` says so.
 
     >>> import jax.numpy as jnp, jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, num_kv_heads=1, head_dim=4))
@@ -72,6 +76,9 @@ def append(
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
     check_chunk(cache, tokens)
     check_room(cache, tokens if num_tokens is None else num_tokens)
+    if tokens == 0:
+        return cache
+    cache = cache.where_in_range(_in_range(cache, num_layer, num_tokens, tokens))
     return _append(cache, keys, values, num_layer, num_tokens)
 
 
@@ -110,7 +117,8 @@ def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
 
     Raises:
       CacheFullError: outside jit, when that is more than a sequence can hold.
-      ValueError: a bad shape of ``num_tokens`` or, outside jit, a negative number.
+      ValueError: a bad shape of ``num_tokens`` or, outside jit, a negative number (inside jit,
+        `check` says so after).
 
     >>> import jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4, batch_size=2))
@@ -126,7 +134,10 @@ def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
 
 @one_program()
 def _advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
-    return cache.with_lengths(cache.lengths + jnp.asarray(num_tokens, jnp.int32))
+    more = jnp.asarray(num_tokens, jnp.int32)
+    in_range = (more >= 0) & (more < OUT_OF_RANGE)
+    lengths = jnp.minimum(cache.lengths + jnp.where(in_range, more, 0), OUT_OF_RANGE)
+    return cache.with_lengths(jnp.where(in_range, lengths, OUT_OF_RANGE))
 
 
 def next_positions(cache: AnyCache, num_tokens: int) -> Int[Array, "*batch tokens"]:
@@ -158,7 +169,7 @@ def layer(
     ``cache.index.key_positions`` says which one a slot holds.
 
     Raises:
-      IndexError: no such layer.
+      IndexError: no such layer; all numbers are NaN where it is traced.
 
     >>> import jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 8, num_kv_heads=1, head_dim=4))
@@ -171,7 +182,10 @@ def layer(
 
 @in_its_group
 def _layer(cache: KVCache, *, layer: Layer) -> tuple[Array, Array]:
-    return _read_all(cache, check_layer(cache, layer))
+    number = check_layer(cache, layer)
+    exists = layer_exists(cache, number)
+    keys, values = _read_all(cache, number)
+    return or_nan(keys, exists), or_nan(values, exists)
 
 
 @one_program()
@@ -184,11 +198,12 @@ def _read_all(cache: KVCache, number: Layer) -> tuple[Array, Array]:
 def truncate(cache: KVCache, length: NumTokens) -> KVCache:
     """Roll back to the first ``length`` tokens: the rest is forgotten and written over.
 
-    A ring can take back ``chunk`` tokens, or all.
+    A ring can take back ``chunk`` tokens, or all but its sinks.
 
     Raises:
-      ValueError: a bad shape of ``length`` or, outside jit, a negative one or one that a ring
-        has lost (inside jit, `check` says so after). One beyond the cache's own changes nothing.
+      ValueError: a bad shape of ``length`` or, outside jit, a negative one or one whose next query
+        would see tokens that are lost (inside jit, `check` says so after). One beyond the cache's
+        own changes nothing.
 
     >>> import jaxkv
     >>> cache = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
@@ -204,7 +219,9 @@ def truncate(cache: KVCache, length: NumTokens) -> KVCache:
 
 @one_program()
 def _truncate(cache: KVCache, length: NumTokens) -> KVCache:
-    return cache.with_lengths(jnp.minimum(cache.lengths, jnp.asarray(length, jnp.int32)))
+    wanted = jnp.asarray(length, jnp.int32)
+    lengths = jnp.where(wanted < 0, OUT_OF_RANGE, jnp.minimum(cache.lengths, wanted))
+    return cache.with_lengths(lengths)
 
 
 def reset(cache: AnyCache) -> AnyCache:
@@ -227,7 +244,8 @@ def check(cache: KVCache) -> KVCache:
     Raises:
       CacheFullError: tokens were dropped inside jit because their sequence was full.
       CacheClosedError: the buffers were donated or deleted.
-      ValueError: a ring was rolled back inside jit to tokens that it had written over.
+      ValueError: inside jit a cache was rolled back to tokens that it had lost, or a verb was given
+        ``num_tokens``, a length, a layer or a row out of range.
 
     >>> import jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4))
@@ -237,11 +255,18 @@ def check(cache: KVCache) -> KVCache:
     jaxkv.errors.CacheFullError: Tokens were dropped: ...
     """
     if isinstance(cache.lengths, jax.core.Tracer):
+        checkify.debug_check(~cache.misused.any(), f"KV cache: {_MISUSED}")
         checkify.debug_check(~cache.overflowed.any(), "KV cache full: tokens were dropped")
-        checkify.debug_check(jnp.all(cache.index.intact), "KV cache rolled back beyond its ring")
+        checkify.debug_check(jnp.all(cache.index.intact), "KV cache rolled back to lost tokens")
         return cache
     check_alive(cache)
     lengths, every_room, _ = books_of(cache.index)
+    if (misused := lengths >= OUT_OF_RANGE).any():
+        which = f"Of sequences {np.flatnonzero(misused).tolist()}" if misused.ndim else "Here"
+        raise ValueError(
+            f"{which} {_MISUSED}. Nothing was written. Go on from the cache before that call, or "
+            "truncate this one to the tokens that it had."
+        )
     if (lengths > every_room).any():
         each = np.unique(every_room).tolist()
         room = each[0] if len(each) == 1 else every_room.tolist()
@@ -263,6 +288,22 @@ def token_positions(
         return positions
     real = jnp.arange(tokens, dtype=jnp.int32) < jnp.asarray(num_tokens, jnp.int32)[..., None]
     return jnp.where(real, positions, -1)
+
+
+def or_nan(numbers: Array, exists: Bool[Array, ""] | bool) -> Array:
+    """The numbers, or as many that are NaN where what they were read from does not exist."""
+    return numbers if exists is True else jnp.where(exists, numbers, jnp.nan)
+
+
+def _in_range(
+    cache: KVCache, layer: Layer, num_tokens: NumTokens | None, tokens: int
+) -> Bool[Array, "*batch"] | bool:
+    """Whether a traced layer exists, and traced numbers of real tokens are of those given."""
+    exists = layer_exists(cache, layer)
+    if not isinstance(num_tokens, jax.core.Tracer):
+        return exists
+    counts = num_tokens.astype(jnp.int32)
+    return exists & (counts >= 0) & (counts <= tokens)
 
 
 def _decoded_dtype(cache: KVCache) -> jnp.dtype:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from jaxkv.addressing import KeptIndex
 from jaxkv.errors import CacheClosedError, CacheFullError
@@ -21,6 +21,13 @@ def check_layer(cache: KVCache, layer: Layer) -> Layer:
     if isinstance(layer, jax.core.Tracer):
         return layer
     return check_static_layer(cache.config, layer)
+
+
+def layer_exists(cache: KVCache, layer: Layer) -> Bool[Array, ""] | bool:
+    """Whether there is such a layer, of one that is traced."""
+    if not isinstance(layer, jax.core.Tracer):
+        return True
+    return (layer >= 0) & (layer < cache.config.num_layers)
 
 
 def check_counts(
@@ -54,6 +61,13 @@ def check_rows(cache: KVCache, rows: Array) -> None:
     given = np.asarray(jax.device_get(rows))
     if given.min() < 0 or given.max() >= count:
         raise IndexError(f"rows must be from 0 to {count - 1}, got {given.tolist()}.")
+
+
+def rows_exist(cache: KVCache, rows: Array) -> Bool[Array, " rows"] | bool:
+    """Whether there are such rows, of some that are traced."""
+    if not isinstance(rows, jax.core.Tracer):
+        return True
+    return (rows >= 0) & (rows < (cache.config.batch_size or 1))
 
 
 def check_vectors(
@@ -126,17 +140,21 @@ def check_room(cache: KVCache, num_tokens: NumTokens) -> None:
 
 
 def check_intact(cache: KVCache) -> None:
-    """Outside jit, refuse a rollback to tokens that a ring has written over."""
+    """Outside jit, refuse a rollback to tokens that the next query would see, and that are lost."""
     if isinstance(cache.lengths, jax.core.Tracer):
         return
     lengths, _, intact = books_of(cache.index)
     if intact.all():
         return
+    cure = "Their pages were given back; reset it, and assign pages to it anew."
+    if (chunk := cache.index.chunk) is not None:
+        cure = (
+            f"It takes back {chunk} tokens at most; create it with a larger chunk to roll back "
+            "further, or reset it."
+        )
     raise ValueError(
-        f"cannot roll back to {lengths.tolist()} tokens: the "
-        f"{cache.config.addressing.name} has written over tokens that the next query would see. It "
-        f"takes back {cache.index.chunk} tokens at most; create it with a larger chunk to "
-        "roll back further, or reset it."
+        f"cannot roll back to {lengths.tolist()} tokens: the {cache.config.addressing.name} cache "
+        f"has lost tokens that the next query would see. {cure}"
     )
 
 

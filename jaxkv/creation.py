@@ -10,8 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxkv.codecs import Leaves, container_dtype, leaf_specs
 from jaxkv.config import KVCacheConfig
 from jaxkv.devices import default_device
+from jaxkv.errors import ConfigError
 from jaxkv.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
-from jaxkv.kv_cache import KVCache
+from jaxkv.kv_cache import OUT_OF_RANGE, KVCache
 from jaxkv.placement import Resident, zeros_in_host_memory
 from jaxkv.programs import moves_data
 
@@ -29,6 +30,7 @@ def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
         without the last ones, as scales are, is sharded by those that it has.
 
     Raises:
+      ConfigError: 2**30 or more positions, or slots times KV heads.
       ValueError: a sharding of more axes than that.
 
     >>> import jaxkv
@@ -43,7 +45,19 @@ def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
     return _create(config, device)
 
 
+def _check_numbers(config: KVCacheConfig) -> None:
+    """Refuse more positions or places for a head's vector than int32 has numbers for."""
+    context, places = config.max_context_length, config.num_slots * config.num_kv_heads
+    if max(context, places) >= OUT_OF_RANGE:
+        raise ConfigError(
+            f"create: {context} tokens, and {config.num_slots} slots x {config.num_kv_heads} KV "
+            "heads, must both be below 2**30, since they are numbered with int32. Use a smaller "
+            "max_context_length or batch_size, or fewer num_pages."
+        )
+
+
 def _create(config: KVCacheConfig, device: Any) -> KVCache:
+    _check_numbers(config)
     if config.in_host_memory and device is None:
         # All in one place that is named, for a step returns it so, and compiles once then.
         device = default_device()

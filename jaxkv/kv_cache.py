@@ -24,6 +24,9 @@ __all__ = ["KVCache", "Layer", "NumTokens", "books_of", "buffer_of"]
 # Sequences that are named one by one.
 _NAMED = 8
 
+# The length of a sequence whose verb got an argument out of range inside jit. No other is as long.
+OUT_OF_RANGE = 1 << 30
+
 # Tokens processed: one number for all sequences, or one for each of a ragged batch.
 NumTokens = int | Int[Array, "*batch"]
 
@@ -85,6 +88,11 @@ class KVCache:
         return self.lengths > self.index.room
 
     @property
+    def misused(self) -> Bool[Array, "*batch"]:
+        """True for a sequence whose verb got an argument out of range inside jit."""
+        return self.lengths >= OUT_OF_RANGE
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the keys and values; equal to ``config.size_bytes``."""
         resident = None if self.resident is None else self.resident.storage
@@ -94,10 +102,18 @@ class KVCache:
 
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> "KVCache":
         """The same buffers with other lengths: for those who write verbs."""
-        resident = None if self.resident is None else self.resident.with_lengths(lengths)
+        resident = self.resident
+        if resident is not None:
+            resident = resident.with_lengths(self.lengths, lengths)
         newest = None if self.newest is None else self.newest.with_lengths(lengths)
         index = self.index.with_lengths(lengths)
         return dataclasses.replace(self, index=index, resident=resident, newest=newest)
+
+    def where_in_range(self, in_range: Bool[Array, "#*batch"] | bool) -> "KVCache":
+        """A sequence whose arguments are out of range is `misused`, and takes no tokens."""
+        if in_range is True:
+            return self
+        return self.with_lengths(jnp.where(in_range, self.lengths, OUT_OF_RANGE))
 
     def with_pages(
         self,

@@ -124,7 +124,7 @@ class NewestIndex:
 
     def first_position(self, lengths: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
         """Tokens from this position on are held; ``lengths`` are those after the newest."""
-        return jnp.maximum(self.first, lengths - self.window)
+        return jnp.maximum(self.first, jnp.minimum(lengths, self.capacity) - self.window)
 
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
         # Tokens that are taken back have written over those ``window`` before them.
@@ -148,7 +148,7 @@ class NewestIndex:
     def key_positions(
         self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
     ) -> Int[Array, "*batch size"]:
-        newest = lengths[..., None] - 1
+        newest = jnp.minimum(lengths, self.capacity)[..., None] - 1
         positions = newest - (newest - start - jnp.arange(size, dtype=jnp.int32)) % self.window
         return jnp.where(positions >= jnp.maximum(self.first, 0)[..., None], positions, -1)
 

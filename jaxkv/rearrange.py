@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxkv.addressing import PagedIndex
-from jaxkv.checks import check_alive, check_on_device, check_rows
+from jaxkv.checks import check_alive, check_on_device, check_rows, rows_exist
 from jaxkv.hybrid import AnyCache, in_every_group
 from jaxkv.kv_cache import KVCache
 from jaxkv.programs import on_device, one_program, promotes_ranks
@@ -28,7 +28,7 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
         single sequence is row 0.
 
     Raises:
-      IndexError: outside jit, a row that there is not.
+      IndexError: outside jit, a row that there is not (inside jit, `check` says so after).
 
     >>> import jaxkv
     >>> prompt = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
@@ -39,7 +39,7 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     chosen = rows if isinstance(rows, jax.Array) else on_device(np.asarray(rows, np.int32))
     check_rows(cache, chosen)
     check_on_device(cache)
-    return _select(cache, chosen)
+    return _select(cache, chosen).where_in_range(rows_exist(cache, chosen))
 
 
 @one_program()

@@ -258,6 +258,25 @@ def test_advance_and_next_positions():
     assert jaxkv.next_positions(batch, 3).tolist() == [[5, 6, 7], [1, 2, 3]]
 
 
+NO_TOKENS = [(codec, {}) for codec in CODECS | KINDS]
+NO_TOKENS += [
+    ("int8", {"newest": jaxkv.Newest(2)}),
+    ("int8", {"placement": jaxkv.HostMemory(2, 2, blocks_per_query=1)}),
+    ("int8", {"addressing": jaxkv.Paged(4), "placement": jaxkv.HostMemory(2, 2)}),
+]
+
+
+@pytest.mark.parametrize(("codec", "fields"), NO_TOKENS)
+def test_no_tokens_change_nothing(codec, fields):
+    config = config_of(codec, batch_size=2).replace(**fields)
+    cache = jaxkv.advance(jaxkv.create(config), 5)
+    queries, keys, values = (array[0] for array in random_step(config, 0, heads=4))
+    chex.assert_trees_all_equal(jaxkv.append(cache, keys, values, layer=0), cache)
+    assert jaxkv.attend(cache, queries, layer=0).shape == (2, 0, 4, 4)
+    if cache.resident is not None and cache.resident.bounds is not None:
+        assert (jaxkv.fetched_blocks(cache, queries, layer=0) == -1).all()
+
+
 @pytest.mark.parametrize("rolled_back", [jax.jit(jaxkv.truncate), jaxkv.truncate])
 def test_truncate_rolls_back(rolled_back):
     batch = jaxkv.advance(jaxkv.create(config_of(batch_size=3)), jnp.array([5, 2, 0]))

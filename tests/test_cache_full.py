@@ -16,6 +16,7 @@ from tests.oracle import (
     assert_same_storage,
     config_of,
     filled,
+    jit,
     poisoned,
     random_step,
     run_step,
@@ -92,6 +93,33 @@ def test_full_in_a_loop_keeps_earlier_tokens():
     )(full)
     assert_same_storage(overfull, full)
     assert overfull.lengths == 14
+
+
+# A context of 24 tokens, and where one past its end could be read or hide others.
+PAST_THE_END = {
+    "ring": {"addressing": jaxkv.Ring(7, chunk=32)},
+    "ring in host memory": {
+        "addressing": jaxkv.Ring(7, chunk=32),
+        "placement": jaxkv.HostMemory(4, 4),
+    },
+    "the last page": {"addressing": jaxkv.Paged(5)},
+    "newest": {"newest": jaxkv.Newest(5, jaxkv.Dense("float32"))},
+}
+
+
+@pytest.mark.parametrize("kind", PAST_THE_END)
+def test_a_prompt_that_is_padded_past_the_end(kind):
+    """As `generate` does it: all of a chunk is appended, and all but what is real rolled back."""
+    config = config_of(num_layers=1, max_context_length=24).replace(**PAST_THE_END[kind])
+    cache, oracle = poisoned(jaxkv.create(config)), Oracle(config)
+    run = jit(step)
+    for seed, real in enumerate((9, 7, 1)):
+        arrays = random_step(config, 29, heads=2, seed=seed)
+        length = int(cache.lengths) + real
+        cache, outputs = run(cache, *arrays)
+        expected = oracle.step(*(array[:, :real] for array in arrays))
+        np.testing.assert_allclose(outputs[:, :real], expected, rtol=1e-5, atol=1e-5)
+        cache = jaxkv.truncate(cache, length)
 
 
 def test_full_under_checkify():

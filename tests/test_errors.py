@@ -177,6 +177,21 @@ MISUSES = {
         ValueError,
         "length must be at least 0, got -1",
     ),
+    "more positions than int32 has room for": (
+        lambda: jaxkv.create(SINGLE.replace(max_context_length=2**30)),
+        jaxkv.ConfigError,
+        r"1073741824 tokens.* must both be below 2\*\*30.* Use a smaller max_context_length",
+    ),
+    "more places for vectors than int32 has room for": (
+        lambda: jaxkv.create(BATCH.replace(batch_size=2**15, max_context_length=2**14)),
+        jaxkv.ConfigError,
+        r"536870912 slots x 2 KV heads.*below 2\*\*30",
+    ),
+    "a compressed cache in pages with a window": (
+        lambda: jaxkv.Kept(4, 4, num_layers=2, num_kv_heads=2, within=jaxkv.Paged(window=3)),
+        ValueError,
+        r"within Contiguous\(\) or Paged\(\) without a window, got .*window=3",
+    ),
     "newest tokens that are none": (
         lambda: jaxkv.Newest(0),
         ValueError,

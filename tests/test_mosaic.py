@@ -228,14 +228,14 @@ def test_interpreted_it_equals_the_reference_without_races(served, case):
 
 
 @pytest.mark.parametrize("window", [None, 2, 15, 70])
-@pytest.mark.parametrize("ring", [(20, 3, 44), (20, 0, 8), (60, 5, 3)])
+@pytest.mark.parametrize("ring", [(20, 3, 44), (20, 0, 8), (60, 5, 3), (1, 3, 64)])
 def test_the_visible_slots_of_a_ring_are_a_range_with_a_gap(ring, window):
     lengths = np.arange(200, dtype=np.int32)
     added = (lengths % 7 != 6).astype(np.int32)  # some rows are padding
     config = config_of(
         num_layers=1, batch_size=200, max_context_length=150, addressing=jaxkv.Ring(*ring)
     )
-    for taken_back in (0, 1, ring[2]):
+    for taken_back in (0, 1, ring[2], 120):  # and more than it can
         cache = jax.eval_shape(lambda: jaxkv.create(config))
         index = config.addressing.init(150, 200).with_lengths(lengths + taken_back)
         cache = dataclasses.replace(cache, index=index.with_lengths(lengths))

@@ -50,10 +50,11 @@ class Kept:
 
     def __post_init__(self):
         check_counts(self, "tokens", "new", "num_layers", "num_kv_heads")
-        if not isinstance(self.sums, bool) or not isinstance(self.within, Contiguous | Paged):
+        within, window = self.within, getattr(self.within, "window", None)
+        if not isinstance(self.sums, bool) or not isinstance(within, Contiguous | Paged) or window:
             raise ValueError(
-                f"Kept: sums must be True or False and within Contiguous() or Paged(), got "
-                f"{self.sums!r} and {self.within!r}."
+                f"Kept: sums must be True or False and within Contiguous() or Paged() without a "
+                f"window, got {self.sums!r} and {within!r}."
             )
 
     @property
@@ -197,7 +198,8 @@ class KeptIndex(abc.ABC):
         self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
     ) -> Int[Array, "*batch kv_heads size"]:
         slots = start + jnp.arange(size, dtype=jnp.int32)
-        first, end = self.first_new[..., None, None], lengths[..., None, None]
+        first = self.first_new[..., None, None]
+        end = jnp.minimum(lengths, self.room)[..., None, None]
         kept = self.kept_positions(layer, slots - self.new)
         kept = jnp.where(kept < first, kept, -1)
         new = jnp.where(first + slots < end, first + slots, -1)

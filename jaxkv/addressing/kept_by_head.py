@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxkv.addressing.addressing import Layer
 from jaxkv.addressing.contiguous import Contiguous
 from jaxkv.addressing.kept import KeptIndex, check_counts
+from jaxkv.addressing.rows import read_rows
 from jaxkv.addressing.runs import first_slots
 
 
@@ -140,11 +141,7 @@ class KeptByHeadIndex(KeptIndex):
         logical = start + jnp.arange(size, dtype=jnp.int32)
         every_head = jnp.broadcast_to(logical, (*self.lengths.shape, kv_heads, size))
         places = jnp.maximum(jnp.swapaxes(self.head_slots(layer, every_head), -1, -2), 0)
-        # One gather of whole rows, as in a paged cache.
-        half_layers = (layer * sides + jnp.arange(sides, dtype=jnp.int32)) * (ctx * kv_heads)
-        rows = half_layers.reshape(sides, *(1 for _ in places.shape)) + places
-        flat = leaf.reshape(layers * sides * ctx * kv_heads, *vector)
-        return flat.at[rows].get(mode="clip")
+        return read_rows(leaf.reshape(layers, sides, ctx * kv_heads, *vector), layer, places)
 
     def select(self, rows: Int[Array, " rows"]) -> tuple[Self, Float[Array, " ctx"] | None]:
         """Not possible: sequences have runs of different lengths.

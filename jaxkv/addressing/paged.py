@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxkv.addressing.addressing import Layer
+from jaxkv.addressing.rows import read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,16 @@ class PagedIndex:
 
     chunk: ClassVar[None] = None
     sinks: ClassVar[int] = 0
-    intact: ClassVar[bool] = True
+
+    @property
+    def intact(self) -> Bool[Array, "*batch"] | bool:
+        if self.window is None:
+            return True
+        pages = jnp.arange(self.table.shape[-1], dtype=jnp.int32)
+        end = self.lengths[..., None]
+        first = jnp.maximum(end - (self.window - 1), 0) // self.page_size
+        seen = (pages >= first) & (pages * self.page_size < end)
+        return jnp.all(~seen | (self.table >= 0), axis=-1)
 
     @property
     def extent(self) -> int:
@@ -136,7 +146,8 @@ class PagedIndex:
         self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
     ) -> Int[Array, "*batch size"]:
         positions = start + jnp.arange(size, dtype=jnp.int32)
-        held = (positions < lengths[..., None]) & (self._pages(positions // self.page_size) >= 0)
+        end = jnp.minimum(lengths, self.capacity)[..., None]  # the last page may reach beyond it
+        held = (positions < end) & (self._pages(positions // self.page_size) >= 0)
         return jnp.where(held, positions, -1)
 
     def places(self, logical: Int[Array, "#*batch slots"]) -> Int[Array, "*batch slots"]:
@@ -145,12 +156,7 @@ class PagedIndex:
         return jnp.maximum(pages, 0) * self.page_size + logical % self.page_size
 
     def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:
-        layers, sides, ctx, *vector = leaf.shape
-        slots = self.places(start + jnp.arange(size, dtype=jnp.int32))
-        # One gather of whole rows: an index for layers and sides too would put a transpose after.
-        half_layers = (layer * sides + jnp.arange(sides, dtype=jnp.int32)) * ctx
-        rows = half_layers.reshape(sides, *(1 for _ in slots.shape)) + slots
-        return leaf.reshape(layers * sides * ctx, *vector).at[rows].get(mode="clip")
+        return read_rows(leaf, layer, self.places(start + jnp.arange(size, dtype=jnp.int32)))
 
     def select(self, rows: Int[Array, " rows"]) -> tuple[Self, Int[Array, " ctx"] | None]:
         lengths = self.lengths.reshape(-1)[rows]

@@ -68,26 +68,25 @@ class Ring:
 
     def init(self, max_context_length: int, batch_size: int | None) -> "RingIndex":
         shape = () if batch_size is None else (batch_size,)
-        lengths, written = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32)
+        lengths, first = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32)
         chunk = self.slots_per_sequence - (self.sinks + self.window - 1)
-        return RingIndex(lengths, written, max_context_length, self.window, self.sinks, chunk)
+        return RingIndex(lengths, first, max_context_length, self.window, self.sinks, chunk)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["lengths", "written"],
+    data_fields=["lengths", "first"],
     meta_fields=["capacity", "window", "sinks", "chunk"],
 )
 @dataclasses.dataclass(frozen=True)
 class RingIndex:
-    """Lengths, and how far each sequence was ever written.
+    """Lengths, and the position from which on the ring holds tokens after a rollback.
 
-    After a rollback the slots of the tokens taken back hold nothing: what they held before
-    those tokens is lost. ``written`` tells which slots these are.
+    The slots of tokens that were taken back hold nothing: what they held before is lost.
     """
 
     lengths: Int[Array, "*batch"]
-    written: Int[Array, "*batch"]
+    first: Int[Array, "*batch"]
     capacity: int
     window: int
     sinks: int
@@ -103,17 +102,27 @@ class RingIndex:
         return min(self.sinks + self.ring_slots, self.capacity)
 
     @property
+    def written(self) -> Int[Array, "*batch"]:
+        """For its file: tokens from ``ring_slots`` before this position on are held."""
+        return jnp.maximum(self.lengths, self.first + self.ring_slots)
+
+    @property
     def room(self) -> int:
         return self.capacity
 
     @property
     def intact(self) -> Bool[Array, "*batch"]:
         oldest_seen = jnp.maximum(self.lengths - (self.window - 1), self.sinks)
-        return (oldest_seen >= self.written - self.ring_slots) | (oldest_seen >= self.lengths)
+        return (oldest_seen >= self.first) | (oldest_seen >= self.lengths)
+
+    def first_position(self, lengths: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
+        """The ring holds tokens from this position on; ``lengths`` are those after the newest."""
+        end = jnp.minimum(lengths, self.capacity)
+        return jnp.maximum(self.first, end - self.ring_slots)
 
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
-        written = jnp.where(lengths == 0, 0, jnp.maximum(self.written, lengths))
-        return dataclasses.replace(self, lengths=lengths, written=written)
+        first = jnp.minimum(self.first_position(self.lengths), lengths)
+        return dataclasses.replace(self, lengths=lengths, first=first)
 
     def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
         exists = (positions >= 0) & (positions < self.capacity)
@@ -129,13 +138,12 @@ class RingIndex:
         self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
     ) -> Int[Array, "*batch size"]:
         slots = start + jnp.arange(size, dtype=jnp.int32)
-        newest = lengths[..., None] - 1
+        newest = jnp.minimum(lengths, self.capacity)[..., None] - 1
         # The newest position so far that a slot of the ring is the place of.
         positions = newest - (newest - slots) % self.ring_slots
         positions = jnp.where(slots < self.sinks, slots, positions)
-        written = jnp.maximum(self.written, lengths)[..., None]
-        ring_holds = (positions >= self.sinks) & (positions >= written - self.ring_slots)
-        held = jnp.where(slots < self.sinks, slots <= newest, ring_holds)
+        oldest = jnp.maximum(self.first, self.sinks)[..., None]
+        held = jnp.where(slots < self.sinks, slots <= newest, positions >= oldest)
         return jnp.where(held, positions, -1)
 
     def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:
@@ -143,6 +151,6 @@ class RingIndex:
         return read_runs(leaf, layer, start, size, batch=batch, extent=self.extent)
 
     def select(self, rows: Int[Array, " rows"]) -> tuple[Self, Int[Array, " ctx"]]:
-        lengths, written = self.lengths.reshape(-1)[rows], self.written.reshape(-1)[rows]
-        selected = dataclasses.replace(self, lengths=lengths, written=written)
+        lengths, first = self.lengths.reshape(-1)[rows], self.first.reshape(-1)[rows]
+        selected = dataclasses.replace(self, lengths=lengths, first=first)
         return selected, slots_of_runs(rows, self.extent)

@@ -22,7 +22,8 @@ from jaxkv.attention.reference import reference
 from jaxkv.attention.request import Grouped, Request, request_of
 from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
 from jaxkv.attention.streamed import is_streamed, streamed
-from jaxkv.checks import check_counts, check_layer
+from jaxkv.cache import or_nan
+from jaxkv.checks import check_counts, check_layer, layer_exists
 from jaxkv.codecs import Dense, unrotate
 from jaxkv.devices import PLATFORMS, by_platform, default_device, platform_of
 from jaxkv.hybrid import AnyCache, in_its_group
@@ -126,7 +127,8 @@ def attend(
         `explain`. A named one is used or an error, never replaced.
 
     Returns:
-      The attention output, of the queries' shape and dtype. Zeros for a query that sees nothing.
+      The attention output, of the queries' shape and dtype. Zeros for a query that sees nothing,
+      NaN if a traced layer does not exist.
 
     Raises:
       IndexError, TypeError, ValueError: a bad layer, dtype, shape or option.
@@ -154,8 +156,10 @@ def attend(
     )
     runs = {name: functools.partial(call, chosen=IMPLEMENTATIONS[name]) for name in names.values()}
     if platform is not None:
-        return runs[names[platform]]()
-    return by_platform({each: runs[name] for each, name in names.items()})
+        output = runs[names[platform]]()
+    else:
+        output = by_platform({each: runs[name] for each, name in names.items()})
+    return or_nan(output, layer_exists(cache, layer))
 
 
 @one_program("chosen", "softcap", "window")

@@ -54,7 +54,7 @@ def fetched_blocks(
     placement = cache.config.placement or HostMemory()
     request = request_of(cache, queries, layer, num_tokens)
     end = first_on_device(request)
-    count = -(-end // placement.block)
+    count = -(-end // placement.block) if queries.shape[-3] else 0 * end
     numbers = chosen_blocks(request, end)
     if numbers is None:
         numbers = jnp.arange(placement.num_blocks(cache.index.capacity), dtype=jnp.int32)[None]

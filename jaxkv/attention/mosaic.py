@@ -161,7 +161,7 @@ def visible_slots(request: Request) -> tuple[Slots, Slots, Slots, Slots]:
     if isinstance(index, RingIndex):
         return _visible_slots_of_a_ring(request, index)
     # Slot p holds position p.
-    last = jnp.minimum(position + 1, index.extent)
+    last = jnp.minimum(position + 1, index.capacity)
     windows = [window for window in (request.window, index.window) if window is not None]
     first = position + 1 - min(windows, default=index.extent)
     return jnp.clip(first, 0, last), last, jnp.zeros_like(last), jnp.zeros_like(last)
@@ -172,15 +172,16 @@ def _visible_slots_of_a_ring(
 ) -> tuple[Slots, Slots, Slots, Slots]:
     """The gap is between sinks and oldest token or, once it has turned, newest and oldest."""
     position, sinks, ring = request.positions[:, 0], index.sinks, index.ring_slots
-    written = jnp.maximum(index.written.reshape(-1), request.lengths)
+    held_from = index.first_position(request.lengths.reshape(index.lengths.shape)).reshape(-1)
     window = min(index.window, request.window or index.window)
-    oldest = jnp.maximum(jnp.maximum(position + 1 - window, written - ring), sinks)
+    oldest = jnp.maximum(jnp.maximum(position + 1 - window, held_from), sinks)
     first = sinks + (oldest - sinks) % ring
-    end = sinks + (position - sinks) % ring + 1
+    newest = jnp.minimum(position, index.capacity - 1)
+    end = sinks + (newest - sinks) % ring + 1
     first_sink = 0 if request.window is None else jnp.maximum(position + 1 - request.window, 0)
-    last_sink = jnp.minimum(position + 1, sinks)
+    last_sink = jnp.minimum(newest + 1, sinks)
 
-    none, turned = oldest > position, first >= end
+    none, turned = oldest > newest, first >= end
     low = jnp.where(none | turned | (first_sink < sinks), jnp.minimum(first_sink, sinks), first)
     high = jnp.where(none, last_sink, jnp.where(turned, index.extent, end))
     high = jnp.minimum(high, index.extent)

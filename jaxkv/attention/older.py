@@ -50,7 +50,7 @@ def chosen_blocks(request: Request, end: Int[Array, " batch"]) -> Int[Array, "ba
     """The older blocks to fetch, those that may matter most first; None for all in order.
 
     The largest product that a query could have with a key within a block's bounds, over all
-    queries and heads. Blocks that do not exist come last.
+    queries and heads. Blocks that do not exist, or lie before a window, come last.
     """
     placement, resident = request.cache.config.placement, request.cache.resident
     if placement is None or resident is None or resident.bounds is None:
@@ -60,9 +60,10 @@ def chosen_blocks(request: Request, end: Int[Array, " batch"]) -> Int[Array, "ba
     products = jnp.einsum("bktgd,bnkd->bntkg", up, bounds.highest[layer])
     products += jnp.einsum("bktgd,bnkd->bntkg", down, bounds.lowest[layer])
     real = (request.positions >= 0)[:, None, :, None, None]
-    largest = jnp.where(real, products, -jnp.inf).max(axis=(2, 3, 4))
-    exists = jnp.arange(largest.shape[1], dtype=jnp.int32) * placement.block < end[:, None]
-    ranked = jnp.where(exists, largest, -jnp.inf)
+    largest = jnp.where(real, products, -jnp.inf).max(axis=(2, 3, 4), initial=-jnp.inf)
+    starts = jnp.arange(largest.shape[1], dtype=jnp.int32) * placement.block
+    seen = (starts < end[:, None]) & (starts + placement.block > _oldest_seen(request)[:, None])
+    ranked = jnp.where(seen, largest, -jnp.inf)
     return lax.top_k(ranked, min(placement.blocks_per_query or 1, ranked.shape[1]))[1]
 
 
@@ -91,7 +92,7 @@ def _oldest_seen(request: Request) -> Int[Array, " batch"]:
     if window is None:
         return jnp.zeros_like(request.lengths)
     positions = jnp.where(request.positions >= 0, request.positions, index.capacity)
-    return jnp.maximum(positions.min(axis=-1) - window + 1, 0)
+    return jnp.maximum(positions.min(axis=-1, initial=index.capacity) - window + 1, 0)
 
 
 def _round_the_ring(

@@ -48,14 +48,13 @@ def _with_newest(request: Request, state: Online, end: Int[Array, " batch"]) -> 
     storage, index = resident.storage, resident.index(request.cache.lengths)
     newest = dataclasses.replace(request.cache, storage=storage, index=index)
     ring = dataclasses.replace(request, cache=newest)
-    extent, capacity = index.extent, request.cache.index.capacity
+    extent = index.extent
     size = min(KEY_BLOCK, extent)
 
     def one_block(block: Int[Array, ""], state: Online) -> Online:
         start = jnp.minimum(block * size, extent - size)
         positions = ring.key_positions(start, size)
         here = (positions >= end[:, None, None]) | (positions < index.sinks)
-        here &= positions < capacity
         here &= start + jnp.arange(size, dtype=jnp.int32) >= block * size
         leaves = {
             name: index.read(leaf, request.layer, start, size) for name, leaf in storage.items()

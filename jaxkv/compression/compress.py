@@ -16,7 +16,6 @@ from jaxkv.addressing import (
     KeptIndex,
     Paged,
     PagedIndex,
-    Ring,
 )
 from jaxkv.checks import check_alive
 from jaxkv.compression.budgets import Keep, host_lengths, is_by_head, limits_of
@@ -55,7 +54,7 @@ def compress(
 
     Args:
       cache: after prefill, with any codec. A paged one gives one with pages of its own, unless
-        ``pages`` are given. Rings in a hybrid cache, which are bounded already, stay as they are.
+        ``pages`` are given. Layers with a window in a hybrid cache stay as they are.
       policy: see `jaxkv.policies`, or scores ``[layers, *batch, kv_heads, slots]`` of one's own.
       keep: tokens that each head keeps; a float is a share of each sequence's tokens. One
         number; or one a layer, such as of `jaxkv.compression.pyramid`, which gives a hybrid cache;
@@ -72,7 +71,7 @@ def compress(
     Raises:
       ValueError: a number of tokens that cannot be kept, scores of another shape, a policy
         without the queries that it needs, or pages that do not fit.
-      TypeError: a ring, or something that needs lengths while they are traced.
+      TypeError: a cache with a window, or something that needs lengths while they are traced.
 
     >>> import jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 100, num_kv_heads=1, head_dim=4))
@@ -95,7 +94,7 @@ def compress(
     parts: list[Part] = []
     for number, group in enumerate(cache.groups):
         layers = np.asarray(cache.config.layers_of(number))
-        if isinstance(group.config.addressing, Ring) and len(cache.groups) > 1:
+        if _has_window(group.config.addressing) and len(cache.groups) > 1:
             parts.append((layers, group))
             continue
         own_policy = policy if callable(policy) else of_layers(policy, layers)
@@ -105,6 +104,10 @@ def compress(
     return _joined(parts)
 
 
+def _has_window(addressing: Addressing) -> bool:
+    return getattr(addressing, "window", None) is not None
+
+
 # Numbers of layers, and a cache of them.
 Part = tuple[np.ndarray, KVCache]
 
@@ -112,8 +115,11 @@ Part = tuple[np.ndarray, KVCache]
 def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[Part]:
     """A smaller cache for each number of tokens to keep."""
     config, new = cache.config, options["new"]
-    if isinstance(config.addressing, Ring):
-        raise TypeError("compress: a ring keeps a bounded number of tokens already.")
+    if _has_window(config.addressing):
+        raise TypeError(
+            f"compress: queries see the {config.addressing.window} newest tokens of this "  # type: ignore[attr-defined]
+            f"{config.addressing.name} cache alone, so there is nothing to choose from."
+        )
     if new is None:
         new = max(1, config.max_context_length - host_lengths(cache, "new must be given").max())
     limits = limits_of(cache, keep)

@@ -16,7 +16,7 @@ from jaxkv.codecs import Leaves, bitcast
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["storage", "written", "bounds"],
+    data_fields=["storage", "first", "bounds"],
     meta_fields=["window", "sinks", "capacity"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Resident:
 
     Attributes:
       storage: as that of the cache, with a ring of slots a sequence.
-      written: how far each sequence was ever written; lengths are in the cache's index.
+      first: the position of each sequence from which on tokens are here after a rollback.
       bounds: of every block's keys, where queries choose blocks; else None.
       window, sinks: how many newest and first tokens, static.
       capacity: of the whole cache, static.
     """
 
     storage: Leaves
-    written: Int[Array, "*batch"]
+    first: Int[Array, "*batch"]
     bounds: "Bounds | None"
     window: int
     sinks: int
@@ -50,24 +50,25 @@ class Resident:
             shape = (config.num_layers, batch, blocks, config.num_kv_heads, config.head_dim)
             lowest, highest = (jnp.zeros(shape, jnp.float32) for _ in range(2))
             bounds = Bounds(lowest=lowest, highest=highest, block=config.placement.block)
-        written = jnp.zeros(config.batch_shape, jnp.int32)
+        first = jnp.zeros(config.batch_shape, jnp.int32)
         sinks = getattr(config.addressing, "sinks", 0)
         window = max(config.num_resident_slots // batch - sinks, 1)
-        return cls(storage, written, bounds, window, sinks, context)
+        return cls(storage, first, bounds, window, sinks, context)
 
     def index(self, lengths: Int[Array, "*batch"]) -> RingIndex:
         """Which position each slot holds, when sequences are so long."""
-        return RingIndex(lengths, self.written, self.capacity, self.window, self.sinks, chunk=1)
+        return RingIndex(lengths, self.first, self.capacity, self.window, self.sinks, chunk=1)
 
-    def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
-        return dataclasses.replace(self, written=self.index(lengths).with_lengths(lengths).written)
+    def with_lengths(self, before: Int[Array, "*batch"], lengths: Int[Array, "*batch"]) -> Self:
+        """The same when sequences that had one number of tokens have another."""
+        return dataclasses.replace(self, first=self.index(before).with_lengths(lengths).first)
 
     def append(self, layer: Layer, encoded: Leaves, positions: Int[Array, "*batch tokens"]) -> Self:
         """Write new tokens over the oldest. Position -1 is padding."""
         newest = positions.max(axis=-1, keepdims=True)
         kept = (positions > newest - self.window) | (positions < self.sinks)
         kept = jnp.where(kept, positions, -1)
-        slots = self.index(self.written).slots(kept)
+        slots = self.index(self.first).slots(kept)
         nowhere = self.num_slots + jnp.arange(slots.size, dtype=jnp.int32).reshape(slots.shape)
         slots = jnp.where(slots < 0, nowhere, slots)
         storage = {
@@ -91,8 +92,7 @@ class Resident:
         ``sinks``, and after a deep rollback all there are, are in host memory only. Where blocks
         are chosen they are whole, so it is the start of one.
         """
-        written = jnp.maximum(self.written, lengths)
-        oldest = jnp.maximum(written - self.window, 0)
+        oldest = self.index(lengths).first_position(lengths)
         if self.bounds is not None:
             oldest = -(-oldest // self.bounds.block) * self.bounds.block
         return jnp.minimum(oldest, lengths)

@@ -1,5 +1,6 @@
 """From the tensors of a file to the slots of a cache, whatever addressing either has."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxkv.addressing import Index
+from jaxkv.addressing.ring import RingIndex
 from jaxkv.codecs import Leaves
 from jaxkv.errors import CacheFullError, SnapshotError
 from jaxkv.kv_cache import KVCache
@@ -106,8 +108,12 @@ def _index(index: Index, group: Group, lengths: Sequence[int], rows: Sequence[in
     if isinstance(index, NewestIndex):
         first = with_rows(index.first, np.subtract(lengths, group.held))
         return index.holding_from(first, with_rows(index.lengths, lengths))
-    for values in (0, group.written, lengths):
+    for values in (0, lengths):
         index = index.with_lengths(with_rows(index.lengths, values))
+    if isinstance(index, RingIndex):
+        lost = np.maximum(np.subtract(group.written, index.ring_slots), 0)
+        first = with_rows(index.first, np.minimum(lost, lengths))
+        index = dataclasses.replace(index, first=first)
     return index
 
 

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxkv.addressing import ADDRESSINGS
+import jaxkv
+from jaxkv import KVCacheConfig
+from jaxkv.addressing import ADDRESSINGS, KeptByHead, Paged, Ring
+from jaxkv.addressing.rows import read_rows
 from tests.oracle import SMALL
 
 CAPACITY, LENGTHS = 6, np.array([4, 0, 6], np.int32)
@@ -101,26 +104,63 @@ def test_a_part_is_a_slice_of_the_whole(addressing, batch_size, start):
     np.testing.assert_array_equal(index.key_positions(0, index.lengths, start, 2), positions)
 
 
-STEPS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8)), max_size=8)
+STEPS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 12)), max_size=8)
+# What a rollback may reach in a ring: only its sinks, or with a window of 1 nothing at all.
+RINGS = [Ring(window=4, sinks=4, chunk=2), Ring(window=1, chunk=2), Ring(window=1, sinks=3)]
 
 
-@settings(max_examples=60, deadline=None)
-@given(addressing=st.sampled_from(list(SMALL.values())), steps=STEPS)
+@settings(max_examples=100, deadline=None)
+@given(addressing=st.sampled_from([*SMALL.values(), *RINGS]), steps=STEPS)
+@example(RINGS[0], [(9, 0), (9, 14), (6, 0)])
+@example(RINGS[1], [(9, 2), (1, 0)])
+@example(SMALL["ring"], [(9, 0), (20, 11)])
 def test_appends_and_rollbacks_keep_what_can_be_seen(addressing, steps):
-    """A dictionary of slots beside the index: no slot is ever said to hold what it does not."""
-    index, contents = addressing.init(20, None), {}
+    """A dictionary of slots beside the index: no slot is ever said to hold what it does not.
+
+    Tokens past the end are dropped, and rolled back.
+    """
+    index, contents = addressing.init(18, None), {}  # the last page reaches beyond
     for appended, rolled_back in steps:
         length = int(index.lengths)
-        positions = np.arange(length, min(length + appended, 20), dtype=np.int32)
+        positions = np.arange(length, length + appended, dtype=np.int32)
         contents |= dict(zip(np.asarray(index.slots(positions)).tolist(), positions, strict=True))
-        index = index.with_lengths(jnp.int32(length + len(positions)))
+        index = index.with_lengths(jnp.int32(length + appended))
         shorter = index.with_lengths(jnp.maximum(index.lengths - rolled_back, 0))
         index = shorter if np.all(shorter.intact) else index
         held = np.asarray(index.key_positions(0, index.lengths, 0, index.extent))
-        slots = np.asarray(index.slots(jnp.arange(20, dtype=jnp.int32)))
+        slots = np.asarray(index.slots(jnp.arange(18, dtype=jnp.int32)))
         for position in held[held >= 0]:
             assert contents[int(slots[position])] == position
-        assert set(held[held >= 0]) >= visible_positions(index, int(index.lengths))
+        assert set(held[held >= 0]) >= visible_positions(index, int(index.lengths)) & set(range(18))
+        if index.lengths >= 18:  # as `check` promises
+            assert index.with_lengths(jnp.int32(18)).intact
+
+
+def test_pages_that_were_given_back_are_missed_after_a_rollback():
+    config = KVCacheConfig(1, 12, 1, 4, batch_size=2, addressing=Paged(2, num_pages=9, window=3))
+    table = jnp.array([[-1, -1, 3, 4, -1, -1], [0, 1, 2, 5, 6, -1]], jnp.int32)
+    cache = jaxkv.create(config).with_pages(table, jnp.array([8, 9]))
+    assert jaxkv.check(jaxkv.truncate(cache, 6)).lengths.tolist() == [6, 6]  # which sees 4 and 5
+    with pytest.raises(ValueError, match=r"roll back to \[5, 9\] tokens: the paged cache has lost"):
+        jaxkv.truncate(cache, jnp.array([5, 9]))
+    rolled_back = jax.jit(jaxkv.truncate)(cache, jnp.array([5, 9]))
+    assert rolled_back.index.intact.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("kept_by_head", [False, True])
+def test_rows_that_int32_cannot_number_are_read_too(monkeypatch, kept_by_head):
+    """Of all layers, keys and values together; what is numbered is a layer's alone."""
+    addressing = Paged(page_size=1 << 20, num_pages=1 << 9)
+    if kept_by_head:
+        addressing = KeptByHead(places=1 << 29, longest=4, new=4, num_layers=2, num_kv_heads=2)
+    index = jax.eval_shape(lambda: addressing.init(1 << 29, None))
+    huge = jax.ShapeDtypeStruct((2, 2, 1 << 29, 2, 1), jnp.int8)
+    read = jax.eval_shape(lambda index, leaf: index.read(leaf, 1, 0, 8), index, huge)
+    assert read.shape == (2, 8, 2, 1)
+    leaf, rows = np.arange(2 * 2 * 6).reshape(2, 2, 6), np.array([[5, 0], [3, 3]])
+    for most in (1, 24, 25):
+        monkeypatch.setattr("jaxkv.addressing.rows._INT32", most)
+        np.testing.assert_array_equal(read_rows(jnp.asarray(leaf), 1, rows), leaf[1][:, rows])
 
 
 @addressings

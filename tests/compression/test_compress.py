@@ -212,9 +212,10 @@ def test_scores_and_caches_that_do_not_fit_are_refused():
         jaxkv.compress(cache, jnp.zeros((2, 16)), keep=3)
     with pytest.raises(TypeError, match="keep cannot be a share"):
         jax.jit(lambda cache: jaxkv.compress(cache, KeyDiff(), keep=0.5, new=1))(cache)
-    ring = jaxkv.create(jaxkv.KVCacheConfig(1, 16, 1, 4, addressing=jaxkv.Ring(4)))
-    with pytest.raises(TypeError, match="ring"):
-        jaxkv.compress(ring, KeyDiff(), keep=2)
+    for windowed in (jaxkv.Ring(4), jaxkv.Paged(4, window=4)):
+        sliding = jaxkv.create(jaxkv.KVCacheConfig(1, 16, 1, 4, addressing=windowed))
+        with pytest.raises(TypeError, match=f"the 4 newest tokens of this {windowed.name} cache"):
+            jaxkv.compress(sliding, KeyDiff(), keep=2)
     uneven = jaxkv.compress(cache, KeyDiff(), keep=BY_HEAD, new=2)
     with pytest.raises(TypeError, match="Fork before"):
         jaxkv.fork(uneven, 2)
