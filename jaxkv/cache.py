@@ -36,7 +36,7 @@ from jaxkv.programs import one_program
 from jaxkv.streaming import append_to_host
 from jaxkv.vectors import encode, read
 
-_MISUSED = "num_tokens, a length, a layer or a row inside jit was out of range"
+_MISUSED = "num_tokens, a length, a layer or a row was out of range inside jit"
 
 
 @changing_its_group
@@ -262,9 +262,9 @@ def check(cache: KVCache) -> KVCache:
     check_alive(cache)
     lengths, every_room, _ = books_of(cache.index)
     if (misused := lengths >= OUT_OF_RANGE).any():
-        which = f"Of sequences {np.flatnonzero(misused).tolist()}" if misused.ndim else "Here"
+        which = f", for sequences {np.flatnonzero(misused).tolist()}" if misused.ndim else ""
         raise ValueError(
-            f"{which} {_MISUSED}. Nothing was written. Go on from the cache before that call, or "
+            f"{_MISUSED}{which}. Nothing was written. Go on from the cache before that call, or "
             "truncate this one to the tokens that it had."
         )
     if (lengths > every_room).any():
