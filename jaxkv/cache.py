@@ -36,7 +36,7 @@ from jaxkv.programs import one_program
 from jaxkv.streaming import append_to_host
 from jaxkv.vectors import encode, read
 
-_MISUSED = "num_tokens, a length, a layer or a row inside jit was out of range"
+_MISUSED = "num_tokens, a length, a layer or a row was out of range inside jit"
 
 
 @changing_its_group
@@ -211,13 +211,15 @@ def layer(
 
 @in_its_group
 def _layer(cache: KVCache, *, layer: Layer) -> tuple[Array, Array]:
-    return _read_all(cache, check_layer(cache, layer))
+    number = check_layer(cache, layer)
+    exists = layer_exists(cache, number)
+    keys, values = _read_all(cache, number)
+    return or_nan(keys, exists), or_nan(values, exists)
 
 
 @one_program()
 def _read_all(cache: KVCache, number: Layer) -> tuple[Array, Array]:
-    both = read(cache, number, 0, cache.index.extent, _decoded_dtype(cache))
-    keys, values = or_nan(both, layer_exists(cache, number))
+    keys, values = read(cache, number, 0, cache.index.extent, _decoded_dtype(cache))
     return keys, values
 
 
@@ -289,13 +291,9 @@ def check(cache: KVCache) -> KVCache:
     check_alive(cache)
     lengths, every_room, _ = books_of(cache.index)
     if (misused := lengths >= OUT_OF_RANGE).any():
-        which = (
-            f"Of sequences {np.flatnonzero(misused).tolist()}, "
-            if lengths.ndim
-            else "Of this cache, "
-        )
+        which = f", for sequences {np.flatnonzero(misused).tolist()}" if misused.ndim else ""
         raise ValueError(
-            f"{which}{_MISUSED}. Nothing was written. Go on from the cache before that call, or "
+            f"{_MISUSED}{which}. Nothing was written. Go on from the cache before that call, or "
             "truncate this one to the tokens that it had."
         )
     if (lengths > every_room).any():

@@ -154,10 +154,9 @@ def check_intact(cache: KVCache) -> None:
             f"It takes back {chunk} tokens at most; create it with a larger chunk to roll back "
             "further, or reset it."
         )
-    name = cache.config.addressing.name
     raise ValueError(
-        f"cannot roll back to {lengths.tolist()} tokens: the {name} cache has lost tokens that "
-        f"the next query would see. {cure}"
+        f"cannot roll back to {lengths.tolist()} tokens: the {cache.config.addressing.name} cache "
+        f"has lost tokens that the next query would see. {cure}"
     )
 
 

@@ -30,6 +30,7 @@ def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
         without the last ones, as scales are, is sharded by those that it has.
 
     Raises:
+      ConfigError: 2**30 or more positions, or slots times KV heads.
       ValueError: a sharding of more axes than that.
 
     Raises:

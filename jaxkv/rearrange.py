@@ -41,8 +41,10 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     chosen = rows if isinstance(rows, jax.Array) else on_device(np.asarray(rows, np.int32))
     check_rows(cache, chosen)
     if in_host_memory(buffer_of(cache)):  # which no compiled program gathers from
-        return _selected(cache, chosen)
-    return _select(cache, chosen)
+        selected = _selected(cache, chosen)
+    else:
+        selected = _select(cache, chosen)
+    return selected.where_in_range(rows_exist(cache, chosen))
 
 
 def _selected(cache: KVCache, chosen: Int[Array, " rows"]) -> KVCache:
@@ -53,8 +55,7 @@ def _selected(cache: KVCache, chosen: Int[Array, " rows"]) -> KVCache:
     resident = None if cache.resident is None else cache.resident.select(chosen)
     newest = None if cache.newest is None else select(cache.newest, chosen)
     config = cache.config.replace(batch_size=chosen.size)
-    selected = KVCache(storage, index, config, cache.means, resident, newest)
-    return selected.where_in_range(rows_exist(cache, chosen))
+    return KVCache(storage, index, config, cache.means, resident, newest)
 
 
 _select = one_program()(_selected)

@@ -206,10 +206,8 @@ class KeptIndex(abc.ABC):
         self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
     ) -> Int[Array, "*batch kv_heads size"]:
         slots = start + jnp.arange(size, dtype=jnp.int32)
-        first, end = (
-            self.first_new[..., None, None],
-            jnp.minimum(lengths, self.room)[..., None, None],
-        )
+        first = self.first_new[..., None, None]
+        end = jnp.minimum(lengths, self.room)[..., None, None]
         kept = self.kept_positions(layer, slots - self.new)
         kept = jnp.where(kept < first, kept, -1)
         new = jnp.where(first + slots < end, first + slots, -1)

@@ -162,8 +162,10 @@ def attend(
     call = functools.partial(_serve, *arrays, softcap=softcap, window=window)
     runs = {name: functools.partial(call, chosen=IMPLEMENTATIONS[name]) for name in names.values()}
     if platform is not None:
-        return runs[names[platform]]()
-    return by_platform({each: runs[name] for each, name in names.items()})
+        output = runs[names[platform]]()
+    else:
+        output = by_platform({each: runs[name] for each, name in names.items()})
+    return or_nan(output, layer_exists(cache, layer))
 
 
 @one_program("chosen", "softcap", "window")
@@ -186,7 +188,7 @@ def _serve(
     if turn:
         output = unrotate(cache.config.codec, output)
     output = jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
-    return or_nan(output, layer_exists(cache, layer))
+    return output
 
 
 def explain(

@@ -23,7 +23,7 @@ class _OnlyCounts(CachedAttention):
     def __init__(self, cache: nnx.Cache):
         self.cache = cache
 
-    def __call__(self, query: Any, key: Any, value: Any, **_: Any) -> Any:  # type: ignore[override]
+    def __call__(self, query: Any, key: Any, value: Any, **_: Any) -> Any:
         cache = cast(KVCache, self.cache.get_value())
         self.cache.set_value(advance(cache, query.shape[-3]))
         return query
@@ -70,6 +70,8 @@ def _outputs(model: nnx.Module, *calls: jax.Array) -> list[np.ndarray]:
     probe.eval()
     for _, module in list(nnx.iter_modules(probe)):
         if isinstance(module, nnx.MultiHeadAttention):
-            module.attention_fn = nnx.data(_OnlyCounts(module.attention_fn.cache))
+            module.attention_fn = nnx.data(
+                _OnlyCounts(cast(CachedAttention, module.attention_fn).cache)
+            )
     outputs = [jax.tree.leaves(probe(tokens))[0] for tokens in calls]
     return [np.asarray(output, np.float32) for output in outputs]
