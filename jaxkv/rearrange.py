@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.addressing import PagedIndex
 from jaxkv.checks import check_alive, check_on_device, check_rows
-from jaxkv.hybrid import AnyCache, HybridCache, in_every_group
+from jaxkv.hybrid import AnyCache, in_every_group
 from jaxkv.kv_cache import KVCache
 from jaxkv.programs import on_device, one_program, promotes_ranks
 
@@ -94,10 +94,10 @@ def copy_pages(
     >>> keys[4:, 0, 0].tolist()
     [1.0, 1.0, 1.0, 1.0]
     """
-    if isinstance(cache, HybridCache):
+    if len(cache.groups) > 1:
         raise TypeError(
-            "copy_pages: pages are of one pool, and a hybrid cache has one for each group; copy in "
-            "cache.groups[number], and put it back with cache.with_group(number, group)."
+            "copy_pages: a page is one of a pool, and this cache has a pool for each group. Copy "
+            "in each of cache.groups, and put them back with cache.with_groups."
         )
     if not isinstance(cache.index, PagedIndex):
         raise TypeError(

@@ -108,9 +108,7 @@ def kinds():
 def empty(config, rng):
     """A cache full of garbage; pages of a pool are assigned, in any order."""
     cache = jaxkv.create(config)
-    if isinstance(cache, jaxkv.HybridCache):
-        return cache.map(poisoned)
-    cache = poisoned(cache)
+    cache = cache.with_groups([poisoned(group) for group in cache.groups])
     if not is_pool(cache):
         return cache
     pages = free_pages(cache, rng, cache.index.table.shape)
@@ -118,9 +116,8 @@ def empty(config, rng):
 
 
 def is_pool(cache):
-    return getattr(cache.config, "addressing", None) is not None and getattr(
-        cache.index, "shared", False
-    )
+    """Whether a cache has pages that are assigned."""
+    return getattr(cache.groups[0].index, "shared", False)
 
 
 def free_pages(cache, rng, shape):

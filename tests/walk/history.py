@@ -90,10 +90,9 @@ class History:
     """Of a cache: ``rows[layer][sequence]``."""
 
     def __init__(self, config):
-        groups = getattr(config, "groups", (config,))
-        numbers = getattr(config, "group_of_layer", (0,) * config.num_layers)
-        self.configs = [groups[number] for number in numbers]  # one a layer
-        self.rows = [[Row() for _ in range(config.batch_size or 1)] for _ in numbers]
+        layers = range(config.num_layers)
+        self.configs = [config.groups[config.locate(layer)[0]] for layer in layers]
+        self.rows = [[Row() for _ in range(config.batch_size or 1)] for _ in layers]
         for layer, config in enumerate(self.configs):
             if isinstance(config.addressing, jaxkv.Kept):
                 self.limit(layer, config.addressing, config.addressing.tokens)
@@ -230,9 +229,7 @@ def num_fine(config):
 
 
 def part_of(cache, layer):
-    """The plain cache that holds a layer, and the layer's number in it."""
-    if not isinstance(cache, jaxkv.HybridCache):
-        return cache, layer
+    """The group of a cache that has a layer, and the layer's number in it."""
     group, number = cache.config.locate(layer)
     return cache.groups[group], number
 

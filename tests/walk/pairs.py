@@ -43,9 +43,9 @@ def walked(kind):
     walk = Walk(config_of(kind.codec, addressing, placement, kind.residual, MOST_ROWS))
     for tokens in (4, 4, 1):
         if addressing.startswith("kept"):
-            walk.evict(eager=True)
-        walk.step(Call(tokens, eager=True))
-    walk.truncate([9, 8], eager=True)
+            walk.evict()
+        walk.step(Call(tokens))
+    walk.truncate([9, 8])
     if by_head:
         walk.compress(KEEPS[2])
     if offloaded:
@@ -54,27 +54,27 @@ def walked(kind):
 
 
 def attend_by(name):
-    return lambda walk: walk.step(Call(1, name, eager=True))
+    return lambda walk: walk.step(Call(1, name))
 
 
 Verb = Callable[[Walk], None]
 VERBS: dict[str, Verb] = {
-    "append, attend, advance": lambda walk: walk.step(Call(4, eager=True)),
+    "append, attend, advance": lambda walk: walk.step(Call(4)),
     "attend by native": attend_by("native"),
     "attend by reference": attend_by("reference"),
     "attend by blockwise": attend_by("blockwise"),
     "attend by streamed": attend_by("streamed"),
     "layer": Walk.read,
-    "truncate": lambda walk: walk.truncate([7, 8], eager=True),
+    "truncate": lambda walk: walk.truncate([7, 8]),
     "reset": Walk.reset,
-    "select": lambda walk: walk.select([1, 0], eager=True),
+    "select": lambda walk: walk.select([1, 0]),
     "fork": lambda walk: walk.fork(2),
     "copy_pages": lambda walk: walk.copy_pages(0),
     "compress": lambda walk: walk.compress(KEEPS[0]),
     "compress by layer": lambda walk: walk.compress(KEEPS[1]),
     "compress by head": lambda walk: walk.compress(KEEPS[2]),
     "compress in a pool": lambda walk: walk.compress(KEEPS[0], in_pool=True),
-    "evict": lambda walk: walk.evict(eager=True),
+    "evict": lambda walk: walk.evict(),
     "load": Walk.save_and_load,
     "load into": lambda walk: walk.save_and_load(into=True, order=[1, 0]),
     "offload": Walk.offload,
@@ -91,7 +91,7 @@ def error_of(verb, walk):
             raise
         return f"{type(error).__name__}: {error}"
     walk.check()
-    walk.step(Call(eager=True))
+    walk.step(Call())
     return None
 
 
