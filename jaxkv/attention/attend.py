@@ -234,8 +234,8 @@ def _serving(
         platforms = (own,)
     if reason := _cannot_serve(named, cache, tokens, platforms[0]):
         raise ValueError(
-            f"implementation {named!r} cannot serve this call: {reason}. Leave implementation= out, "
-            "and one that can is chosen."
+            f"implementation {named!r} cannot serve this call: {reason}. Leave implementation= "
+            "out, and one that can is chosen."
         )
     return dict.fromkeys(platforms, named)
 
