@@ -110,7 +110,8 @@ def copy_pages(
         )
     if not isinstance(cache.index, PagedIndex):
         raise TypeError(
-            f"copy_pages needs a paged cache, got a {cache.config.addressing.name} one."
+            f"copy_pages needs a paged cache, got a {cache.config.addressing.name} one. Create it "
+            "with addressing=jaxkv.Paged(page_size)."
         )
     if cache.resident is not None:
         raise ValueError(

@@ -253,7 +253,10 @@ def _serving(
     if platform is None and own is not None:
         platforms = (own,)
     if reason := _cannot_serve(named, cache, tokens, softcap, platforms[0]):
-        raise ValueError(f"implementation {named!r} cannot serve this call: {reason}.")
+        raise ValueError(
+            f"implementation {named!r} cannot serve this call: {reason}. Leave implementation= "
+            "out, and one that can is chosen."
+        )
     return dict.fromkeys(platforms, named)
 
 

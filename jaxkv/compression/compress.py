@@ -190,7 +190,8 @@ def _checked_pages(cache: KVCache, pages: Array, slots: int) -> Int[Array, "*bat
     index = cache.index.within if isinstance(cache.index, KeptIndex) else cache.index
     if not isinstance(index, PagedIndex) or not index.shared:
         raise ValueError(
-            f"compress: pages are of a shared pool, and this cache is {cache.config.addressing}."
+            f"compress: pages are of a shared pool, and this cache is {cache.config.addressing}. "
+            "Leave pages= out, and the result has slots of its own."
         )
     expected = (*cache.config.batch_shape, -(-slots // index.page_size))
     pages = jnp.asarray(pages, jnp.int32)

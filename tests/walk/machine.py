@@ -11,12 +11,12 @@ from tests.walk.walk import POLICIES, Call, Walk, refused_by_jaxkv
 
 CALLS = [
     Call(1),
-    Call(4, options="window"),
-    Call(1, "native", "together"),
-    Call(4, "blockwise", "softcap"),
-    Call(1, "reference", "sinks"),
-    Call(1, options="scale", eager=True),
-    Call(4, eager=True),
+    Call(4, options="window", padded=True),
+    Call(1, "native", "together", padded=True),
+    Call(1, "reference", "sinks", padded=True),
+    Call(4, "blockwise", "softcap", padded=True),
+    Call(1, options="scale", padded=True, jitted=True),
+    Call(4, padded=True, jitted=True),
 ]
 NUMBERS = st.tuples(*[st.integers(0, 6)] * MOST_ROWS)  # one of each sequence
 
@@ -62,10 +62,10 @@ class Machine(RuleBasedStateMachine):
     def read(self):
         self.attempt(self.walk.read)
 
-    @rule(back=NUMBERS, eager=st.booleans())
-    def truncate(self, back, eager):
+    @rule(back=NUMBERS, jitted=st.booleans())
+    def truncate(self, back, jitted):
         lengths = np.array(self.walk.history.lengths) - back[: self.walk.num_rows]
-        self.attempt(self.walk.truncate, np.maximum(lengths, 0), eager)
+        self.attempt(self.walk.truncate, np.maximum(lengths, 0), jitted)
 
     @rule()
     def reset(self):
@@ -76,14 +76,14 @@ class Machine(RuleBasedStateMachine):
         in_pool &= np.ndim(self.kind.keep) == 0 and is_pool(self.walk.cache)
         self.attempt(self.walk.compress, self.kind.keep, policy=policy, in_pool=in_pool)
 
-    @rule(eager=st.booleans())
-    def evict(self, eager):
-        self.attempt(self.walk.evict, eager)
+    @rule(jitted=st.booleans())
+    def evict(self, jitted):
+        self.attempt(self.walk.evict, jitted)
 
-    @rule(rows=NUMBERS, eager=st.booleans())
-    def select(self, rows, eager):
+    @rule(rows=NUMBERS, jitted=st.booleans())
+    def select(self, rows, jitted):
         rows = np.array(rows) % self.walk.num_rows
-        self.attempt(self.walk.select, rows, eager)
+        self.attempt(self.walk.select, rows, jitted)
 
     @rule()
     def fork(self):

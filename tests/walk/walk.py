@@ -38,13 +38,15 @@ class Call(NamedTuple):
     """How a step is taken. Each kind is compiled, so there are not too many.
 
     Attributes:
-      eager: outside jit, where all tokens are real; inside they are padded.
+      padded: some of the tokens may not be real.
+      jitted: inside jit, with the cache donated.
     """
 
     tokens: int = 1
     implementation: str | None = None
     options: str = "plain"
-    eager: bool = False
+    padded: bool = False
+    jitted: bool = False
 
 
 _OPTIONS = ("implementation", "scale", "softcap", "window")
@@ -107,8 +109,8 @@ class Walk:
         numbers = np.asarray(numbers, np.int32)
         return numbers if self.batch_size else numbers[0]
 
-    def run(self, verb, *arguments, eager=False, **options):
-        if eager:
+    def run(self, verb, *arguments, jitted=False, **options):
+        if not jitted:
             return getattr(jaxkv, verb)(self.cache, *arguments, **options)
         if "layer" in options and isinstance(self.cache, jaxkv.HybridCache):
             verb += " to a static layer"
@@ -136,17 +138,17 @@ class Walk:
 
         Args:
           or_another: implementation, where the one that is named cannot serve.
-          missing: of each sequence, inside jit, tokens that are padding, beside those that there
-            is no room for.
+          missing: of each sequence, tokens that are padding, beside those that there is no room
+            for.
         """
         counts, room = np.full(self.num_rows, call.tokens), self.history.rooms
         room -= self.history.lengths
-        if not call.eager:
+        if call.padded:
             counts = np.maximum(np.minimum(counts, room) - missing[: self.num_rows], 0)
         elif (counts > room).any():
             return self._overfill(call.tokens)
-        num_tokens = None if call.eager else self.of_batch(counts)
-        how = {"num_tokens": num_tokens, "eager": call.eager}
+        num_tokens = self.of_batch(counts) if call.padded else None
+        how = {"num_tokens": num_tokens, "jitted": call.jitted}
         options = OPTIONS[call.options]
         for layer in range(LAYERS):
             real = queries, keys, values = self.vectors(layer, call.tokens)
@@ -158,7 +160,7 @@ class Walk:
             expected = self.history.attend(layer, queries, counts, **options)
             np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-5)
         added = call.tokens if num_tokens is None else num_tokens
-        self.cache = self.run("advance", added, eager=call.eager)
+        self.cache = self.run("advance", added, jitted=call.jitted)
         return None
 
     def _attend(self, implementation, or_another, **arguments):
@@ -177,9 +179,10 @@ class Walk:
             with pytest.raises(jaxkv.CacheFullError):
                 jaxkv.append(self.cache, *new, layer=layer)
             counts = self.of_batch([tokens] * self.num_rows)
-            self.cache = self.run("append", *new, layer=layer, num_tokens=counts)
+            how = {"num_tokens": counts, "jitted": True}
+            self.cache = self.run("append", *new, layer=layer, **how)
             self.history.add(self.cache, layer, *new, [tokens] * self.num_rows)
-        self.cache = self.run("advance", tokens)
+        self.cache = self.run("advance", counts, jitted=True)
         with pytest.raises(jaxkv.CacheFullError):
             jaxkv.check(self.cache)
         self.truncate(lengths)
@@ -207,10 +210,10 @@ class Walk:
 
     # Fewer of them.
 
-    def truncate(self, lengths, eager=False):
+    def truncate(self, lengths, jitted=False):
         """Inside jit only what is sure to be possible, for nothing can be refused there."""
         sure = all(map(self._can_roll_back, self.history.rows[0], lengths))
-        self.cache = self.run("truncate", self.of_batch(lengths), eager=eager or not sure)
+        self.cache = self.run("truncate", self.of_batch(lengths), jitted=jitted and sure)
         self.history.truncate(lengths)
 
     def _can_roll_back(self, row, length):
@@ -247,10 +250,10 @@ class Walk:
         pages = -(-slots // self.cache.index.page_size)
         return free_pages(self.cache, self.rng, (*shape, pages))
 
-    def evict(self, eager=False):
+    def evict(self, jitted=False):
         """Wherever there is no room for the most that a step brings."""
         options = {"policy": largest_coordinate, "sinks": 1, "recent": 1}
-        self.cache = self.run("evict", **options, tokens=MOST_TOKENS, eager=eager)
+        self.cache = self.run("evict", **options, tokens=MOST_TOKENS, jitted=jitted)
         self._chosen(self.history.full(MOST_TOKENS), largest_coordinate)
 
     def _chosen(self, full, policy):
@@ -265,8 +268,8 @@ class Walk:
 
     # Whole sequences.
 
-    def select(self, rows, eager=False):
-        self._rearranged(self.run("select", np.asarray(rows, np.int32), eager=eager), rows)
+    def select(self, rows, jitted=False):
+        self._rearranged(self.run("select", np.asarray(rows, np.int32), jitted=jitted), rows)
 
     def fork(self, copies):
         rows = np.repeat(np.arange(self.num_rows), copies)
