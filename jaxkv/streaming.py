@@ -23,9 +23,9 @@ from jaxkv.vectors import read
 def offload(cache: KVCache) -> KVCache:
     """The cache in host memory, bit for bit, for as long as its device memory is needed.
 
-    `append` and `attend` go on working at the pace of the bus (not where heads keep numbers of
-    tokens of their own). The device memory is free again once the old cache is: rebind it,
-    ``cache = jaxkv.offload(cache)``. A copy in numpy arrays goes to where its
+    `append`, `attend` and `evict` go on working at the pace of the bus (not where heads keep
+    numbers of tokens of their own). The device memory is free again once the old cache is: rebind
+    it, ``cache = jaxkv.offload(cache)``. A copy in numpy arrays goes to where its
     ``config.placement`` says.
 
     Raises:

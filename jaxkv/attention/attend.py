@@ -187,8 +187,7 @@ def _serve(
     output = chosen.run(request)
     if turn:
         output = unrotate(cache.config.codec, output)
-    output = jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
-    return output
+    return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
 
 
 def explain(
