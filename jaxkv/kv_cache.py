@@ -221,7 +221,8 @@ def buffer_of(cache: KVCache) -> Array:
 
 def books_of(index: Index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Outside jit, the length of each sequence, its room, and whether it is intact."""
-    lengths, room, intact = jax.device_get(_books(index))
+    with jax.ensure_compile_time_eval():  # a cache that a traced function names is not traced
+        lengths, room, intact = jax.device_get(_books(index))
     return lengths, np.broadcast_to(room, lengths.shape), np.broadcast_to(intact, lengths.shape)
 
 

@@ -26,10 +26,7 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
     if not is_streamed(cache):
         return "the cache is on the device"
     if run_of(cache.index) is None:
-        return (
-            f"it cannot fetch from {cache.config.addressing.name} caches; bring this one back with "
-            "jaxkv.prefetch"
-        )
+        return f"it cannot fetch from {cache.config.addressing.name} caches; prefetch this one"
     return None
 
 

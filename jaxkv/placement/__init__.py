@@ -2,6 +2,7 @@
 
 from jaxkv.placement.host_memory import (
     HostMemory,
+    host_sharding,
     in_host_memory,
     to_device,
     to_host,
@@ -22,6 +23,7 @@ __all__ = [
     "HostMemory",
     "Resident",
     "copy_runs",
+    "host_sharding",
     "in_host_memory",
     "needed_run",
     "read_slots",

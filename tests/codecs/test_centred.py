@@ -127,7 +127,7 @@ def means_of_generate(config):
     chunk = np.zeros((2, decode.PREFILL_CHUNK), np.int32)
     chunk[:, :5] = TOKENS
     program = decode.Program.of(look_up, jaxkv.Sampling(), ())
-    return program.prefill((chunk, COUNTS), jaxkv.create(config)).means
+    return program.prefill((chunk, COUNTS), jaxkv.create(config))[0].means
 
 
 def means_of_an_engine(config, prompt):
