@@ -51,3 +51,17 @@ def pytest_collection_modifyitems(items):
         needs = item.get_closest_marker("devices")
         if needs and needs.args[0] > int(os.environ["JAXKV_TEST_DEVICES"]):
             item.add_marker(pytest.mark.skip(reason=f"needs {needs.args[0]} devices"))
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows with each program that XLA compiles."""
+    durations = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            durations.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield durations
+    jax.monitoring.unregister_event_duration_listener(listen)

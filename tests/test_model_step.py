@@ -17,20 +17,6 @@ CONFIG = jaxkv.KVCacheConfig(1, 32, 1, 4, batch_size=1)
 POOL = CONFIG.replace(batch_size=2, addressing=jaxkv.Paged(4, 16))
 
 
-@pytest.fixture
-def compilations():
-    """A list that grows with each program that XLA compiles."""
-    durations = []
-
-    def listen(event, duration, **_):
-        if event.endswith("backend_compile_duration"):
-            durations.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield durations
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def follow(table, tokens, cache):
     """A "model" whose answer to a token is in a table."""
     return 9 * jax.nn.one_hot(table[tokens], VOCABULARY), jaxkv.advance(cache, tokens.shape[-1])
