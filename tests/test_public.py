@@ -17,7 +17,17 @@ PACKAGE = ROOT / "jaxkv"
 
 # From the bottom up, as in ARCHITECTURE.md. A file imports from its own floor or lower ones.
 FLOORS = [
-    {"errors", "devices", "display", "text", "hf_config", "html", "native", "programs"},
+    {
+        "errors",
+        "devices",
+        "display",
+        "text",
+        "hf_config",
+        "hf_families",
+        "html",
+        "native",
+        "programs",
+    },
     {"codecs", "addressing", "paging"},
     {"placement", "newest"},
     {"config"},
