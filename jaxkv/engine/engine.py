@@ -244,9 +244,10 @@ class Engine:
                     "tokens of its old answer had been streamed. Stream it again."
                 )
             answer = request.tokens
-            while sent < len(answer):
+            if sent < len(answer):
                 yield answer[sent]
                 sent += 1
+                continue
             if request.done:
                 return
             self._check_alive(request)
