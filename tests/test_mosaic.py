@@ -31,10 +31,10 @@ def config_of(**fields):
 
 @pytest.fixture
 def served(monkeypatch):
-    """As if the CPU were the GPU; with a function in place of the kernel's call, or not."""
+    """As if the kernel's platform were this one; with a function in its place, or not."""
 
-    def serve(run=mosaic.mosaic):
-        fields = {"run": run, "cannot_read": mosaic.cannot_read, "platform": "cpu"}
+    def serve(run=mosaic.mosaic, platform="cpu"):
+        fields = {"run": run, "cannot_read": mosaic.cannot_read, "platform": platform}
         for name, other in (("mosaic", fields), ("native", {"platform": "gpu"})):
             row = IMPLEMENTATIONS[name]._replace(**other)
             monkeypatch.setitem(IMPLEMENTATIONS, name, row)
@@ -119,7 +119,7 @@ def test_a_group_that_fills_the_registers_is_left_to_others(served):
     ids=["bfloat16", "int8 pages", "rotated4"],
 )
 def test_it_lowers_and_is_given_the_whole_cache(served, codec, addressing):
-    served()
+    served(platform="gpu")
     config = config_of(codec=codec, addressing=addressing, num_kv_heads=8, batch_size=2)
     cache = jax.eval_shape(lambda: jaxkv.create(config))
     dtypes = {name: dtype for name, (_, dtype) in codec.leaves(64).items()}
