@@ -16,9 +16,9 @@ import jaxkv
 from benchmarks.caches import compile_fill, filled
 from benchmarks.measure import interleaved
 from benchmarks.report import Row, Table
-from jaxkv.decode import TOKENS_PER_DISPATCH, Program, State
 from jaxkv.models import Decoder, DecoderConfig, load
-from jaxkv.text import format_bytes
+from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Program, State
+from jaxkv.show.text import format_bytes
 
 _SHAPE = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}  # Llama-3-8B
 # Prompts, tokens that each holds already, and the cache's codec.

@@ -10,7 +10,7 @@ import jaxkv
 from benchmarks.measure import interleaved
 from benchmarks.report import Row, Table
 from jaxkv.memory.machine import tightest_bound
-from jaxkv.text import format_bytes
+from jaxkv.show.text import format_bytes
 
 # Name, layers, KV heads, head_dim, context; bfloat16.
 _CACHES = (

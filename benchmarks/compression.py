@@ -30,9 +30,9 @@ from benchmarks.recall import (
     recall_model,
 )
 from benchmarks.report import Row, Table
+from jaxkv.cache.hybrid import AnyCache
 from jaxkv.codecs import CODECS
 from jaxkv.compression import adaptive, score
-from jaxkv.hybrid import AnyCache
 from jaxkv.policies import (
     ExpectedAttention,
     HeavyHitters,

@@ -13,9 +13,9 @@ from benchmarks import decode_peers
 from benchmarks.caches import filled
 from benchmarks.measure import ReadLimit, Timing, interleaved
 from benchmarks.report import Row, Table, missing, target
-from jaxkv.decode import TOKENS_PER_DISPATCH, Program, State
 from jaxkv.models import Decoder, DecoderConfig
-from jaxkv.sampling import Sampling
+from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Program, State
+from jaxkv.serve.sampling import Sampling
 
 MODEL = DecoderConfig(
     vocab_size=4096,

@@ -14,8 +14,8 @@ from benchmarks.caches import filled
 from benchmarks.decode import MODEL
 from benchmarks.measure import Timing, interleaved
 from benchmarks.report import Row, Table, missing, target
-from jaxkv.decode import TOKENS_PER_DISPATCH, Program, State
 from jaxkv.models import Decoder
+from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Program, State
 
 _PAGE = 16
 # Seconds, and the answers.

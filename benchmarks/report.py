@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from jaxkv.memory.text import pairs
+from jaxkv.show.text import pairs
 
 PEERS = ("torch", "transformers", "flax")
 

@@ -13,7 +13,7 @@ _PROGRAMS = {
     "import jax": ["-c", "import jax"],
     "import jaxkv": ["-c", "import jaxkv"],
     "jaxkv plan Llama-3-8B --device 24GB": [
-        "-m", "jaxkv.cli", "plan", "Llama-3-8B", "--device", "24GB"
+        "-m", "jaxkv.cli.main", "plan", "Llama-3-8B", "--device", "24GB"
     ],
 }  # fmt: skip
 

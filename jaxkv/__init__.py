@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING, Any
 from jaxkv import exported  # noqa: F401, lets jax.export serialize caches
 from jaxkv.addressing import Addressing, Contiguous, Kept, Paged, Ring
 from jaxkv.attention import attend, explain, fetched_blocks, observed
-from jaxkv.cache import advance, append, check, layer, next_positions, reset, truncate
+from jaxkv.cache.config import KVCacheConfig
+from jaxkv.cache.create import create
+from jaxkv.cache.host import offload, prefetch
+from jaxkv.cache.hybrid import HybridCache, HybridConfig
+from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.newest import Newest
+from jaxkv.cache.rearrange import copy_pages, fork, select
+from jaxkv.cache.verbs import advance, append, check, layer, next_positions, reset, truncate
 from jaxkv.codecs import Centred, Codec, Dense, Float8, Int8, KeysValues, Rope, Rotated
-from jaxkv.config import KVCacheConfig
-from jaxkv.creation import create
 from jaxkv.errors import (
     CacheAllocationError,
     CacheClosedError,
@@ -22,24 +27,19 @@ from jaxkv.errors import (
     SnapshotError,
     UnknownRequestError,
 )
-from jaxkv.generation import Generation, Timings, generate
-from jaxkv.hybrid import HybridCache, HybridConfig
-from jaxkv.known_models import cache_config
-from jaxkv.kv_cache import KVCache
 from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
-from jaxkv.model_shape import wide_at_the_ends
-from jaxkv.newest import Newest
+from jaxkv.models.known import cache_config
+from jaxkv.models.shape import wide_at_the_ends
 from jaxkv.placement import HostMemory
-from jaxkv.rearrange import copy_pages, fork, select
-from jaxkv.sampling import Sampling, sample
-from jaxkv.streaming import offload, prefetch
+from jaxkv.serve.generate import Generation, Timings, generate
+from jaxkv.serve.sampling import Sampling, sample
 
 if TYPE_CHECKING:
     from jaxkv import models, plots
     from jaxkv.compression import compress, evict, evicting
-    from jaxkv.engine import Engine
-    from jaxkv.measure import measure_error
     from jaxkv.policies import reconstruction_scores
+    from jaxkv.quality import measure_error
+    from jaxkv.serve import Engine
     from jaxkv.snapshot.load import load
     from jaxkv.snapshot.prefix import load_prefix
     from jaxkv.snapshot.save import save
@@ -123,22 +123,22 @@ __all__ = [
 _MODULES = (
     "codecs",
     "compression",
-    "engine",
     "integrations",
     "models",
     "paging",
     "plots",
     "policies",
+    "serve",
     "snapshot",
 )
 _NAMES = {
-    "Engine": "engine",
+    "Engine": "serve",
     "compress": "compression",
     "evict": "compression",
     "evicting": "compression",
     "load": "snapshot",
     "load_prefix": "snapshot",
-    "measure_error": "measure",
+    "measure_error": "quality",
     "reconstruction_scores": "policies",
     "save": "snapshot",
 }

@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxkv.cli import main
+from jaxkv.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,11 +12,11 @@ from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.addressing.kept import KeptEvenlyIndex
 from jaxkv.addressing.kept_by_head import KeptByHeadIndex
 from jaxkv.addressing.ring import RingIndex
+from jaxkv.cache.config import KVCacheConfig
+from jaxkv.cache.hybrid import HybridCache, HybridConfig
+from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.newest import Newest, NewestIndex, NewestSlots
 from jaxkv.codecs import Centred, Dense, Float8, Int8, KeysValues, Rope, Rotated
-from jaxkv.config import KVCacheConfig
-from jaxkv.hybrid import HybridCache, HybridConfig
-from jaxkv.kv_cache import KVCache
-from jaxkv.newest import Newest, NewestIndex, NewestSlots
 from jaxkv.placement import Bounds, HostMemory, Resident
 
 _NODES = (

@@ -48,7 +48,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 
 import jaxkv
-from jaxkv.text import format_bytes
+from jaxkv.show.text import format_bytes
 
 MODELS = ["Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3-8B", "Qwen3-32B", "Llama-3.1-405B"]
 LENGTHS = [2048, 8192, 32_768, 131_072]

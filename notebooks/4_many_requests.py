@@ -42,7 +42,7 @@ except ImportError:
 
 # %%
 import jaxkv
-from jaxkv.text import format_bytes
+from jaxkv.show.text import format_bytes
 
 model, tokenizer = jaxkv.models.load()
 config = model.cache_config(

@@ -28,11 +28,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Examples of these modules take long to run; tests carry marks of their own.
 SLOW_EXAMPLES = {
     "jaxkv.attention.fetched",
-    "jaxkv.generation",
-    "jaxkv.measure",
+    "jaxkv.serve.generate",
+    "jaxkv.quality",
     "jaxkv.models.decoder",
     "jaxkv.models.gpt2",
-    "jaxkv.models.load",
+    "jaxkv.models.loading",
     "jaxkv.policies.recent",
     "jaxkv.policies.reconstruction",
     "jaxkv.policies.select",

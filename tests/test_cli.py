@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from jaxkv.cli import COMMANDS, main
+from jaxkv.cli.main import COMMANDS, main
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 from flax import nnx
 
-from jaxkv.cli import main
+from jaxkv.cli.main import main
 from jaxkv.models import Decoder, DecoderConfig, save
 
 LONG = list(range(1, 36)) * 4  # 140 tokens: more than a prefill chunk

@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from jaxkv.cli import main
-from jaxkv.commands.model_options import decode_answer
+from jaxkv.cli.main import main
+from jaxkv.cli.model_options import decode_answer
 from jaxkv.models import Decoder, DecoderConfig, byte_tokenizer, load, save
 
 FIGURES = {

@@ -41,7 +41,7 @@ LLAMA = {
     ],
 )
 def test_sizes_to_the_byte(model, tokens, size):
-    assert jaxkv.KVCacheConfig.from_hf(model, max_context_length=tokens).size_bytes == size
+    assert jaxkv.cache_config(model, max_context_length=tokens).size_bytes == size
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
@@ -146,19 +146,19 @@ HF_CONFIGS = {
 
 
 @pytest.mark.parametrize("name", HF_CONFIGS)
-def test_from_hf(name):
+def test_of_a_config_json(name):
     contents, expected = HF_CONFIGS[name]
-    config = jaxkv.KVCacheConfig.from_hf(contents, max_context_length=16)
+    config = jaxkv.cache_config(contents, max_context_length=16)
     assert (config.num_layers, config.num_kv_heads, config.head_dim) == expected
     assert config.max_context_length == 16
 
 
-def test_from_hf_reads_a_dict_a_file_and_a_folder(tmp_path):
+def test_it_reads_a_dict_a_file_and_a_folder(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(LLAMA))
     fields = {"max_context_length": 16, "batch_size": 3, "codec": jaxkv.Dense("float16")}
     configs = {
-        jaxkv.KVCacheConfig.from_hf(source, **fields)
+        jaxkv.cache_config(source, **fields)
         for source in (LLAMA, path, str(path), tmp_path, str(tmp_path))
     }
     assert configs == {jaxkv.KVCacheConfig(32, 16, 8, 128, 3, codec=jaxkv.Dense("float16"))}
@@ -176,13 +176,20 @@ NOT_CONFIGS = {
 
 
 @pytest.mark.parametrize("name", NOT_CONFIGS)
-def test_from_hf_says_what_is_wrong(tmp_path, name):
+def test_a_bad_config_json_says_what_is_wrong(tmp_path, name):
     contents, message = NOT_CONFIGS[name]
     (tmp_path / "config.json").write_text(contents)
     with pytest.raises(jaxkv.ConfigError, match=message):
-        jaxkv.KVCacheConfig.from_hf(tmp_path, max_context_length=16)
+        jaxkv.cache_config(tmp_path, max_context_length=16)
 
 
-def test_from_hf_of_a_missing_file(tmp_path):
+def test_a_folder_without_a_config_json(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        jaxkv.KVCacheConfig.from_hf(tmp_path, max_context_length=16)
+        jaxkv.cache_config(tmp_path, max_context_length=16)
+
+
+def test_from_hf_is_cache_config_with_all_tokens_in_all_layers():
+    fields = {"max_context_length": 4096, "batch_size": 2}
+    with pytest.warns(DeprecationWarning, match="call jaxkv.cache_config"):
+        old = jaxkv.KVCacheConfig.from_hf(LLAMA, **fields)
+    assert old == jaxkv.cache_config(LLAMA, chunk=None, **fields)

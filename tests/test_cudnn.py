@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv.attention import IMPLEMENTATIONS, cudnn, cudnn_call, cudnn_slots
+from jaxkv.attention import IMPLEMENTATIONS
+from jaxkv.attention.cudnn import attend as cudnn
+from jaxkv.attention.cudnn import call as cudnn_call
+from jaxkv.attention.cudnn import slots as cudnn_slots
 from tests.oracle import OPTIONS, Oracle, jit, padded, poisoned, random_step, shuffled, step
 
 

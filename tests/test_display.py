@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import jaxkv
-from jaxkv.display import progress_bar
+from jaxkv.show.progress import progress_bar
 
 
 class Screen(io.StringIO):
@@ -22,7 +22,7 @@ class Screen(io.StringIO):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr("jaxkv.display._PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr("jaxkv.show.progress._PATIENCE_SECONDS", -1.0)
     monkeypatch.setenv("TERM", "xterm")
 
 

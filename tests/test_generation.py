@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import decode, generation
+from jaxkv.serve import decode
+from jaxkv.serve import generate as generation
 from tests.decoders import look_up, sharp_decoder
 
 CONTEXT = 192

@@ -3,8 +3,8 @@ import json
 import pytest
 
 import jaxkv
-from jaxkv.hf_config import layer_windows, text_config
-from jaxkv.known_models import KNOWN_MODELS, known_shape
+from jaxkv.models.hf_config import layer_windows, text_config
+from jaxkv.models.known import KNOWN_MODELS, known_shape
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv.attention import mosaic
+from jaxkv.attention.mosaic import attend as mosaic
 from jaxkv.models import layers
 from jaxkv.native import unavailable
 
@@ -66,7 +66,7 @@ class Hopper:
 def beside_a_gpu(monkeypatch):
     """As in a process whose first backend is a Hopper GPU, whose CPU arrays were made or moved."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr("jaxkv.attention.mosaic.local_gpu", Hopper)
+    monkeypatch.setattr("jaxkv.attention.mosaic.attend.local_gpu", Hopper)
     mosaic._wrong_device.cache_clear()
     yield
     mosaic._wrong_device.cache_clear()

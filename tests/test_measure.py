@@ -7,9 +7,9 @@ import pytest
 import jaxkv
 from benchmarks.quality import vectors
 from benchmarks.quality.kivi import GROUP, kivi_flushed
-from jaxkv.cli import main
+from jaxkv.cli.main import main
 from jaxkv.codecs import CODECS
-from jaxkv.measure import sample_error
+from jaxkv.quality import sample_error
 from tests.oracle import random_step, step
 
 HYBRID = jaxkv.HybridConfig(
@@ -55,7 +55,7 @@ def test_samples_are_what_they_are_said_to_be():
 @pytest.mark.slow
 def test_a_plan_with_errors(capsys, monkeypatch):
     few = {name: CODECS[name] for name in ("bfloat16", "int8")}
-    monkeypatch.setattr("jaxkv.commands.plan.CODECS", few)
+    monkeypatch.setattr("jaxkv.cli.plan.CODECS", few)
     assert main(["plan", "Llama-3-8B", "--device", "80GB", "--quality"]) == 0
     printed = capsys.readouterr().out
     assert "error on Gaussian keys" in printed

@@ -15,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxkv
-from jaxkv.attention import IMPLEMENTATIONS, mosaic, mosaic_plan
-from jaxkv.attention.request import request_of
+from jaxkv.attention import IMPLEMENTATIONS
+from jaxkv.attention.call import request_of
+from jaxkv.attention.mosaic import attend as mosaic
+from jaxkv.attention.mosaic import plan as mosaic_plan
 from tests.oracle import jit, poisoned
 
 kernel_queries = pytest.importorskip(
-    "jaxkv.attention.mosaic_queries", exc_type=(ImportError, AttributeError)
+    "jaxkv.attention.mosaic.kernel", exc_type=(ImportError, AttributeError)
 )
 
 
@@ -294,7 +296,7 @@ def test_parts_fit_a_multiprocessor(batch, kv_heads, extent, codec):
 
 def test_the_polynomial_gives_the_levels_of_four_bits():
     """As the GPU computes it: a rounding to bfloat16 a step, and fused products."""
-    levels = pytest.importorskip("jaxkv.attention.pallas_levels")
+    levels = pytest.importorskip("jaxkv.attention.mosaic.levels")
 
     def rounded(exact):
         return np.asarray(exact, jnp.bfloat16).astype(np.float64)

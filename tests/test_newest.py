@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxkv
+from jaxkv.cache.newest import NewestSlots
 from jaxkv.native import unavailable
-from jaxkv.newest import NewestSlots
 from tests.compiled import assert_in_place, compile_donating
 from tests.oracle import (
     OPTIONS,

@@ -1,6 +1,7 @@
 """What a newcomer leans on: light imports, documented names, a true README."""
 
 import ast
+import graphlib
 import inspect
 import pathlib
 import re
@@ -15,72 +16,53 @@ import jaxkv
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxkv"
 
-# From the bottom up, as in ARCHITECTURE.md. A file imports from its own floor or lower ones.
-FLOORS = [
-    {
-        "errors",
-        "devices",
-        "display",
-        "text",
-        "hf_config",
-        "hf_families",
-        "html",
-        "native",
-        "programs",
-    },
-    {"codecs", "addressing", "paging"},
-    {"placement", "newest"},
-    {"config"},
-    {"kv_cache"},
-    {"vectors"},
-    {"hybrid"},
-    {"model_shape"},
-    {"checks", "exported"},
-    {"streaming"},
-    {"creation", "cache", "rearrange"},
-    {"attention"},
-    {"policies"},
-    {"compression"},
-    {"measure", "memory", "sampling", "known_models", "snapshot"},
-    {"closures", "model_step"},
-    {"decode"},
-    {"generation", "engine"},
-    {"models", "integrations", "plots"},
-    {"commands", "cli", "__main__"},
-]
-FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
-
-def floor_name(module):
-    return module.split(".")[1]
+def floors():
+    """Each room with the number of its line on ARCHITECTURE's page."""
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    (block,) = re.findall(r"## The floors\n\n```\n(.*?)```", page, re.DOTALL)
+    names = [re.split(r" {3,}", line)[0].split() for line in block.splitlines()]
+    return {name.rstrip("/"): number for number, line in enumerate(names) for name in line}
 
 
 def imports(file):
     """The jaxkv modules that a file imports, at any depth."""
     for node in ast.walk(ast.parse(file.read_text())):
-        names = []
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxkv"):
-            names = (
-                [f"jaxkv.{alias.name}" for alias in node.names]
-                if node.module == "jaxkv"
-                else [node.module]
-            )
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else node.module
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("jaxkv.")]
-        yield from names
+            yield from (alias.name for alias in node.names if alias.name.startswith("jaxkv."))
 
 
-def test_imports_only_point_down():
-    seen = set()
-    for file in PACKAGE.rglob("*.py"):
-        parts = file.relative_to(PACKAGE).with_suffix("").parts
-        if parts == ("__init__",):
+def module_name(file):
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in PACKAGE.rglob("*.py")}
+
+
+def test_imports_only_point_down_and_never_in_a_circle():
+    floor_of, arrows = floors(), {}
+    for module, file in MODULES.items():
+        if module == "jaxkv":
             continue
-        seen.add(parts[0])
-        for module in imports(file):
-            if floor_name(module) != "__version__":
-                assert FLOOR_OF[floor_name(module)] <= FLOOR_OF[parts[0]], (file, module)
-    assert seen == set(FLOOR_OF)
+        own = module.split(".")[1]
+        arrows[module] = {
+            other for other in imports(file) if other not in (module, "jaxkv", "jaxkv.__version__")
+        }
+        for other in arrows[module]:
+            room = other.split(".")[1]
+            assert room == own or floor_of[room] < floor_of[own], (module, other)
+    assert {module.split(".")[1] for module in arrows} == set(floor_of)
+    # A package brings all that it imports itself: only modules can be in a circle.
+    packages = {module for module in MODULES if MODULES[module].name == "__init__.py"}
+    files = {
+        module: others - packages for module, others in arrows.items() if module not in packages
+    }
+    tuple(graphlib.TopologicalSorter(files).static_order())  # raises CycleError
 
 
 def test_import_is_light():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.sampling import Sampling, sample
+from jaxkv.serve.sampling import Sampling, sample
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.02, 0.25, 0.1, 0.15, 0.03], np.float32))
 DRAWS = 10_000

@@ -10,7 +10,7 @@ from jax import Array, lax
 import jaxkv
 from benchmarks.quality.kivi import kivi_bits, kivi_flushed
 from jaxkv.codecs import bytes_per_token
-from jaxkv.display import progress_bar
+from jaxkv.show.progress import progress_bar
 
 CHUNK = 32  # tokens that a model is given at once after a prompt; a group of KIVI
 

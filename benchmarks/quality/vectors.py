@@ -9,7 +9,7 @@ import jaxkv
 from benchmarks.quality.kivi import rounded_keys, rounded_values
 from benchmarks.quality.stores import Store, one_by_one
 from benchmarks.report import Row, Table, target
-from jaxkv.measure import sample_vectors
+from jaxkv.quality import sample_vectors
 
 _HEAD_DIM, _QUERIES = 128, 128
 # What the research that this follows measured: the most that is acceptable.

@@ -10,29 +10,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxkv.attention.blockwise import KEY_BLOCK, blockwise
-from jaxkv.attention.cudnn import cannot_serve as cudnn_cannot_serve
-from jaxkv.attention.cudnn import cudnn
-from jaxkv.attention.cudnn import should_not_serve as cudnn_should_not_serve
-from jaxkv.attention.mosaic import cannot_serve as mosaic_cannot_serve
-from jaxkv.attention.mosaic import mosaic
-from jaxkv.attention.mosaic import should_not_serve as mosaic_should_not_serve
+from jaxkv.attention.call import Grouped, Request, request_of
+from jaxkv.attention.cudnn.attend import cannot_serve as cudnn_cannot_serve
+from jaxkv.attention.cudnn.attend import cudnn
+from jaxkv.attention.cudnn.attend import should_not_serve as cudnn_should_not_serve
+from jaxkv.attention.mosaic.attend import cannot_serve as mosaic_cannot_serve
+from jaxkv.attention.mosaic.attend import mosaic
+from jaxkv.attention.mosaic.attend import should_not_serve as mosaic_should_not_serve
 from jaxkv.attention.native import cannot_serve as native_cannot_serve
 from jaxkv.attention.native import native
 from jaxkv.attention.native import should_not_serve as native_should_not_serve
 from jaxkv.attention.observed import Call, notify
 from jaxkv.attention.products import sums_in_place
 from jaxkv.attention.reference import reference
-from jaxkv.attention.request import Grouped, Request, request_of
 from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
 from jaxkv.attention.streamed import is_streamed, streamed
-from jaxkv.cache import or_nan, real_of
-from jaxkv.checks import check_counts, check_layer, layer_exists
+from jaxkv.cache.checks import check_counts, check_layer, layer_exists
+from jaxkv.cache.hybrid import AnyCache, in_its_group
+from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of
+from jaxkv.cache.verbs import or_nan, real_of
 from jaxkv.codecs import Dense, unrotate
 from jaxkv.devices import PLATFORMS, by_platform, default_device, platform_of
-from jaxkv.hybrid import AnyCache, in_its_group
-from jaxkv.kv_cache import KVCache, Layer, NumTokens, buffer_of
 from jaxkv.programs import one_program
-from jaxkv.text import format_bytes
+from jaxkv.show.text import format_bytes
 
 # Scores that the reference form may hold at once, in bytes.
 _REFERENCE_LIMIT = 64 << 20

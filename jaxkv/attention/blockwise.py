@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxkv.attention.call import Grouped, Request
 from jaxkv.attention.online import Online
-from jaxkv.attention.request import Grouped, Request
 from jaxkv.codecs import rotate, rotate_values, unrotate
 
 KEY_BLOCK = 1024  # slots

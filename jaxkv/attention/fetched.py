@@ -5,11 +5,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing import PagedIndex
 from jaxkv.addressing.contiguous import ContiguousIndex
+from jaxkv.attention.call import request_of
 from jaxkv.attention.older import chosen_blocks, first_on_device
-from jaxkv.attention.request import request_of
 from jaxkv.attention.streamed import cannot_serve
-from jaxkv.cache import real_of
-from jaxkv.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.cache.verbs import real_of
 from jaxkv.placement import HostMemory
 from jaxkv.programs import promotes_ranks
 

@@ -15,7 +15,10 @@ from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.addressing.kept import KeptEvenlyIndex, KeptIndex
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.blockwise import blockwise
-from jaxkv.attention.request import Grouped, Request
+from jaxkv.attention.call import Grouped, Request
+from jaxkv.cache.kv_cache import KVCache, buffer_of
+from jaxkv.cache.newest import NewestIndex
+from jaxkv.cache.vectors import means_of
 from jaxkv.codecs import (
     Centred,
     Codec,
@@ -28,10 +31,7 @@ from jaxkv.codecs import (
     unrotate,
 )
 from jaxkv.devices import num_devices_of
-from jaxkv.kv_cache import KVCache, buffer_of
 from jaxkv.native import unavailable
-from jaxkv.newest import NewestIndex
-from jaxkv.vectors import means_of
 
 _INDICES = (ContiguousIndex, PagedIndex, RingIndex, KeptEvenlyIndex, NewestIndex)
 _LANES = 16

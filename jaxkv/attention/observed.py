@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxkv.hybrid import AnyCache
-from jaxkv.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens
 
 
 class Call(NamedTuple):

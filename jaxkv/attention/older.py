@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.addressing import KeptIndex
 from jaxkv.addressing.ring import RingIndex
-from jaxkv.attention.request import Request
+from jaxkv.attention.call import Request
 from jaxkv.placement import HostMemory
 
 # For caches that were put into host memory as they are, by `jaxkv.offload`.

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxkv.attention.call import Grouped, Request
 from jaxkv.attention.products import mix_of, scores_of
-from jaxkv.attention.request import Grouped, Request
 
 _LOWEST = -1e30  # a finite "minus infinity": differences of it are never NaN
 

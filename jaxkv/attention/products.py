@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxkv.attention.request import Grouped, Scores, Vectors
+from jaxkv.attention.call import Grouped, Scores, Vectors
 from jaxkv.devices import by_platform, num_devices_of
 
 # Up to this many query rows, XLA's CPU backend reads the cache faster through one matrix

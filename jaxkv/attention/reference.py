@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
+from jaxkv.attention.call import Grouped, Request
 from jaxkv.attention.products import mix_of, scores_of
-from jaxkv.attention.request import Grouped, Request
 
 
 def reference(request: Request) -> Grouped:

@@ -12,13 +12,13 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxkv.attention.blockwise import KEY_BLOCK, with_newest
+from jaxkv.attention.call import Grouped, Request
 from jaxkv.attention.older import block_size, first_on_device, turns_of
 from jaxkv.attention.online import Online
-from jaxkv.attention.request import Grouped, Request
+from jaxkv.cache.host import on_the_device
+from jaxkv.cache.kv_cache import KVCache, Layer, buffer_of
 from jaxkv.codecs import Leaves
-from jaxkv.kv_cache import KVCache, Layer, buffer_of
 from jaxkv.placement import in_host_memory, read_slots, run_of
-from jaxkv.streaming import on_the_device
 
 
 def cannot_serve(cache: KVCache, tokens: int) -> str | None:

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxkv.cache.kv_cache import KVCache
 from jaxkv.compression.scoring import LayerScores, for_all_slots, held_positions
-from jaxkv.kv_cache import KVCache
 
 # One number, one a layer, or one a layer, sequence and head; a float is a share of tokens.
 Keep = int | float | Sequence[int] | Sequence[float] | np.ndarray

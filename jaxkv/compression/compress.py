@@ -17,7 +17,9 @@ from jaxkv.addressing import (
     Paged,
     PagedIndex,
 )
-from jaxkv.checks import check_alive
+from jaxkv.cache.checks import check_alive
+from jaxkv.cache.hybrid import AnyCache, HybridCache, HybridConfig
+from jaxkv.cache.kv_cache import KVCache
 from jaxkv.compression.budgets import Keep, host_lengths, is_by_head, limits_of
 from jaxkv.compression.gather import gathered
 from jaxkv.compression.scoring import (
@@ -28,8 +30,6 @@ from jaxkv.compression.scoring import (
     score,
     summed,
 )
-from jaxkv.hybrid import AnyCache, HybridCache, HybridConfig
-from jaxkv.kv_cache import KVCache
 from jaxkv.policies import HeavyHitters, Policy
 from jaxkv.programs import moves_data
 

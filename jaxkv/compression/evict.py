@@ -13,9 +13,11 @@ from jaxtyping import Array
 
 from jaxkv.addressing import KeptIndex, Sums
 from jaxkv.attention import observed
-from jaxkv.checks import check_alive
+from jaxkv.cache.checks import check_alive
+from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.kv_cache import KVCache
 from jaxkv.compression.compress import of_layers
-from jaxkv.compression.moves import move, moves_of, picked, write_heads
+from jaxkv.compression.gather import move, moves_of, picked, write_heads
 from jaxkv.compression.scoring import (
     LayerQueries,
     held,
@@ -24,8 +26,6 @@ from jaxkv.compression.scoring import (
     per_sequence,
     summed,
 )
-from jaxkv.hybrid import AnyCache
-from jaxkv.kv_cache import KVCache
 from jaxkv.policies import HeavyHitters, Policy
 from jaxkv.programs import promotes_ranks
 

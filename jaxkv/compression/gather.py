@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,90 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxkv.addressing import Kept, KeptByHead, KeptIndex, PagedIndex, Sums
+from jaxkv.cache.config import KVCacheConfig
+from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Leaves
-from jaxkv.compression.moves import picked, write_heads
 from jaxkv.compression.scoring import LayerScores, held_positions, per_sequence
-from jaxkv.config import KVCacheConfig
-from jaxkv.kv_cache import KVCache
+from jaxkv.placement import in_host_memory, read_slots, to_device, to_host
 from jaxkv.policies import select
+from jaxkv.policies.policy import Positions, Scores
+
+
+def picked(
+    cache: KVCache, leaf: Array, layer: Array, slots: Int[Array, "*batch kv_heads kept"], size: int
+) -> Array:
+    """Stored vectors of each head, ``[batch * kv_heads * kept, sides, ...]``.
+
+    Args:
+      slots: logical ones, all of them among the first ``size``.
+    """
+    rows = read_slots(cache.index, leaf, layer, 0, size)
+    sides, vector = rows.shape[0], leaf.shape[4:]
+    kv_heads, kept = slots.shape[-2:]
+    batch = math.prod(slots.shape[:-2])
+    rows = rows.reshape(sides, batch, size, kv_heads, *vector)
+    sequences, heads = (
+        jnp.arange(batch, dtype=jnp.int32)[:, None, None],
+        jnp.arange(kv_heads, dtype=jnp.int32)[:, None],
+    )
+    found = rows[:, sequences, slots.reshape(batch, kv_heads, kept), heads]
+    return jnp.moveaxis(found, 0, 3).reshape(-1, sides, *vector)
+
+
+def write_heads(
+    leaf: Array, layer: Array, targets: Int[Array, "*batch kv_heads slots"], vectors: Array
+) -> Array:
+    """Write vectors where the ctx and KV head axes are one; those with a target of -1 nowhere.
+
+    In host memory, where nothing can be scattered to, the layer is brought to the device and back.
+    """
+    if in_host_memory(leaf):
+        whole = to_device(lax.dynamic_slice_in_dim(leaf, layer, 1))
+        written = write_heads(whole, jnp.int32(0), targets, vectors)
+        return lax.dynamic_update_slice_in_dim(leaf, to_host(written), layer, axis=0)
+    layers, sides, ctx, kv_heads, *vector = leaf.shape
+    past_the_end = ctx * kv_heads + jnp.arange(targets.size, dtype=jnp.int32)
+    places = jnp.where(targets.reshape(-1) < 0, past_the_end, targets.reshape(-1))
+    flat = leaf.reshape(layers, sides, ctx * kv_heads, *vector)
+    written = flat.at[layer, :, places].set(vectors, mode="drop", unique_indices=True)
+    return written.reshape(leaf.shape)
+
+
+def moves_of(
+    scores: Scores,
+    positions: Positions,
+    limits: Array,
+    full: Array,
+    *,
+    new: int,
+    sinks: int,
+    recent: int,
+) -> tuple[Array, Array, Array]:
+    """Which new tokens of one sequence go to the place of which kept one.
+
+    Returns:
+      Logical slots to move from and to ``[kv_heads, moves]``, -1 for no move; and which tokens
+      stay, ``[kv_heads, slots]``.
+    """
+    keep = positions.shape[1] - new
+    slots, kept = select(scores, positions, keep, most=limits, sinks=sinks, recent=recent)
+    heads = jnp.arange(len(slots), dtype=jnp.int32)[:, None]
+    stays = jnp.zeros(positions.shape, bool).at[heads, slots].set(kept >= 0)
+    survivor = stays[:, :new]
+    free = ~stays[:, new:] & (jnp.arange(keep, dtype=jnp.int32) < limits[:, None])
+    count = min(new, keep)
+    origins = jnp.argsort(~survivor, axis=1)[:, :count].astype(jnp.int32)
+    places = jnp.argsort(~free, axis=1)[:, :count].astype(jnp.int32)
+    moves = jnp.take_along_axis(survivor, origins, axis=1) & full
+    return origins, jnp.where(moves, new + places, -1), stays | ~full
+
+
+def move(values: Array, origins: Array, targets: Array) -> Array:
+    """One sequence's ``[kv_heads, slots]`` with some also at other places."""
+    heads = jnp.arange(len(values), dtype=jnp.int32)[:, None]
+    moved = jnp.take_along_axis(values, origins, axis=1)
+    places = jnp.where(targets < 0, values.shape[1], targets)
+    return values.at[heads, places].set(moved, mode="drop")
 
 
 @functools.partial(

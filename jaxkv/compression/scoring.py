@@ -10,10 +10,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing import Sums
-from jaxkv.kv_cache import KVCache, Layer
+from jaxkv.cache.kv_cache import KVCache, Layer
+from jaxkv.cache.vectors import read
 from jaxkv.policies import HeavyHitters, Policy
 from jaxkv.policies.policy import needed
-from jaxkv.vectors import read
 
 LayerScores = Float[Array, "layers *batch kv_heads slots"]
 LayerQueries = Float[Array, "layers *batch window heads head_dim"]

@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.attention import attend
-from jaxkv.cache import advance, append
-from jaxkv.checks import check_alive, check_counts, check_room
+from jaxkv.cache.checks import check_alive, check_counts, check_room
+from jaxkv.cache.config import KVCacheConfig
+from jaxkv.cache.create import create
+from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.kv_cache import KVCache, NumTokens
+from jaxkv.cache.verbs import advance, append
 from jaxkv.codecs import Codec, Dense
-from jaxkv.config import KVCacheConfig
-from jaxkv.creation import create
-from jaxkv.hybrid import AnyCache
-from jaxkv.kv_cache import KVCache, NumTokens
 from jaxkv.programs import promotes_ranks
 
 

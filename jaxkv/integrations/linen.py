@@ -8,9 +8,10 @@ import jax
 from jaxtyping import Array, Float
 
 from jaxkv.addressing import Addressing, Contiguous
+from jaxkv.cache.config import KVCacheConfig
+from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.codecs import Codec
-from jaxkv.config import KVCacheConfig
-from jaxkv.hybrid import AnyCache
 from jaxkv.integrations.attention import (
     cached_attention,
     in_each_layer,
@@ -18,7 +19,6 @@ from jaxkv.integrations.attention import (
     one_layer,
     refuse_unserved,
 )
-from jaxkv.kv_cache import NumTokens
 
 try:
     from flax import linen as nn

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.addressing import Addressing, Contiguous
-from jaxkv.cache import advance, append, check
-from jaxkv.cache import layer as vectors_of
+from jaxkv.cache.config import KVCacheConfig
+from jaxkv.cache.hybrid import AnyCache, in_its_group
+from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.verbs import advance, append, check
+from jaxkv.cache.verbs import layer as vectors_of
 from jaxkv.codecs import Codec, Dense
-from jaxkv.config import KVCacheConfig
-from jaxkv.hybrid import AnyCache, in_its_group
 from jaxkv.integrations.hf_layers import Pairs, as_numpy, tokens_of
-from jaxkv.kv_cache import KVCache
 from jaxkv.memory.allocate import allocate
 
 

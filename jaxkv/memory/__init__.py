@@ -5,7 +5,7 @@ from jaxkv.memory.device import DeviceMemory, device_memory
 from jaxkv.memory.plan import CodecPlan, Plan, plan
 from jaxkv.memory.session import Session, session
 from jaxkv.memory.tracker import Allocation, Event, MemoryTracker, Purpose
-from jaxkv.memory.units import parse_bytes, parse_tokens
+from jaxkv.show.text import parse_bytes, parse_tokens
 
 __all__ = [
     "Allocation",

@@ -5,12 +5,12 @@ import traceback
 import jax
 from jax.errors import JaxRuntimeError
 
-from jaxkv.creation import create
+from jaxkv.cache.create import create
+from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.errors import CacheAllocationError
-from jaxkv.hybrid import AnyCache, AnyConfig
 from jaxkv.memory.device import Device, DeviceMemory, device_memory
 from jaxkv.memory.plan import bytes_against, plan_within
-from jaxkv.text import format_bytes
+from jaxkv.show.text import format_bytes
 
 
 def allocate(config: AnyConfig, *, device: Device | None = None) -> AnyCache:

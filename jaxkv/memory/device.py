@@ -10,8 +10,7 @@ from jax.errors import JaxRuntimeError
 
 from jaxkv.devices import Device, default_device
 from jaxkv.memory.machine import process_bytes, tightest_bound
-from jaxkv.memory.units import parse_bytes
-from jaxkv.text import format_bytes
+from jaxkv.show.text import format_bytes, parse_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,12 @@ import dataclasses
 import json
 from typing import Any
 
+from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import CODECS, Codec
 from jaxkv.errors import ConfigError
-from jaxkv.hybrid import AnyConfig
 from jaxkv.memory.device import Device, DeviceMemory, device_memory
-from jaxkv.memory.text import pairs, table
 from jaxkv.placement import HostMemory
-from jaxkv.text import format_bytes
+from jaxkv.show.text import format_bytes, pairs, table
 
 # Positions and lengths are int32: no sequence is longer, whatever the memory.
 MAX_COUNT = 2**31 - 1

@@ -8,14 +8,13 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.errors import CacheClosedError
-from jaxkv.hybrid import AnyCache, AnyConfig
 from jaxkv.memory.allocate import allocate, free
 from jaxkv.memory.device import Device, device_memory
 from jaxkv.memory.plan import needed_bytes
-from jaxkv.memory.text import pairs
 from jaxkv.memory.tracker import MemoryTracker, Purpose
-from jaxkv.text import format_bytes, sequences
+from jaxkv.show.text import format_bytes, pairs, sequences
 
 
 class Session:

@@ -15,8 +15,7 @@ import jax
 import numpy as np
 
 from jaxkv.memory.device import Device, bytes_by_device, default_device, device_memory
-from jaxkv.memory.text import format_or_unknown, table
-from jaxkv.text import format_bytes
+from jaxkv.show.text import format_bytes, format_or_unknown, table
 
 # Allocations that a report names; the rest it counts.
 _NAMED = 10

@@ -6,12 +6,16 @@
 10485760
 """
 
-from jaxkv.models.byte_tokenizer import byte_tokenizer
-from jaxkv.models.config import DecoderConfig
-from jaxkv.models.decoder import Decoder
-from jaxkv.models.gpt2 import GPT2, GPT2Config
-from jaxkv.models.load import load, save
-from jaxkv.models.rope import RopeConfig
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxkv.models.config import DecoderConfig
+    from jaxkv.models.decoder import Decoder
+    from jaxkv.models.gpt2 import GPT2, GPT2Config
+    from jaxkv.models.loading import load, save
+    from jaxkv.models.rope import RopeConfig
+    from jaxkv.models.tokenizer import byte_tokenizer
 
 __all__ = [
     "GPT2",
@@ -23,3 +27,26 @@ __all__ = [
     "load",
     "save",
 ]
+
+# The models need flax; the shapes of caches, which `import jaxkv` brings, do not.
+_HOMES = {
+    "GPT2": "gpt2",
+    "Decoder": "decoder",
+    "DecoderConfig": "config",
+    "GPT2Config": "gpt2",
+    "RopeConfig": "rope",
+    "byte_tokenizer": "tokenizer",
+    "load": "loading",
+    "save": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxkv.models' has no attribute {name!r}")
+    globals()[name] = getattr(importlib.import_module(f"jaxkv.models.{_HOMES[name]}"), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.errors import CheckpointError, ConfigError
-from jaxkv.hf_config import layer_windows
-from jaxkv.hf_families import BY_MODEL_TYPE
 from jaxkv.models.families import FAMILIES, Family
+from jaxkv.models.hf_config import layer_windows
+from jaxkv.models.hf_families import BY_MODEL_TYPE
 from jaxkv.models.hf_fields import (
     check_all_read,
     check_choice,

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxkv.cache import advance, next_positions
-from jaxkv.hybrid import AnyCache
-from jaxkv.kv_cache import NumTokens
+from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.kv_cache import NumTokens
+from jaxkv.cache.verbs import advance, next_positions
 from jaxkv.models.config import DecoderConfig
 from jaxkv.models.experts import MixtureOfExperts
 from jaxkv.models.layers import (

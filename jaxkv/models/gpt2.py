@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxkv.cache import advance, next_positions
+from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.kv_cache import NumTokens
+from jaxkv.cache.verbs import advance, next_positions
 from jaxkv.errors import CheckpointError, ConfigError
-from jaxkv.hybrid import AnyCache
-from jaxkv.kv_cache import NumTokens
 from jaxkv.models.hf_fields import (
     check_all_read,
     check_choice,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from jaxkv.errors import CheckpointError, ConfigError
-from jaxkv.hf_config import decoder_fields, text_config
 from jaxkv.models.families import FAMILIES
+from jaxkv.models.hf_config import decoder_fields, text_config
 
 # Architecture -> model_type.
 _MODEL_TYPES = {name: family.model_type for name, family in FAMILIES.items()} | {

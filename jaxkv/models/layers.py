@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.attention import attend
 from jaxkv.attention.masks import visible
-from jaxkv.cache import append
+from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.kv_cache import Layer, NumTokens
+from jaxkv.cache.verbs import append
 from jaxkv.devices import by_platform
-from jaxkv.hybrid import AnyCache
-from jaxkv.kv_cache import Layer, NumTokens
 from jaxkv.native import cannot_multiply, products
 
 INIT_STD = 0.02  # of GPT-2; weights whose outputs add up over layers are given a smaller one

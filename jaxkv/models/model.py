@@ -8,12 +8,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxkv.addressing import Addressing, Contiguous
+from jaxkv.cache.hybrid import AnyConfig
+from jaxkv.cache.newest import Newest
 from jaxkv.codecs import Centred, Codec, Dense, Rope
-from jaxkv.hybrid import AnyConfig
-from jaxkv.model_shape import RING_CHUNK, Shape
 from jaxkv.models.layers import Embedding, Linear, matmul
 from jaxkv.models.rope import check_room
-from jaxkv.newest import Newest
+from jaxkv.models.shape import RING_CHUNK, Shape
 
 
 class Model(nnx.Module):

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxkv.attention.observed import Call, watch
-from jaxkv.kv_cache import KVCache
+from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.vectors import read
 from jaxkv.policies.policy import attention_weights, fold_queries
 from jaxkv.programs import moves_data
-from jaxkv.vectors import read
 
 _OVERLAP = 8  # tokens before a chunk that say where it begins; as in the authors' code
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,18 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import Index
+from jaxkv.addressing import Index, KeptIndex
 from jaxkv.addressing.ring import RingIndex
+from jaxkv.cache.host import bounds_of, on_the_device
+from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.newest import NewestIndex
 from jaxkv.codecs import Leaves
 from jaxkv.errors import CacheFullError, SnapshotError
-from jaxkv.kv_cache import KVCache
-from jaxkv.newest import NewestIndex
 from jaxkv.placement import in_host_memory, run_of, write_slots
 from jaxkv.snapshot.group import Group
-from jaxkv.snapshot.places import means_of_file, places_of
+from jaxkv.snapshot.kept_fill import KeptFill
+from jaxkv.snapshot.manifest import Manifest
+from jaxkv.snapshot.places import means_of_file, named, places_of
 
 # Tokens that are on their way to the device at once, and so in its memory beside the cache.
 _TOKENS_AT_ONCE = 512
@@ -141,3 +144,51 @@ def _holds(stored: np.ndarray, found: np.ndarray, positions: np.ndarray) -> bool
     if (np.diff(stored) <= 0).any() or (len(found) and found[-1] >= len(stored)):
         return False
     return bool((stored[found] == positions).all())
+
+
+class Fills(NamedTuple):
+    """Of a cache; of its newest tokens by a finer codec; of those that are on the device too."""
+
+    own: Fill | KeptFill
+    newest: Fill | None
+    resident: Fill | None
+    cache: KVCache
+    rows: Sequence[int]
+
+    def __call__(self) -> KVCache:
+        """The cache with all of them."""
+        filled = self.own()
+        if self.newest is not None:
+            filled = dataclasses.replace(filled, newest=self.newest())
+        if self.resident is None or self.cache.resident is None:
+            return filled
+        tokens = self.resident()
+        assert isinstance(tokens.index, RingIndex)
+        resident = dataclasses.replace(
+            self.cache.resident, storage=tokens.storage, first=tokens.index.first
+        )
+        if resident.bounds is not None:
+            bounds = bounds_of(filled, resident.bounds, jnp.array(self.rows, jnp.int32))
+            resident = dataclasses.replace(resident, bounds=bounds)
+        return dataclasses.replace(filled, resident=resident)
+
+
+def fills_of(
+    file: Path,
+    saved: Manifest,
+    number: int,
+    cache: KVCache,
+    rows: Sequence[int],
+    tensors: dict[str, np.ndarray],
+) -> Fills:
+    """Of one group of layers. Made, they have checked all."""
+    group, own = saved.groups[number], named(tensors, f"{number}.")
+    kind = KeptFill if isinstance(cache.index, KeptIndex) else Fill
+    fill = kind(file, group, saved.lengths, cache, rows, own)
+    newest = resident = None
+    if group.of_newest is not None and cache.newest is not None:
+        of_newest = named(own, "newest.")
+        newest = Fill(file, group.of_newest, saved.lengths, cache.newest, rows, of_newest)
+    if cache.resident is not None:
+        resident = Fill(file, group, saved.lengths, on_the_device(cache), rows, own)
+    return Fills(fill, newest, resident, cache, rows)

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 
 from jaxkv.addressing import Kept, KeptByHead
+from jaxkv.cache.config import KVCacheConfig
 from jaxkv.codecs import leaf_specs
-from jaxkv.config import KVCacheConfig
 from jaxkv.snapshot.container import Spec
 
 

@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Int
 
 from jaxkv.addressing import KeptIndex
 from jaxkv.addressing.kept_by_head import KeptByHeadIndex
+from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import leaf_specs
 from jaxkv.compression.scoring import held_positions, map_layers
 from jaxkv.errors import SnapshotError
-from jaxkv.kv_cache import KVCache
 from jaxkv.snapshot.manifest import Group, Manifest
 from jaxkv.snapshot.places import buffer_of_layers
 

@@ -13,10 +13,10 @@ from jaxtyping import Array
 
 from jaxkv.addressing import KeptIndex, Sums
 from jaxkv.addressing.kept_by_head import KeptByHeadIndex
+from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Leaves
-from jaxkv.compression.moves import write_heads
+from jaxkv.compression.gather import write_heads
 from jaxkv.errors import CacheFullError, SnapshotError
-from jaxkv.kv_cache import KVCache
 from jaxkv.snapshot.group import Group
 from jaxkv.snapshot.kept import (
     BySlot,

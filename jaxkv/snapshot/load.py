@@ -11,15 +11,15 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxkv.addressing import Addressing, Kept, KeptByHead
+from jaxkv.cache.create import create
+from jaxkv.cache.hybrid import AnyCache, AnyConfig
+from jaxkv.cache.newest import Newest
 from jaxkv.codecs import Codec
-from jaxkv.creation import create
 from jaxkv.errors import CacheFullError, ConfigError, SnapshotError
-from jaxkv.hybrid import AnyCache, AnyConfig
 from jaxkv.memory.allocate import allocate
-from jaxkv.newest import Newest
 from jaxkv.programs import moves_data, on_device
 from jaxkv.snapshot import container, manifest
-from jaxkv.snapshot.fills import fills_of
+from jaxkv.snapshot.fill import fills_of
 from jaxkv.snapshot.fingerprint import differences, fingerprint
 from jaxkv.snapshot.kept import check_kept
 from jaxkv.snapshot.manifest import Manifest

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.addressing import ADDRESSINGS, Addressing, Kept, KeptByHead
+from jaxkv.cache.config import KVCacheConfig
+from jaxkv.cache.hybrid import AnyConfig, HybridConfig
+from jaxkv.cache.newest import Newest
 from jaxkv.codecs import CODECS, Codec, KeysValues, Rope
-from jaxkv.config import KVCacheConfig
 from jaxkv.errors import SnapshotError
-from jaxkv.hybrid import AnyConfig, HybridConfig
-from jaxkv.newest import Newest
 from jaxkv.snapshot.container import Layout, Spec
 from jaxkv.snapshot.fingerprint import Fingerprint
 from jaxkv.snapshot.group import Group

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxkv.addressing import Index
+from jaxkv.cache.kv_cache import KVCache
 from jaxkv.errors import SnapshotError
-from jaxkv.kv_cache import KVCache
 
 
 class Places(NamedTuple):

@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxkv.addressing import PagedIndex
+from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.rearrange import select
 from jaxkv.codecs import Codec
 from jaxkv.errors import CacheFullError, SnapshotError
-from jaxkv.hybrid import AnyCache
-from jaxkv.kv_cache import KVCache
 from jaxkv.paging import PageAllocator
 from jaxkv.programs import moves_data, on_device
-from jaxkv.rearrange import select
 from jaxkv.snapshot.fill import Fill
 from jaxkv.snapshot.load import check_kind, check_model, opened
 from jaxkv.snapshot.places import means_of_file, named

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxkv.addressing import KeptIndex
-from jaxkv.cache import check
-from jaxkv.checks import check_here
+from jaxkv.cache.checks import check_here
+from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.verbs import check
 from jaxkv.codecs import leaf_specs
-from jaxkv.hybrid import AnyCache
-from jaxkv.kv_cache import KVCache
 from jaxkv.programs import moves_data
 from jaxkv.snapshot import container
 from jaxkv.snapshot.fingerprint import fingerprint

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 import jaxkv
-from jaxkv import decode
 from jaxkv.integrations.attention import cached_attention
 from jaxkv.models import Decoder, DecoderConfig, RopeConfig
 from jaxkv.models.rope import rotate, rotation
+from jaxkv.serve import decode
 from tests.decoders import TABLE, look_up
 from tests.oracle import assert_same_storage, jit, layer_step, poisoned
 

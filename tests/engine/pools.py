@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxkv
-from jaxkv.model_shape import Shape
+from jaxkv.models.shape import Shape
 from tests.engine.requests import CHUNK, PAGE
 
 embedding = jnp.asarray(np.random.default_rng(0).standard_normal((64, 32)), jnp.float32)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv.engine import steps
-from jaxkv.model_shape import Shape
-from jaxkv.model_step import Weights
+from jaxkv.models.shape import Shape
+from jaxkv.serve import steps
+from jaxkv.serve.model_step import Weights
 from tests.decoders import sharp_decoder
 from tests.engine.requests import (
     CHUNK,

@@ -21,7 +21,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 import jaxkv
-from jaxkv.attention import IMPLEMENTATIONS, cudnn, mosaic
+from jaxkv.attention import IMPLEMENTATIONS
+from jaxkv.attention.cudnn import attend as cudnn
+from jaxkv.attention.mosaic import attend as mosaic
 from tests.compiled import assert_in_place
 
 # From the vendor's data sheets and `cudaGetDeviceProperties`.

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv.hybrid import HybridCache, HybridConfig
+from jaxkv.cache.hybrid import HybridCache, HybridConfig
 from jaxkv.integrations.transformers import from_hf, to_dynamic_cache, to_hf
 
 torch = pytest.importorskip("torch")

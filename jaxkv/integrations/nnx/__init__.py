@@ -11,11 +11,11 @@ except ImportError as error:
         "jaxkv.integrations.nnx needs Flax, which is not installed: pip install 'flax>=0.12.8'"
     ) from error
 
-from jaxkv.hybrid import HybridCache
+from jaxkv.cache.hybrid import HybridCache
+from jaxkv.cache.kv_cache import KVCache
 from jaxkv.integrations.nnx.drop_in import MultiHeadAttention
 from jaxkv.integrations.nnx.hook import CachedAttention
 from jaxkv.integrations.nnx.models import add_caches, map_caches
-from jaxkv.kv_cache import KVCache
 
 __all__ = ["CachedAttention", "MultiHeadAttention", "add_caches", "map_caches"]
 

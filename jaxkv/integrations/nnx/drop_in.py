@@ -6,10 +6,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxkv.addressing import Addressing, Contiguous
+from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.codecs import Codec
 from jaxkv.integrations.attention import layer_config
 from jaxkv.integrations.nnx.hook import CachedAttention
-from jaxkv.kv_cache import NumTokens
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):

@@ -5,9 +5,9 @@ from typing import Any, cast
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxkv.config import KVCacheConfig
+from jaxkv.cache.config import KVCacheConfig
+from jaxkv.cache.kv_cache import KVCache, NumTokens
 from jaxkv.integrations.attention import cached_attention, one_layer, refuse_unserved
-from jaxkv.kv_cache import KVCache, NumTokens
 
 
 class CachedAttention(nnx.Module):

@@ -6,12 +6,12 @@ from typing import Any, cast
 from flax import nnx
 
 from jaxkv.addressing import Addressing, Contiguous
+from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Codec
-from jaxkv.hybrid import AnyCache
 from jaxkv.integrations.attention import in_each_layer, layer_config, stacked
 from jaxkv.integrations.nnx.hook import CachedAttention
 from jaxkv.integrations.nnx.positions import warn_if_positions_restart
-from jaxkv.kv_cache import KVCache
 
 
 def add_caches(

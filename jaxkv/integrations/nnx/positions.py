@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxkv.cache import advance
+from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.verbs import advance
 from jaxkv.integrations.nnx.hook import CachedAttention
-from jaxkv.kv_cache import KVCache
 
 # In the names of parameters that say where a call's tokens stand.
 _SAYS_WHERE = ("pos", "offset", "start", "index", "idx", "step", "length")

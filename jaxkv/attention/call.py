@@ -1,0 +1,180 @@
+"""What every attention implementation is given: checked arrays and the options of one call."""
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxkv.attention.masks import visible
+from jaxkv.cache.checks import check_layer
+from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.cache.newest import NewestIndex
+from jaxkv.cache.vectors import means_of, read_stored
+from jaxkv.cache.verbs import token_positions
+from jaxkv.codecs import Centred, rotate, rotate_values
+
+# Query head h * group + g reads KV head h, so queries are kept grouped by what they read.
+Grouped = Float[Array, "batch kv_heads tokens group head_dim"]
+Scores = Float[Array, "batch kv_heads tokens group slots"]
+Vectors = Float[Array, "batch slots kv_heads head_dim"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        *("cache", "queries", "layer", "positions", "lengths", "sinks"),
+        *("centre_queries", "newest"),
+    ],
+    meta_fields=["softcap", "window"],
+)
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One call of `attend`, always with a batch axis; implementations return ``queries``' shape.
+
+    Attributes:
+      cache: with the keys and values of these queries' tokens appended already.
+      queries: float32, scaled, and turned as the codec turns keys; outputs are turned as values.
+        Unless the implementation turns them itself: it is given neither, and gives neither.
+      positions: of each query, -1 for padding.
+      lengths: of each sequence, after these tokens.
+      sinks: a learned logit a query head that takes probability and gives nothing, or None.
+      centre_queries: what a `Centred` codec's features of a position are multiplied with.
+      newest: the same call of the cache of `Newest` tokens, which are not read here then; or None.
+    """
+
+    cache: KVCache
+    queries: Grouped
+    layer: Layer
+    positions: Int[Array, "batch tokens"]
+    lengths: Int[Array, " batch"]
+    softcap: float | None = None
+    window: int | None = None
+    sinks: Float[Array, "kv_heads group"] | None = None
+    centre_queries: Float[Array, "batch kv_heads tokens group features"] | None = None
+    newest: "Request | None" = None
+
+    @classmethod
+    def of(
+        cls, cache: KVCache, queries: Grouped, layer: Layer, turn: bool = True, **fields: Any
+    ) -> Self:
+        """With queries as the model has them, for the codec to prepare."""
+        codec, centre_queries = cache.config.codec, None
+        if isinstance(codec, Centred):
+            centre_queries = codec.centre_queries(queries, means_of(cache, layer)[0])
+        if turn:
+            queries = rotate(codec, queries)
+        return cls(cache, queries, layer, centre_queries=centre_queries, **fields)
+
+    def take_queries(self, start: Int[Array, ""] | int, size: int) -> Self:
+        """The same for some of its tokens; those past the end are padding."""
+        *_, tokens, _, _ = self.queries.shape
+        padding = -tokens % size
+
+        def take(array: Array, axis: int, value: int) -> Array:
+            widths = [(0, 0)] * array.ndim
+            widths[axis] = (0, padding)
+            padded = jnp.pad(array, widths, constant_values=value)
+            return lax.dynamic_slice_in_dim(padded, start, size, axis)
+
+        centre_queries = self.centre_queries
+        return dataclasses.replace(
+            self,
+            queries=take(self.queries, 2, 0),
+            positions=take(self.positions, 1, -1),
+            centre_queries=None if centre_queries is None else take(centre_queries, 2, 0),
+            newest=None if self.newest is None else self.newest.take_queries(start, size),
+        )
+
+    def keys_and_values(self, start: Int[Array, ""] | int, size: int) -> tuple[Vectors, Vectors]:
+        """Logical slots from ``start`` on, decoded to float32; empty slots read as zero.
+
+        Zero probability times NaN is NaN, so what an empty slot holds must not be read at all.
+        """
+        codec = self.cache.config.codec
+        both = read_stored(self.cache, self.layer, start, size)
+        keys, values = both.reshape(2, len(self.lengths), *both.shape[-3:])
+        if isinstance(codec, Centred):
+            values += rotate_values(codec, means_of(self.cache, self.layer)[1])
+        held = jnp.swapaxes(self.key_positions(start, size) >= 0, 1, 2)[..., None]
+        return jnp.where(held, keys, 0), jnp.where(held, values, 0)
+
+    def visible(
+        self, start: Int[Array, ""] | int, size: int
+    ) -> Bool[Array, "batch #kv_heads tokens 1 size"]:
+        """Which of those slots each query may read, shaped to mask `Scores`."""
+        index, positions = self.cache.index, self.key_positions(start, size)
+        seen = visible(self.positions[:, None], positions, index.window, index.sinks)
+        if self.window is not None:
+            seen &= visible(self.positions[:, None], positions, self.window)
+        if self.newest is not None:
+            seen &= ~self._in_newest(positions)
+        return seen[:, :, :, None, :]
+
+    def _in_newest(
+        self, positions: Int[Array, "batch #kv_heads slots"]
+    ) -> Bool[Array, "batch #kv_heads tokens slots"]:
+        """Which of these tokens each query reads from the cache of `Newest` ones."""
+        assert self.newest is not None
+        index = self.newest.cache.index
+        assert isinstance(index, NewestIndex)
+        first = index.first_position(self.lengths.reshape(index.lengths.shape)).reshape(-1)
+        near = visible(self.positions[:, None], positions, index.window)
+        return near & (positions >= first[:, None, None])[:, :, None]
+
+    def logits(self, scores: Scores, start: Int[Array, ""] | int, size: int) -> Scores:
+        """Those slots' scores, with the share of means that keys are stored without, and capped."""
+        if isinstance(codec := self.cache.config.codec, Centred):
+            features = codec.centre_features(self.key_positions(start, size))
+            # On a GPU they would be rounded to TF32.
+            centres = "bktgf,bksf->bktgs", self.centre_queries, features
+            scores += jnp.einsum(*centres, precision="highest")
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+    def key_positions(
+        self, start: Int[Array, ""] | int, size: int
+    ) -> Int[Array, "batch #kv_heads size"]:
+        index, batch = self.cache.index, len(self.lengths)
+        lengths = self.lengths.reshape(index.lengths.shape)
+        return index.key_positions(self.layer, lengths, start, size).reshape(batch, -1, size)
+
+
+def request_of(
+    cache: KVCache,
+    queries: Float[Array, "*batch tokens heads head_dim"],
+    layer: Layer,
+    num_tokens: NumTokens | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    turn: bool = True,
+) -> Request:
+    """The request of a call of `attend`, whose arguments these are, checked."""
+    config = cache.config
+    *_, tokens, heads, head_dim = queries.shape
+    batch, group = config.batch_size or 1, heads // config.num_kv_heads
+    grouped = queries.reshape(batch, tokens, config.num_kv_heads, group, head_dim)
+    scale = head_dim**-0.5 if scale is None else scale
+    scaled = grouped.astype(jnp.float32) * jnp.asarray(scale, jnp.float32)
+    added = tokens if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
+    newest = None
+    if cache.newest is not None:  # sinks take their share once
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
+        newest = request_of(cache.newest, queries, layer, num_tokens, **options)
+    return Request.of(
+        cache,
+        jnp.moveaxis(scaled, 1, 2),
+        check_layer(cache, layer),
+        turn,
+        positions=token_positions(cache, tokens, num_tokens).reshape(batch, tokens),
+        lengths=(cache.lengths + added).reshape(batch),
+        softcap=softcap,
+        window=window,
+        sinks=None if sinks is None else sinks.astype(jnp.float32).reshape(-1, group),
+        newest=newest,
+    )

@@ -1,0 +1,339 @@
+"""Attention by cuDNN: many tokens on an NVIDIA GPU, and decode where `mosaic` cannot.
+
+Softmax over some keys and over others is softmax over both, given the logsumexp of each. So a call
+is two parts. **Old pieces**: runs of up to 64 slots that were full before these tokens came, and
+that all queries see. They are read where they are, through a table of pieces; codes are decoded
+for one layer first. **The rest**: tokens after the last whole piece and the new ones, gathered in
+the order of their positions, under a causal mask. cuDNN's query i sees keys up to number i, so the
+first query is put where its own key is, behind rows that nobody asked for.
+
+Pieces are whole because cuDNN multiplies what stands behind the last token by zero, and zero times
+NaN is NaN. With a window, the rest is all that some query sees.
+"""
+
+import dataclasses
+import functools
+import importlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxkv.addressing import PagedIndex
+from jaxkv.addressing.contiguous import ContiguousIndex
+from jaxkv.addressing.ring import RingIndex
+from jaxkv.attention.blockwise import unturned_blockwise
+from jaxkv.attention.call import Grouped, Request
+from jaxkv.attention.cudnn.slots import number_type, piece_size, pieces_of, tokens_at
+from jaxkv.attention.online import Online
+from jaxkv.cache.kv_cache import KVCache, buffer_of
+from jaxkv.codecs import Dense, KeysValues, rotate, unrotate
+from jaxkv.devices import local_gpu, num_devices_of
+
+# A block of threads takes 128 queries of a head; two blocks for each multiprocessor keep an H200
+# busy, and where queries are fewer, more blocks share the keys.
+_QUERIES_PER_BLOCK, _BLOCKS = 128, 256
+# Pieces are looked up for all keys that a block takes at once, beyond the table's end too: 128 in
+# the kernels seen, and twice that leaves nothing to chance.
+_MOST_KEYS_AT_ONCE = 256
+_MOST_HEAD_DIM, _MOST_BEFORE_HOPPER = 256, 128
+# A window's rows without a query cost less than `blockwise` up to about this many for each token.
+_MOST_ROWS_PER_TOKEN = 14
+_LOWEST = -1e30  # a finite "minus infinity": differences of it are never NaN
+
+
+Queries = Float[Array, "batch tokens kv_heads group head_dim"]
+
+
+class Rows(NamedTuple):
+    """Queries, each in the row of its own key, and how many rows are before a sequence's first."""
+
+    queries: Queries
+    before: Int[Array, " batch"]
+
+
+class Part(NamedTuple):
+    """Softmax over some of the keys, and the logsumexp of their logits.
+
+    Of a query that sees none of them the first is anything, the second `_LOWEST`.
+    """
+
+    output: Queries
+    logsumexp: Float[Array, "batch kv_heads group tokens"]
+
+
+def cannot_serve(cache: KVCache, tokens: int) -> str | None:
+    """Why this call is not for cuDNN, or None."""
+    return _wrong_device(cache.config.head_dim) or cannot_read(cache, tokens)
+
+
+def should_not_serve(cache: KVCache, tokens: int, heads: int, platform: str) -> str | None:
+    """Why another implementation is the better choice, or None."""
+    if (devices := num_devices_of(buffer_of(cache))) > 1:
+        return f"the cache is on {devices} GPUs, and a sharded one would be gathered"
+    window = _window(cache, None)
+    if window is not None and tokens > 1 and window > _MOST_ROWS_PER_TOKEN * tokens:
+        return f"{tokens} queries would stand behind a window of {window} rows without one"
+    return None
+
+
+def cannot_read(cache: KVCache, tokens: int) -> str | None:
+    """Why cuDNN is not made for such a cache, whatever the device is, or None."""
+    config = cache.config
+    codec = config.codec
+    sides = (codec.keys, codec.values) if isinstance(codec, KeysValues) else (codec,)
+    if Dense("float32") in sides:
+        return "it multiplies numbers of 16 bits, and this cache keeps float32"
+    if type(cache.index) not in (ContiguousIndex, PagedIndex, RingIndex):
+        return f"it cannot read {config.addressing.name} caches"
+    if config.head_dim % 8 or config.head_dim > _MOST_HEAD_DIM:
+        return f"head_dim is {config.head_dim}, and it takes multiples of 8 up to {_MOST_HEAD_DIM}"
+    return None
+
+
+@functools.cache
+def _wrong_device(head_dim: int) -> str | None:
+    if (device := local_gpu()) is None:
+        return "it needs an NVIDIA GPU, and this process has no GPU to ask"
+    capability = str(getattr(device, "compute_capability", "none"))
+    generation, dot, _ = capability.partition(".")
+    if not dot or int(generation) < 8:
+        return f"it needs an Ampere GPU (8.0) or later, and {device.device_kind} is {capability}"
+    if int(generation) < 9 and head_dim > _MOST_BEFORE_HOPPER:
+        return f"head_dim is {head_dim}, and before Hopper it takes up to {_MOST_BEFORE_HOPPER}"
+    try:
+        _cudnn_call()
+    except ImportError as error:
+        return f"this JAX has no cuDNN attention as it knows it: {error}"
+    return None
+
+
+def _cudnn_call() -> Any:
+    return importlib.import_module("jaxkv.attention.cudnn.call")
+
+
+def cudnn(request: Request) -> Grouped:
+    """Attend with keys, values and queries of 16 bits; queries and outputs are not turned."""
+    return _attend(request)
+
+
+@jax.custom_jvp
+def _attend(request: Request) -> Grouped:
+    # One call a cache under vmap: a batch of pieces would need tables of its own.
+    return jax.custom_batching.sequential_vmap(_merged)(request)
+
+
+@_attend.defjvp
+def _attend_jvp(primals, tangents):
+    """There is none of a logsumexp; the blockwise form's is the same function's."""
+    return jax.jvp(unturned_blockwise, primals, tangents)
+
+
+@jax.jit  # lowered once for all layers of a model
+def _merged(request: Request) -> Grouped:
+    codec = request.cache.config.codec
+    window = _window(request.cache, request.window)
+    parts = _of_all(request) if window is None else _of_window(request, window)
+    mix = unrotate(codec, _combined(request, parts))
+    return jnp.moveaxis(mix, 2, 1).astype(jnp.float32)
+
+
+def _of_all(request: Request) -> list[Part]:
+    size = piece_size(request.cache.index)
+    runs = jnp.minimum(_start(request), _end(request)) // size
+    rows = _placed(request, runs * size, size - 1)
+    return [*_old_pieces(request, rows, runs), _rest(request, rows, runs * size, size - 1)]
+
+
+def _of_window(request: Request, window: int) -> list[Part]:
+    first = jnp.maximum(_start(request) - (window - 1), _first_held(request))
+    rows = _placed(request, first, window - 1)
+    parts = [_rest(request, rows, first, window - 1, window)]
+    if request.cache.index.sinks:
+        parts.append(_first_tokens(request, first, window))
+    return parts
+
+
+def _window(cache: KVCache, asked: int | None) -> int | None:
+    """Newest tokens that a query sees; None if that is all there can be."""
+    index = cache.index
+    windows = [window for window in (asked, index.window) if window is not None]
+    if isinstance(index, RingIndex):  # whose slots are not in the order of positions
+        return min(*windows, index.capacity)
+    return min(windows) if windows and min(windows) < index.capacity else None
+
+
+def _start(request: Request) -> Int[Array, " batch"]:
+    """The position of the first of these tokens."""
+    return request.cache.lengths.reshape(-1)
+
+
+def _added(request: Request) -> Int[Array, " batch"]:
+    return request.lengths - _start(request)
+
+
+def _end(request: Request) -> Int[Array, " batch"]:
+    """The position after the last token that has a slot."""
+    return jnp.minimum(request.lengths, jnp.asarray(request.cache.index.room).reshape(-1))
+
+
+def _first_held(request: Request) -> Int[Array, " batch"] | int:
+    """The first position that was not written over."""
+    index = request.cache.index
+    if not isinstance(index, RingIndex):
+        return 0
+    written = jnp.maximum(index.written.reshape(-1), request.lengths)
+    return jnp.maximum(written - index.ring_slots, 0)
+
+
+def _queries(request: Request) -> Queries:
+    """As the model had them, to the bit where it left the scale alone: cuDNN scales by itself."""
+    head_dim, codec = request.queries.shape[-1], request.cache.config.codec
+    queries = jnp.moveaxis(request.queries * head_dim**0.5, 1, 2).astype(number_type(codec))
+    return rotate(codec, queries).astype(queries.dtype)
+
+
+def _placed(request: Request, first: Int[Array, " batch"], most_before: int) -> Rows:
+    """For keys from position ``first`` on, of which so many at most are before these tokens."""
+    queries = _queries(request)
+    tokens = queries.shape[1]
+    if tokens == 1:  # it sees all keys, wherever it stands
+        return Rows(queries, jnp.zeros_like(first))
+    before = jnp.clip(_start(request) - first, 0, most_before)
+    places = jnp.arange(most_before + tokens, dtype=jnp.int32) - before[:, None]
+    places = jnp.clip(places, 0, tokens - 1)[:, :, None, None, None]
+    return Rows(jnp.take_along_axis(queries, places, axis=1, mode="clip"), before)
+
+
+def _old_pieces(request: Request, rows: Rows, runs: Int[Array, " batch"]) -> list[Part]:
+    """Every query over the first runs of slots; parts of them apart where queries are few."""
+    pieces = pieces_of(request.cache, request.layer)
+    size, extent = pieces.keys.shape[1], request.cache.index.extent
+    batch, kv_heads, tokens, group, _ = request.queries.shape
+    blocks = batch * kv_heads * -(-tokens * group // _QUERIES_PER_BLOCK)
+    splits = 1
+    while tokens > 1 and 2 * splits * blocks <= _BLOCKS and 2 * splits * size <= extent:
+        splits *= 2
+    # Every so many runs are one part's, whatever the length.
+    each = jnp.arange(splits, dtype=jnp.int32)
+    counts = size * ((runs[:, None] + splits - 1 - each) // splits)
+
+    def of_parts(table: Array) -> Array:
+        """Runs that are not there are the first one, so that nothing else is read."""
+        table = jnp.where(jnp.arange(table.shape[1]) < runs[:, None], table, table[:, :1])
+        multiple = splits * (_MOST_KEYS_AT_ONCE // size)
+        table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % multiple)), mode="edge")
+        return jnp.swapaxes(table.reshape(batch, -1, splits), 1, 2).reshape(batch * splits, -1)
+
+    call = functools.partial(
+        _cudnn_call().call,
+        keys=pieces.keys,
+        values=pieces.values,
+        key_counts=counts.reshape(-1),
+        tables=(of_parts(pieces.key_table), of_parts(pieces.value_table)),
+    )
+    # With a group's queries as rows of one head its keys are read once, but queries are copied.
+    if splits > 1 or 1 < tokens < extent // 2:
+        folded = jnp.swapaxes(_queries(request), 2, 3).reshape(batch, tokens * group, kv_heads, -1)
+        output, logsumexp = call(
+            jnp.repeat(folded, splits, axis=0),
+            query_counts=jnp.repeat(_added(request) * group, splits),
+        )
+        output = output.reshape(batch, splits, tokens, group, kv_heads, -1)
+        logsumexp = logsumexp.reshape(batch, splits, kv_heads, tokens, group)
+        output, logsumexp = jnp.swapaxes(output, 3, 4), jnp.swapaxes(logsumexp, 3, 4)
+        return [
+            _seen(request, output[:, part], logsumexp[:, part], counts[:, part])
+            for part in range(splits)
+        ]
+    output, logsumexp = call(_heads(rows.queries), query_counts=rows.before + _added(request))
+    return [_taken(request, rows, output, logsumexp, counts[:, 0])]
+
+
+def _rest(
+    request: Request,
+    rows: Rows,
+    first: Int[Array, " batch"],
+    most_before: int,
+    window: int | None = None,
+) -> Part:
+    """Every query over the tokens from position ``first`` on, that it may see."""
+    tokens, end = request.queries.shape[2], _end(request)
+    positions = first[:, None] + jnp.arange(most_before + tokens, dtype=jnp.int32)
+    held = jnp.where(positions < end[:, None], positions, -1)
+    keys, values = tokens_at(request.cache, request.layer, held)
+    counts = jnp.clip(end - first, 0, most_before + tokens)
+    output, logsumexp = _cudnn_call().call(
+        _heads(rows.queries),
+        keys=keys,
+        values=values,
+        query_counts=rows.before + _added(request),
+        key_counts=counts,
+        causal=tokens > 1,
+        window=window if tokens > 1 else None,
+    )
+    return _taken(request, rows, output, logsumexp, counts)
+
+
+def _heads(queries: Queries) -> Float[Array, "batch tokens heads head_dim"]:
+    return queries.reshape(*queries.shape[:2], -1, queries.shape[-1])
+
+
+def _taken(
+    request: Request, rows: Rows, output: Array, logsumexp: Array, key_counts: Int[Array, " batch"]
+) -> Part:
+    """What cuDNN gave the rows that have a query."""
+    batch, kv_heads, tokens, group, head_dim = request.queries.shape
+    take = functools.partial(lax.dynamic_slice_in_dim, slice_size=tokens)
+    output = jax.vmap(functools.partial(take, axis=0))(output, rows.before)
+    logsumexp = jax.vmap(functools.partial(take, axis=1))(logsumexp, rows.before)
+    output = output.reshape(batch, tokens, kv_heads, group, head_dim)
+    logsumexp = logsumexp.reshape(batch, kv_heads, group, tokens)
+    return _seen(request, output, logsumexp, key_counts)
+
+
+def _seen(
+    request: Request, output: Array, logsumexp: Array, key_counts: Int[Array, " batch"]
+) -> Part:
+    """A part as cuDNN leaves it: what its logsumexp is of padding, or of no key, is anything."""
+    real = (request.positions >= 0) & (key_counts > 0)[:, None]
+    seen = real[:, None, None] & (logsumexp != -jnp.inf)
+    return Part(output, jnp.where(seen, logsumexp, _LOWEST))
+
+
+def _first_tokens(request: Request, first: Int[Array, " batch"], window: int) -> Part:
+    """The first tokens that a ring keeps for good, where its window does not reach them."""
+    sinks = request.cache.index.sinks
+    slots, before = jnp.arange(sinks), first[:, None, None]
+    beyond = (slots < before) | (slots <= request.positions[:, :, None] - window)
+    seen = request.visible(0, sinks) & beyond[:, None, :, None]
+    turned = rotate(request.cache.config.codec, request.queries)
+    alone = dataclasses.replace(request, queries=turned, sinks=None)
+    state = Online.start(alone).with_slots(alone, 0, sinks, seen)
+    logsumexp = jnp.where(state.total > 0, state.highest + jnp.log(state.total), _LOWEST)
+    return Part(jnp.moveaxis(state.output(), 1, 2), jnp.swapaxes(logsumexp, 2, 3))
+
+
+def _combined(request: Request, parts: list[Part]) -> Queries:
+    """What the parts add up to, in 16 bits."""
+    sinks = request.sinks
+    peak = functools.reduce(jnp.maximum, [part.logsumexp for part in parts])
+    if sinks is not None:  # as a part of its own that gave nothing
+        sinks = sinks[:, :, None]
+        peak = jnp.maximum(peak, sinks)
+    weights = [
+        jnp.where(part.logsumexp == _LOWEST, 0, jnp.exp(part.logsumexp - peak)) for part in parts
+    ]
+    total = functools.reduce(jnp.add, weights)
+    if sinks is not None:
+        total += jnp.exp(sinks - peak)
+    total = jnp.where(total == 0, 1, total)
+
+    def share_of(part: Part, weight: Array) -> Array:
+        share = jnp.moveaxis(weight / total, 3, 1)[..., None]
+        return jnp.where(share == 0, 0, part.output.astype(jnp.float32) * share)
+
+    mix = functools.reduce(jnp.add, map(share_of, parts, weights))
+    return mix.astype(number_type(request.cache.config.codec))

@@ -1,0 +1,1 @@
+"""Decode on Hopper GPUs: a Pallas kernel for Mosaic GPU."""

@@ -1,0 +1,229 @@
+"""Decode on a Hopper GPU at the rate of its memory: a Pallas kernel for Mosaic GPU.
+
+XLA copies the layer's slice out of the cache before it multiplies it by a group's queries, three
+times the bytes (ARCHITECTURE.md, "On a GPU"). The kernel is given the whole cache and the
+layer's number instead. What it is made of is in `kernel`; here are the calls that it
+can serve, what it is told of one, and how the parts of a context that it leaves are combined.
+"""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxkv.addressing.contiguous import ContiguousIndex
+from jaxkv.addressing.paged import PagedIndex
+from jaxkv.addressing.ring import RingIndex
+from jaxkv.attention.blockwise import unturned_blockwise
+from jaxkv.attention.call import Grouped, Request
+from jaxkv.attention.mosaic.plan import TILE, plan, stored_by
+from jaxkv.cache.kv_cache import KVCache, buffer_of
+from jaxkv.cache.vectors import means_of
+from jaxkv.codecs import Centred, Dense, Int8, Rotated, bitcast
+from jaxkv.codecs.hadamard import half_turn
+from jaxkv.devices import local_gpu, num_devices_of
+
+Slots = Int[Array, " batch"]
+
+_HEAD_DIMS = (64, 128)
+_CODES = (Int8(), Rotated(bits=4), Rotated(bits=2))
+_MOST_GROUP = 32  # query heads of a KV head; more do not fit in registers
+_LOG2_E = 1.4426950408889634
+
+
+def cannot_serve(cache: KVCache, tokens: int) -> str | None:
+    """Why this call is not for the Mosaic kernel, or None."""
+    return _wrong_device() or cannot_read(cache, tokens)
+
+
+def should_not_serve(cache: KVCache, tokens: int, heads: int, platform: str) -> str | None:
+    """Why another implementation is the better choice, or None."""
+    if (group := heads // cache.config.num_kv_heads) > _MOST_GROUP:
+        return _too_many(group)
+    if (devices := num_devices_of(buffer_of(cache))) > 1:
+        return f"the cache is on {devices} GPUs, and a sharded one would be gathered"
+    return None
+
+
+def cannot_read(cache: KVCache, tokens: int) -> str | None:
+    """Why the kernel is not made for such a call, whatever the device is, or None."""
+    config, index = cache.config, cache.index
+    codec = stored_by(cache)
+    bfloat16 = config.codec == Dense("bfloat16")
+    if tokens != 1:
+        return f"it serves one token a sequence, and this call has {tokens}"
+    if not bfloat16 and codec not in _CODES:
+        return f"it reads bfloat16, int8, rotated4 and rotated2, not {config.codec.name}"
+    if config.head_dim not in _HEAD_DIMS:
+        return f"head_dim is {config.head_dim}, and it takes 64 or 128"
+    if codec == Rotated(bits=2) and config.head_dim == 64:
+        return "it takes at least 32 bytes a vector, and rotated2 with a head_dim of 64 has 16"
+    if not bfloat16 and config.num_kv_heads % 8:
+        return f"scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
+    if config.num_slots < TILE:
+        return f"it reads {TILE} slots at once, and the cache has {config.num_slots}"
+    if isinstance(index, PagedIndex):
+        if index.page_size % TILE and (TILE % index.page_size or index.page_size < 8):
+            return f"page_size {index.page_size} is not 8, 16, 32 or a multiple of {TILE}"
+    elif not isinstance(index, ContiguousIndex | RingIndex):
+        return f"it cannot read {config.addressing.name} caches"
+    elif index.extent % 8:
+        return f"each sequence has {index.extent} slots, which is not a multiple of 8"
+    return None
+
+
+def _too_many(group: int) -> str:
+    return f"{group} query heads read each KV head, and it takes {_MOST_GROUP}"
+
+
+def mosaic(request: Request) -> Grouped:
+    """Attend with one query a sequence; queries and outputs are not turned."""
+    return _attend(request, None)
+
+
+@functools.cache
+def _wrong_device() -> str | None:
+    if (device := local_gpu()) is None:
+        return "it needs a Hopper GPU, and this process has no GPU to ask"
+    if (capability := str(getattr(device, "compute_capability", "none"))) != "9.0":
+        return f"it needs a Hopper GPU (9.0), and {device.device_kind} is {capability}"
+    try:
+        importlib.import_module("jaxkv.attention.mosaic.kernel")
+    except (ImportError, AttributeError) as error:
+        return f"this JAX has no Mosaic GPU as it knows it: {error}"
+    return None
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _attend(request: Request, interpret: object) -> Grouped:
+    # One kernel a cache under vmap: Pallas cannot batch this one.
+    decode = functools.partial(_decode, interpret=interpret)
+    return jax.custom_batching.sequential_vmap(decode)(request)
+
+
+@_attend.defjvp
+def _attend_jvp(interpret, primals, tangents):
+    """The kernel has no derivative of its own; the blockwise form's is the same function's."""
+    return jax.jvp(unturned_blockwise, primals, tangents)
+
+
+# Lowered once for all layers of a model: that takes longer than to compile it.
+@functools.partial(jax.jit, static_argnames="interpret")
+def _decode(request: Request, interpret: object) -> Grouped:
+    kernel = importlib.import_module("jaxkv.attention.mosaic.kernel")
+    cache = request.cache
+    queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
+    *_, group, head_dim = queries.shape
+    if group > _MOST_GROUP:
+        raise ValueError(f"implementation 'mosaic' cannot serve this call: {_too_many(group)}.")
+    specs = cache.config.codec.leaves(head_dim)
+    leaves = tuple(bitcast(cache.storage[name], specs[name][1]) for name in specs)
+    scale = jnp.float32(1 if request.softcap else _LOG2_E)
+    turns = isinstance(stored_by(cache), Rotated)
+    if turns:
+        scale = scale * half_turn(head_dim)
+    rows = jnp.pad(queries * scale, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))
+    mixes, sums = kernel.decode_parts(
+        jnp.swapaxes(rows, 2, 3),
+        leaves,
+        jnp.asarray(request.layer, jnp.int32).reshape(1),
+        jnp.stack(visible_slots(request), axis=-1),
+        _page_table(cache),
+        _added(request, rows.shape[2]),
+        plan=plan(request, 2 * rows.shape[2]),
+        interpret=interpret,
+    )
+    highest, totals = jnp.moveaxis(sums[..., :group], 3, 0)
+    coarse, fine = (
+        part[:, :, :, :group] for part in jnp.split(mixes.astype(jnp.float32), 2, axis=3)
+    )
+    mix, share = _combined(coarse + fine, highest, totals, request.sinks)
+    if turns:
+        mix *= half_turn(head_dim)
+    if isinstance(cache.config.codec, Centred):
+        mix += share[..., None] * means_of(cache, request.layer)[1][:, None]
+    return mix[:, :, None]
+
+
+def visible_slots(request: Request) -> tuple[Slots, Slots, Slots, Slots]:
+    """The first slot that is seen and the one after the last; and of a gap between, likewise."""
+    index, position = request.cache.index, request.positions[:, 0]
+    if isinstance(index, RingIndex):
+        return _visible_slots_of_a_ring(request, index)
+    # Slot p holds position p.
+    last = jnp.minimum(position + 1, index.capacity)
+    windows = [window for window in (request.window, index.window) if window is not None]
+    first = position + 1 - min(windows, default=index.extent)
+    return jnp.clip(first, 0, last), last, jnp.zeros_like(last), jnp.zeros_like(last)
+
+
+def _visible_slots_of_a_ring(
+    request: Request, index: RingIndex
+) -> tuple[Slots, Slots, Slots, Slots]:
+    """The gap is between sinks and oldest token or, once it has turned, newest and oldest."""
+    position, sinks, ring = request.positions[:, 0], index.sinks, index.ring_slots
+    held_from = index.first_position(request.lengths.reshape(index.lengths.shape)).reshape(-1)
+    window = min(index.window, request.window or index.window)
+    oldest = jnp.maximum(jnp.maximum(position + 1 - window, held_from), sinks)
+    first = sinks + (oldest - sinks) % ring
+    newest = jnp.minimum(position, index.capacity - 1)
+    end = sinks + (newest - sinks) % ring + 1
+    first_sink = 0 if request.window is None else jnp.maximum(position + 1 - request.window, 0)
+    last_sink = jnp.minimum(newest + 1, sinks)
+
+    none, turned = oldest > newest, first >= end
+    low = jnp.where(none | turned | (first_sink < sinks), jnp.minimum(first_sink, sinks), first)
+    high = jnp.where(none, last_sink, jnp.where(turned, index.extent, end))
+    high = jnp.minimum(high, index.extent)
+    gap = jnp.where(turned, end, jnp.maximum(low, sinks))
+    return low, high, jnp.where(none, 0, gap), jnp.where(none, 0, jnp.minimum(first, high))
+
+
+def _page_table(cache: KVCache) -> Array:
+    """``[batch, pages]``; anything where there is none."""
+    if not isinstance(cache.index, PagedIndex):
+        return jnp.zeros((1, 1), jnp.int32)
+    return cache.index.table.reshape(cache.config.batch_size or 1, -1)
+
+
+def _added(request: Request, rows: int) -> tuple[Float[Array, "batch kv_heads slots rows"], ...]:
+    """What keys were stored less, times the queries, in the units of the scores."""
+    codec, index = request.cache.config.codec, request.cache.index
+    if not isinstance(codec, Centred):
+        return ()
+    queries = request.centre_queries[:, :, 0]  # type: ignore[index]
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - queries.shape[2]), (0, 0)))
+    if isinstance(index, RingIndex):
+        positions = request.key_positions(0, index.extent)
+    else:  # behind a barrier, or XLA would compute the table while it compiles
+        slots = jnp.arange(index.extent, dtype=jnp.int32)
+        positions = lax.optimization_barrier(slots[None, None])
+    features = codec.centre_features(positions)[:, 0]
+    features = jnp.broadcast_to(features, (len(queries), *features.shape[1:]))
+    scores = jnp.einsum("bkgf,bsf->bksg", queries, features, precision="highest")
+    return (scores * (1 if request.softcap else _LOG2_E),)
+
+
+def _combined(
+    mixes: Float[Array, "splits batch kv_heads group head_dim"],
+    highest: Float[Array, "splits batch kv_heads group"],
+    totals: Float[Array, "splits batch kv_heads group"],
+    sinks: Float[Array, "kv_heads group"] | None,
+) -> tuple[Float[Array, "batch kv_heads group head_dim"], Float[Array, "batch kv_heads group"]]:
+    """What the parts of each sequence's context add up to, unrolled into one loop of XLA's.
+
+    And what share of the probability is theirs, which is less than 1 beside sinks.
+    """
+    peak = functools.reduce(jnp.maximum, highest)
+    if sinks is not None:  # as a part of its own that gave nothing
+        peak = jnp.maximum(peak, sinks * _LOG2_E)
+    weights = [jnp.exp2(part - peak) for part in highest]
+    total = own = sum(part * weight for part, weight in zip(totals, weights, strict=True))
+    if sinks is not None:
+        total += jnp.exp2(sinks * _LOG2_E - peak)
+    total = jnp.where(total == 0, 1, total)
+    mix = sum(part * weight[..., None] for part, weight in zip(mixes, weights, strict=True))
+    return mix / total[..., None], own / total

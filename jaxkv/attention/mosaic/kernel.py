@@ -1,0 +1,359 @@
+"""The Mosaic GPU kernel of `mosaic`: a part of one sequence's context, for one KV head.
+
+Flash-Decoding (Dao et al., 2023): the context is split over blocks of threads, each of which
+goes through its part by online softmax and leaves an unnormalized mix, a maximum and a total.
+Tiles of slots come straight from the whole cache by the tensor memory accelerator, a
+few ahead of their use. Slots are the rows of the products and query heads their columns: a
+tensor core has 64 rows, which the few query heads of a group would leave empty. Queries and
+weights are multiplied in two parts, high and low, which costs nothing beside reading the
+cache, so that the result is a float32 one.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxkv.attention.mosaic import pallas as gpu
+from jaxkv.attention.mosaic.levels import widen
+from jaxkv.attention.mosaic.plan import TILE, Plan
+from jaxkv.codecs.hadamard import matrix_of
+
+LOW_STEPS = 254  # of the low part in one step of the high part
+BLOCK = 64  # of the Hadamard matrix that is multiplied with: the rows of a product
+
+
+def in_two_bfloat16(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``high + low``, exact to 16 bits of each number."""
+    high = matrix.astype(jnp.bfloat16)
+    return high, (matrix - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def in_two_bytes(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``(LOW_STEPS * high + low) * step``: whole numbers up to 127, and a step for each column.
+
+    They are multiplied with the stored codes as they are, so keys need not be widened.
+    """
+    largest = jnp.maximum(jnp.abs(matrix).max(axis=0), 1e-30)
+    step = largest / (127 * LOW_STEPS)
+    rows, columns = matrix.shape
+    steps = matrix / gpu.across(step, (rows, columns), 1)
+    high = jnp.round(steps / LOW_STEPS)
+    return high, jnp.round(steps - LOW_STEPS * high), step
+
+
+def store_in_two(tiles: Any, matrix: jax.Array) -> None:
+    """``[rows, columns]`` in bfloat16 to ``[2 * columns, rows]``: high parts, then low ones."""
+    gpu.store_transposed(tiles, in_two_bfloat16(matrix))
+
+
+def store_in_two_bytes(tiles: Any, matrix: jax.Array) -> jax.Array:
+    """The same in int8; the step of each column."""
+    high, low, step = in_two_bytes(matrix)
+    gpu.store_transposed(tiles, [high, low])
+    return step
+
+
+def turned(matrix: jax.Array, tiles: Any, signs: Any, *, interpret: bool) -> jax.Array:
+    """Sylvester's Hadamard matrix times this one, ``[64 or 128, columns]``.
+
+    That of 128 is ``[[h, h], [h, -h]]`` of that of 64.
+
+    Args:
+      tiles: bfloat16 ``[2 * columns, rows]``, for the matrix.
+      signs: bfloat16 ``[64, 64]``, that of 64.
+      interpret: whether no GPU is there.
+    """
+    store_in_two(tiles, matrix)
+    gpu.commit()
+    parts = []
+    for start in range(0, matrix.shape[0], BLOCK):
+        whole = matrix.shape[0] == BLOCK
+        some = tiles if whole else tiles.at[:, gpu.span(start, BLOCK)]
+        coarse, fine = gpu.products(signs, gpu.transposed(some), jnp.float32)
+        parts.append(coarse + fine)
+    if len(parts) == 1:
+        return parts[0]
+    first, second = parts
+    return gpu.stacked([first + second, first - second], interpret=interpret)
+
+
+class Slots:
+    """A part of a sequence's visible slots, in tiles; tiles that are all gap are left out.
+
+    Attributes:
+      count: of tiles.
+    """
+
+    def __init__(self, bounds: Any, table: Any, row: jax.Array, part: jax.Array, plan: Plan):
+        self._table, self._row, self._plan = table, row, plan
+        self._low, self._high, self._gap, self._gap_end = (bounds[row, at] for at in range(4))
+        first, last = lax.div(self._low, TILE), lax.div(self._high + (TILE - 1), TILE)
+        self._gap_tile, self._skipped = lax.div(self._gap + (TILE - 1), TILE), jnp.int32(0)
+        if plan.gap:
+            self._skipped = jnp.maximum(lax.div(self._gap_end, TILE) - self._gap_tile, 0)
+        tiles = last - first - self._skipped
+        share = lax.div(tiles + (plan.splits - 1), plan.splits)
+        self._first = first + part * share
+        self.count = jnp.clip(tiles - part * share, 0, share)
+
+    def start_of(self, number: Any) -> jax.Array:
+        """The first slot of a tile."""
+        tile = self._first + number
+        if self._plan.gap:
+            tile += jnp.where(tile >= self._gap_tile, self._skipped, 0)
+        return tile * TILE
+
+    def pages_of(self, number: Any) -> tuple[jax.Array, ...]:
+        """The page that each piece of a tile lies in."""
+        plan, table = self._plan, self._table
+        if not plan.paged:
+            return (self._row,)
+        slots = (self.start_of(number) + at for at in range(0, TILE, plan.piece))
+        entries = (lax.div(slot, plan.page_size) for slot in slots)
+        most = table.shape[1] - 1
+        return tuple(table[self._row, jnp.clip(entry, 0, most)] for entry in entries)
+
+    def seen(
+        self, start: jax.Array, pages: tuple[jax.Array, ...], matrix: tuple[int, int]
+    ) -> tuple[Callable[[], jax.Array], jax.Array]:
+        """Which slots of the tile are visible, for a matrix of a row a slot; and if all are."""
+        plan = self._plan
+        whole = (start >= self._low) & (start + TILE <= self._high)
+        if plan.gap:
+            whole &= (start + TILE <= self._gap) | (start >= self._gap_end)
+        if plan.holes:
+            bits = [(page >= 0).astype(jnp.int32) << at for at, page in enumerate(pages)]
+            held = functools.reduce(jnp.bitwise_or, bits)
+            whole &= held == (1 << len(pages)) - 1
+
+        def visible() -> jax.Array:
+            slot = gpu.iota(matrix, 0)
+            inside = (slot >= self._low - start) & (slot < self._high - start)
+            if plan.gap:
+                inside &= (slot < self._gap - start) | (slot >= self._gap_end - start)
+            if plan.holes:
+                inside &= ((held >> lax.div(slot, plan.piece)) & 1) == 1
+            return inside
+
+        return visible, whole
+
+
+LOG2_E = math.log2(math.e)
+# A hidden slot's score lies so far below the least maximum that its weight is zero even in a
+# tile that is all hidden.
+LOWEST, HIDDEN = -1e30, -2e30
+
+
+def decode_parts(
+    queries: jax.Array,
+    leaves: tuple[jax.Array, ...],
+    layer: jax.Array,
+    bounds: jax.Array,
+    table: jax.Array,
+    added: tuple[jax.Array, ...],
+    *,
+    plan: Plan,
+    interpret: Any = None,
+) -> list[jax.Array]:
+    """The parts of each sequence's attention, for `mosaic` to combine.
+
+    Args:
+      queries: float32 ``[batch, kv_heads, head_dim, rows]``: a group's queries, a column each,
+        padded to a multiple of 8. In units of log2(e) unless there is a softcap. For packed codes
+        they and the mixes are as before the product with a Hadamard matrix.
+      leaves: of the cache: ``[layers, 2, ctx, kv_heads, ...]``.
+      layer: int32 ``[1]``.
+      bounds: int32 ``[batch, 4]``: the first visible slot, and the one after the last; and of a
+        gap between them, whose slots are hidden, likewise.
+      table: int32 ``[batch, pages]``; not read unless there are pages.
+      added: nothing, or what is added to scores, float32 ``[batch, kv_heads, slots, rows]``.
+
+    Returns:
+      Mixes ``[splits, batch, kv_heads, 2 * rows, head_dim]``, again high parts and then low ones,
+      and the maxima and totals of weights ``[splits, batch, kv_heads, 2, rows]``, base 2.
+    """
+    quantized = len(leaves) == 2
+    batch, kv_heads, head_dim, rows = queries.shape
+    both, interpreted = 2 * rows, interpret is not None
+    stages, piece = plan.stages, plan.piece
+    pieces = TILE // piece
+    scores_shape, mix_shape = (TILE, rows), (head_dim, rows)
+
+    def body(query_ref, *refs):
+        leaf_refs, added_refs = refs[: len(leaves)], refs[len(leaves) :][: len(added)]
+        refs = refs[len(leaves) + len(added) :]
+        layer_ref, bounds_ref, table_ref, signs_ref, mix_out, sums_out, *scratch = refs
+        query_tiles, (buffers, mix_tile), sums_tile, either, addends, *barriers = scratch
+        ready, signs_arrived, arrived = barriers
+        (weight_tiles, wide), (raw_queries, turning) = either
+        head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
+        layer = layer_ref[0]
+        slots = Slots(bounds_ref, table_ref, row, part, plan)
+        count = slots.count
+
+        def fetch(number, stage, its_pages):
+            start = slots.start_of(number)
+            for source, buffer in zip(added_refs, addends, strict=True):
+                tile = gpu.span(start, TILE)
+                gpu.copy_in(source.at[row, head, tile], buffer.at[stage], arrived[0].at[stage])
+            for at, page in enumerate(its_pages):
+                inside = lax.rem(start + at * piece, plan.page_size)
+                held = gpu.span(jnp.maximum(page, 0) * plan.page_size + inside, piece)
+                place = stage if pieces == 1 else (stage, gpu.span(at * piece, piece))
+                for side in range(2):
+                    sources = [leaf_refs[0].at[layer, side, held, head]]
+                    sources += [leaf.at[layer, side, held] for leaf in leaf_refs[1:]]
+                    for source, buffer in zip(sources, buffers[side], strict=True):
+                        gpu.copy_in(source, buffer.at[place], arrived[side].at[stage])
+
+        gpu.copy_in(query_ref.at[row, head], raw_queries, ready)
+        if plan.levels:
+            gpu.copy_in(signs_ref, turning[1], signs_arrived)
+        upcoming = tuple(slots.pages_of(number) for number in range(stages + 1))
+        for number in range(stages):
+
+            @gpu.when(number < count)
+            def _(number=number):
+                fetch(jnp.int32(number), number, upcoming[number])
+
+        gpu.wait(ready)
+        if plan.levels:
+            gpu.wait(signs_arrived)
+
+        # Under a condition, or addresses would be kept in registers from here to the mix's turn.
+        @gpu.when(count > 0)
+        def _():
+            its_queries = gpu.load(raw_queries)
+            if plan.levels:
+                its_queries = turned(its_queries, *turning, interpret=interpreted)
+            if quantized:  # the steps wait where no register is lost to them
+                sums_tile[0] = store_in_two_bytes(query_tiles, its_queries)
+            else:
+                store_in_two(query_tiles, its_queries)
+            gpu.commit()
+
+        def scales_of(side, stage):
+            return gpu.load(buffers[side][1].at[stage, :, head], gpu.ROW_VECTOR).astype(jnp.float32)
+
+        def scores_of(stage):
+            keys = buffers[0][0].at[stage]
+            if plan.levels:
+                widen(keys, wide[1], plan.levels, interpret=interpreted)
+                gpu.commit()
+                keys = wide[1]
+            in_parts = gpu.transposed(query_tiles)
+            coarse, fine = gpu.products(keys, in_parts, jnp.int32 if quantized else jnp.float32)
+            if not quantized:
+                return coarse + fine
+            whole = (coarse * LOW_STEPS + fine).astype(jnp.float32)
+            whole *= gpu.across(gpu.load(sums_tile.at[0], gpu.COLUMN_VECTOR), scores_shape, 1)
+            return whole * gpu.across(scales_of(0, stage), scores_shape, 0)
+
+        def values_of(stage, start, its_pages):
+            """In bfloat16, without what hidden slots hold: zero times NaN is NaN."""
+            values = buffers[1][0].at[stage]
+            if quantized:
+                widen(values, wide[0], plan.levels, interpret=interpreted)
+                return wide[0]
+            visible, whole = slots.seen(start, its_pages, (TILE, head_dim))
+
+            @gpu.when(jnp.logical_not(whole))
+            def _():
+                values[...] = jnp.where(visible(), gpu.load(values), jnp.bfloat16(0))
+
+            return values
+
+        def one_tile(number, state):
+            mix, highest, total, upcoming = state
+            stage, start, here = lax.rem(number, stages), slots.start_of(number), upcoming[0]
+
+            gpu.wait(arrived[0].at[stage])
+            scores = scores_of(stage)
+            for buffer in addends:
+                scores += gpu.load(buffer.at[stage])
+            if plan.softcap is not None:
+                scores = capped(scores, plan.softcap)
+            visible = slots.seen(start, here, scores_shape)[0]()
+            scores = jnp.where(visible, scores, HIDDEN)
+            new_highest = jnp.maximum(highest, scores.max(axis=0))
+            keep = jnp.exp2(highest - new_highest)
+            weights = jnp.exp2(scores - gpu.across(new_highest, scores_shape, 1))
+            total = total * gpu.across(keep, scores_shape, 1) + weights
+            gpu.wait(arrived[1].at[stage])
+            values = values_of(stage, start, here)
+            if quantized:
+                weights *= gpu.across(scales_of(1, stage), scores_shape, 0)
+                weights = jnp.where(visible, weights, 0)
+            store_in_two(weight_tiles, weights)
+            gpu.commit()
+            in_parts = gpu.transposed(weight_tiles)
+            coarse, fine = gpu.products(gpu.transposed(values), in_parts, jnp.float32)
+            mix = mix * gpu.across(keep, mix_shape, 1) + (coarse + fine)
+
+            @gpu.when(number + stages < count)
+            def _():
+                fetch(number + stages, stage, upcoming[-1])
+
+            return mix, new_highest, total, (*upcoming[1:], slots.pages_of(number + stages + 1))
+
+        state = gpu.full(mix_shape, 0), gpu.full((rows,), LOWEST), gpu.full(scores_shape, 0)
+        mix, highest, total, _ = gpu.fori_loop(0, count, one_tile, (*state, upcoming))
+        sums_tile[0] = highest
+        sums_tile[1] = total.sum(axis=0)
+        if plan.levels:
+            gpu.commit()  # what was there
+            gpu.copy_in(signs_ref, turning[1], signs_arrived)
+            gpu.wait(signs_arrived)
+            mix = turned(mix, mix_tile, turning[1], interpret=interpreted)
+        store_in_two(mix_tile, mix)
+        gpu.commit()
+        gpu.copy_out(mix_tile, mix_out.at[part, row, head])
+        gpu.copy_out(sums_tile, sums_out.at[part, row, head])
+        gpu.wait_out()
+
+    codes = gpu.shared_tiles((stages, TILE, leaves[0].shape[-1]), leaves[0].dtype)
+    scales = [gpu.shared((stages, TILE, kv_heads), leaf.dtype) for leaf in leaves[1:]]
+    side = (codes, *scales)
+    wide = [gpu.shared_tiles((TILE, head_dim), jnp.bfloat16)] if quantized else []
+    if plan.levels:
+        wide += [gpu.shared_tiles((TILE, head_dim), jnp.int8)]
+    # What is turned, high and low parts, and the matrix that turns it. Made in registers, that
+    # would take so many that fewer blocks of threads fit.
+    signs = jnp.asarray(matrix_of(BLOCK), jnp.bfloat16)
+    turning = [gpu.shared_tiles((both, head_dim), jnp.bfloat16)] if plan.levels else []
+    turning += [gpu.shared_tiles((BLOCK, BLOCK), jnp.bfloat16)] if plan.levels else []
+    copies = pieces * len(leaves) + len(added), pieces * len(leaves)
+    return gpu.run(
+        body,
+        [queries, *leaves, *added, layer, bounds, table, signs],
+        outputs=[
+            jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, both, head_dim), jnp.bfloat16),
+            jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, 2, rows), jnp.float32),
+        ],
+        scratch=[
+            gpu.shared_tiles((both, head_dim), jnp.int8 if quantized else jnp.bfloat16),
+            gpu.Either((side, side), gpu.shared_tiles((both, head_dim), jnp.bfloat16)),
+            gpu.shared((2, rows), jnp.float32),
+            gpu.Either(
+                (gpu.shared_tiles((both, TILE), jnp.bfloat16), wide),
+                (gpu.shared((head_dim, rows), jnp.float32), turning),
+            ),
+            [gpu.shared((stages, TILE, rows), jnp.float32) for _ in added],
+            gpu.Barrier(),
+            gpu.Barrier(),
+            [gpu.Barrier(num_arrivals=arrivals, num_barriers=stages) for arrivals in copies],
+        ],
+        grid={"head": kv_heads, "part": plan.splits, "row": batch},
+        interpret=interpret,
+    )
+
+
+def capped(scores: jax.Array, softcap: float) -> jax.Array:
+    """``softcap * tanh(scores / softcap)`` in base 2."""
+    double = jnp.exp2(scores * (2 * LOG2_E / softcap))
+    return (softcap * LOG2_E) * (1 - 2 / (1 + double))

@@ -1,0 +1,116 @@
+"""How a call of `mosaic` is cut up: parts of a sequence, and what each has in flight."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from jaxkv.addressing.paged import PagedIndex
+from jaxkv.addressing.ring import RingIndex
+from jaxkv.attention.call import Request
+from jaxkv.cache.kv_cache import KVCache
+from jaxkv.codecs import Centred, Codec, Dense, Rotated
+from jaxkv.devices import local_gpu
+
+TILE = 64  # slots that are taken at once, the rows of a product
+# Parts of a sequence are at most this long, so that one long one in a batch is read by many.
+_LONGEST_PART = 8192
+_MULTIPROCESSORS = 132  # of an H100 or H200, where there is no device to ask
+_SHARED_BYTES = 220 << 10  # of one multiprocessor
+_OTHER_BYTES = 2 << 10  # sums, barriers, and what is lost to alignment
+# Parts at once on a multiprocessor, which hide each other's waiting: more where more is computed.
+_OF_NUMBERS, _OF_CODES, _OF_PACKED = 2, 3, 4
+_FEW_ROWS = 16  # whose registers leave room for so many
+_TILES_LOST = 2  # that could be read while a part begins and ends
+MOST_PARTS = 32  # of a sequence: what combines them is unrolled
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static of a call.
+
+    Attributes:
+      page_size: slots from one entry of the page table to the next.
+      paged: whether there is a page table; without one, a sequence is one page.
+      holes: whether a page may be missing (-1 in the table) before the last token.
+      gap: whether slots between visible ones are hidden, as a ring's are.
+      splits: parts of a sequence.
+      stages: tiles that a block of threads holds at once.
+      softcap: of `attend`, or None.
+      levels: what packed codes stand for; None for numbers that are stored as they are.
+    """
+
+    page_size: int
+    paged: bool
+    holes: bool
+    gap: bool
+    splits: int
+    stages: int
+    softcap: float | None
+    levels: tuple[int, ...] | None
+
+    @property
+    def piece(self) -> int:
+        """Slots that are read at once: a tile, or a page if that is smaller."""
+        return min(self.page_size, TILE) if self.paged else TILE
+
+
+def plan(request: Request, rows: int) -> Plan:
+    """For this call, with so many queries a KV head, high parts and low parts."""
+    cache, index = request.cache, request.cache.index
+    pages = index if isinstance(index, PagedIndex) else None
+    splits, stages = parts(cache, rows)
+    return Plan(
+        page_size=index.extent if pages is None else pages.page_size,
+        paged=pages is not None,
+        holes=pages is not None and pages.shared,
+        gap=isinstance(index, RingIndex),
+        splits=splits,
+        stages=stages,
+        softcap=request.softcap,
+        levels=getattr(stored_by(cache), "levels", None),
+    )
+
+
+def parts(cache: KVCache, rows: int) -> tuple[int, int]:
+    """Parts of a sequence, and tiles that a part holds at once."""
+    config, extent = cache.config, cache.index.extent
+    lists, head_dim = (config.batch_size or 1) * config.num_kv_heads, config.head_dim
+    multiprocessors = getattr(local_gpu(), "core_count", None) or _MULTIPROCESSORS
+    codec, centred = stored_by(cache), isinstance(config.codec, Centred)
+    quantized, packed = not isinstance(codec, Dense), isinstance(codec, Rotated)
+
+    # A row of numbers or codes of one head, the scales of all of them, and addends.
+    (shape, dtype, *_), *scales = codec.leaves(head_dim).values()
+    stored_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
+    slot_bytes = 2 * (stored_bytes + len(scales) * 2 * config.num_kv_heads) + centred * 2 * rows
+    wide_bytes = TILE * head_dim * (2 * quantized + packed) + 2 * rows * TILE
+    # Before that is used, queries as they come, and turned ones with the matrix that turns them.
+    before_bytes = 2 * rows * head_dim + packed * (2 * rows * head_dim + 2 * TILE * TILE)
+    fixed_bytes = max(wide_bytes, before_bytes) + 2 * rows * head_dim + _OTHER_BYTES
+
+    def stages(at_once: int) -> int:
+        return (_SHARED_BYTES // at_once - fixed_bytes) // (TILE * slot_bytes)
+
+    most = _OF_PACKED if packed else _OF_CODES if quantized else _OF_NUMBERS
+    if not quantized and lists * 4 <= multiprocessors:
+        most = 1  # a single long sequence is read as fast, and leaves fewer parts to combine
+    elif rows > _FEW_ROWS:
+        most = 2
+    at_once = max((number for number in range(1, most + 1) if stages(number) >= 2), default=1)
+
+    def share_of_time_spent_reading(splits: int) -> float:
+        rounds = -(-lists * splits // (at_once * multiprocessors))
+        tiles = -(-extent // (splits * TILE))
+        busy = lists * splits / (rounds * at_once * multiprocessors)
+        return busy * tiles / (tiles + _TILES_LOST)
+
+    fewest = min(-(-extent // _LONGEST_PART), MOST_PARTS)
+    splits = max(range(fewest, MOST_PARTS + 1), key=share_of_time_spent_reading)
+    return splits, max(2, stages(at_once))
+
+
+def stored_by(cache: KVCache) -> Codec:
+    """What encodes its vectors, after their mean was taken off if it is."""
+    codec = cache.config.codec
+    return codec.codec if isinstance(codec, Centred) else codec

@@ -1,0 +1,180 @@
+"""What the verbs refuse, before anything changes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from jaxkv.addressing import KeptIndex
+from jaxkv.cache.hybrid import AnyCache, check_static_layer
+from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, books_of, buffer_of
+from jaxkv.errors import CacheClosedError, CacheFullError
+
+
+def check_layer(cache: KVCache, layer: Layer) -> Layer:
+    """The layer of a call on a cache that is still alive."""
+    check_alive(cache)
+    if isinstance(layer, jax.core.Tracer):
+        return layer
+    return check_static_layer(cache.config, layer)
+
+
+def layer_exists(cache: KVCache, layer: Layer) -> Bool[Array, ""] | bool:
+    """Whether there is such a layer, of one that is traced."""
+    if not isinstance(layer, jax.core.Tracer):
+        return True
+    return (layer >= 0) & (layer < cache.config.num_layers)
+
+
+def check_counts(
+    cache: AnyCache, what: str, counts: NumTokens | None, most: int | None = None
+) -> None:
+    """Refuse token counts that are not one for all sequences or one for each."""
+    if counts is None:
+        return
+    numbers: Any = counts if isinstance(counts, jax.Array) else np.asarray(counts)
+    shape, batch_shape = numbers.shape, cache.config.batch_shape
+    allowed = "an int" + (f" or int32{list(batch_shape)}" if batch_shape else "")
+    if shape not in ((), batch_shape) or not jnp.issubdtype(numbers.dtype, jnp.integer):
+        got = f"{numbers.dtype}{list(shape)}"
+        raise ValueError(f"{what} must be {allowed}, got {got}.")
+    if isinstance(counts, jax.core.Tracer):
+        return
+    # Inside jit, numpy's own functions trace even a constant.
+    given = np.asarray(jax.device_get(counts))
+    if given.min() < 0 or (most is not None and given.max() > most):
+        limits = "at least 0" if most is None else f"from 0 to {most}, the tokens given"
+        raise ValueError(f"{what} must be {limits}, got {given.tolist()}.")
+
+
+def check_rows(cache: KVCache, rows: Array) -> None:
+    """Refuse rows of a batch that are not a list, or that do not exist."""
+    count = cache.config.batch_size or 1
+    if rows.ndim != 1 or rows.size == 0:
+        raise ValueError(f"rows must be int32[rows], at least one, got shape {list(rows.shape)}.")
+    if isinstance(rows, jax.core.Tracer):
+        return
+    given = np.asarray(jax.device_get(rows))
+    if given.min() < 0 or given.max() >= count:
+        raise IndexError(f"rows must be from 0 to {count - 1}, got {given.tolist()}.")
+
+
+def rows_exist(cache: KVCache, rows: Array) -> Bool[Array, " rows"] | bool:
+    """Whether there are such rows, of some that are traced."""
+    if not isinstance(rows, jax.core.Tracer):
+        return True
+    return (rows >= 0) & (rows < (cache.config.batch_size or 1))
+
+
+def check_vectors(
+    cache: KVCache, what: str, vectors: Array, expected_shape: tuple[int, ...] | None = None
+) -> None:
+    config = cache.config
+    if not jnp.issubdtype(vectors.dtype, jnp.floating):
+        raise TypeError(f"{what} must be a float array, got {vectors.dtype}.")
+    shape = vectors.shape
+    tokens = shape[-3] if len(shape) >= 3 else "tokens"
+    expected = (*config.batch_shape, tokens, config.num_kv_heads, config.head_dim)
+    if shape != (expected_shape or expected) or shape != expected:
+        axes = ["batch"] * len(config.batch_shape) + ["tokens", "kv_heads", "head_dim"]
+        raise ValueError(
+            f"{what} must be [{', '.join(axes)}] = {list(expected_shape or expected)}, "
+            f"got {list(shape)}."
+        )
+
+
+def check_alive(cache: AnyCache) -> None:
+    leaves = jax.tree.leaves(cache)
+    arrays = (leaf for leaf in leaves if isinstance(leaf, jax.Array))
+    if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in arrays):
+        raise CacheClosedError(
+            "This cache was donated or deleted: its buffers live on in the cache that the jitted "
+            "function returned. Rebind it, as in `logits, cache = step(params, tokens, cache)`."
+        )
+
+
+def check_here(cache: KVCache) -> None:
+    """Refuse a cache of which this process holds a part, where all of it is to be read."""
+    leaf = buffer_of(cache)
+    here = isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated
+    if not here:
+        raise ValueError(
+            "This cache is spread over several processes, and each holds a part of it. Gather it "
+            "first, in all of them: "
+            "jax.experimental.multihost_utils.process_allgather(cache, tiled=True)."
+        )
+
+
+def check_chunk(cache: KVCache, tokens: int) -> None:
+    """Refuse more tokens at once than the addressing was made for."""
+    chunk = cache.index.chunk
+    if chunk is not None and tokens > chunk:
+        raise ValueError(
+            f"this {cache.config.addressing.name} takes {chunk} tokens at a time, got {tokens}: "
+            f"later ones would write over what earlier ones still see. Prefill in chunks of "
+            f"{chunk}, or create the cache with a larger chunk."
+        )
+
+
+def check_room(cache: KVCache, num_tokens: NumTokens) -> None:
+    """Outside jit, refuse tokens that do not fit, before anything changes."""
+    if isinstance(cache.lengths, jax.core.Tracer) or isinstance(num_tokens, jax.core.Tracer):
+        return
+    lengths, room, _ = books_of(cache.index)
+    after = lengths + np.asarray(jax.device_get(num_tokens))
+    if (after > room).any():
+        worst = int(np.argmax(after - room))
+        sequence = "" if after.ndim == 0 else f"sequence {worst} "
+        held, most = lengths.ravel()[worst], room.ravel()[worst]
+        cure = "create one with a larger max_context_length"
+        if most < cache.index.capacity:
+            cure = "assign it more pages"
+            if isinstance(cache.index, KeptIndex):
+                cure = "make room with jaxkv.evict, or compress with a larger new"
+        raise CacheFullError(
+            f"KV cache full: {sequence}holds {held} of {most} tokens, and "
+            f"{int(after.ravel()[worst] - held)} more were given. Nothing was written. truncate "
+            f"or reset the cache, or {cure}."
+        )
+
+
+def check_intact(cache: KVCache) -> None:
+    """Outside jit, refuse a rollback to tokens that the next query would see, and that are lost."""
+    if isinstance(cache.lengths, jax.core.Tracer):
+        return
+    lengths, _, intact = books_of(cache.index)
+    if intact.all():
+        return
+    cure = "Their pages were given back; reset it, and assign pages to it anew."
+    if (chunk := cache.index.chunk) is not None:
+        cure = (
+            f"It takes back {chunk} tokens at most; create it with a larger chunk to roll back "
+            "further, or reset it."
+        )
+    raise ValueError(
+        f"cannot roll back to {lengths.tolist()} tokens: the {cache.config.addressing.name} cache "
+        f"has lost tokens that the next query would see. {cure}"
+    )
+
+
+def checked_prompt(
+    prompt: Sequence[int], vocabulary: int | None, what: str = "a prompt"
+) -> np.ndarray:
+    """The ids of a prompt, int32, all of them in the vocabulary if that is known.
+
+    Raises:
+      ValueError: an empty prompt, what are no ints, or a token outside the vocabulary.
+    """
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+        got = "an empty one" if ids.size == 0 else f"{ids.dtype} of shape {ids.shape}"
+        raise ValueError(f"{what} must be a list of at least one token id, got {got}.")
+    bad = ids[(ids < 0) | (ids >= (vocabulary or np.iinfo(np.int32).max))]
+    if bad.size:
+        raise ValueError(
+            f"{what} has token {bad[0]}, outside the vocabulary of {vocabulary} tokens."
+        )
+    return ids.astype(np.int32)

@@ -1,0 +1,257 @@
+"""The shape of a cache and its exact bytes, known before any device is touched."""
+
+import dataclasses
+import math
+import operator
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from jaxkv.addressing import Addressing, Contiguous
+from jaxkv.cache.newest import Newest, NewestSlots
+from jaxkv.codecs import Centred, Codec, Dense, bytes_per_token
+from jaxkv.errors import ConfigError
+from jaxkv.placement import HostMemory
+from jaxkv.show.text import sequences
+
+_COUNTS = ("num_layers", "max_context_length", "num_kv_heads", "head_dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class KVCacheConfig:
+    """What a cache holds. Frozen, hashable and validated when made.
+
+    Args:
+      num_layers: layers of the model that keep keys and values.
+      max_context_length: tokens that one sequence may hold, prompt and answer together.
+      num_kv_heads: key/value heads a layer: the query heads for MHA, fewer for GQA, 1 for MQA.
+      head_dim: numbers in one head's vector.
+      batch_size: sequences, or None for one sequence and arrays without a batch axis.
+      codec: how a vector is stored.
+      addressing: which slot holds which token.
+      placement: None for all on the device; `HostMemory` for contexts that do not fit there.
+      newest: None, or the newest tokens by a finer codec as well; see `Newest`.
+
+    Raises:
+      ConfigError: a `ValueError` that names every bad field.
+
+    >>> import jaxkv
+    >>> llama3 = jaxkv.KVCacheConfig(
+    ...     num_layers=32, max_context_length=8192, num_kv_heads=8, head_dim=128
+    ... )
+    >>> llama3.size_bytes
+    1073741824
+    """
+
+    num_layers: int
+    max_context_length: int
+    num_kv_heads: int
+    head_dim: int
+    batch_size: int | None = None
+    codec: Codec = Dense("bfloat16")
+    addressing: Addressing = Contiguous()
+    placement: HostMemory | None = None
+    newest: Newest | None = None
+
+    # Of a `HybridConfig`; here all layers are of one group.
+    group_of_layer: ClassVar[None] = None
+
+    def __post_init__(self):
+        problems = [self._normalize_count(field) for field in _COUNTS]
+        if self.batch_size is not None:
+            problems.append(self._normalize_count("batch_size", " or None for a single sequence"))
+        if isinstance(self.codec, type) or not isinstance(self.codec, Codec):
+            problems.append(
+                f'codec must be a codec such as jaxkv.Dense("bfloat16"), got {self.codec!r}'
+            )
+        if isinstance(self.addressing, type) or not isinstance(self.addressing, Addressing):
+            problems.append(
+                f"addressing must be one such as jaxkv.Contiguous(), got {self.addressing!r}"
+            )
+        for field in ("num_layers", "num_kv_heads"):  # of compressed caches, whose heads differ
+            own = getattr(self, field)
+            if getattr(self.addressing, field, own) != own:
+                problems.append(f"{field} must be that of {self.addressing}, got {own}")
+        if self.placement is not None:
+            problems.append(self._check_placement())
+        if self.newest is not None:
+            problems.append(self._check_newest())
+        if problems := [problem for problem in problems if problem]:
+            raise ConfigError("KVCacheConfig: " + "; ".join(problems) + ".")
+
+    def _check_placement(self) -> str | None:
+        if not isinstance(self.placement, HostMemory):
+            return f"placement must be jaxkv.HostMemory(...) or None, got {self.placement!r}"
+        return self.placement.reason_against(self.addressing)
+
+    def _check_newest(self) -> str | None:
+        if not isinstance(self.newest, Newest):
+            return f"newest must be jaxkv.Newest(...) or None, got {self.newest!r}"
+        return None
+
+    def _normalize_count(self, field: str, also_allowed: str = "") -> str | None:
+        """Store the field as a plain int, or say what is wrong with it."""
+        value = getattr(self, field)
+        try:
+            count = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            count = -1
+        if count < 1:
+            return f"{field} must be an int of at least 1{also_allowed}, got {value!r}"
+        object.__setattr__(self, field, count)
+        return None
+
+    @classmethod
+    def from_hf(
+        cls, source: str | os.PathLike | Mapping[str, Any], *, max_context_length: int, **fields
+    ) -> "KVCacheConfig":
+        """Deprecated: `jaxkv.cache_config` with ``chunk=None``, which this calls.
+
+        Args:
+          source: a ``config.json``, the folder that holds it, or its contents as a dict.
+          max_context_length: tokens that one sequence may hold.
+          **fields: as in `jaxkv.cache_config`.
+        """
+        import jaxkv
+
+        warnings.warn(
+            "KVCacheConfig.from_hf is deprecated: call jaxkv.cache_config, whose layers with a "
+            "window hold no more than it needs, or all tokens with chunk=None.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return jaxkv.cache_config(
+            source, max_context_length=max_context_length, chunk=None, **fields
+        )
+
+    def replace(self, **fields: Any) -> Self:
+        """The same config with other values in some fields, validated anew."""
+        return dataclasses.replace(self, **fields)
+
+    @property
+    def groups(self) -> tuple["KVCacheConfig"]:
+        """One, as a `HybridConfig` has several."""
+        return (self,)
+
+    def layers_of(self, group: int) -> tuple[int, ...]:
+        """The numbers of a group's layers: all."""
+        return tuple(range(self.num_layers))
+
+    def locate(self, layer: Any) -> tuple[int, Any]:
+        """The group of a layer, and its number within the group."""
+        return 0, layer
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """``()`` for a single sequence, ``(batch_size,)`` for a batch."""
+        return () if self.batch_size is None else (self.batch_size,)
+
+    @property
+    def num_slots(self) -> int:
+        """The size of the buffer's ctx axis: places for a token, over all sequences."""
+        return self.addressing.num_slots(self.max_context_length, self.batch_size)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes, keys and values of all layers together."""
+        return self.num_layers * self.num_kv_heads * bytes_per_token(self.codec, self.head_dim)
+
+    @property
+    def means_shape(self) -> tuple[int, int, int, int] | None:
+        """``(num_layers, 2, num_kv_heads, head_dim)`` if the codec keeps means, see `Centred`."""
+        if not isinstance(self.codec, Centred):
+            return None
+        return self.num_layers, 2, self.num_kv_heads, self.head_dim
+
+    @property
+    def size_bytes(self) -> int:
+        """Exact bytes of the keys and values, scales and means included, wherever they are."""
+        means = 4 * math.prod(self.means_shape) if self.means_shape else 0
+        newest = 0 if self.newest_config is None else self.newest_config.size_bytes
+        return (self.num_slots + self.num_resident_slots) * self.bytes_per_token + means + newest
+
+    @property
+    def newest_config(self) -> "KVCacheConfig | None":
+        """Of the cache of the `Newest` tokens, which never reaches beyond what a query sees."""
+        if self.newest is None:
+            return None
+        tokens = min(self.newest.tokens, getattr(self.addressing, "window", None) or 1 << 31)
+        codec = self.newest.codec_beside(self.codec)
+        slots = NewestSlots(tokens)
+        return self.replace(codec=codec, addressing=slots, placement=None, newest=None)
+
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether buffers are put there: not those of which all slots would be resident."""
+        if self.placement is None:
+            return False
+        return self._shared or self.num_slots > self.placement.resident * (self.batch_size or 1)
+
+    @property
+    def num_resident_slots(self) -> int:
+        """Slots on the device, over all sequences, of a cache in host memory, if not a pool's."""
+        if not self.in_host_memory or self._shared:
+            return 0
+        assert self.placement is not None
+        sinks = getattr(self.addressing, "sinks", 0)
+        each = min(self.placement.resident + sinks, self.max_context_length)
+        return min(each * (self.batch_size or 1), self.num_slots)
+
+    @property
+    def _shared(self) -> bool:
+        return getattr(self.addressing, "num_pages", None) is not None
+
+    @property
+    def host_bytes(self) -> int:
+        """Exact bytes in host memory; 0 where all is on the device."""
+        return self.num_slots * self.bytes_per_token if self.in_host_memory else 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Exact bytes on the device, all that is not in host memory."""
+        return self.size_bytes + self.index_bytes - self.host_bytes
+
+    @property
+    def index_bytes(self) -> int:
+        """Exact bytes of what stands beside them: lengths, and page tables where there are any."""
+        index = self.addressing.index_bytes(self.max_context_length, self.batch_size)
+        if self.newest_config is not None:
+            index += self.newest_config.index_bytes
+        if not self.num_resident_slots:
+            return index
+        assert self.placement is not None
+        bounds = 0
+        if self.placement.blocks_per_query is not None:  # of keys, float32, in each block
+            blocks = self.placement.num_blocks(self.max_context_length)
+            bounds = 8 * self.num_layers * blocks * self.num_kv_heads * self.head_dim
+        return index + (4 + bounds) * (self.batch_size or 1)
+
+    @property
+    def codec_name(self) -> str:
+        """Of the codec, for messages and tables."""
+        if self.newest is None:
+            return self.codec.name
+        return f"{self.codec.name}, newest {self.newest.tokens} {self.newest.codec.name}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields as plain values, codec and addressing by name."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        placement = None if self.placement is None else dataclasses.asdict(self.placement)
+        names = {"codec": self.codec.name, "addressing": self.addressing.name}
+        newest = None
+        if self.newest is not None:
+            newest = {"tokens": self.newest.tokens, "codec": self.newest.codec.name}
+        return fields | names | {"placement": placement, "newest": newest}
+
+    def describe(self) -> str:
+        """One line for messages: ``4096 tokens x 32 layers x 8 KV heads x 128, bfloat16, ring``.
+
+        Contiguous addressing goes without saying.
+        """
+        batch = "" if self.batch_size is None else f"{sequences(self.batch_size)} x "
+        return (
+            f"{batch}{self.max_context_length} tokens x {self.num_layers} layers x "
+            f"{self.num_kv_heads} KV heads x {self.head_dim}, {self.codec_name}"
+            f"{'' if isinstance(self.addressing, Contiguous) else f', {self.addressing.name}'}"
+        )

@@ -1,0 +1,115 @@
+"""Making a cache: every buffer preallocated and zero."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxkv.cache.config import KVCacheConfig
+from jaxkv.cache.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
+from jaxkv.cache.kv_cache import OUT_OF_RANGE, KVCache
+from jaxkv.codecs import Leaves, container_dtype, leaf_specs
+from jaxkv.devices import default_device
+from jaxkv.errors import ConfigError
+from jaxkv.placement import Resident, zeros_in_host_memory
+from jaxkv.programs import moves_data
+
+_AXES = ("layers", "2", "slots", "kv_heads", "head_dim")  # of a buffer
+
+
+@moves_data  # zeros, of which the host has one
+def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
+    """An empty cache: every buffer preallocated and zero.
+
+    Args:
+      config: its shape; a `HybridConfig` gives a `HybridCache`.
+      device: a `jax.Device` or `jax.sharding.Sharding` for the buffers; JAX's default if None.
+        A `NamedSharding` is of the axes ``[layers, 2, slots, kv_heads, head_dim]``; a buffer
+        without the last ones, as scales are, is sharded by those that it has.
+
+    Raises:
+      ConfigError: 2**30 or more positions, or slots times KV heads.
+      ValueError: a sharding of more axes than that.
+
+    Raises:
+      ConfigError: 2**30 or more positions, or slots times KV heads.
+
+    >>> import jaxkv
+    >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 16, 1, 4, codec=jaxkv.Dense("float32")))
+    >>> cache.storage["data"].shape
+    (2, 2, 16, 1, 4)
+    """
+    _check_axes(device)
+    if isinstance(config, HybridConfig):
+        groups = (_create(group, device) for group in config.groups)
+        return HybridCache(tuple(groups), config)
+    return _create(config, device)
+
+
+def _check_numbers(config: KVCacheConfig) -> None:
+    """Refuse more positions or places for a head's vector than int32 has numbers for."""
+    context, places = config.max_context_length, config.num_slots * config.num_kv_heads
+    if max(context, places) >= OUT_OF_RANGE:
+        raise ConfigError(
+            f"create: {context} tokens, and {config.num_slots} slots x {config.num_kv_heads} KV "
+            "heads, must both be below 2**30, since they are numbered with int32. Use a smaller "
+            "max_context_length or batch_size, or fewer num_pages."
+        )
+
+
+def _create(config: KVCacheConfig, device: Any) -> KVCache:
+    _check_numbers(config)
+    if config.in_host_memory and device is None:
+        # All in one place that is named, for a step returns it so, and compiles once then.
+        device = default_device()
+    platform = _platform(device)
+
+    def buffers(num_slots: int, allocate: Any = jnp.zeros) -> Leaves:
+        leaves = {}
+        for name, (shape, dtype, sides) in leaf_specs(config.codec, config.head_dim).items():
+            whole = (config.num_layers, sides, num_slots, config.num_kv_heads, *shape)
+            where = _of_axes(device, range(len(whole)))
+            leaves[name] = allocate(whole, container_dtype(dtype, platform), device=where)
+        return leaves
+
+    of_means = _of_axes(device, (0, 1, 3, 4))  # all but the slots
+    means = config.means_shape and jnp.zeros(config.means_shape, jnp.float32, device=of_means)
+    index = config.addressing.init(config.max_context_length, config.batch_size)
+    resident = None
+    if config.num_resident_slots:
+        resident = Resident.create(config, buffers(config.num_resident_slots))
+    if isinstance(device, NamedSharding):  # on all of the mesh, as a step will return it
+        index = jax.device_put(index, NamedSharding(device.mesh, PartitionSpec()))
+    elif isinstance(device, jax.Device):
+        index, resident = jax.device_put((index, resident), device)
+    storage = buffers(
+        config.num_slots, zeros_in_host_memory if config.in_host_memory else jnp.zeros
+    )
+    newest = None if config.newest_config is None else _create(config.newest_config, device)
+    return KVCache(storage, index, config, means, resident, newest)
+
+
+def _platform(device: Any) -> str:
+    if isinstance(device, str):
+        return device
+    if isinstance(device, jax.sharding.Sharding):
+        device = next(iter(device.device_set))
+    return (device or default_device()).platform
+
+
+def _check_axes(device: Any) -> None:
+    if isinstance(device, NamedSharding) and len(device.spec) > len(_AXES):
+        raise ValueError(
+            f"device: {device.spec} is of {len(device.spec)} axes, and a cache's buffers have "
+            f"{len(_AXES)}: [{', '.join(_AXES)}]."
+        )
+
+
+def _of_axes(device: Any, axes: Sequence[int]) -> Any:
+    """The same for an array that has only these axes of a buffer."""
+    if not isinstance(device, NamedSharding):
+        return device
+    spec = [device.spec[axis] for axis in axes if axis < len(device.spec)]
+    return device.update(spec=PartitionSpec(*spec))

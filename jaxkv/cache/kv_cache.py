@@ -1,0 +1,255 @@
+"""The cache: an immutable pytree. Its verbs are in `jaxkv.cache`."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int
+
+from jaxkv.addressing import Index, Layer, PagedIndex
+from jaxkv.cache.config import KVCacheConfig
+from jaxkv.cache.newest import NewestIndex
+from jaxkv.codecs import Leaves
+from jaxkv.placement import Resident
+from jaxkv.programs import one_program
+from jaxkv.show.html import Bar, occupancy_html
+from jaxkv.show.text import format_bytes, sequences
+
+__all__ = ["KVCache", "Layer", "NumTokens", "books_of", "buffer_of"]
+
+# Sequences that are named one by one.
+_NAMED = 8
+
+# The length of a sequence whose verb got an argument out of range inside jit. No other is as long.
+OUT_OF_RANGE = 1 << 30
+
+# Tokens processed: one number for all sequences, or one for each of a ragged batch.
+NumTokens = int | Int[Array, "*batch"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["storage", "index", "means", "resident", "newest", "real_tokens"],
+    meta_fields=["config"],
+)
+@dataclasses.dataclass(frozen=True, repr=False)
+class KVCache:
+    """Keys and values of every token so far, and where they are. Made by `create`.
+
+    Attributes:
+      storage: one buffer a codec leaf, ``[layers, 2, ctx, kv_heads, ...]``; axis 1 is keys,
+        values, and of size 1 for a leaf that only one of them has. On a CPU a bfloat16 buffer has
+        dtype uint16 (see `container_dtype`); use `layer` to get numbers.
+      index: which slot holds which token; `lengths` is part of it.
+      config: the static description.
+      means: of `Centred`, ``[layers, 2, kv_heads, head_dim]``, None for other codecs.
+      resident: where ``config.placement`` puts the buffers into host memory, what stays on the
+        device; else None.
+      newest: where ``config.newest`` keeps the newest tokens by a finer codec too, the cache of
+        them; else None.
+      real_tokens: in a step that is padded, how many of its tokens are still to come; else None.
+
+    >>> import jax, jaxkv
+    >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 64, num_kv_heads=1, head_dim=16))
+    >>> cache
+    KVCache(2 layers, 1 KV heads x 16, bfloat16, contiguous, 0 of 64 tokens, 8.2 kB)
+    >>> len(jax.tree.leaves(cache)), cache.size_bytes == cache.config.size_bytes
+    (2, True)
+    """
+
+    storage: Leaves
+    index: Index
+    config: KVCacheConfig
+    means: Float32[Array, "layers 2 kv_heads head_dim"] | None = None
+    resident: Resident | None = None
+    newest: "KVCache | None" = None
+    real_tokens: Int[Array, "*batch"] | None = None
+
+    @property
+    def groups(self) -> tuple["KVCache"]:
+        """One, as a `HybridCache` has several."""
+        return (self,)
+
+    def with_groups(self, groups: Sequence["KVCache"]) -> "KVCache":
+        """The cache that these groups are."""
+        (own,) = groups
+        return own
+
+    @property
+    def lengths(self) -> Int[Array, "*batch"]:
+        """Tokens in each sequence. More than the capacity once a write was dropped."""
+        return self.index.lengths
+
+    @property
+    def overflowed(self) -> Bool[Array, "*batch"]:
+        """True for a sequence that was given more tokens than it can hold."""
+        return self.lengths > self.index.room
+
+    @property
+    def misused(self) -> Bool[Array, "*batch"]:
+        """True for a sequence whose verb got an argument out of range inside jit."""
+        return self.lengths >= OUT_OF_RANGE
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the keys and values; equal to ``config.size_bytes``."""
+        resident = None if self.resident is None else self.resident.storage
+        held = self.storage, self.means, resident
+        newest = 0 if self.newest is None else self.newest.size_bytes
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(held)) + newest
+
+    def with_lengths(self, lengths: Int[Array, "*batch"]) -> "KVCache":
+        """The same buffers with other lengths: for those who write verbs."""
+        resident = self.resident
+        if resident is not None:
+            resident = resident.with_lengths(self.lengths, lengths)
+        newest = None if self.newest is None else self.newest.with_lengths(lengths)
+        index = self.index.with_lengths(lengths)
+        return dataclasses.replace(self, index=index, resident=resident, newest=newest)
+
+    def where_in_range(self, in_range: Bool[Array, "#*batch"] | bool) -> "KVCache":
+        """A sequence whose arguments are out of range is `misused`, and takes no tokens."""
+        if in_range is True:
+            return self
+        return self.with_lengths(jnp.where(in_range, self.lengths, OUT_OF_RANGE))
+
+    def with_pages(
+        self,
+        table: Int[Array, "*batch pages"],
+        lengths: Int[Array, "*batch"],
+        newest_from: Int[Array, "*batch"] | None = None,
+    ) -> "KVCache":
+        """A paged cache with other sequences: for those who keep the books of a pool.
+
+        Args:
+          table: pages of each sequence in the order of its tokens, -1 for none.
+          lengths: of each sequence, in tokens.
+          newest_from: the position from which on a row was given its tokens, which are the
+            `Newest` ones; none if None.
+
+        Raises:
+          TypeError: a cache that is not paged.
+
+        >>> import jax.numpy as jnp, jaxkv
+        >>> pool = jaxkv.Paged(page_size=16, num_pages=4)
+        >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 32, 1, 4, addressing=pool))
+        >>> int(cache.with_pages(jnp.array([3, 1]), jnp.array(20)).lengths)
+        20
+        """
+        if not isinstance(self.index, PagedIndex):
+            raise TypeError(
+                f"with_pages: expected a paged cache, got a {self.config.addressing.name} one. "
+                "Create it with addressing=jaxkv.Paged(page_size, num_pages)."
+            )
+        newest = self.newest
+        if newest is not None:
+            assert isinstance(newest.index, NewestIndex)
+            first = lengths if newest_from is None else newest_from
+            own = newest.index.holding_from(first, lengths)
+            newest = dataclasses.replace(newest, index=own)
+        index = self.index.with_table(table).with_lengths(lengths)
+        return dataclasses.replace(self, index=index, newest=newest)
+
+    def with_means(self, means: Float32[Array, "layers 2 kv_heads head_dim"] | None) -> "KVCache":
+        """The same buffers of vectors that are stored less these means.
+
+        Means of `Newest` tokens that nobody set yet are these too: the tokens that they would have
+        been taken of were written without them.
+        """
+        newest = self.newest
+        if newest is not None and newest.means is not None and means is not None:
+            own = jnp.where(newest.means.any(), newest.means, means)
+            newest = dataclasses.replace(newest, means=own)
+        return dataclasses.replace(self, means=means, newest=newest)
+
+    def __repr__(self) -> str:
+        held, unknown = _lengths(self)
+        if held is None:
+            tokens = f"{unknown}, ?" if unknown == "donated" else "?"
+        elif held.size <= _NAMED:
+            tokens = str(held.tolist())
+        else:
+            tokens = f"{held.min()} to {held.max()}"
+        config = self.config
+        return (
+            f"KVCache({_facts(config)}, {tokens} of {config.max_context_length} tokens, "
+            f"{format_bytes(config.size_bytes)})"
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: how full each sequence is."""
+        held, unknown = _lengths(self)
+        size = f"{format_bytes(self.config.size_bytes)} ({self.config.size_bytes:,} bytes)"
+        if held is None:
+            return occupancy_html("KVCache", _facts(self.config), [], f"{size}, {unknown}")
+        room = books_of(self.index)[1].ravel()
+        bars = [
+            Bar(f"sequence {i}", *pair)
+            for i, pair in enumerate(zip(held.ravel(), room, strict=True))
+        ]
+        if held.ndim == 0:
+            bars = [bars[0]._replace(name="")]
+        elif len(bars) > _NAMED:
+            fullest, emptiest = max(bars, key=_fill), min(bars, key=_fill)
+            bars = [
+                Bar(f"all {sequences(len(bars))}", held.sum(), room.sum()),
+                fullest._replace(name=f"the fullest, {fullest.name}"),
+                emptiest._replace(name=f"the emptiest, {emptiest.name}"),
+            ]
+        return occupancy_html("KVCache", _facts(self.config), bars, size)
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """What treescope shows: an object to unfold."""
+        from treescope import repr_lib
+
+        return repr_lib.render_object_constructor(
+            object_type=type(self),
+            attributes={"storage": self.storage, "index": self.index, "config": self.config},
+            path=path,
+            subtree_renderer=subtree_renderer,
+        )
+
+
+def buffer_of(cache: KVCache) -> Array:
+    """One of a cache's buffers, which stands for all: they are made and moved together."""
+    return next(iter(cache.storage.values()))
+
+
+def books_of(index: Index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Outside jit, the length of each sequence, its room, and whether it is intact."""
+    with jax.ensure_compile_time_eval():  # a cache that a traced function names is not traced
+        lengths, room, intact = jax.device_get(_books(index))
+    return lengths, np.broadcast_to(room, lengths.shape), np.broadcast_to(intact, lengths.shape)
+
+
+@one_program()
+def _books(index: Index) -> tuple[Any, Any, Any]:
+    return index.lengths, index.room, index.intact
+
+
+def _fill(bar: Bar) -> float:
+    return bar.used / max(bar.size, 1)
+
+
+def _facts(config: KVCacheConfig) -> str:
+    batch = "" if config.batch_size is None else f", {sequences(config.batch_size)}"
+    return (
+        f"{config.num_layers} layers, {config.num_kv_heads} KV heads x {config.head_dim}, "
+        f"{config.codec_name}, {config.addressing.name}{batch}"
+    )
+
+
+def _lengths(cache: KVCache) -> tuple[np.ndarray | None, str]:
+    """The tokens of each sequence, or None and why nobody knows."""
+    lengths = cache.lengths
+    if isinstance(lengths, jax.core.Tracer):
+        return None, "traced"
+    if not isinstance(lengths, jax.Array | np.ndarray):
+        return None, "shapes alone"
+    if isinstance(lengths, jax.Array) and lengths.is_deleted():
+        return None, "donated"
+    return np.asarray(jax.device_get(lengths)), ""

@@ -1,0 +1,157 @@
+"""Verbs that rearrange whole sequences: reorder, repeat, and copy pages that were shared."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxkv.addressing import PagedIndex
+from jaxkv.cache.checks import check_alive, check_rows, rows_exist
+from jaxkv.cache.hybrid import AnyCache, in_every_group
+from jaxkv.cache.kv_cache import KVCache, buffer_of
+from jaxkv.placement import copy_runs, in_host_memory, take_slots
+from jaxkv.programs import on_device, one_program, promotes_ranks
+
+
+@in_every_group
+def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache:
+    """A batch of these sequences of a cache: to reorder beams, drop finished ones, or repeat.
+
+    The new sequences are copies that go on independently. Only with a shared pool of pages
+    they keep the pages that they had: give those that go on pages of their own with
+    `jaxkv.paging`, which says what to copy.
+
+    Args:
+      rows: which sequence each row of the new batch is, ``int32[rows]``; may be traced. A
+        single sequence is row 0.
+
+    Raises:
+      IndexError: outside jit, a row that there is not (inside jit, `check` says so after).
+      ValueError: inside jit, a cache in host memory whose sequences would have to be copied.
+
+    >>> import jaxkv
+    >>> prompt = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
+    >>> jaxkv.select(prompt, [0, 0, 0]).lengths.tolist()
+    [5, 5, 5]
+    """
+    check_alive(cache)
+    chosen = rows if isinstance(rows, jax.Array) else on_device(np.asarray(rows, np.int32))
+    check_rows(cache, chosen)
+    if in_host_memory(buffer_of(cache)):  # which no compiled program gathers from
+        selected = _selected(cache, chosen)
+    else:
+        selected = _select(cache, chosen)
+    return selected.where_in_range(rows_exist(cache, chosen))
+
+
+def _selected(cache: KVCache, chosen: Int[Array, " rows"]) -> KVCache:
+    index, slots = cache.index.select(chosen)
+    storage = cache.storage
+    if slots is not None:
+        storage = {name: take_slots(leaf, slots) for name, leaf in storage.items()}
+    resident = None if cache.resident is None else cache.resident.select(chosen)
+    newest = None if cache.newest is None else select(cache.newest, chosen)
+    config = cache.config.replace(batch_size=chosen.size)
+    return KVCache(storage, index, config, cache.means, resident, newest)
+
+
+_select = one_program()(_selected)
+
+
+def fork(cache: AnyCache, num_copies: int) -> AnyCache:
+    """Each sequence ``num_copies`` times, next to each other, as a batch.
+
+    For parallel samples of one prompt; see `select` for pages of a shared pool.
+
+    Args:
+      num_copies: of each sequence, at least 1.
+
+    >>> import jaxkv
+    >>> prompt = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
+    >>> fork(prompt, 4).lengths.tolist()
+    [5, 5, 5, 5]
+    """
+    sequences = np.arange(cache.config.batch_size or 1, dtype=np.int32)
+    return select(cache, np.repeat(sequences, num_copies).tolist())
+
+
+def copy_pages(
+    cache: KVCache, sources: Int[Array, " pages"], destinations: Int[Array, " pages"]
+) -> KVCache:
+    """Copy whole pages of a paged pool, in all layers, for sequences that part ways.
+
+    In place under donation: only the pages' own bytes move.
+
+    Args:
+      sources: pages of the pool, ``int32[pages]``.
+      destinations: as many pages, each named once; one below 0 or past the pool is skipped, so
+        that calls can be padded to one shape.
+
+    Raises:
+      TypeError: not a paged cache.
+      ValueError: its newest tokens are on the device too (`HostMemory` of a pool that nobody
+        shares).
+
+    >>> import jax.numpy as jnp, jaxkv
+    >>> config = jaxkv.KVCacheConfig(1, 8, 1, 4, addressing=jaxkv.Paged(page_size=4))
+    >>> cache = jaxkv.create(config)
+    >>> cache = jaxkv.append(cache, jnp.ones((4, 1, 4)), jnp.ones((4, 1, 4)), layer=0)
+    >>> keys, values = jaxkv.layer(copy_pages(cache, jnp.array([0]), jnp.array([1])), 0)
+    >>> keys[4:, 0, 0].tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
+    if len(cache.groups) > 1:
+        raise TypeError(
+            "copy_pages: a page is one of a pool, and this cache has a pool for each group. Copy "
+            "in each of cache.groups, and put them back with cache.with_groups."
+        )
+    if not isinstance(cache.index, PagedIndex):
+        raise TypeError(
+            f"copy_pages needs a paged cache, got a {cache.config.addressing.name} one. Create it "
+            "with addressing=jaxkv.Paged(page_size)."
+        )
+    if cache.resident is not None:
+        raise ValueError(
+            "copy_pages: this cache has its newest tokens on the device too, where there are no "
+            "pages. Bring it back with jaxkv.prefetch first, or share a pool, "
+            "jaxkv.Paged(num_pages=...), which has none there."
+        )
+    return copied(cache, sources, destinations)
+
+
+@one_program()
+def copied(
+    cache: KVCache, sources: Int[Array, " pages"], destinations: Int[Array, " pages"]
+) -> KVCache:
+    """`copy_pages`, or copies of whole sequences' slots where they have no pages."""
+    targets, origins = slots_of_pages(cache, destinations), slots_of_pages(cache, sources)
+
+    def with_copies(leaf: Array) -> Array:
+        if in_host_memory(leaf):
+            return copy_runs(leaf, sources, destinations, page_size_of(cache))
+        found = leaf.at[:, :, origins].get(mode="clip")
+        return leaf.at[:, :, targets].set(found, mode="drop", unique_indices=True)
+
+    storage = {name: with_copies(leaf) for name, leaf in cache.storage.items()}
+    return dataclasses.replace(cache, storage=storage)
+
+
+def page_size_of(cache: KVCache) -> int:
+    """Slots of a page, or of a sequence where it has no pages."""
+    return cache.index.page_size if isinstance(cache.index, PagedIndex) else cache.index.extent
+
+
+@promotes_ranks
+def slots_of_pages(cache: KVCache, pages: Int[Array, " pages"]) -> Int[Array, " slots"]:
+    """The ctx slots of pages of a pool; of pages that there are not, slots past the end.
+
+    Of other caches a sequence's slots are its page.
+    """
+    num_slots = cache.config.num_slots
+    page_size = page_size_of(cache)
+    slots = (pages[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(-1)
+    past_the_end = num_slots + jnp.arange(slots.size, dtype=jnp.int32)
+    return jnp.where((slots < 0) | (slots >= num_slots), past_the_end, slots)

@@ -1,0 +1,152 @@
+"""``jaxkv generate``: load a model, allocate its cache, decode, report."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from jaxkv.cli.command import Command
+from jaxkv.cli.model_options import (
+    INCOMPLETE,
+    add_model_arguments,
+    codec_of,
+    decode_answer,
+    decode_prompt,
+    encode,
+    load_model,
+    nan_message,
+    sampling_of,
+    unicode_text,
+)
+from jaxkv.memory import MemoryTracker, Purpose, device_memory
+from jaxkv.serve.generate import Generation, generate
+from jaxkv.show.text import format_bytes
+
+_EXAMPLES = """\
+examples:
+  jaxkv generate
+      the model that comes with jaxkv writes some Python
+  jaxkv generate --prompt 'class Stack:' --temperature 0.7 --seed 3
+      its own continuation of a prompt
+  jaxkv generate --model ./Qwen2.5-0.5B --prompt 'Hello' --context 4k --dtype bfloat16
+      a Hugging Face folder (config.json, *.safetensors, tokenizer.json), or a Hub name
+  jaxkv generate --prompt 'def a' --prompt 'def b' --json
+      several prompts at once, the answers and figures as JSON
+
+exit status: 0 done, 1 logits that are no numbers ended an answer, 2 the question was not
+understood or the model could not be loaded
+"""
+_DEFAULT_PROMPT = """\
+class Point:
+    def __init__(self, x, y):
+        self.x = x
+        self.y = y
+
+    def __repr__(self):
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser, temperature=0.6)
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="more than once for more")
+    parser.add_argument("--json", action="store_true", help="print answers and figures as JSON")
+
+
+def _run(options: argparse.Namespace) -> int:
+    sampling = sampling_of(options)
+    model, tokenizer = load_model(options)
+    tracker = MemoryTracker()
+    tracker.track(model, purpose=Purpose.WEIGHTS, name=options.model or "embedded model")
+    texts = [unicode_text(text) for text in options.prompt or [_DEFAULT_PROMPT]]
+    prompts = [encode(tokenizer, text) for text in texts]
+    stream = None if options.json or len(texts) > 1 else _Stream(tokenizer, prompts[0])
+    result = generate(
+        model,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        seed=[options.seed + number for number in range(len(prompts))],
+        stop_tokens=model.config.eos_token_ids,
+        max_context_length=options.context,
+        codec=codec_of(options),
+        on_tokens=stream,
+        tracker=tracker,
+    )
+    answers = [
+        {
+            "prompt": text,
+            "text": decode_answer(tokenizer, prompt, tokens),
+            "tokens": tokens,
+            "finish": why,
+        }
+        for text, prompt, tokens, why in zip(
+            texts, prompts, result.tokens, result.finish_reasons, strict=True
+        )
+    ]
+    figures = _figures(result, tracker)
+    if options.json:
+        print(json.dumps({"answers": answers, **figures}, indent=2))
+    else:
+        if stream is None:
+            for number, answer in enumerate(answers, 1):
+                print(f"--- {number} ---\n{answer['prompt']}{answer['text']}")
+        print(f"\n\n{_summary(result, figures)}")
+    failed = [number for number, answer in enumerate(answers, 1) if answer["finish"] == "nan"]
+    for number in failed:
+        message = nan_message(len(result.tokens[number - 1]))
+        print(f"jaxkv generate: prompt {number}: {message}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+class _Stream:
+    """Prints a text as its tokens arrive, prompt first, whole characters only."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int]):
+        self._tokenizer, self._prompt = tokenizer, prompt
+        self._answer: list[int] = []
+        self._printed = 0
+        print(decode_prompt(tokenizer, prompt), end="", flush=True)
+
+    def __call__(self, number: int, new: list[int]) -> None:
+        self._answer += new
+        text = decode_answer(self._tokenizer, self._prompt, self._answer).rstrip(INCOMPLETE)
+        print(text[self._printed :], end="", flush=True)
+        self._printed = len(text)
+
+
+def _figures(result: Generation, tracker: MemoryTracker) -> dict[str, Any]:
+    memory, timings, config = device_memory(), result.timings, result.config
+    return {
+        "prefill_tokens": timings.prefill_tokens,
+        "prefill_tokens_per_second": round(timings.prefill_tokens_per_second, 1),
+        "decode_tokens": timings.decode_tokens,
+        "decode_tokens_per_second": round(timings.decode_tokens_per_second, 1),
+        "compile_seconds": round(timings.compile_seconds, 2),
+        "weight_bytes": tracker.total_usage(Purpose.WEIGHTS),
+        "cache_planned_bytes": config.size_bytes + config.index_bytes,
+        "cache_held_bytes": tracker.peak_usage(Purpose.KV_CACHE),
+        "peak_memory_bytes": memory.peak_bytes or memory.process_peak_bytes,
+        "peak_memory_source": "process" if memory.peak_bytes is None else memory.source,
+    }
+
+
+def _summary(result: Generation, figures: dict[str, Any]) -> str:
+    peak = figures["peak_memory_bytes"]
+    rows = [
+        ("prefill", "{prefill_tokens} tokens, {prefill_tokens_per_second:,.0f} tokens/s"),
+        ("decode", "{decode_tokens} tokens, {decode_tokens_per_second:,.0f} tokens/s"),
+        ("compiled in", "{compile_seconds:.1f} s"),
+        ("KV cache", result.config.describe()),
+        ("planned", "{cache_planned_bytes:,} bytes, held {cache_held_bytes:,} bytes"),
+        ("weights", format_bytes(figures["weight_bytes"])),
+        ("peak memory", f"{format_bytes(peak) if peak else 'unknown'} ({{peak_memory_source}})"),
+    ]
+    return "\n".join(f"{name:12} {text.format(**figures)}" for name, text in rows)
+
+
+GENERATE = Command(
+    "Continue a prompt with a model from a Hugging Face folder, or with the one that comes along.",
+    _EXAMPLES,
+    _add_arguments,
+    _run,
+)

@@ -1,0 +1,212 @@
+"""A Hugging Face folder into a model and its tokenizer, and a model into such a folder."""
+
+import dataclasses
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxkv.errors import CheckpointError
+from jaxkv.models.checkpoint import SINGLE_FILE, StoredTensor, read_json, stored_tensors
+from jaxkv.models.config import DecoderConfig
+from jaxkv.models.decoder import Decoder
+from jaxkv.models.gpt2 import GPT2, GPT2Config
+from jaxkv.models.hf_fields import hf_decoder
+from jaxkv.models.hub import local_folder
+from jaxkv.models.model import Model
+from jaxkv.models.mxfp4 import PackedTensor, with_packed
+from jaxkv.show.progress import progress_bar
+
+Tensors = dict[str, StoredTensor | PackedTensor]
+
+EMBEDDED = Path(__file__).parent / "embedded"
+DTYPES = ("float32", "float16", "bfloat16")
+# Tensors that are no weights of their own: tables that follow from the config.
+_NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+_HEAD = "lm_head.weight"
+# What multimodal models have beside their text decoder, and what stands before its names.
+_NO_TEXT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+_TEXT = re.compile(r"^language_model\.(?:model\.)?|^model\.language_model\.")
+
+
+def load(folder: str | os.PathLike | None = None, *, dtype: Any = "float32") -> tuple[Model, Any]:
+    """A model and its tokenizer from a folder as Hugging Face writes it.
+
+    Reads ``config.json``, ``model.safetensors`` (or the shards that its index lists) and
+    ``tokenizer.json``. Tensors go to the device one at a time: beside the model, memory holds
+    one tensor. Experts in MXFP4, as gpt-oss is released, are read as floats; of a multimodal
+    Gemma 3 the text decoder.
+
+    Args:
+      folder: the folder, or a name such as ``Qwen/Qwen2.5-0.5B`` that is fetched from the
+        Hugging Face Hub. None for the small model that comes with jaxkv: bytes as tokens,
+        trained on Python's standard library.
+      dtype: of the weights and of what is computed: ``float32``, ``bfloat16`` or ``float16``.
+        The file's own dtype may be another.
+
+    Returns:
+      The model, a `Decoder` or a `GPT2`, and a `tokenizers.Tokenizer`, or None where the folder
+      has none.
+
+    Raises:
+      CheckpointError: an architecture or feature that is not supported; a file that is missing,
+        damaged or not JSON; a tensor that is missing, mis-shaped or unknown. It names it.
+      FileNotFoundError: no such folder.
+      ImportError: a name of the Hub without the package ``huggingface_hub``.
+      ValueError: another dtype.
+
+    >>> model, tokenizer = load()
+    >>> logits, _ = model(jnp.array(tokenizer.encode("impor").ids))
+    >>> tokenizer.decode([int(logits[-1].argmax())])
+    't'
+    """
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {name}.")
+    path = EMBEDDED if folder is None else local_folder(os.fspath(folder))
+    config = _read_config(path)
+    kind: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
+    tensors = _by_short_name(with_packed(stored_tensors(path)), kind.checkpoint_prefix, path)
+    if config.tie_word_embeddings and _HEAD in tensors:
+        config = _with_its_head(config, tensors, f"{kind.checkpoint_embedding}.weight", path)
+    model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=name))
+    _fill(model, tensors, path)
+    return model, _read_tokenizer(path / "tokenizer.json")
+
+
+def save(model: Model, folder: str | os.PathLike) -> None:
+    """Write ``config.json`` and ``model.safetensors`` so that `load` and transformers read them.
+
+    Args:
+      folder: made if it is not there; files of these names are replaced.
+
+    >>> import tempfile
+    >>> model = Decoder(DecoderConfig(16, 8, 8, num_layers=1, num_heads=1), rngs=nnx.Rngs(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(model, folder)
+    ...     load(folder)[0].config == model.config
+    True
+    """
+    import safetensors.numpy
+
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for _, name, param, transposed in _params(model):
+        array = np.asarray(param.get_value())
+        tensors[name] = np.ascontiguousarray(array.T if transposed else array)
+    safetensors.numpy.save_file(tensors, path / SINGLE_FILE, metadata={"format": "pt"})
+    config = model.config.to_hf() | {"torch_dtype": model.dtype.name}
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_config(folder: Path) -> GPT2Config | DecoderConfig:
+    config = read_json(folder / "config.json")
+    is_gpt2 = hf_decoder(config)[0] == "GPT2LMHeadModel"
+    return GPT2Config.from_hf(config) if is_gpt2 else DecoderConfig.from_hf(config)
+
+
+def _by_short_name(stored: Tensors, prefix: str, folder: Path) -> Tensors:
+    """The tensors of the text decoder, without what stands before their names.
+
+    Files of a model without its head leave the prefix out.
+
+    Raises:
+      CheckpointError: two tensors of one name.
+    """
+    named: Tensors = {}
+    for name, tensor in stored.items():
+        if _NO_TEXT.match(name):
+            continue
+        short = _TEXT.sub("", name).removeprefix(prefix)
+        if short in named:
+            raise CheckpointError(f"{folder}: {named[short].name} and {name} are the same tensor.")
+        named[short] = tensor
+    return named
+
+
+def _with_its_head(config: Any, tensors: Tensors, embedding: str, folder: Path) -> Any:
+    """A config that ties the head to the embedding, untied where the file has another head.
+
+    A head that is the embedding once more is dropped from the tensors.
+    """
+    table, head = tensors.get(embedding), tensors[_HEAD]
+    if isinstance(head, StoredTensor) and isinstance(table, StoredTensor) and head.equals(table):
+        del tensors[_HEAD]
+        return config
+    warnings.warn(
+        f"{folder}: tie_word_embeddings in config.json makes the embedding the head, but the file "
+        f"has another one, {head.name}, which is used. Set tie_word_embeddings to false.",
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _params(model: Model) -> Iterator[tuple[tuple, str, nnx.Param, bool]]:
+    """Each parameter's path, name in a checkpoint, itself, and whether it is transposed there."""
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        *_, module, kind = path
+        prefix = "" if module == "lm_head" else model.checkpoint_prefix
+        transposed = kind == "weight" and module in model.checkpoint_transposes
+        yield path, prefix + ".".join(map(str, path)), param, transposed
+
+
+def _fill(model: Model, stored: Tensors, folder: Path) -> None:
+    """Put every tensor of a checkpoint in its place in an abstract model."""
+    params = list(_params(model))
+    tensors = _matched(params, stored, model.checkpoint_prefix, folder)
+    with progress_bar("Loading weights", sum(param.size for _, _, param, _ in params)) as advance:
+        for _, name, param, transposed in params:
+            array = tensors[name].read().astype(param.dtype, copy=False)
+            param.set_value(jax.device_put(np.ascontiguousarray(array.T if transposed else array)))
+            advance(param.size)
+    nnx.update(model, nnx.from_flat_state([(path, param) for path, _, param, _ in params]))
+
+
+def _matched(
+    params: list[tuple[tuple, str, nnx.Param, bool]],
+    stored: Tensors,
+    prefix: str,
+    folder: Path,
+) -> Tensors:
+    """The tensor of each parameter, once all are there, of the right shape, and no other is."""
+    unused = dict(stored)
+    matched = {}
+    for _, name, param, transposed in params:
+        tensor = unused.pop(name.removeprefix(prefix), None)
+        if tensor is None:
+            raise CheckpointError(f"{folder}: tensor {name} is missing.")
+        expected = param.shape[::-1] if transposed else param.shape
+        if tensor.shape != expected:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}; by "
+                f"config.json it must be {list(expected)}."
+            )
+        matched[name] = tensor
+    unknown = [tensor.name for name, tensor in unused.items() if not _NO_WEIGHTS.search(name)]
+    if unknown:
+        raise CheckpointError(
+            f"{folder}: unexpected tensor {', '.join(sorted(unknown)[:3])}"
+            f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}; the model that "
+            "config.json describes has no place for it."
+        )
+    return matched
+
+
+def _read_tokenizer(file: Path) -> Any:
+    if not file.exists():
+        return None
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{file} is not a tokenizer: {error}") from error

@@ -1,0 +1,127 @@
+"""From what a model is to the cache that fits it, layers with windows in rings."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxkv.addressing import Addressing, Contiguous, Paged, Ring
+from jaxkv.cache.config import KVCacheConfig
+from jaxkv.cache.hybrid import AnyConfig, HybridConfig
+from jaxkv.cache.newest import Newest
+from jaxkv.codecs import Codec, Dense
+from jaxkv.errors import ConfigError
+
+RING_CHUNK = 128  # tokens; what `jaxkv.generate` prefills at once
+
+
+class Shape(NamedTuple):
+    """What a model decides about its cache.
+
+    Attributes:
+      windows: for each layer the newest tokens that it sees, or None for all; ``()`` for a
+        model without windows.
+
+    >>> local_and_global = Shape(6, num_kv_heads=1, head_dim=256).sliding(512, full_every=6)
+    >>> local_and_global.windows
+    (512, 512, 512, 512, 512, None)
+    >>> local_and_global.cache_config(max_context_length=32_768).size_bytes
+    36831232
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...] = ()
+
+    def sliding(self, window: int, full_every: int | None = None) -> "Shape":
+        """The same with windows in all layers, but for every so many-th."""
+        layers = range(1, self.num_layers + 1)
+        windows = (None if full_every and layer % full_every == 0 else window for layer in layers)
+        return self._replace(windows=tuple(windows))
+
+    def cache_config(
+        self,
+        *,
+        max_context_length: int,
+        batch_size: int | None = None,
+        codec: Codec | Sequence[Codec] = Dense("bfloat16"),
+        addressing: Addressing = Contiguous(),
+        chunk: int | None = RING_CHUNK,
+        newest: Newest | None = None,
+    ) -> AnyConfig:
+        """The cache: a `KVCacheConfig`, or a `HybridConfig` where layers differ.
+
+        Args:
+          max_context_length, batch_size: as in `KVCacheConfig`.
+          codec: how a vector is stored; one, or one a layer.
+          addressing: which slot holds which token, in layers that see all tokens.
+          chunk: the most tokens that a step brings. Layers with a window keep ``window - 1 +
+            chunk`` tokens: in a `Ring`, or in pages of their own where ``addressing`` is a
+            shared pool. None for steps of any size: they keep all tokens, in ``addressing``,
+            and see the newest.
+          newest: in each layer, see `Newest`.
+
+        Raises:
+          ConfigError: as `KVCacheConfig`, or codecs that are not one a layer.
+        """
+        codecs = (codec,) * self.num_layers if isinstance(codec, Codec) else tuple(codec)
+        if len(codecs) != self.num_layers:
+            raise ConfigError(
+                f"codec must be one, or one for each of {self.num_layers} layers, got "
+                f"{len(codecs)}."
+            )
+        rows = batch_size or 1
+        addressings = [
+            addressing
+            if window is None or chunk is None
+            else _windowed(addressing, window, chunk, rows)
+            for window in self.windows or (None,) * self.num_layers
+        ]
+        layers = list(zip(addressings, codecs, strict=True))
+        kinds = list(dict.fromkeys(layers))
+        groups = tuple(
+            KVCacheConfig(
+                num_layers=layers.count(kind),
+                max_context_length=max_context_length,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                batch_size=batch_size,
+                addressing=kind[0],
+                codec=kind[1],
+                newest=newest,
+            )
+            for kind in kinds
+        )
+        if len(groups) == 1:
+            return groups[0]
+        return HybridConfig(groups, tuple(kinds.index(layer) for layer in layers))
+
+
+def _windowed(addressing: Addressing, window: int, chunk: int, rows: int) -> Addressing:
+    if not isinstance(addressing, Paged) or addressing.num_pages is None:
+        return Ring(window, chunk=chunk)
+    # What all rows hold at once, and as much again for the ends of prompts that may come back.
+    held = rows * (-(-(window + chunk) // addressing.page_size) + 1)
+    num_pages = min(addressing.num_pages, 2 * held)
+    return dataclasses.replace(addressing, num_pages=num_pages, window=window)
+
+
+def wide_at_the_ends(
+    num_layers: int, inner: Codec, outer: Codec, *, ends: int = 1
+) -> tuple[Codec, ...]:
+    """A codec a layer: ``outer`` for the first and last layers, which suffer most from few bits.
+
+    Args:
+      num_layers: of the model.
+      inner: codec of the layers between.
+      outer: codec of the first ``ends`` and of the last ``ends`` layers.
+      ends: how many layers that is, on each side.
+
+    >>> import jaxkv
+    >>> codecs = wide_at_the_ends(4, jaxkv.Int8(), jaxkv.Dense("bfloat16"))
+    >>> [codec.name for codec in codecs]
+    ['bfloat16', 'int8', 'int8', 'bfloat16']
+    """
+    return tuple(
+        inner if ends <= layer < num_layers - ends else outer for layer in range(num_layers)
+    )

@@ -1,0 +1,312 @@
+"""The requests that run or wait: their rows, their pages, and the steps that move them on."""
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxkv.errors import ModelChangedError, PoolFullError
+from jaxkv.memory.session import Session
+from jaxkv.paging import Copy, PageAllocator, Prompt
+from jaxkv.serve import steps
+from jaxkv.serve.figures import Figures
+from jaxkv.serve.model_step import Model, Watch, Weights
+from jaxkv.serve.request import MOST_STOP_TOKENS, Request
+from jaxkv.serve.sampling import Sampling
+from jaxkv.serve.swap import SwapSpace, pages_in_use
+
+Arrived = list[tuple[Request, list[int]]]
+
+
+class Batch:
+    """A row of the cache for each request that runs.
+
+    Args:
+      model, sampling: of every step.
+      session: holds the cache.
+      pages: its books.
+      prefill_chunk, decode_steps: tokens that a step takes.
+      swap_space: bytes of host memory for pages of requests that had to make room.
+
+    Attributes:
+      rows: the request of each row, or None.
+      waiting: requests without a row, the next first.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        session: Session,
+        pages: PageAllocator,
+        *,
+        prefill_chunk: int,
+        decode_steps: int,
+        swap_space: int,
+    ):
+        self.rows: list[Request | None] = [None] * (session.config.batch_size or 1)
+        self.waiting: collections.deque[Request] = collections.deque()
+        self.pages, self.figures = pages, Figures()
+        self._swap = SwapSpace(swap_space, self.figures)
+        self._model = model
+        self._watch = Watch(Weights.of(model))
+        self._sampling, self._session = sampling, session
+        self._chunk, self._decode_steps = prefill_chunk, decode_steps
+
+    @property
+    def running(self) -> list[Request]:
+        """The requests that have rows, those admitted first first."""
+        rows: dict[Any, Request] = {row.number: row for row in self.rows if row is not None}
+        return [rows[number] for number in self.pages.sequences]
+
+    @property
+    def begun(self) -> list[Request]:
+        """The requests that something was computed for, or that have pages."""
+        return [*self.running, *(request for request in self.waiting if request.begun)]
+
+    @property
+    def prefilling(self) -> list[Request]:
+        """Those of them whose prompts are not all computed yet."""
+        return [request for request in self.running if request.is_prefilling]
+
+    @contextlib.contextmanager
+    def weights_as_they_are(self) -> Iterator[None]:
+        """Rounds in here use the model's weights of now, which nothing keeps between them.
+
+        Raises:
+          ModelChangedError: they were exchanged since requests have begun.
+        """
+        weights = Weights.of(self._model)
+        if not self._watch.sees(weights):
+            if self.begun:
+                raise ModelChangedError(
+                    f"the model's weights were exchanged, and {len(self.begun)} requests have "
+                    "begun with the old ones. Call Engine.update(model, restart=True) to begin "
+                    "these anew, or cancel them."
+                )
+            self._forget(weights)
+        self._weights = weights
+        try:
+            yield
+        finally:
+            del self._weights
+
+    def exchange(self, model: Model) -> None:
+        """Another model, or other weights of this one, for requests that then all begin anew."""
+        for request in reversed(self.running):
+            self._wait_again(request)
+        for request in self.begun:
+            self._swap.drop(request)
+            request.start_over()
+        self._model = model
+        self._forget(Weights.of(model))
+
+    def _forget(self, weights: Weights) -> None:
+        """What was computed with others, of which nothing is in use."""
+        self.pages.forget()
+        self._session.cache = steps.without_means(self._session.cache)
+        self._watch = Watch(weights)
+
+    def admit_waiting(self) -> None:
+        """Give waiting requests rows and pages, in their order, while they last."""
+        with contextlib.suppress(PoolFullError):
+            while self.waiting and None in self.rows:
+                request = self.waiting[0]
+                if request in self._swap:
+                    self._resume(request)
+                elif self._is_computing(request.prompt):
+                    return
+                else:
+                    self._admit(request)
+                self.rows[self.rows.index(None)] = self.waiting.popleft()
+
+    def _is_computing(self, prompt: Prompt) -> bool:
+        """Will a running prefill leave more of this prompt in the pool than there is now?"""
+        others = self.prefilling if prompt.reuse else []
+        ahead = max((other.prompt.num_common(prompt) for other in others), default=0)
+        if ahead < prompt.num_shareable:
+            ahead -= ahead % self._chunk
+        return ahead > 0 and ahead > self.pages.find(prompt)
+
+    def _admit(self, request: Request) -> None:
+        """Pages for its prompt and for what it answered before."""
+        admission = self.pages.admit(request.number, request.prompt, ahead=len(request.tokens))
+        self._copy(admission.copies)
+        request.length, request.shares = admission.num_cached, admission.num_cached > 0
+        if request.num_cached is None:
+            request.num_cached = admission.num_cached
+
+    def _resume(self, request: Request) -> None:
+        """Other pages with what was kept of its old ones; nothing of it is computed again."""
+        self.pages.restore(request.number, request.prompt, request.length)
+        cache = self._session.cache
+        pages = pages_in_use(self.pages, request, self.rows.index(None), cache)
+        self._session.cache = self._swap.put_back(request, cache, pages)
+        self.pages.advance(request.number, request.length)
+
+    def fork(self, request: Request, child: Request) -> None:
+        """Give a request a free row, and the tokens of one that runs.
+
+        Raises:
+          PoolFullError: not enough pages are free.
+        """
+        rows = self.rows.index(request), self.rows.index(None)
+        self._copy(self.pages.fork(request.number, child.number), rows)
+        child.length, child.shares = request.length, request.shares
+        child.num_cached = child.prompt.num_shareable
+        self.rows[rows[1]] = child
+
+    def leave(self, request: Request) -> None:
+        """Take the row and the pages of a request, or its place among those that wait."""
+        if request in self.rows:
+            self.rows[self.rows.index(request)] = None
+            self.pages.release(request.number)
+        else:
+            self.waiting.remove(request)
+            self._swap.drop(request)
+
+    def prefill(self, num_chunks: int) -> None:
+        """Compute so many chunks of prompts, those admitted first first."""
+        for request in self.prefilling:
+            while num_chunks and request in self.rows and request.is_prefilling:
+                self._prefill_chunk(request)
+                num_chunks -= 1
+
+    def _prefill_chunk(self, request: Request) -> None:
+        end = min(request.length + self._chunk, request.prompt.num_shareable)
+        if not self._make_room(request, end):
+            return
+        chunk = request.prompt.tokens[request.length : end]
+        tokens = np.zeros((1, self._chunk), np.int32)
+        tokens[0, : len(chunk)] = chunk
+        num_tokens, start = np.array([[len(chunk)], [request.length]], np.int32)
+        given = tokens, num_tokens, start, self._tables([request])
+        tokens, num_tokens, start, tables = jax.device_put(given)
+        self._session.cache = steps.prefill(
+            self._weights, tokens, num_tokens, start, tables, self._session.cache
+        )
+        request.length = end
+        self.pages.advance(request.number, request.length)
+        self.figures.prefilled_tokens += len(chunk)
+
+    def decode(self) -> Arrived:
+        """Find the next tokens of all requests whose prompts are computed."""
+        for request in self.running:
+            if request in self.rows and not request.is_prefilling:  # not preempted meanwhile
+                ahead = min(self._decode_steps, request.max_new_tokens - request.num_decoded)
+                self._make_room(request, request.length + ahead)
+        rows = [None if r is None or r.is_prefilling else r for r in self.rows]
+        if not any(rows):
+            return []
+        self._session.cache, new = steps.decode(
+            self._weights,
+            jax.device_put(self._dispatch(rows)),
+            self._session.cache,
+            sampling=self._sampling,
+            num_steps=self._decode_steps,
+        )
+        new, arrived = jax.device_get(new), []
+        for row, decoded in enumerate(rows):
+            if decoded is not None:
+                tokens, logprobs, failed = new.of(row)
+                fresh = decoded.take(tokens, logprobs, failed and not decoded.shares)
+                self.pages.advance(decoded.number, decoded.length)
+                self.figures.generated_tokens += len(fresh)
+                self.figures.repeated_tokens += len(tokens) - len(fresh)
+                arrived.append((decoded, fresh))
+                if failed:
+                    self._distrust(decoded)
+        self.figures.look(self.pages.usage())
+        for decoded, _ in arrived:
+            if decoded.done:
+                self.leave(decoded)
+        return [(decoded, fresh) for decoded, fresh in arrived if fresh]
+
+    def _dispatch(self, rows: list[Request | None]) -> steps.Rows:
+        def column(value: Any) -> np.ndarray:
+            return np.array([0 if r is None else value(r) for r in rows], np.int32)
+
+        def padded(values: Iterable[Sequence[int]], width: int) -> np.ndarray:
+            array = np.full((len(rows), width), -1, np.int32)
+            for row, some in zip(array, values, strict=True):
+                row[: len(some)] = some[:width]
+            return array
+
+        known = [() if r is None else r.tokens[r.num_decoded :][: self._decode_steps] for r in rows]
+        return steps.Rows(
+            last=column(lambda r: r.next_input),
+            remaining=column(lambda r: r.max_new_tokens - r.num_decoded),
+            seeds=column(lambda r: r.seed),
+            lengths=column(lambda r: r.length),
+            stop_tokens=padded(
+                (() if r is None else r.stop_tokens for r in rows), MOST_STOP_TOKENS
+            ),
+            known=padded(known, self._decode_steps),
+            prompts=column(lambda r: r.prompt.num_shareable),
+            tables=self._tables(rows),
+        )
+
+    def _tables(self, rows: Sequence[Request | None]) -> steps.Tables:
+        """The page tables of these rows, a table a group; rows that rest have no pages."""
+        tables = []
+        for number, group in enumerate(self._session.cache.groups):
+            table = np.full((len(rows), steps.paged_index(group).table.shape[-1]), -1, np.int32)
+            for row, request in zip(table, rows, strict=True):
+                if request is not None:
+                    pages = self.pages.table(request.number, number)
+                    row[: len(pages)] = pages
+            tables.append(table)
+        return tuple(tables)
+
+    def _make_room(self, request: Request, length: int) -> bool:
+        """Pages for so many tokens, if need be from those admitted last; False if from itself."""
+        while True:
+            try:
+                self.pages.extend(request.number, length)
+                return True
+            except PoolFullError:
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is request:
+                    return False
+
+    def _preempt(self, request: Request) -> None:
+        """Take its pages. They come back, or are computed again in the same way: the same bits."""
+        cache, row = self._session.cache, self.rows.index(request)
+        if not self._swap.keep(request, cache, pages_in_use(self.pages, request, row, cache)):
+            request.length = 0
+        request.num_preemptions += 1
+        self.figures.preemptions += 1
+        self._wait_again(request)
+
+    def _distrust(self, request: Request) -> None:
+        """What gave logits that are no numbers is shared no more.
+
+        Tokens of a chunk spoil those before them too, for zero times NaN is NaN. So who found
+        pages in the pool computes them for itself before it is said to have failed.
+        """
+        self.pages.withdraw(request.number)
+        if request.shares:
+            request.length = 0
+            request.prompt = dataclasses.replace(request.prompt, reuse=False)
+            self._wait_again(request)
+
+    def _wait_again(self, request: Request) -> None:
+        self.leave(request)
+        self.waiting.appendleft(request)
+
+    def _copy(self, copies: list[Copy], rows: tuple[int, int] = (-1, -1)) -> None:
+        """Pages and, from row to row, newest tokens. Before the next step; padded to one shape."""
+        num_groups, num_pools = len(self.pages.groups), len(steps.pools_of(self._session.cache))
+        if not copies and (num_pools == num_groups or rows[1] < 0):
+            return
+        pairs = np.full((2, num_pools, 1), -1, np.int32)
+        pairs[:, num_groups:, 0] = np.array(rows)[:, None]
+        for copy in copies:
+            pairs[:, copy.group, 0] = copy.source, copy.destination
+        sources, destinations = jax.device_put((tuple(pairs[0]), tuple(pairs[1])))
+        self._session.cache = steps.copy(sources, destinations, self._session.cache)

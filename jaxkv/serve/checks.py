@@ -1,0 +1,75 @@
+"""What an engine refuses, before anything changes."""
+
+import numpy as np
+
+from jaxkv.addressing import Paged
+from jaxkv.cache.hybrid import AnyConfig
+from jaxkv.errors import CacheFullError, ConfigError
+from jaxkv.paging import Group, PageAllocator
+from jaxkv.serve.request import MOST_STOP_TOKENS
+
+
+def check_config(
+    config: AnyConfig, prefill_chunk: int, decode_steps: int, token_budget: int, swap_space: int
+) -> tuple[list[Group], int]:
+    """The groups of pages that a cache is made of, and their page size."""
+    addressings = [group.addressing for group in config.groups]
+    groups = [
+        Group(paged.num_pages, paged.window)
+        for paged in addressings
+        if isinstance(paged, Paged) and paged.num_pages is not None
+    ]
+    if len(groups) < len(addressings) or config.batch_size is None:
+        raise ConfigError(
+            "Engine needs a cache with a shared pool of pages and a batch_size, as in "
+            "model.cache_config(max_context_length=4096, batch_size=8, "
+            f"addressing=jaxkv.Paged(num_pages=1024)), got {addressings} and batch_size "
+            f"{config.batch_size}."
+        )
+    if any(group.placement is not None for group in config.groups):
+        raise ConfigError(
+            "Engine: its pool must be on the device, got placement in host memory. swap_space "
+            "keeps pages of waiting requests there."
+        )
+    sizes = {paged.page_size for paged in addressings if isinstance(paged, Paged)}
+    if len(sizes) > 1:
+        raise ConfigError(f"Engine: all groups need the same page_size, got {sorted(sizes)}.")
+    for name, number, least in (
+        ("prefill_chunk", prefill_chunk, 1),
+        ("decode_steps", decode_steps, 1),
+        ("token_budget", token_budget, 1),
+        ("swap_space", swap_space, 0),
+    ):
+        if number < least:
+            raise ConfigError(f"Engine: {name} must be at least {least}, got {number}.")
+    if decode_steps > prefill_chunk:  # what a window's pool has room for beyond its window
+        raise ConfigError(
+            f"Engine: decode_steps must be at most prefill_chunk, {prefill_chunk}, got "
+            f"{decode_steps}."
+        )
+    return groups, sizes.pop()
+
+
+def check_request(
+    config: AnyConfig,
+    pages: PageAllocator,
+    prompt_length: int,
+    max_new_tokens: int,
+    seed: int,
+    stop_tokens: tuple[int, ...],
+) -> None:
+    """Refuse what could never run."""
+    limits = np.iinfo(np.int32)
+    if not isinstance(seed, int) or not limits.min <= seed <= limits.max:
+        raise ValueError(f"a seed must be an int32, got {seed!r}.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if len(stop_tokens) > MOST_STOP_TOKENS:
+        raise ValueError(f"at most {MOST_STOP_TOKENS} stop tokens, got {len(stop_tokens)}.")
+    needed, context = prompt_length + max_new_tokens, config.max_context_length
+    if needed > context:
+        raise CacheFullError(
+            f"the prompt and {max_new_tokens} new tokens are {needed} tokens, and the context "
+            f"holds {context}. Ask for fewer new tokens or a larger max_context_length."
+        )
+    pages.check_fits(needed)

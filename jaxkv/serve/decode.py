@@ -1,0 +1,161 @@
+"""The two compiled programs of a generation: prefill one chunk, decode a few tokens.
+
+Both take the cache donated. Their shapes depend on the batch and the context alone, so any mix
+of prompt lengths compiles each once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.verbs import padded_after
+from jaxkv.serve.model_step import Model, ModelStep, Weights
+from jaxkv.serve.sampling import Sampling, sample
+
+# ``(tokens [batch, chunk], num_tokens [batch])``, padded on the right.
+Chunk = tuple[np.ndarray, np.ndarray]
+
+# Tokens of a prompt that one prefill step takes on a CPU, where so few are bound by arithmetic.
+PREFILL_CHUNK = 128
+# An accelerator reads a weight in the time in which it multiplies it with 150 to 400 rows (an H200:
+# 990 TFLOP/s over 4.8 TB/s), and a step reads them all.
+_ROWS_TO_READ = 256
+_MOST_ROWS = 16384  # of all prompts in a step, whose activations are held at once
+# Decode steps that run on the device before the host sees their tokens.
+TOKENS_PER_DISPATCH = 16
+# What stands for a token where the model's logits are no distribution; the sequence ends there.
+NOT_A_NUMBER = -2
+
+
+def prefill_chunk(longest: int, batch: int, platform: str) -> int:
+    """Tokens of each prompt that a prefill step takes, a power of two, to compute the least.
+
+    Args:
+      longest: tokens of the longest prompt; all are padded to whole chunks of it.
+      batch: prompts.
+    """
+    if platform == "cpu":
+        return PREFILL_CHUNK
+    sizes = [PREFILL_CHUNK]
+    while 2 * sizes[-1] * batch <= _MOST_ROWS:
+        sizes.append(2 * sizes[-1])
+    return min(sizes, key=lambda size: -(-longest // size) * (size * batch + _ROWS_TO_READ))
+
+
+class State(NamedTuple):
+    """Where each sequence stands between dispatches of decode; all ``[batch]`` int32."""
+
+    last: Array  # token, whose successor is next
+    remaining: Array  # tokens that may still come; 0 when done
+    seeds: Array
+
+
+class New(NamedTuple):
+    """What a dispatch of decode found, ``[steps, batch]``; tokens are -1 after the end."""
+
+    tokens: Array
+    logprobs: Array
+
+    def of(self, row: int) -> tuple[list[int], list[float], bool]:
+        """The tokens of a sequence and their log-probabilities; did its logits fail after them?"""
+        tokens, logprobs = self.tokens[:, row], self.logprobs[:, row]
+        found = tokens >= 0
+        failed = bool((tokens == NOT_A_NUMBER).any())
+        return tokens[found].tolist(), logprobs[found].tolist(), failed
+
+
+@functools.partial(ModelStep, donated=[2])
+def _prefill(
+    model: Model,
+    tokens: Int[Array, "batch chunk"],
+    num_tokens: Int[Array, " batch"],
+    cache: AnyCache,
+) -> tuple[AnyCache, Array]:
+    """Take one chunk of every prompt, without its padding.
+
+    Returns:
+      The cache, and the lengths once more, to wait for while the next step has the cache.
+    """
+    _, cache = model(tokens, padded_after(cache, num_tokens))
+    cache = padded_after(cache, None)
+    return cache, cache.lengths
+
+
+@functools.partial(ModelStep, donated=[0, 1])
+def _decode(
+    model: Model,
+    state: State,
+    cache: AnyCache,
+    *,
+    sampling: Sampling,
+    stop_tokens: tuple[int, ...],
+    num_steps: int,
+) -> tuple[State, AnyCache, New]:
+    """Up to ``num_steps`` tokens of each sequence that has any remaining."""
+
+    def unfinished(carry):
+        step, state, *_ = carry
+        return (step < num_steps) & (state.remaining > 0).any()
+
+    def one_step(carry):
+        step, (last, remaining, seeds), cache, new = carry
+        active = remaining > 0
+        # A finished sequence goes through the model with the others, as padding.
+        cache = padded_after(cache, active.astype(jnp.int32))
+        logits, cache = model(last[:, None], cache)
+        cache = padded_after(cache, None)
+        token, logprob = sample(logits[:, -1], sampling, seeds=seeds, positions=cache.lengths)
+        failed = jnp.isnan(logprob)
+        stopped = failed | jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
+        remaining = jnp.where(active & ~stopped, remaining - 1, 0)
+        found = jnp.where(failed, NOT_A_NUMBER, token)
+        new = New(
+            new.tokens.at[step].set(jnp.where(active, found, -1)),
+            new.logprobs.at[step].set(logprob),
+        )
+        return step + 1, State(jnp.where(active, token, last), remaining, seeds), cache, new
+
+    shape = (num_steps, len(state.last))
+    new = New(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    _, state, cache, new = lax.while_loop(unfinished, one_step, (0, state, cache, new))
+    return state, cache, new
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The two compiled functions of a generation, with what stays the same over it."""
+
+    weights: Weights
+    sampling: Sampling
+    stop_tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: Model, sampling: Sampling, stop_tokens: Sequence[int]) -> "Program":
+        return cls(Weights.of(model), sampling, tuple(int(token) for token in stop_tokens))
+
+    def compile(self, chunks: list[Chunk], state: State, cache: AnyCache) -> None:
+        """So that the timings of the steps are not those of XLA."""
+        if chunks:
+            _prefill.lower(self.weights, *chunks[0], cache).compile()
+        _decode.lower(self.weights, state, cache, **self._options()).compile()
+
+    def prefill(self, chunk: Chunk, cache: AnyCache) -> tuple[AnyCache, Array]:
+        return _prefill(self.weights, *jax.device_put(chunk), cache)
+
+    def decode(self, state: State, cache: AnyCache) -> tuple[State, AnyCache, New]:
+        return _decode(self.weights, state, cache, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "sampling": self.sampling,
+            "stop_tokens": self.stop_tokens,
+            "num_steps": TOKENS_PER_DISPATCH,
+        }

@@ -1,0 +1,302 @@
+"""Continuous batching over one paged pool: many requests, each with an answer of its own."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+from jaxkv.cache.checks import checked_prompt
+from jaxkv.cache.hybrid import AnyCache, AnyConfig
+from jaxkv.devices import platform_at
+from jaxkv.errors import ModelChangedError, PoolFullError, UnknownRequestError
+from jaxkv.memory import MemoryTracker, session
+from jaxkv.paging import PageAllocator, Prompt
+from jaxkv.serve.batch import Arrived, Batch
+from jaxkv.serve.checks import check_config, check_request
+from jaxkv.serve.figures import Figures
+from jaxkv.serve.model_step import Model
+from jaxkv.serve.request import Request
+from jaxkv.serve.sampling import Sampling
+from jaxkv.show.progress import progress_bar
+
+
+class Engine:
+    """Runs requests together on one paged cache; Yu et al., "Orca" (2022), Kwon et al. (2023).
+
+    A round (`step`) admits waiting requests in their order while rows and pages last, computes
+    chunks of their prompts within a token budget, and decodes a few tokens of all that are ready.
+    When the pool runs dry, the request admitted last gives its pages back and waits; later it is
+    computed again, or its pages come back from host memory, and its answer goes on where it was.
+
+    What a request answers depends on its prompt and its seed; with a `Centred` codec also on the
+    engine's first prompt, whose means all requests share. Pages that prompts have in common are
+    computed once; a page found holds the same bits as a page computed.
+
+    Args:
+      model: any ``model(tokens, cache) -> (logits, cache)``, as for `generate`.
+      config: of the cache: ``batch_size`` is how many requests run at once, ``addressing`` a
+        `Paged` with ``num_pages``.
+      sampling: how tokens are drawn; greedy unless said.
+      stop_tokens: ids that end any request.
+      prefill_chunk: tokens of a prompt that a step takes, and pages are found again in multiples of
+        it. If None, 128 on a CPU and 256 elsewhere, where a step takes hardly longer for it.
+      decode_steps: tokens of an answer between two looks of the host.
+      token_budget: tokens, prefilled and decoded, that a round is to stay within; at least one
+        chunk is prefilled. If None, 512 on a CPU and 2,048 elsewhere.
+      sharing: False to compute every prompt anew.
+      swap_space: bytes of host memory in which preempted requests may keep their pages; those
+        that find no room there are computed again. `Figures` reports what is used.
+      tracker: a ledger that the cache is entered in.
+      device: where the cache lives.
+
+    Attributes:
+      pages: the books of the pool; ``pages.usage()`` and ``pages.check()`` may be called any time.
+      figures: what the engine did so far.
+
+    Raises:
+      ConfigError: a cache that is no shared paged pool.
+      CacheAllocationError: it does not fit.
+
+    >>> import jax, jaxkv
+    >>> def count_up(tokens, cache):  # a "model" that answers token + 1
+    ...     return jax.nn.one_hot(tokens + 1, 64), jaxkv.advance(cache, tokens.shape[-1])
+    >>> pool = jaxkv.Paged(page_size=4, num_pages=16)
+    >>> config = jaxkv.KVCacheConfig(1, 32, 1, 4, batch_size=2, addressing=pool)
+    >>> with jaxkv.Engine(count_up, config) as engine:
+    ...     one, two, three = (engine.submit([n], max_new_tokens=3) for n in (5, 20, 40))
+    ...     list(engine.stream(three)), two.tokens
+    ([41, 42, 43], [21, 22, 23])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: AnyConfig,
+        *,
+        sampling: Sampling = Sampling(),
+        stop_tokens: Sequence[int] = (),
+        prefill_chunk: int | None = None,
+        decode_steps: int = 8,
+        token_budget: int | None = None,
+        sharing: bool = True,
+        swap_space: int = 0,
+        tracker: MemoryTracker | None = None,
+        device: Any = None,
+    ):
+        on_cpu = platform_at(device) == "cpu"
+        prefill_chunk = (128 if on_cpu else 256) if prefill_chunk is None else prefill_chunk
+        token_budget = (512 if on_cpu else 2048) if token_budget is None else token_budget
+        groups, page_size = check_config(
+            config, prefill_chunk, decode_steps, token_budget, swap_space
+        )
+        self.config = config
+        self._vocabulary = getattr(model, "vocab_size", None)
+        self._stop_tokens, self._budget = tuple(stop_tokens), token_budget
+        self._chunk, self._decode_steps = prefill_chunk, decode_steps
+        self._num_submitted = 0
+        self.pages = PageAllocator(
+            groups,
+            page_size=page_size,
+            chunk=prefill_chunk,
+            # For the tokens that each running request will need next.
+            reserve=min(config.batch_size or 1, min(group.num_pages for group in groups) // 8),
+            fingerprint=f"{type(model).__qualname__} {config}".encode(),
+            sharing=sharing,
+        )
+        self._stack = contextlib.ExitStack()
+        self._held = self._stack.enter_context(session(config, tracker=tracker, device=device))
+        self._batch = Batch(
+            model,
+            sampling,
+            self._held,
+            self.pages,
+            prefill_chunk=prefill_chunk,
+            decode_steps=decode_steps,
+            swap_space=swap_space,
+        )
+        self.figures: Figures = self._batch.figures
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        seed: int = 0,
+        stop_tokens: Sequence[int] = (),
+        salt: bytes | str = b"",
+    ) -> Request:
+        """Put a prompt in the queue.
+
+        Args:
+          prompt: token ids, at least one.
+          max_new_tokens: of the answer, at most.
+          seed: of its draws, an int32.
+          stop_tokens: ids that end it, besides the engine's.
+          salt: requests share pages with those of the same salt only. Give each tenant one of
+            its own, chosen by the server, or one could learn from timing what others asked. The
+            means of a `Centred` codec are shared whatever the salt.
+
+        Raises:
+          CacheFullError: prompt and answer can never fit.
+          ValueError: an empty prompt, a token outside the vocabulary, a bad limit or seed.
+        """
+        ids = checked_prompt(prompt, self._vocabulary)
+        named, stops = self.pages.prompt(ids, salt=salt), (*self._stop_tokens, *stop_tokens)
+        request = self._new_request(named, max_new_tokens, seed, stops)
+        self._batch.waiting.append(request)
+        return request
+
+    def fork(self, request: Request, *, seed: int) -> Request:
+        """Another request that goes on from where this one is, with draws of its own.
+
+        It shares all full pages at once if a row and pages for it are free, and waits otherwise.
+
+        Raises:
+          UnknownRequestError: not a request of this engine, or one that has ended.
+          ValueError: a bad seed.
+        """
+        self._check_alive(request)
+        child = self._new_request(request.prompt, request.max_new_tokens, seed, request.stop_tokens)
+        child.tokens, child.logprobs = list(request.tokens), list(request.logprobs)
+        rows = self._batch.rows
+        if request in rows and None in rows and not (request.is_prefilling or self._batch.waiting):
+            with contextlib.suppress(PoolFullError):
+                self._batch.fork(request, child)
+                return child
+        self._batch.waiting.append(child)
+        return child
+
+    def cancel(self, request: Request) -> None:
+        """End a request now; what it answered so far stays in it. One that has ended stays so.
+
+        Raises:
+          UnknownRequestError: not a request of this engine.
+        """
+        if request.done:
+            return
+        self._check_alive(request)
+        request.finish_reason = "cancelled"
+        self._batch.leave(request)
+
+    @property
+    def busy(self) -> bool:
+        """Is any request not over?"""
+        return bool(self._batch.waiting or self._batch.running)
+
+    def update(self, model: Model, *, restart: bool = False) -> None:
+        """Answer with other weights from now on; what was computed with the old ones is forgotten.
+
+        Weights that are exchanged in place, as an optimizer does in an nnx module, are seen at the
+        next round and need no call while no request has begun. Of a plain function they are seen
+        where it names the arrays itself, or what holds them; see `generate`.
+
+        Args:
+          model: which takes the cache that the old one took.
+          restart: True to begin anew those requests that have begun. Their answers so far are
+            dropped; a fork begins at its prompt.
+
+        Raises:
+          ModelChangedError: requests have begun, and restart is False. Nothing was changed.
+          ValueError: a model with another vocabulary. Neither.
+        """
+        if self._batch.begun and not restart:
+            raise ModelChangedError(
+                f"{len(self._batch.begun)} requests have begun with the old weights. Run them to "
+                "their end or cancel them first, or begin them anew with restart=True."
+            )
+        vocabulary = getattr(model, "vocab_size", self._vocabulary)
+        if vocabulary != (self._vocabulary or vocabulary):
+            raise ValueError(
+                f"Engine.update: a model with a vocabulary of {vocabulary} tokens cannot take the "
+                f"place of one with {self._vocabulary}. Make another Engine."
+            )
+        self._vocabulary = vocabulary
+        self._batch.exchange(model)
+
+    def step(self) -> Arrived:
+        """One round. Returns the new tokens of each request that got any.
+
+        Raises:
+          ModelChangedError: the model's weights were deleted, or exchanged since requests have
+            begun.
+        """
+        with self._batch.weights_as_they_are():
+            return self._round()
+
+    def _round(self) -> Arrived:
+        self._batch.admit_waiting()
+        num_decoding = len(self._batch.running) - len(self._batch.prefilling)
+        budget = self._budget - num_decoding * self._decode_steps
+        self._batch.prefill(max(1, budget // self._chunk))
+        return self._batch.decode()
+
+    def stream(self, request: Request) -> Iterator[int]:
+        """The tokens of a request as they come. Runs the engine, for all requests, meanwhile.
+
+        Raises:
+          ModelChangedError: see `step`; or `update` began the request anew after tokens were sent.
+          UnknownRequestError: not a request of this engine, or it was closed.
+        """
+        sent, answer = 0, request.tokens
+        while True:
+            if request.tokens is not answer and sent:
+                raise ModelChangedError(
+                    f"request {request.number} was begun anew with other weights after {sent} "
+                    "tokens of its old answer had been streamed. Stream it again."
+                )
+            answer = request.tokens
+            if sent < len(answer):
+                yield answer[sent]
+                sent += 1
+                continue
+            if request.done:
+                return
+            self._check_alive(request)
+            self.step()
+
+    def run(self) -> None:
+        """Run until every request is over, with a progress bar over the tokens that may come."""
+        requests = [*self._batch.waiting, *self._batch.running]
+        wanted = sum(request.max_new_tokens - len(request.tokens) for request in requests)
+        with progress_bar("tokens", wanted) as advance_bar, self._batch.weights_as_they_are():
+            while self.busy:
+                advance_bar(sum(len(tokens) for _, tokens in self._round()))
+
+    def close(self) -> None:
+        """Cancel what runs and free the cache."""
+        for request in [*self._batch.waiting, *self._batch.running]:
+            self.cancel(request)
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def cache(self) -> AnyCache:
+        """The pool. Tables and lengths are the last dispatch's.
+
+        Set it to what a function between two rounds gives back, as `jaxkv.load_prefix`.
+        """
+        return self._held.cache
+
+    @cache.setter
+    def cache(self, cache: AnyCache) -> None:
+        self._held.cache = cache
+
+    def _new_request(
+        self, prompt: Prompt, max_new_tokens: int, seed: int, stop_tokens: Sequence[int]
+    ) -> Request:
+        stops = tuple(dict.fromkeys(map(int, stop_tokens)))
+        check_request(self.config, self.pages, len(prompt), max_new_tokens, seed, stops)
+        request = Request(self._num_submitted, prompt, max_new_tokens, seed, stops)
+        self._num_submitted += 1
+        return request
+
+    def _check_alive(self, request: Request) -> None:
+        if request not in self._batch.rows and request not in self._batch.waiting:
+            raise UnknownRequestError(
+                f"request {request.number} is not in this engine: it has ended "
+                f"({request.finish_reason}), or belongs to another."
+            )

@@ -1,0 +1,286 @@
+"""From prompts to new tokens: the loop that a user calls."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxkv.cache.checks import checked_prompt
+from jaxkv.cache.hybrid import AnyConfig
+from jaxkv.codecs import Codec
+from jaxkv.devices import platform_at
+from jaxkv.memory import MemoryTracker, session
+from jaxkv.memory.session import Session
+from jaxkv.serve.decode import Chunk, Program, State
+from jaxkv.serve.decode import prefill_chunk as best_chunk
+from jaxkv.serve.model_step import Model
+from jaxkv.serve.sampling import Sampling
+from jaxkv.show.progress import progress_bar
+
+_SMALLEST_CONTEXT = 512
+# A layer with a window keeps a chunk beside it: no longer a one than that, or than the window.
+_MOST_BESIDE_A_WINDOW = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Wall time of one `generate` in seconds, and the tokens it went into (over all prompts).
+
+    >>> import jaxkv
+    >>> timings = jaxkv.Timings(1.5, 0.2, 100, 2.0, 64)
+    >>> timings.prefill_tokens_per_second, timings.decode_tokens_per_second
+    (500.0, 32.0)
+    """
+
+    compile_seconds: float
+    prefill_seconds: float
+    prefill_tokens: int
+    decode_seconds: float
+    decode_tokens: int
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns; lists are in the order of the prompts.
+
+    Attributes:
+      tokens: the new tokens, a stop token included.
+      logprobs: of each new token under the model, before temperature and filters.
+      finish_reasons: ``"stop"`` for a stop token, ``"length"`` for ``max_new_tokens``, ``"nan"``
+        where the model's next logits were no distribution, see `sample`.
+      config: of the cache that was used; its ``size_bytes`` were held.
+
+    >>> import jax, jaxkv
+    >>> def count_up(tokens, cache):  # a "model" that answers token + 1
+    ...     return jax.nn.one_hot(tokens + 1, 64), jaxkv.advance(cache, tokens.shape[-1])
+    >>> config = jaxkv.KVCacheConfig(1, 64, 1, 4, batch_size=1)
+    >>> result = jaxkv.generate(count_up, [[5, 6]], max_new_tokens=3, config=config)
+    >>> result.tokens, result.finish_reasons
+    ([[7, 8, 9]], ['length'])
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    finish_reasons: list[str]
+    timings: Timings
+    config: AnyConfig
+
+
+@dataclasses.dataclass
+class _Answer:
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    failed: bool = False
+
+    def finish_reason(self, stop_tokens: Sequence[int]) -> str:
+        if self.failed:
+            return "nan"
+        return "stop" if self.tokens[-1] in stop_tokens else "length"
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    seed: int | Sequence[int] = 0,
+    stop_tokens: Sequence[int] = (),
+    max_context_length: int | None = None,
+    codec: Codec | Sequence[Codec] | None = None,
+    config: AnyConfig | None = None,
+    prefill_chunk: int | None = None,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+    tracker: MemoryTracker | None = None,
+    device: Any = None,
+) -> Generation:
+    """Continue a ragged batch of prompts.
+
+    Args:
+      model: any ``model(tokens, cache) -> (logits, cache)``. One that is a pytree of arrays (an
+        nnx module) is passed to jit as such; a plain function closes over its own.
+      prompts: token ids, at least one a prompt.
+      max_new_tokens: tokens to add to each prompt, at most.
+      sampling: how a token is drawn; greedy unless said.
+      seed: of the draws, an int32, one for all or one a prompt. A sequence's tokens depend on
+        its own seed and prompt, so equal prompts need different seeds to differ. With a `Centred`
+        codec they depend on the other prompts too, whose means they share.
+      stop_tokens: ids that end a sequence.
+      max_context_length: slots a sequence; the next power of two that holds the longest if
+        None. Keep it the same over calls to compile once.
+      codec: of the cache, one or one a layer; the model's choice if None.
+      config: the whole cache config, for a model without a ``cache_config`` method; instead of
+        ``max_context_length`` and ``codec``.
+      prefill_chunk: tokens of each prompt that are computed at once. If None, what suits the device
+        and the prompts: 128 on a CPU, elsewhere up to 16,384 of all prompts together, but beside
+        a window no more than that or 1,024. Layers with a window have room for it in their rings.
+      on_tokens: called as ``on_tokens(prompt_number, new_tokens)`` as they arrive, some at a
+        time. No progress bar is shown then.
+      tracker: a ledger that the cache is entered in.
+      device: where the cache lives.
+
+    Raises:
+      ValueError: an empty prompt, a token outside the vocabulary, a context too short.
+      CacheAllocationError: the cache does not fit.
+
+    >>> import jax, jax.numpy as jnp, jaxkv
+    >>> def count_up(tokens, cache):  # a "model" that answers token + 1
+    ...     return jax.nn.one_hot(tokens + 1, 16), jaxkv.advance(cache, tokens.shape[-1])
+    >>> config = jaxkv.KVCacheConfig(1, 16, 1, 4, batch_size=2)
+    >>> jaxkv.generate(count_up, [[3], [5, 6]], max_new_tokens=3, config=config).tokens
+    [[4, 5, 6], [7, 8, 9]]
+    """
+    if len(prompts) == 0:
+        raise ValueError("generate: no prompts were given.")
+    vocabulary = getattr(model, "vocab_size", None)
+    checked = [
+        checked_prompt(prompt, vocabulary, f"generate: prompt {number}")
+        for number, prompt in enumerate(prompts)
+    ]
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}.")
+    chunk = _chunk_size(model, checked, config, device) if prefill_chunk is None else prefill_chunk
+    if chunk < 1:
+        raise ValueError(f"generate: prefill_chunk must be at least 1, got {chunk}.")
+    config = _cache_config(model, checked, max_new_tokens, max_context_length, codec, chunk, config)
+    program = Program.of(model, sampling, stop_tokens)
+    state = _start(checked, max_new_tokens, seed)
+    chunks = list(_chunks(checked, chunk))
+    answers = [_Answer() for _ in checked]
+    streams = on_tokens is not None
+
+    with session(config, tracker=tracker, device=device) as live:
+        marks = [time.perf_counter()]
+        program.compile(chunks, state, live.cache)
+        marks.append(time.perf_counter())
+        num_prefilled = sum(int(num_tokens.sum()) for _, num_tokens in chunks)
+        with progress_bar("prefill", num_prefilled, quiet=streams) as advance_bar:
+            for (_, num_tokens), done in _prefilled(program, chunks, live):
+                jax.block_until_ready(done)
+                advance_bar(int(num_tokens.sum()))
+        marks.append(time.perf_counter())
+        num_wanted = len(checked) * max_new_tokens
+        with progress_bar("decode", num_wanted, quiet=streams) as advance_bar:
+            while jax.device_get(state.remaining).any():
+                state, live.cache, new = program.decode(state, live.cache)
+                new = jax.device_get(new)
+                for number, answer in enumerate(answers):
+                    tokens, logprobs, failed = new.of(number)
+                    answer.tokens += tokens
+                    answer.logprobs += logprobs
+                    answer.failed |= failed
+                    if on_tokens is not None and tokens:
+                        on_tokens(number, tokens)
+                    advance_bar(len(tokens))
+        marks.append(time.perf_counter())
+
+    compile_seconds, prefill_seconds, decode_seconds = np.diff(marks).tolist()
+    decoded = sum(len(answer.tokens) for answer in answers)
+    return Generation(
+        tokens=[answer.tokens for answer in answers],
+        logprobs=[answer.logprobs for answer in answers],
+        finish_reasons=[answer.finish_reason(program.stop_tokens) for answer in answers],
+        timings=Timings(compile_seconds, prefill_seconds, num_prefilled, decode_seconds, decoded),
+        config=config,
+    )
+
+
+def _start(prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[int]) -> State:
+    # The last token of each prompt is the first that decode takes, for its logits.
+    last = [prompt[-1] for prompt in prompts]
+    seeds = np.asarray([seed] * len(prompts) if np.ndim(seed) == 0 else seed)
+    if seeds.shape != (len(prompts),):
+        raise ValueError(f"generate: {len(prompts)} prompts need as many seeds, got {seeds.size}.")
+    limits = np.iinfo(np.int32)
+    whole = np.issubdtype(seeds.dtype, np.integer)
+    if not whole or seeds.min() < limits.min or seeds.max() > limits.max:
+        raise ValueError(f"generate: a seed must be an int32, got {seed!r}.")
+    remaining = [max_new_tokens] * len(prompts)
+    return State(
+        *jax.device_put([np.asarray(values, np.int32) for values in (last, remaining, seeds)])
+    )
+
+
+def _chunk_size(
+    model: Model, prompts: list[np.ndarray], config: AnyConfig | None, device: Any
+) -> int:
+    """Tokens of each prompt that are computed at once, as far as windows have room."""
+    longest = max(len(prompt) for prompt in prompts) - 1
+    size = best_chunk(longest, len(prompts), platform_at(device))
+    if config is not None:
+        kept = (getattr(group.addressing, "chunk", size) for group in config.groups)
+        return min(size, *kept)
+    windows = getattr(getattr(model, "config", None), "windows", None) or (None,)
+    seen = min(window or size for window in windows)
+    return min(size, max(seen, _MOST_BESIDE_A_WINDOW))
+
+
+def _chunks(prompts: list[np.ndarray], size: int) -> Iterator[Chunk]:
+    """All but the last token of each prompt."""
+    lengths = np.asarray([len(prompt) - 1 for prompt in prompts])
+    for start in range(0, lengths.max(), size):
+        tokens = np.zeros((len(prompts), size), np.int32)
+        num_tokens = np.clip(lengths - start, 0, size).astype(np.int32)
+        for row, prompt, count in zip(tokens, prompts, num_tokens, strict=True):
+            row[:count] = prompt[start : start + count]
+        yield tokens, num_tokens
+
+
+def _prefilled(
+    program: Program, chunks: list[Chunk], live: Session
+) -> Iterator[tuple[Chunk, jax.Array]]:
+    """Each chunk and what tells that it is computed, when the next one is on its way."""
+    last: list[tuple[Chunk, jax.Array]] = []
+    for chunk in chunks:
+        live.cache, done = program.prefill(chunk, live.cache)
+        yield from last
+        last = [(chunk, done)]
+    yield from last
+
+
+def _cache_config(
+    model: Model,
+    prompts: list[np.ndarray],
+    max_new_tokens: int,
+    max_context_length: int | None,
+    codec: Codec | Sequence[Codec] | None,
+    chunk: int,
+    config: AnyConfig | None,
+) -> AnyConfig:
+    needed = max(len(prompt) for prompt in prompts) + max_new_tokens
+    if config is None:
+        if not hasattr(model, "cache_config"):
+            raise ValueError("generate: this model has no cache_config method; pass config=.")
+        context = max_context_length
+        if context is None:
+            context = max(_SMALLEST_CONTEXT, 1 << (needed - 1).bit_length())
+            learned = getattr(getattr(model, "config", None), "max_positions", context)
+            context = min(context, max(learned, needed))
+        config = model.cache_config(
+            max_context_length=context, batch_size=len(prompts), codec=codec, chunk=chunk
+        )
+    elif max_context_length is not None or codec is not None:
+        raise ValueError("generate: give config= alone, or max_context_length= and codec=.")
+    if config.batch_size != len(prompts):
+        raise ValueError(
+            f"generate: {len(prompts)} prompts need a config with batch_size={len(prompts)}, got "
+            f"{config.batch_size}."
+        )
+    if needed > config.max_context_length:
+        raise ValueError(
+            f"generate: the longest prompt and {max_new_tokens} new tokens are {needed} tokens, "
+            f"and the context holds {config.max_context_length}. Ask for fewer new tokens or a "
+            "larger max_context_length."
+        )
+    return config

@@ -1,0 +1,161 @@
+"""A step of a model under jit: the model's arrays are passed, and the rest of it is compared.
+
+So a model with other weights compiles nothing, and the program keeps no weights.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array
+
+from jaxkv.cache.hybrid import AnyCache
+from jaxkv.errors import ModelChangedError
+from jaxkv.serve.closures import Hoisted, hoist, inlined, named_arrays
+
+# ``model(tokens [batch, tokens], cache) -> (logits [batch, tokens, vocabulary], cache)``
+Model = Callable[[Array, AnyCache], tuple[Array, AnyCache]]
+
+
+class Weights(NamedTuple):
+    """A model as it is now.
+
+    Attributes:
+      model: itself.
+      treedef: of a pytree; None for any other callable.
+      arrays: the leaves of a pytree; of any other callable those that it names.
+    """
+
+    model: Model
+    treedef: Any
+    arrays: list[Any]
+
+    @classmethod
+    def of(cls, model: Model) -> "Weights":
+        leaves, treedef = jax.tree.flatten(model)
+        if jax.tree_util.treedef_is_leaf(treedef):
+            return cls(model, None, named_arrays(model))
+        return cls(model, treedef, leaves)
+
+
+class Watch:
+    """Tells weights that were exchanged from those that it saw, and keeps none of them alive."""
+
+    def __init__(self, weights: Weights):
+        self._treedef = weights.treedef
+        self._seen = [_reference(array) for array in weights.arrays]
+
+    def sees(self, weights: Weights) -> bool:
+        """Are they the same?"""
+        if self._treedef != weights.treedef or len(self._seen) != len(weights.arrays):
+            return False
+        return all(seen() is array for seen, array in zip(self._seen, weights.arrays, strict=True))
+
+
+def _reference(leaf: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(leaf)
+    except TypeError:  # a number
+        return lambda: leaf
+
+
+class ModelStep:
+    """A function ``step(model, *arguments, **options)`` under jit.
+
+    Args:
+      step: the function; its options are hashable.
+      donated: numbers of the arguments that are.
+    """
+
+    def __init__(self, step: Callable, donated: Sequence[int]):
+        def run(program: Any, arrays: Sequence[Any], *arguments: Any) -> Any:
+            return program(arrays, *arguments)
+
+        run.__name__ = step.__name__
+        numbers = [number + 2 for number in donated]
+        self._jitted = jax.jit(run, static_argnums=0, donate_argnums=numbers)
+        self._step = step
+        self._known: dict[int, _Known] = {}
+
+    def __call__(self, weights: Weights, *arguments: Any, **options: Any) -> Any:
+        program, arrays = self._program(weights, arguments, options)
+        _check_alive(arrays)
+        return self._jitted(program, arrays, *arguments)
+
+    def lower(self, weights: Weights, *arguments: Any, **options: Any) -> Any:
+        """As of a function under jit."""
+        return self._jitted.lower(*self._program(weights, arguments, options), *arguments)
+
+    def _program(
+        self, weights: Weights, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[Any, list[Any]]:
+        """What is compared, and the arrays that are passed."""
+        named = tuple(sorted(options.items()))
+        if weights.treedef is not None:
+            return _OfPytree(self._step, weights.treedef, named), weights.arrays
+        leaves, tree = jax.tree.flatten(arguments)
+        shape = named, tree, tuple(map(jax.typeof, leaves)), jax.sharding.get_abstract_mesh()
+        known = self._known_of(weights)
+        if shape not in known:
+            step = functools.partial(self._step, inlined(weights.model), **options)
+            known[shape] = _Found.among(weights.arrays, *hoist(step, *arguments))
+        return known[shape].program, known[shape].arrays(weights.arrays)
+
+    def _known_of(self, weights: Weights) -> dict[Any, "_Found"]:
+        """The steps of a function that were traced while it named the same arrays, by shape."""
+        number = id(weights.model)
+        if number not in self._known:
+            try:
+                weakref.finalize(weights.model, self._known.pop, number, None)
+            except TypeError:  # nobody can tell when it is gone
+                return {}
+        elif self._known[number].watch.sees(weights):
+            return self._known[number].steps
+        self._known[number] = _Known(Watch(weights), {})
+        return self._known[number].steps
+
+
+def _check_alive(arrays: Sequence[Any]) -> None:
+    deleted = sum(isinstance(array, jax.Array) and array.is_deleted() for array in arrays)
+    if deleted:
+        raise ModelChangedError(
+            f"{deleted} of the model's arrays were deleted, as by a training step that takes them "
+            "donated. Give the model that holds the new ones, to an Engine by update."
+        )
+
+
+class _OfPytree(NamedTuple):
+    """A step of a model that is a pytree."""
+
+    step: Callable
+    treedef: Any
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, arrays: Sequence[Any], *arguments: Any) -> Any:
+        return self.step(self.treedef.unflatten(arrays), *arguments, **dict(self.options))
+
+
+class _Known(NamedTuple):
+    watch: Watch
+    steps: dict[Any, "_Found"]
+
+
+class _Found(NamedTuple):
+    """A step of a function, and which of the arrays that the function names are its own."""
+
+    program: Hoisted
+    places: list[int | None]
+    others: list[Any]
+
+    @classmethod
+    def among(cls, named: Sequence[Any], program: Hoisted, arrays: list[Any]) -> "_Found":
+        place_of = {id(array): place for place, array in enumerate(named)}
+        places = [place_of.get(id(array)) for array in arrays]
+        others = [array for array, place in zip(arrays, places, strict=True) if place is None]
+        return cls(program, places, others)
+
+    def arrays(self, named: Sequence[Any]) -> list[Any]:
+        others = iter(self.others)
+        return [next(others) if place is None else named[place] for place in self.places]

@@ -1,0 +1,207 @@
+"""The compiled programs of an engine: prefill a chunk, decode a few tokens, move pages.
+
+Each takes the cache donated, and the page tables from the host, which keeps the books. Shapes
+depend on the engine alone, so it compiles each once in its life.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from jaxkv.addressing import PagedIndex
+from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.rearrange import copied, select, slots_of_pages
+from jaxkv.cache.verbs import padded_after
+from jaxkv.codecs import Leaves
+from jaxkv.serve.decode import NOT_A_NUMBER, New
+from jaxkv.serve.model_step import Model, ModelStep
+from jaxkv.serve.sampling import Sampling, sample
+
+# From the host, or traced.
+Ints = Array | np.ndarray
+# A page table for each group of layers.
+Tables = tuple[Int[Ints, "rows pages"], ...]
+
+
+class Rows(NamedTuple):
+    """What a dispatch of decode starts from; rows without a request have no pages and no tokens."""
+
+    last: Int[Ints, " batch"]  # token, whose successor is next
+    remaining: Int[Ints, " batch"]  # tokens that may still come; 0 for a row that rests
+    seeds: Int[Ints, " batch"]
+    lengths: Int[Ints, " batch"]
+    prompts: Int[Ints, " batch"]  # tokens that were prefilled; `Newest` ones come after
+    stop_tokens: Int[Ints, "batch stops"]  # -1 for none
+    known: Int[Ints, "batch steps"]  # tokens that came before a preemption; -1 where not known
+    tables: Tables
+
+
+@functools.partial(ModelStep, donated=[4])
+def prefill(
+    model: Model,
+    tokens: Int[Ints, "1 chunk"],
+    num_tokens: Int[Array, "1"],
+    start: Int[Ints, "1"],
+    tables: Tables,
+    cache: AnyCache,
+) -> AnyCache:
+    """Compute one chunk of one prompt, padded on the right.
+
+    One sequence a step, from a multiple of the chunk: so a page's bits depend on the tokens up
+    to it and on nothing else, and a page found is a page computed. That is also why it neither
+    reads nor writes `Newest` tokens, which stand in no page.
+    """
+    row = _placed(_plain(select(cache, [0])), tables, start, start)
+    _, row = model(jnp.asarray(tokens), padded_after(row, num_tokens))
+    groups = [
+        dataclasses.replace(group, storage=written.storage).with_means(written.means)
+        for group, written in zip(cache.groups, row.groups, strict=True)
+    ]
+    return cache.with_groups(groups)
+
+
+@functools.partial(ModelStep, donated=[1])
+def decode(
+    model: Model,
+    rows: Rows,
+    cache: AnyCache,
+    *,
+    sampling: Sampling,
+    num_steps: int,
+) -> tuple[AnyCache, New]:
+    """Up to ``num_steps`` tokens of each row that has any remaining."""
+    seeds = jnp.asarray(rows.seeds)
+
+    def unfinished(carry):
+        step, _, remaining, *_ = carry
+        return (step < num_steps) & (remaining > 0).any()
+
+    def one_step(carry):
+        step, last, remaining, cache, new = carry
+        active = remaining > 0
+        # A row that rests goes through the model with the others, as padding.
+        cache = padded_after(cache, active.astype(jnp.int32))
+        logits, cache = model(last[:, None], cache)
+        cache = padded_after(cache, None)
+        token, logprob = sample(logits[:, -1], sampling, seeds=seeds, positions=cache.lengths)
+        known = rows.known[:, step]
+        token = jnp.where(known >= 0, known, token)
+        failed = jnp.isnan(logprob)
+        stopped = failed | (token[:, None] == rows.stop_tokens).any(axis=-1)
+        found = jnp.where(failed, NOT_A_NUMBER, token)
+        new = New(
+            new.tokens.at[step].set(jnp.where(active, found, -1)),
+            new.logprobs.at[step].set(logprob),
+        )
+        remaining = jnp.where(active & ~stopped, remaining - 1, 0)
+        return step + 1, jnp.where(active, token, last), remaining, cache, new
+
+    shape = (num_steps, len(rows.last))
+    new = New(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    placed = _placed(cache, rows.tables, rows.lengths, rows.prompts)
+    *_, cache, new = lax.while_loop(unfinished, one_step, (0, *rows[:2], placed, new))
+    return cache, new
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy(
+    sources: Sequence[Int[Ints, " copies"]],
+    destinations: Sequence[Int[Ints, " copies"]],
+    cache: AnyCache,
+) -> AnyCache:
+    """Copy pages within each of the cache's `pools_of`; a destination of -1 is skipped."""
+    pools = [
+        copied(pool, *map(jnp.asarray, pages))
+        for pool, *pages in zip(pools_of(cache), sources, destinations, strict=True)
+    ]
+    return _with_pools(cache, pools)
+
+
+@jax.jit
+def read(pages: Sequence[Int[Ints, " pages"]], cache: AnyCache) -> tuple[Leaves, ...]:
+    """What pages of each pool hold, ``[layers, sides, pages * page_size, ...]``; any for -1."""
+    return tuple(
+        {
+            name: leaf.at[:, :, slots_of_pages(pool, jnp.maximum(own, 0))].get(mode="clip")
+            for name, leaf in pool.storage.items()
+        }
+        for pool, own in zip(pools_of(cache), pages, strict=True)
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def write(
+    pages: Sequence[Int[Ints, " pages"]], contents: Sequence[Leaves], cache: AnyCache
+) -> AnyCache:
+    """The inverse of `read`; a page of -1 is skipped."""
+    pools = []
+    for pool, own, leaves in zip(pools_of(cache), pages, contents, strict=True):
+        slots = slots_of_pages(pool, jnp.asarray(own))
+        storage = {
+            name: leaf.at[:, :, slots].set(leaves[name], mode="drop", unique_indices=True)
+            for name, leaf in pool.storage.items()
+        }
+        pools.append(dataclasses.replace(pool, storage=storage))
+    return _with_pools(cache, pools)
+
+
+def without_means(cache: AnyCache) -> AnyCache:
+    """A pool whose means nobody set yet."""
+
+    def unset(group: KVCache) -> KVCache:
+        if group.means is None:
+            return group
+        newest = None if group.newest is None else unset(group.newest)
+        return dataclasses.replace(group, means=jnp.zeros_like(group.means), newest=newest)
+
+    return cache.with_groups([unset(group) for group in cache.groups])
+
+
+def paged_index(group: KVCache) -> PagedIndex:
+    """The index of a group of an engine's cache, which `check_config` saw to be paged."""
+    assert isinstance(group.index, PagedIndex)
+    return group.index
+
+
+def pools_of(cache: AnyCache) -> tuple[KVCache, ...]:
+    """The pool of each group, and then their `Newest` tokens, where a page is that of a row."""
+    groups = cache.groups
+    return *groups, *(group.newest for group in groups if group.newest is not None)
+
+
+def _with_pools(cache: AnyCache, pools: Sequence[KVCache]) -> AnyCache:
+    num_groups = len(cache.groups)
+    newest = iter(pools[num_groups:])
+    groups = [
+        group if group.newest is None else dataclasses.replace(group, newest=next(newest))
+        for group in pools[:num_groups]
+    ]
+    return cache.with_groups(groups)
+
+
+def _plain(cache: AnyCache) -> AnyCache:
+    """The cache without its `Newest` tokens."""
+    groups = [
+        dataclasses.replace(group, config=group.config.replace(newest=None), newest=None)
+        for group in cache.groups
+    ]
+    return cache.with_groups(groups)
+
+
+def _placed(
+    cache: AnyCache, tables: Tables, lengths: Int[Ints, " rows"], prompts: Int[Ints, " rows"]
+) -> AnyCache:
+    """The cache with the sequences that the host says."""
+    groups = [
+        group.with_pages(*map(jnp.asarray, (table, lengths, prompts)))
+        for group, table in zip(cache.groups, tables, strict=True)
+    ]
+    return cache.with_groups(groups)

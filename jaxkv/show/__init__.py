@@ -1,0 +1,1 @@
+"""What a person sees: numbers as text, tables, progress bars, HTML."""
