@@ -36,7 +36,8 @@ from jaxkv.serve.sampling import Sampling, sample
 
 if TYPE_CHECKING:
     from jaxkv import models, plots
-    from jaxkv.compression import compress, evict, evicting
+    from jaxkv.compression.compress import compress
+    from jaxkv.compression.evict import evict, evicting
     from jaxkv.policies import reconstruction_scores
     from jaxkv.quality import measure_error
     from jaxkv.serve import Engine

@@ -105,7 +105,7 @@ class KVCacheConfig:
     @classmethod
     def from_hf(
         cls, source: str | os.PathLike | Mapping[str, Any], *, max_context_length: int, **fields
-    ) -> "KVCacheConfig":
+    ) -> Any:
         """Deprecated: `jaxkv.cache_config` with ``chunk=None``, which this calls.
 
         Args:
