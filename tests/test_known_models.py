@@ -62,10 +62,66 @@ def test_sizes_to_the_byte(name, tokens, size_bytes):
     assert jaxkv.cache_config(name, max_context_length=tokens).size_bytes == size_bytes
 
 
-def test_every_shape_makes_a_config():
-    for name, shape in KNOWN_MODELS.items():
-        config = shape.cache_config(max_context_length=1)
-        assert config.size_bytes == 4 * shape[0] * shape[1] * shape[2], name
+# What the config.json of each says: model_type, layers, query heads, KV heads, width, and more.
+PUBLISHED = {
+    "gpt2": ("gpt2", 12, 12, None, 768),
+    "gpt2-medium": ("gpt2", 24, 16, None, 1024),
+    "gpt2-large": ("gpt2", 36, 20, None, 1280),
+    "gpt2-xl": ("gpt2", 48, 25, None, 1600),
+    "gpt-oss-20b": ("gpt_oss", 24, 64, 8, 2880, {"head_dim": 64}),
+    "gpt-oss-120b": ("gpt_oss", 36, 64, 8, 2880, {"head_dim": 64}),
+    "Gemma-2-2B": ("gemma2", 26, 8, 4, 2304, {"head_dim": 256}),
+    "Gemma-2-9B": ("gemma2", 42, 16, 8, 3584, {"head_dim": 256}),
+    "Gemma-2-27B": ("gemma2", 46, 32, 16, 4608, {"head_dim": 128}),
+    "Gemma-3-270M": ("gemma3_text", 18, 4, 1, 640, {"sliding_window": 512}),
+    "Gemma-3-1B": ("gemma3_text", 26, 4, 1, 1152, {"sliding_window": 512}),
+    "Gemma-3-4B": ("gemma3_text", 34, 8, 4, 2560, {"sliding_window": 1024}),
+    "Gemma-3-12B": ("gemma3_text", 48, 16, 8, 3840, {"sliding_window": 1024}),
+    "Gemma-3-27B": ("gemma3_text", 62, 32, 16, 5376, {"sliding_window": 1024, "head_dim": 128}),
+    "Llama-2-7B": ("llama", 32, 32, 32, 4096),
+    "Llama-2-13B": ("llama", 40, 40, 40, 5120),
+    "Llama-2-70B": ("llama", 80, 64, 8, 8192),
+    "Llama-3-8B": ("llama", 32, 32, 8, 4096),
+    "Llama-3-70B": ("llama", 80, 64, 8, 8192),
+    "Llama-3.1-8B": ("llama", 32, 32, 8, 4096),
+    "Llama-3.1-70B": ("llama", 80, 64, 8, 8192),
+    "Llama-3.1-405B": ("llama", 126, 128, 8, 16384),
+    "Llama-3.2-1B": ("llama", 16, 32, 8, 2048, {"head_dim": 64}),
+    "Llama-3.2-3B": ("llama", 28, 24, 8, 3072, {"head_dim": 128}),
+    "Llama-3.3-70B": ("llama", 80, 64, 8, 8192),
+    "Mistral-7B": ("mistral", 32, 32, 8, 4096, {"sliding_window": None}),
+    "Mistral-7B-v0.1": ("mistral", 32, 32, 8, 4096, {"sliding_window": 4096}),
+    "Mixtral-8x7B": ("mixtral", 32, 32, 8, 4096, {"sliding_window": None}),
+    "Qwen2.5-0.5B": ("qwen2", 24, 14, 2, 896),
+    "Qwen2.5-1.5B": ("qwen2", 28, 12, 2, 1536),
+    "Qwen2.5-3B": ("qwen2", 36, 16, 2, 2048),
+    "Qwen2.5-7B": ("qwen2", 28, 28, 4, 3584),
+    "Qwen2.5-14B": ("qwen2", 48, 40, 8, 5120),
+    "Qwen2.5-32B": ("qwen2", 64, 40, 8, 5120),
+    "Qwen2.5-72B": ("qwen2", 80, 64, 8, 8192),
+    "Qwen3-0.6B": ("qwen3", 28, 16, 8, 1024),
+    "Qwen3-1.7B": ("qwen3", 28, 16, 8, 2048),
+    "Qwen3-4B": ("qwen3", 36, 32, 8, 2560),
+    "Qwen3-8B": ("qwen3", 36, 32, 8, 4096),
+    "Qwen3-14B": ("qwen3", 40, 40, 8, 5120),
+    "Qwen3-32B": ("qwen3", 64, 64, 8, 5120),
+    "SmolLM2-135M": ("llama", 30, 9, 3, 576),
+    "SmolLM2-360M": ("llama", 32, 15, 5, 960),
+    "SmolLM2-1.7B": ("llama", 24, 32, 32, 2048),
+    "TinyLlama-1.1B": ("llama", 22, 32, 4, 2048),
+}
+
+
+def test_a_name_means_what_its_config_says():
+    """And that is held to transformers in models/test_hf_families.py."""
+    assert PUBLISHED.keys() == KNOWN_MODELS.keys()
+    for name, (model_type, layers, heads, kv_heads, width, *more) in PUBLISHED.items():
+        fields = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": width}
+        if kv_heads is not None:
+            fields["num_key_value_heads"] = kv_heads
+        config = {"model_type": model_type} | fields | (more[0] if more else {})
+        by_config = jaxkv.cache_config(config, max_context_length=40_000)
+        assert jaxkv.cache_config(name, max_context_length=40_000) == by_config, name
 
 
 def test_a_configs_windows_become_rings(tmp_path):

@@ -125,7 +125,7 @@ def _num_kv_heads(config: Mapping[str, Any]) -> int | None:
         return 1
     nested = config.get("attn_config") or {}
     return (
-        config.get("num_key_value_heads") or config.get("num_kv_heads") or nested.get("kv_n_heads")
+        nested.get("kv_n_heads") or config.get("num_key_value_heads") or config.get("num_kv_heads")
     )
 
 
@@ -153,7 +153,8 @@ def _check_layer_types(config: Mapping[str, Any], num_layers: int) -> None:
     unknown = sorted(set(types or ()) - set(known))
     if types and (unknown or len(types) != num_layers):
         raise ConfigError(
-            f"layer_types must be {num_layers} of {', '.join(known)}, one a layer, got "
+            f"layer_types of {config.get('model_type') or 'a model'} must be {num_layers} of "
+            f"{', '.join(known)}, one a layer, got "
             f"{len(types)}{f' with {unknown[0]}, which no cache here holds' if unknown else ''}."
         )
     reads = BY_MODEL_TYPE[config.get("model_type")].windows.reads

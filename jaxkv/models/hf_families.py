@@ -1,7 +1,7 @@
 """Which cache each family of transformers needs, a row a family, by its ``model_type``.
 
 A row says what transformers takes where a ``config.json`` is silent, and which layers have a
-window. `tests/test_hf_families.py` holds every row to the caches that transformers makes.
+window. `tests/models/test_hf_families.py` holds every row to the caches that transformers makes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -151,7 +151,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "cohere2_moe": _plain(40, 64, 8192, None, 128, windows=_NAMED, sliding_window=4096),
     "ctrl": _gpt2(48, 16, 1280),
     "cwm": _plain(64, 48, 6144, 8, 128, windows=_NAMED, sliding_window=8192),
-    "dbrx": Family({"n_layers": 24, "n_heads": 16, "d_model": 2048, "attn_config": {}}),
+    "dbrx": Family({"n_layers": 24, "n_heads": 16, "d_model": 2048, "num_key_value_heads": 1}),
     "diffllama": _plain(16, 32, 2048),
     "doge": _plain(32, 8, 1024, windows=_ALL),
     "dots1": _plain(

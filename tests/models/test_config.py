@@ -63,7 +63,7 @@ def test_bad_llama_configs_are_refused_by_name(changes, message):
 @pytest.mark.parametrize(
     ("variant", "changes", "message"),
     [
-        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types must be 2 of sliding"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "gemma2 must be 2 of sliding"),
         ("gemma2", {"layer_types": ["linear_attention"] * 2}, "got 2 with linear_attention"),
         ("gemma2", {"sliding_window": 0}, r"windows must be 2 entries.* got \(0, None\)"),
         ("gemma2", {"attn_logit_softcapping": -1.0}, "attention_softcap must be a positive"),
