@@ -69,6 +69,11 @@ class Spread:
         return 1 if name is None else self.mesh.shape[name]
 
     @property
+    def platform(self) -> str:
+        """Of its devices."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def is_explicit(self) -> bool:
         return AxisType.Explicit in self.mesh.axis_types
 

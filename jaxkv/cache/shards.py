@@ -27,7 +27,7 @@ What = tuple[str | None, ...]  # what each axis of an array is: "batch", "heads"
 # Of arguments, by name. The batch axis is absent where the cache has none.
 _ARGUMENTS: dict[str, What] = {
     **dict.fromkeys(("keys", "values", "queries"), ("batch", None, "heads", None)),
-    **dict.fromkeys(("num_tokens", "length", "in_range"), ("batch",)),
+    **dict.fromkeys(("num_tokens", "length", "in_range", "rows"), ("batch",)),
     "sinks": ("heads",),
 }
 
@@ -55,14 +55,18 @@ def in_each_shard(
             after = config_of(cache, *arrays) if config_of else cache.config
 
             def on_shard(leaves: list[Any], ranks: Array, parts: list[Any]) -> Any:
-                own = (_own_part(cache, name, part) for (name, _), part in zip(named, parts))
+                own = (
+                    _own_part(cache, name, part)
+                    for (name, _), part in zip(named, parts, strict=True)
+                )
                 result = work(_local_cache(cache, leaves, ranks[0]), *own, **options)  # type: ignore[arg-type]
                 return result if given else jax.tree.leaves(_as_stored(result))
 
             ranks = np.arange(spread.size("context"), dtype=np.int32)
             of_arrays = [_spec_of(cache, *pair) for pair in named]
             specs = _specs(cache, cache.config), spread.spec("context"), of_arrays
-            results = tuple(spread.spec(*_present(cache, what)) for what in given)
+            results: Any = tuple(spread.spec(*_present(cache, what)) for what in given)
+            results = results[0] if len(results) == 1 else results
             output = _shard_map(spread, on_shard, specs, results or _specs(cache, after))(
                 jax.tree.leaves(cache), jnp.asarray(ranks), list(arrays)
             )
@@ -108,9 +112,7 @@ def _as_stored(cache: Any) -> Any:
 
 def _structure(cache: KVCache, config: KVCacheConfig) -> Any:
     """Of a cache of this config, in the midst of a padded step where this one is."""
-    return jax.tree.structure(
-        dataclasses.replace(shapes_of(config), real_tokens=cache.real_tokens)
-    )
+    return jax.tree.structure(dataclasses.replace(shapes_of(config), real_tokens=cache.real_tokens))
 
 
 def _specs(cache: KVCache, config: KVCacheConfig) -> list[PartitionSpec]:
