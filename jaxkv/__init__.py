@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jaxkv import exported  # noqa: F401, lets jax.export serialize caches
 from jaxkv.addressing import Addressing, Contiguous, Kept, Paged, Ring
 from jaxkv.attention import attend, explain, fetched_blocks, observed
+from jaxkv.cache.axes import Axes
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.create import create
 from jaxkv.cache.host import offload, prefetch
@@ -49,6 +50,7 @@ __version__ = "0.5.0"
 
 __all__ = [
     "Addressing",
+    "Axes",
     "CacheAllocationError",
     "CacheClosedError",
     "CacheFullError",

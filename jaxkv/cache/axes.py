@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.errors import ConfigError
@@ -40,11 +40,11 @@ class Axes:
 class Spread:
     """A mesh, and which of its axes split a cache. Static: part of a cache's type."""
 
-    mesh: Mesh
+    mesh: Any  # a `Mesh`, or an `AbstractMesh` for a plan
     axes: Axes
 
     @classmethod
-    def of(cls, mesh: Mesh | None, axes: Axes | None) -> "Spread | None":
+    def of(cls, mesh: Mesh | AbstractMesh | None, axes: Axes | None) -> "Spread | None":
         """Of the arguments ``mesh`` and ``axes``; None where no axes are named.
 
         Raises:
@@ -72,6 +72,11 @@ class Spread:
     def platform(self) -> str:
         """Of its devices."""
         return self.mesh.devices.flat[0].platform
+
+    @property
+    def local_device(self) -> Any:
+        """One of this process's devices in the mesh, which stands for all: they hold as much."""
+        return self.mesh.local_devices[0]
 
     @property
     def is_explicit(self) -> bool:
@@ -111,6 +116,12 @@ class Spread:
         if batch > 1:
             if config.batch_size is None:
                 raise ConfigError("axes: batch needs a config with a batch_size, got None.")
+            if config.means_shape is not None:
+                raise ConfigError(
+                    f"axes: a {config.codec.name} cache is not split by batch, since it stores "
+                    "vectors less the means of all sequences. Leave batch out of its axes; heads "
+                    "and context split it."
+                )
             _check_divides("batch_size", config.batch_size, batch, self.axes.batch)
             fields["batch_size"] = config.batch_size // batch
         if context > 1:

@@ -58,6 +58,18 @@ def create(
     return made(config)
 
 
+def config_of_a_device(config: AnyConfig, spread: Spread | None) -> AnyConfig:
+    """What one device holds of a cache that is spread over several.
+
+    Raises:
+      ConfigError: what the axes cannot split.
+    """
+    if spread is None:
+        return config
+    groups = tuple(spread.local(group) for group in config.groups)
+    return groups[0] if len(groups) == 1 else dataclasses.replace(config, groups=groups)
+
+
 @functools.lru_cache(maxsize=256)
 def shapes_of(config: KVCacheConfig) -> KVCache:
     """The cache of a config, of shapes in place of arrays."""

@@ -44,10 +44,9 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     chosen = rows if isinstance(rows, jax.Array) else on_device(np.asarray(rows, np.int32))
     check_rows(cache, chosen)
     own = _within_devices(cache, chosen)
-    if in_host_memory(buffer_of(cache)):  # which no compiled program gathers from
-        selected = _selected(cache, own)
-    else:
-        selected = _select(cache, own)
+    # No compiled program gathers from host memory.
+    select_rows = _selected if in_host_memory(buffer_of(cache)) else _select
+    selected = select_rows(cache, own)
     return where_in_range(selected, rows_exist(cache, chosen))
 
 
