@@ -14,6 +14,7 @@ from jaxkv.cache.hybrid import HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.newest import Newest
 from jaxkv.cache.rearrange import copy_pages, fork, select
+from jaxkv.cache.regroup import gather, spread
 from jaxkv.cache.verbs import advance, append, check, layer, next_positions, reset, truncate
 from jaxkv.codecs import Centred, Codec, Dense, Float8, Int8, KeysValues, Rope, Rotated
 from jaxkv.errors import (
@@ -99,6 +100,7 @@ __all__ = [
     "explain",
     "fetched_blocks",
     "fork",
+    "gather",
     "generate",
     "layer",
     "load",
@@ -117,6 +119,7 @@ __all__ = [
     "save",
     "select",
     "session",
+    "spread",
     "truncate",
     "wide_at_the_ends",
 ]

@@ -205,3 +205,41 @@ def test_generate_answers_as_on_one_device(split):
     assert many.tokens == one.tokens
     for ours, theirs in zip(many.logprobs, one.logprobs, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("split", "kind"),
+    [
+        ("heads 2 x context 4", "contiguous"),
+        ("batch 2 x heads 4", "paged"),
+        ("2 KV heads over 8", "newest"),
+        ("batch 8", "ring"),
+    ],
+)
+def test_a_cache_goes_to_one_device_and_back(split, kind, tmp_path):
+    config, place = config_of(split, "int8", kind), spread_over(split)
+    one, many = jaxkv.create(config), jaxkv.create(config, **place)
+    given, num_tokens = arrays(np.random.default_rng(0), 5, config.num_kv_heads), np.arange(8) % 6
+    one, many = (step(each, *given, num_tokens)[0] for each in (one, many))
+    gathered = jaxkv.gather(many)
+    jax.tree.map(np.testing.assert_array_equal, gathered, one)
+    jaxkv.save(many, tmp_path / "cache")
+    loaded = jaxkv.load(tmp_path / "cache", addressing=config.addressing, newest=config.newest)
+    loaded = jaxkv.spread(loaded, **place)
+    jax.tree.map(np.testing.assert_array_equal, jaxkv.gather(loaded), one)
+    for leaf, old in zip(jax.tree.leaves(loaded), jax.tree.leaves(many), strict=True):
+        assert leaf.sharding.is_equivalent_to(old.sharding, leaf.ndim)
+
+
+def test_what_works_on_one_device_says_so():
+    many = jaxkv.create(config_of("heads 8", "float32", "contiguous"), **spread_over("heads 8"))
+    with pytest.raises(ValueError, match=r"compress: this cache is spread over 8 devices.*gather"):
+        jaxkv.compress(many, jaxkv.policies.KeyDiff(), keep=4)
+    with pytest.raises(ValueError, match="rows .* would move between devices"):
+        split = jaxkv.create(config_of("batch 8", "int8", "ring"), **spread_over("batch 8"))
+        jaxkv.select(split, [1, 0, 2, 3, 4, 5, 6, 7])
+    with pytest.raises(jaxkv.ConfigError, match=r"the mesh has no axis 'rows'; it has 'heads'"):
+        jaxkv.create(many.config, mesh=many.spread.mesh, axes=jaxkv.Axes(batch="rows"))
+    with pytest.raises(jaxkv.ConfigError, match="batch_size must be a multiple of 8"):
+        config = many.config.replace(batch_size=6)
+        jaxkv.create(config, mesh=many.spread.mesh, axes=jaxkv.Axes(batch="heads"))

@@ -107,6 +107,11 @@ class Spread:
             self.size(what) if not only or what in only else 1
             for what in ("batch", "heads", "context")
         )
+        if config.placement is not None:
+            raise ConfigError(
+                "axes: a cache with HostMemory is not spread over a mesh yet. Leave placement out, "
+                "or spread it by device=, a NamedSharding over KV heads."
+            )
         held, fields = self.held(config), {}
         if heads > 1:
             _check_divides("num_kv_heads", held.num_kv_heads, heads, self.axes.heads)

@@ -148,6 +148,8 @@ class KVCache:
             first = lengths if newest_from is None else newest_from
             own = newest.index.holding_from(first, lengths)
             newest = dataclasses.replace(newest, index=own)
+        if self.spread is not None and not isinstance(table, jax.core.Tracer):  # as a step has it
+            table = jax.device_put(table, self.index.table.sharding)
         index = self.index.with_table(table).with_lengths(lengths)
         return dataclasses.replace(self, index=index, newest=newest)
 

@@ -197,3 +197,14 @@ def _own_books(cache: KVCache) -> tuple[Array, Array, Array]:
     shape, index = cache.lengths.shape, cache.index
     room, intact = (jnp.broadcast_to(each, shape) for each in (index.room, index.intact))
     return index.lengths, room, intact
+
+
+def check_whole(cache: Any, verb: str) -> None:
+    """Refuse a cache that is spread over a mesh, for what works on one device alone."""
+    for group in cache.groups:
+        if group.spread is not None:
+            raise ValueError(
+                f"{verb}: this cache is spread over {group.spread.mesh.size} devices by "
+                f"{group.spread.axes}, and {verb} takes it on one. Bring it there with "
+                "jaxkv.gather, and back with jaxkv.spread."
+            )
