@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jaxkv import exported  # noqa: F401, lets jax.export serialize caches
 from jaxkv.addressing import Addressing, Contiguous, Kept, Paged, Ring
 from jaxkv.attention import attend, explain, fetched_blocks, observed
+from jaxkv.cache.axes import Axes
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.create import create
 from jaxkv.cache.host import offload, prefetch
@@ -13,6 +14,7 @@ from jaxkv.cache.hybrid import HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.newest import Newest
 from jaxkv.cache.rearrange import copy_pages, fork, select
+from jaxkv.cache.regroup import gather, spread
 from jaxkv.cache.verbs import advance, append, check, layer, next_positions, reset, truncate
 from jaxkv.codecs import Centred, Codec, Dense, Float8, Int8, KeysValues, Rope, Rotated
 from jaxkv.errors import (
@@ -49,6 +51,7 @@ __version__ = "0.5.0"
 
 __all__ = [
     "Addressing",
+    "Axes",
     "CacheAllocationError",
     "CacheClosedError",
     "CacheFullError",
@@ -97,6 +100,7 @@ __all__ = [
     "explain",
     "fetched_blocks",
     "fork",
+    "gather",
     "generate",
     "layer",
     "load",
@@ -115,6 +119,7 @@ __all__ = [
     "save",
     "select",
     "session",
+    "spread",
     "truncate",
     "wide_at_the_ends",
 ]

@@ -1,5 +1,6 @@
 """Reading the cache: one verb, and a table of implementations that can serve it."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -7,10 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from jaxkv.attention.blockwise import KEY_BLOCK, blockwise
-from jaxkv.attention.call import Grouped, Request, request_of
+from jaxkv.addressing.interleaved import Interleaved
+from jaxkv.attention.blockwise import KEY_BLOCK, blockwise, blockwise_part
+from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request, request_of
 from jaxkv.attention.cudnn.attend import cannot_serve as cudnn_cannot_serve
 from jaxkv.attention.cudnn.attend import cudnn
 from jaxkv.attention.cudnn.attend import should_not_serve as cudnn_should_not_serve
@@ -18,16 +21,17 @@ from jaxkv.attention.mosaic.attend import cannot_serve as mosaic_cannot_serve
 from jaxkv.attention.mosaic.attend import mosaic
 from jaxkv.attention.mosaic.attend import should_not_serve as mosaic_should_not_serve
 from jaxkv.attention.native import cannot_serve as native_cannot_serve
-from jaxkv.attention.native import native
+from jaxkv.attention.native import native, native_part
 from jaxkv.attention.native import should_not_serve as native_should_not_serve
 from jaxkv.attention.observed import Call, notify
 from jaxkv.attention.products import sums_in_place
-from jaxkv.attention.reference import reference
+from jaxkv.attention.reference import reference, reference_part
 from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
 from jaxkv.attention.streamed import is_streamed, streamed
 from jaxkv.cache.checks import check_counts, check_layer, layer_exists
 from jaxkv.cache.hybrid import AnyCache, in_its_group
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of
+from jaxkv.cache.shards import in_each_shard, local_shapes
 from jaxkv.cache.verbs import or_nan, real_of
 from jaxkv.codecs import Dense, unrotate
 from jaxkv.devices import PLATFORMS, by_platform, default_device, platform_of
@@ -58,6 +62,7 @@ class Implementation(NamedTuple):
     reads_host_memory: bool = False
     turns: bool = False
     caps: bool = True
+    part: Callable[[Request], tuple[Grouped, LogTotal]] | None = None
 
     def cannot_serve(self, cache: KVCache, tokens: int, platform: str | None = None) -> str | None:
         """Why it cannot serve this call, on the platform where the cache is if none is named."""
@@ -88,7 +93,12 @@ def _reference_is_wasteful(cache: KVCache, tokens: int, heads: int, platform: st
 IMPLEMENTATIONS: dict[str, Implementation] = {
     # On a CPU host memory is the memory that it reads.
     "native": Implementation(
-        native, native_cannot_serve, native_should_not_serve, "cpu", reads_host_memory=True
+        native,
+        native_cannot_serve,
+        native_should_not_serve,
+        "cpu",
+        reads_host_memory=True,
+        part=native_part,
     ),
     "mosaic": Implementation(
         mosaic, mosaic_cannot_serve, mosaic_should_not_serve, "gpu", turns=True
@@ -96,9 +106,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "cudnn": Implementation(
         cudnn, cudnn_cannot_serve, cudnn_should_not_serve, "gpu", turns=True, caps=False
     ),
-    "reference": Implementation(reference, _no_reason, _reference_is_wasteful),
+    "reference": Implementation(reference, _no_reason, _reference_is_wasteful, part=reference_part),
     # Under a jit of its own a scan is traced once for all layers.
-    "blockwise": Implementation(jax.jit(blockwise), _no_reason, _no_reason),
+    "blockwise": Implementation(
+        jax.jit(blockwise), _no_reason, _no_reason, part=jax.jit(blockwise_part)
+    ),
     "streamed": Implementation(
         jax.jit(streamed), streamed_cannot_serve, _no_reason, reads_host_memory=True
     ),
@@ -153,7 +165,9 @@ def attend(
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
     num_tokens = real_of(cache, tokens, num_tokens)
     platform = platform_of(buffer_of(cache), queries)
-    names = _serving(cache, tokens, heads, softcap, platform, implementation)
+    if cache.spread is not None:
+        platform = cache.spread.platform
+    names = _serving(local_shapes(cache), tokens, heads, softcap, platform, implementation)
     number = check_layer(cache, layer)
     notify(Call(cache, queries, layer, num_tokens))
     if tokens == 0:
@@ -169,6 +183,7 @@ def attend(
 
 
 @one_program("chosen", "softcap", "window")
+@in_each_shard(("batch", None, "heads", None))
 def _serve(
     cache: KVCache,
     queries: Array,
@@ -184,10 +199,26 @@ def _serve(
     options: dict[str, Any] = {"softcap": softcap, "window": window, "sinks": sinks}
     turn = not chosen.turns
     request = request_of(cache, queries, layer, num_tokens, scale=scale, turn=turn, **options)
-    output = chosen.run(request)
+    output = (
+        _merged(request, chosen) if isinstance(cache.index, Interleaved) else chosen.run(request)
+    )
     if turn:
         output = unrotate(cache.config.codec, output)
     return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
+
+
+def _merged(request: Request, chosen: Implementation) -> Grouped:
+    """Over all devices that have a share of the context."""
+    share = request.cache.index
+    assert chosen.part is not None
+    assert isinstance(share, Interleaved)
+    if request.sinks is not None:  # once
+        sinks = jnp.where(share.rank == 0, request.sinks, LOWEST)
+        request = dataclasses.replace(request, sinks=sinks)
+    output, log_total = chosen.part(request)
+    weights = jnp.exp(log_total - lax.pmax(log_total, share.axis))
+    total, mix = lax.psum((weights, output * weights[..., None]), share.axis)
+    return mix / total[..., None]
 
 
 def explain(
@@ -219,6 +250,7 @@ def explain(
     (cache,) = cache.groups
     heads = heads or cache.config.num_kv_heads
     platform = _expected_platform(cache)
+    cache = local_shapes(cache)
     chosen = _first_choice(cache, tokens, heads, softcap, platform)
     lines = []
     for name in IMPLEMENTATIONS:
@@ -289,6 +321,8 @@ def _cannot_serve(
         return "the newest tokens are in a cache of their own"
     if reason := IMPLEMENTATIONS[name].cannot_serve(cache, tokens, platform):
         return reason
+    if isinstance(cache.index, Interleaved) and IMPLEMENTATIONS[name].part is None:
+        return "it gives no parts to merge, and the context is on several devices"
     if softcap is not None and not IMPLEMENTATIONS[name].caps:
         return "it has no softcap"
     return None
@@ -296,6 +330,8 @@ def _cannot_serve(
 
 def _expected_platform(cache: KVCache) -> str:
     """Where the cache is; while nobody can know, where programs are run by default."""
+    if cache.spread is not None:
+        return cache.spread.platform
     return platform_of(buffer_of(cache)) or default_device().platform
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxkv.attention.call import Grouped, Request
+from jaxkv.attention.call import Grouped, LogTotal, Request
 from jaxkv.attention.online import Online
 from jaxkv.codecs import rotate, rotate_values, unrotate
 
@@ -19,18 +19,28 @@ QUERY_BLOCK = 256  # tokens
 
 
 def blockwise(request: Request) -> Grouped:
-    """Attend with at most `QUERY_BLOCK` x `KEY_BLOCK` scores a head in memory."""
+    """Attend with at most `QUERY_BLOCK` x `KEY_BLOCK` scores per head in memory."""
+    return blockwise_part(request)[0]
+
+
+def blockwise_part(request: Request) -> tuple[Grouped, LogTotal]:
+    """The same with the log of its total, by which parts of a context are merged."""
     tokens = request.queries.shape[2]
     if tokens <= QUERY_BLOCK:
         return _one_query_block(request)
     num_blocks = -(-tokens // QUERY_BLOCK)
 
-    def one_block(block: Array) -> Grouped:
+    def one_block(block: Array) -> tuple[Grouped, LogTotal]:
         return _one_query_block(request.take_queries(block * QUERY_BLOCK, QUERY_BLOCK))
 
     blocks = lax.map(one_block, jnp.arange(num_blocks, dtype=jnp.int32))
-    joined = jnp.moveaxis(blocks, 0, 2)  # [batch, kv_heads, blocks, QUERY_BLOCK, group, head_dim]
-    return joined.reshape(*joined.shape[:2], -1, *joined.shape[4:])[:, :, :tokens]
+
+    def joined(parts: Array) -> Array:
+        parts = jnp.moveaxis(parts, 0, 2)  # [batch, kv_heads, blocks, QUERY_BLOCK, group, ...]
+        return parts.reshape(*parts.shape[:2], -1, *parts.shape[4:])[:, :, :tokens]
+
+    output, log_total = blocks
+    return joined(output), joined(log_total)
 
 
 def unturned_blockwise(request: Request) -> Grouped:
@@ -40,8 +50,9 @@ def unturned_blockwise(request: Request) -> Grouped:
     return unrotate(codec, blockwise(dataclasses.replace(request, queries=queries)))
 
 
-def _one_query_block(request: Request) -> Grouped:
-    return with_newest(request, _all_blocks(request)).output()
+def _one_query_block(request: Request) -> tuple[Grouped, LogTotal]:
+    state = with_newest(request, _all_blocks(request))
+    return state.output(), state.log_total()
 
 
 def with_newest(request: Request, state: Online) -> Online:

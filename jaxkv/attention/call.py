@@ -20,6 +20,9 @@ from jaxkv.codecs import Centred, rotate, rotate_values
 # Query head h * group + g reads KV head h, so queries are kept grouped by what they read.
 Grouped = Float[Array, "batch kv_heads tokens group head_dim"]
 Scores = Float[Array, "batch kv_heads tokens group slots"]
+# The log of the sum of what the scores of all that a query saw are the logs of.
+LogTotal = Float[Array, "batch kv_heads tokens group"]
+LOWEST = -1e30  # a finite "minus infinity": differences of it are never NaN
 Vectors = Float[Array, "batch slots kv_heads head_dim"]
 
 

@@ -9,6 +9,7 @@ from jaxkv.attention.call import request_of
 from jaxkv.attention.older import chosen_blocks, first_on_device
 from jaxkv.attention.streamed import cannot_serve
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.cache.shards import check_whole
 from jaxkv.cache.verbs import real_of
 from jaxkv.placement import HostMemory
 from jaxkv.programs import promotes_ranks
@@ -45,6 +46,7 @@ def fetched_blocks(
     >>> fetched_blocks(cache, jnp.ones((10, 1, 1)), layer=0).tolist()
     [1]
     """
+    check_whole(cache, "fetched_blocks")
     if reason := cannot_serve(cache, queries.shape[-3]):
         raise ValueError(f"fetched_blocks: {reason}.")
     if not isinstance(cache.index, ContiguousIndex | PagedIndex):

@@ -12,10 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing import Index, PagedIndex
 from jaxkv.addressing.contiguous import ContiguousIndex
+from jaxkv.addressing.interleaved import Interleaved, whole
 from jaxkv.addressing.kept import KeptEvenlyIndex, KeptIndex
 from jaxkv.addressing.ring import RingIndex
-from jaxkv.attention.blockwise import blockwise
-from jaxkv.attention.call import Grouped, Request
+from jaxkv.attention.blockwise import blockwise_part
+from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request
 from jaxkv.cache.kv_cache import KVCache, buffer_of
 from jaxkv.cache.newest import NewestIndex
 from jaxkv.cache.vectors import means_of
@@ -33,10 +34,9 @@ from jaxkv.codecs import (
 from jaxkv.devices import num_devices_of
 from jaxkv.native import unavailable
 
-_INDICES = (ContiguousIndex, PagedIndex, RingIndex, KeptEvenlyIndex, NewestIndex)
+_INDICES = (ContiguousIndex, PagedIndex, RingIndex, KeptEvenlyIndex, NewestIndex, Interleaved)
 _LANES = 16
 _MOST_NUMBERS = 1024  # of a vector of codes, which is widened on the stack
-_LOWEST = -1e30  # a finite "minus infinity", as in the kernel
 
 
 def cannot_serve(cache: KVCache, tokens: int) -> str | None:
@@ -66,9 +66,14 @@ def should_not_serve(cache: KVCache, tokens: int, heads: int, platform: str) -> 
     return None
 
 
-@jax.custom_jvp
 def native(request: Request) -> Grouped:
-    """Attend with one query a sequence."""
+    """Attend with one query per sequence."""
+    return native_part(request)[0]
+
+
+@jax.custom_jvp
+def native_part(request: Request) -> tuple[Grouped, LogTotal]:
+    """The same with the log of its total, by which parts of a context are merged."""
     output, log_total = _read(request)
     if request.newest is not None:
         newest, newest_log_total = _read(request.newest)
@@ -76,7 +81,8 @@ def native(request: Request) -> Grouped:
         newest = rotate_values(request.cache.config.codec, newest)
         share = jax.nn.sigmoid(newest_log_total - log_total)[..., None]
         output = output * (1 - share) + newest * share
-    return output[:, :, None]
+        log_total = jnp.logaddexp(log_total, newest_log_total)
+    return output[:, :, None], log_total[:, :, None]
 
 
 def _read(
@@ -89,7 +95,7 @@ def _read(
     queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
     sinks = request.sinks
     if sinks is None:
-        sinks = jnp.full(queries.shape[1:3], _LOWEST, jnp.float32)
+        sinks = jnp.full(queries.shape[1:3], LOWEST, jnp.float32)
     table, page_size = _pages(index)
     centre_queries, rope_tables = _centre(request)
     hidden_from = _hidden_from(request)
@@ -190,7 +196,7 @@ def _leaves(cache: KVCache, side: int) -> tuple[Array, Array]:
 
 def _pages(index: Index) -> tuple[Int[Array, "*batch pages"], int]:
     """The page table and the size of a page; an empty one where a sequence's slots are a run."""
-    place = index.within if isinstance(index, KeptIndex) else index
+    place = index.within if isinstance(index, KeptIndex) else whole(index)
     if isinstance(place, PagedIndex):
         return place.table, place.page_size
     return jnp.zeros(0, jnp.int32), index.extent
@@ -205,7 +211,7 @@ def _key_positions(request: Request, hidden_from: Int[Array, " batch"]) -> Int[A
     return jnp.where(positions < hidden_from[:, None, None], positions, -1).reshape(-1)
 
 
-@native.defjvp
+@native_part.defjvp
 def _native_jvp(primals, tangents):
     """The kernel has no derivative of its own; the blockwise form's is the same function's."""
-    return jax.jvp(blockwise, primals, tangents)
+    return jax.jvp(blockwise_part, primals, tangents)

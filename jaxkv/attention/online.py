@@ -11,10 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxkv.attention.call import Grouped, Request
+from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request
 from jaxkv.attention.products import mix_of, scores_of
-
-_LOWEST = -1e30  # a finite "minus infinity": differences of it are never NaN
 
 
 class Online(NamedTuple):
@@ -28,7 +26,7 @@ class Online(NamedTuple):
     def start(cls, request: Request) -> "Online":
         """Nothing seen yet but learned sinks."""
         rows = request.queries[..., 0]  # like it, so that an Explicit mesh shards them like it
-        highest, total = jnp.full_like(rows, _LOWEST), jnp.zeros_like(rows)
+        highest, total = jnp.full_like(rows, LOWEST), jnp.zeros_like(rows)
         if request.sinks is not None:  # as a slot that was read already and gave nothing
             sinks = jnp.broadcast_to(request.sinks[:, None, :], rows.shape)
             highest = lax.stop_gradient(jnp.maximum(highest, sinks))
@@ -45,7 +43,7 @@ class Online(NamedTuple):
         """After some more logical slots, of which each query sees what ``seen`` says."""
         keys, values = request.keys_and_values(start, size)
         scores = request.logits(scores_of(request.queries, keys), start, size)
-        scores = jnp.where(seen, scores, _LOWEST)
+        scores = jnp.where(seen, scores, LOWEST)
         # The maximum cancels out of the result, so no gradient needs to flow through it.
         highest = lax.stop_gradient(jnp.maximum(self.highest, scores.max(axis=-1)))
         weights = jnp.where(seen, jnp.exp(scores - highest[..., None]), 0)
@@ -59,6 +57,11 @@ class Online(NamedTuple):
         ours, theirs = jnp.exp(self.highest - highest), jnp.exp(other.highest - highest)
         mix = self.mix * ours[..., None] + other.mix * theirs[..., None]
         return Online(highest, self.total * ours + other.total * theirs, mix)
+
+    def log_total(self) -> LogTotal:
+        """Of what each query saw; `LOWEST` where it saw nothing."""
+        seen = self.total > 0
+        return jnp.where(seen, self.highest + jnp.log(jnp.where(seen, self.total, 1)), LOWEST)
 
     def output(self) -> Grouped:
         """The attention output; zeros for a query that has seen nothing."""

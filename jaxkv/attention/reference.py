@@ -2,12 +2,17 @@
 
 import jax.numpy as jnp
 
-from jaxkv.attention.call import Grouped, Request
+from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request
 from jaxkv.attention.products import mix_of, scores_of
 
 
 def reference(request: Request) -> Grouped:
-    """Softmax over every slot of every sequence. Needs tokens x context scores a head."""
+    """Softmax over every slot of every sequence. Needs tokens x context scores per head."""
+    return reference_part(request)[0]
+
+
+def reference_part(request: Request) -> tuple[Grouped, LogTotal]:
+    """The same with the log of its total, by which parts of a context are merged."""
     extent = request.cache.index.extent
     keys, values = request.keys_and_values(0, extent)
     seen = request.visible(0, extent)
@@ -21,4 +26,7 @@ def reference(request: Request) -> Grouped:
     total = weights.sum(axis=-1, keepdims=True)
     if request.sinks is not None:
         total += jnp.exp(sinks - highest)
-    return mix_of(weights / jnp.where(total == 0, 1, total), values)
+    seen_any = total > 0
+    total = jnp.where(seen_any, total, 1)
+    log_total = jnp.where(seen_any, highest + jnp.log(total), LOWEST)[..., 0]
+    return mix_of(weights / total, values), log_total

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool
 
 from jaxkv.addressing import KeptIndex
 from jaxkv.cache.hybrid import AnyCache, check_static_layer
-from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, books_of, buffer_of
+from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of
+from jaxkv.cache.shards import books_of
 from jaxkv.errors import CacheClosedError, CacheFullError
 
 
@@ -123,7 +124,7 @@ def check_room(cache: KVCache, num_tokens: NumTokens) -> None:
     """Outside jit, refuse tokens that do not fit, before anything changes."""
     if isinstance(cache.lengths, jax.core.Tracer) or isinstance(num_tokens, jax.core.Tracer):
         return
-    lengths, room, _ = books_of(cache.index)
+    lengths, room, _ = books_of(cache)
     after = lengths + np.asarray(jax.device_get(num_tokens))
     if (after > room).any():
         worst = int(np.argmax(after - room))
@@ -145,7 +146,7 @@ def check_intact(cache: KVCache) -> None:
     """Outside jit, refuse a rollback to tokens that the next query would see, and that are lost."""
     if isinstance(cache.lengths, jax.core.Tracer):
         return
-    lengths, _, intact = books_of(cache.index)
+    lengths, _, intact = books_of(cache)
     if intact.all():
         return
     cure = "Their pages were given back; reset it, and assign pages to it anew."

@@ -1,12 +1,15 @@
 """Making a cache: every buffer preallocated and zero."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import OUT_OF_RANGE, KVCache
@@ -20,7 +23,9 @@ _AXES = ("layers", "2", "slots", "kv_heads", "head_dim")  # of a buffer
 
 
 @moves_data  # zeros, of which the host has one
-def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
+def create(
+    config: AnyConfig, *, device: Any = None, mesh: Mesh | None = None, axes: Axes | None = None
+) -> AnyCache:
     """An empty cache: every buffer preallocated and zero.
 
     Args:
@@ -28,13 +33,12 @@ def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
       device: a `jax.Device` or `jax.sharding.Sharding` for the buffers; JAX's default if None.
         A `NamedSharding` is of the axes ``[layers, 2, slots, kv_heads, head_dim]``; a buffer
         without the last ones, as scales are, is sharded by those that it has.
+      mesh: over whose devices it is spread, as ``axes`` says; the one of `jax.set_mesh` if None.
+      axes: the mesh axes that split it. The verbs then work on each device, on what it holds.
 
     Raises:
-      ConfigError: 2**30 or more positions, or slots times KV heads.
-      ValueError: a sharding of more axes than that.
-
-    Raises:
-      ConfigError: 2**30 or more positions, or slots times KV heads.
+      ConfigError: 2**30 or more positions, or slots times KV heads; or what the axes cannot split.
+      ValueError: a sharding of more axes than that, or both a device and axes.
 
     >>> import jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 16, 1, 4, codec=jaxkv.Dense("float32")))
@@ -42,10 +46,64 @@ def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
     (2, 2, 16, 1, 4)
     """
     _check_axes(device)
+    spread = Spread.of(mesh, axes)
+    if spread is not None and device is not None:
+        raise ValueError(f"create: give device= or axes=, not both; got {device} and {axes}.")
+
+    def made(group: KVCacheConfig) -> KVCache:
+        return _create(group, device) if spread is None else _create_spread(group, spread)
+
     if isinstance(config, HybridConfig):
-        groups = (_create(group, device) for group in config.groups)
-        return HybridCache(tuple(groups), config)
-    return _create(config, device)
+        return HybridCache(tuple(made(group) for group in config.groups), config)
+    return made(config)
+
+
+def config_of_a_device(config: AnyConfig, spread: Spread | None) -> AnyConfig:
+    """What one device holds of a cache that is spread over several.
+
+    Raises:
+      ConfigError: what the axes cannot split.
+    """
+    if spread is None:
+        return config
+    groups = tuple(spread.local(group) for group in config.groups)
+    return groups[0] if len(groups) == 1 else dataclasses.replace(config, groups=groups)
+
+
+@functools.lru_cache(maxsize=256)
+def shapes_of(config: KVCacheConfig) -> KVCache:
+    """The cache of a config, of shapes in place of arrays."""
+    return jax.eval_shape(lambda: _create(config, None))
+
+
+@functools.lru_cache(maxsize=256)
+def specs_of(config: KVCacheConfig, spread: Spread) -> tuple[PartitionSpec, ...]:
+    """How each array of a cache is split: where an axis is shorter once the cache is split."""
+    whole = jax.tree.leaves(shapes_of(spread.held(config)))
+    names: list[list[list[str]]] = [[[] for _ in leaf.shape] for leaf in whole]
+    for what in ("batch", "heads", "context"):
+        if (name := getattr(spread.axes, what)) is None:
+            continue
+        parts = jax.tree.leaves(shapes_of(spread.local(config, what)))
+        for of_leaf, leaf, part in zip(names, whole, parts, strict=True):
+            for of_axis, size, own in zip(of_leaf, leaf.shape, part.shape, strict=True):
+                if own < size:
+                    of_axis.append(name)
+    return tuple(PartitionSpec(*(tuple(axis) or None for axis in leaf)) for leaf in names)
+
+
+def _create_spread(config: KVCacheConfig, spread: Spread) -> KVCache:
+    local = spread.local(config)
+    _check_numbers(local)
+    made = jax.shard_map(
+        lambda: jax.tree.leaves(_create(local, None)),
+        mesh=spread.mesh,
+        in_specs=(),
+        out_specs=list(specs_of(config, spread)),
+        check_vma=False,
+    )
+    cache = jax.tree.structure(shapes_of(config)).unflatten(jax.jit(made)())
+    return dataclasses.replace(cache, spread=spread)
 
 
 def _check_numbers(config: KVCacheConfig) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
 from jaxkv.addressing import Index, Layer, PagedIndex
+from jaxkv.cache.axes import Spread
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.newest import NewestIndex
 from jaxkv.codecs import Leaves
@@ -19,7 +20,7 @@ from jaxkv.programs import one_program
 from jaxkv.show.html import Bar, occupancy_html
 from jaxkv.show.text import format_bytes, sequences
 
-__all__ = ["KVCache", "Layer", "NumTokens", "books_of", "buffer_of"]
+__all__ = ["KVCache", "Layer", "NumTokens", "books_of_index", "buffer_of"]
 
 # Sequences that are named one by one.
 _NAMED = 8
@@ -34,7 +35,7 @@ NumTokens = int | Int[Array, "*batch"]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["storage", "index", "means", "resident", "newest", "real_tokens"],
-    meta_fields=["config"],
+    meta_fields=["config", "spread"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class KVCache:
@@ -52,6 +53,7 @@ class KVCache:
       newest: where ``config.newest`` keeps the newest tokens by a finer codec too, the cache of
         them; else None.
       real_tokens: in a step that is padded, how many of its tokens are still to come; else None.
+      spread: over which axes of a mesh, where it was created with some; else None.
 
     >>> import jax, jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 64, num_kv_heads=1, head_dim=16))
@@ -68,6 +70,7 @@ class KVCache:
     resident: Resident | None = None
     newest: "KVCache | None" = None
     real_tokens: Int[Array, "*batch"] | None = None
+    spread: Spread | None = None
 
     @property
     def groups(self) -> tuple["KVCache"]:
@@ -111,12 +114,6 @@ class KVCache:
         index = self.index.with_lengths(lengths)
         return dataclasses.replace(self, index=index, resident=resident, newest=newest)
 
-    def where_in_range(self, in_range: Bool[Array, "#*batch"] | bool) -> "KVCache":
-        """A sequence whose arguments are out of range is `misused`, and takes no tokens."""
-        if in_range is True:
-            return self
-        return self.with_lengths(jnp.where(in_range, self.lengths, OUT_OF_RANGE))
-
     def with_pages(
         self,
         table: Int[Array, "*batch pages"],
@@ -151,6 +148,8 @@ class KVCache:
             first = lengths if newest_from is None else newest_from
             own = newest.index.holding_from(first, lengths)
             newest = dataclasses.replace(newest, index=own)
+        if self.spread is not None and not isinstance(table, jax.core.Tracer):  # as a step has it
+            table = jax.device_put(table, self.index.table.sharding)
         index = self.index.with_table(table).with_lengths(lengths)
         return dataclasses.replace(self, index=index, newest=newest)
 
@@ -184,9 +183,12 @@ class KVCache:
         """What a notebook shows: how full each sequence is."""
         held, unknown = _lengths(self)
         size = f"{format_bytes(self.config.size_bytes)} ({self.config.size_bytes:,} bytes)"
-        if held is None:
-            return occupancy_html("KVCache", _facts(self.config), [], f"{size}, {unknown}")
-        room = books_of(self.index)[1].ravel()
+        if self.spread is not None:
+            size = f"{size} over {self.spread.mesh.size} devices"
+        if held is None or self.spread is not None:
+            size = f"{size}, {unknown}" if held is None else size
+            return occupancy_html("KVCache", _facts(self.config), [], size)
+        room = books_of_index(self.index)[1].ravel()
         bars = [
             Bar(f"sequence {i}", *pair)
             for i, pair in enumerate(zip(held.ravel(), room, strict=True))
@@ -219,7 +221,7 @@ def buffer_of(cache: KVCache) -> Array:
     return next(iter(cache.storage.values()))
 
 
-def books_of(index: Index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def books_of_index(index: Index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Outside jit, the length of each sequence, its room, and whether it is intact."""
     with jax.ensure_compile_time_eval():  # a cache that a traced function names is not traced
         lengths, room, intact = jax.device_get(_books(index))

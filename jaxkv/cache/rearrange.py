@@ -10,8 +10,11 @@ from jaxtyping import Array, Int
 
 from jaxkv.addressing import PagedIndex
 from jaxkv.cache.checks import check_alive, check_rows, rows_exist
+from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import AnyCache, in_every_group
 from jaxkv.cache.kv_cache import KVCache, buffer_of
+from jaxkv.cache.shards import in_each_shard
+from jaxkv.cache.verbs import where_in_range
 from jaxkv.placement import copy_runs, in_host_memory, take_slots
 from jaxkv.programs import on_device, one_program, promotes_ranks
 
@@ -40,14 +43,45 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     check_alive(cache)
     chosen = rows if isinstance(rows, jax.Array) else on_device(np.asarray(rows, np.int32))
     check_rows(cache, chosen)
-    if in_host_memory(buffer_of(cache)):  # which no compiled program gathers from
-        selected = _selected(cache, chosen)
-    else:
-        selected = _select(cache, chosen)
-    return selected.where_in_range(rows_exist(cache, chosen))
+    own = _within_devices(cache, chosen)
+    # No compiled program gathers from host memory.
+    select_rows = _selected if in_host_memory(buffer_of(cache)) else _select
+    selected = select_rows(cache, own)
+    return where_in_range(selected, rows_exist(cache, chosen))
 
 
-def _selected(cache: KVCache, chosen: Int[Array, " rows"]) -> KVCache:
+def _within_devices(cache: KVCache, rows: Int[Array, " rows"]) -> Int[Array, " rows"]:
+    """The numbers of these rows on their devices, where the batch is split over some.
+
+    Raises:
+      ValueError: rows that would move to another device, or nobody knows whether.
+    """
+    parts = 1 if cache.spread is None else cache.spread.size("batch")
+    if parts == 1:
+        return rows
+    each = cache.config.batch_size // parts  # type: ignore[operator]
+    cure = (
+        f"Each of {parts} devices has {each} sequences, in their order, and gives the new batch its"
+        " part from them. Choose rows outside jit that stay on their devices, as fork does."
+    )
+    if isinstance(rows, jax.core.Tracer):
+        raise ValueError(
+            f"rows of a cache whose batch is split must be known while tracing. {cure}"
+        )
+    given = np.asarray(jax.device_get(rows))
+    homes = np.repeat(np.arange(parts), len(given) // parts)
+    if len(given) % parts or (given // each != homes).any():
+        raise ValueError(f"rows {given.tolist()} would move between devices. {cure}")
+    return on_device(np.asarray(given % each, np.int32))
+
+
+def _with_rows(cache: KVCache, rows: Int[Array, " rows"]) -> KVCacheConfig:
+    return cache.config.replace(batch_size=rows.size)
+
+
+@in_each_shard(config_of=_with_rows)
+def _selected(cache: KVCache, rows: Int[Array, " rows"]) -> KVCache:
+    chosen = rows
     index, slots = cache.index.select(chosen)
     storage = cache.storage
     if slots is not None:
@@ -123,6 +157,7 @@ def copy_pages(
 
 
 @one_program()
+@in_each_shard()
 def copied(
     cache: KVCache, sources: Int[Array, " pages"], destinations: Int[Array, " pages"]
 ) -> KVCache:

@@ -29,7 +29,8 @@ from jaxkv.cache.hybrid import (
     in_every_group,
     in_its_group,
 )
-from jaxkv.cache.kv_cache import OUT_OF_RANGE, KVCache, Layer, NumTokens, books_of, buffer_of
+from jaxkv.cache.kv_cache import OUT_OF_RANGE, KVCache, Layer, NumTokens, buffer_of
+from jaxkv.cache.shards import books_of, in_each_shard, resharded
 from jaxkv.cache.vectors import encode, read
 from jaxkv.codecs import Dense, bitcast
 from jaxkv.errors import CacheFullError
@@ -79,11 +80,23 @@ def append(
     check_room(cache, tokens if num_tokens is None else num_tokens)
     if tokens == 0:
         return cache
-    cache = cache.where_in_range(_in_range(cache, num_layer, num_tokens, tokens))
+    cache = where_in_range(cache, _in_range(cache, num_layer, num_tokens, tokens))
     return _append(cache, keys, values, num_layer, num_tokens)
 
 
+def where_in_range(cache: KVCache, in_range: Bool[Array, "#*batch"] | bool) -> KVCache:
+    """A sequence whose arguments are out of range is `misused`, and takes no tokens."""
+    return cache if in_range is True else _where_in_range(cache, in_range)
+
+
 @one_program()
+@in_each_shard()
+def _where_in_range(cache: KVCache, in_range: Array) -> KVCache:
+    return cache.with_lengths(jnp.where(in_range, cache.lengths, OUT_OF_RANGE))
+
+
+@one_program()
+@in_each_shard()
 def _append(
     cache: KVCache, keys: Array, values: Array, num_layer: Layer, num_tokens: NumTokens | None
 ) -> KVCache:
@@ -134,6 +147,7 @@ def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
 
 
 @one_program()
+@in_each_shard()
 def _advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
     more = jnp.asarray(num_tokens, jnp.int32)
     in_range = (more >= 0) & (more < OUT_OF_RANGE)
@@ -219,8 +233,31 @@ def _layer(cache: KVCache, *, layer: Layer) -> tuple[Array, Array]:
 
 @one_program()
 def _read_all(cache: KVCache, number: Layer) -> tuple[Array, Array]:
+    keys, values = _read_dealt(cache, number)
+    spread = cache.spread
+    if spread is None:
+        return keys[..., 0, :, :], values[..., 0, :, :]
+    axis = len(cache.config.batch_shape)
+    copies = spread.copies(cache.config)
+    heads = "heads" if copies == 1 else None
+    together = spread.spec(*["batch"] * axis, None, None, heads, None)
+
+    def in_order(vectors: Array) -> Array:
+        vectors = resharded(spread, together, vectors)
+        slots = vectors.shape[axis] * vectors.shape[axis + 1]
+        return vectors.reshape(*vectors.shape[:axis], slots, *vectors.shape[-2:])[..., ::copies, :]
+
+    return in_order(keys), in_order(values)
+
+
+_DEALT = ("batch", None, "context", "heads", None)
+
+
+@in_each_shard(_DEALT, _DEALT)
+def _read_dealt(cache: KVCache, number: Layer) -> tuple[Array, Array]:
+    """``[*batch, slots, 1, kv_heads, head_dim]``, with an axis for the devices' shares."""
     keys, values = read(cache, number, 0, cache.index.extent, _decoded_dtype(cache))
-    return keys, values
+    return keys[..., None, :, :], values[..., None, :, :]
 
 
 @in_every_group
@@ -247,6 +284,7 @@ def truncate(cache: KVCache, length: NumTokens) -> KVCache:
 
 
 @one_program()
+@in_each_shard()
 def _truncate(cache: KVCache, length: NumTokens) -> KVCache:
     wanted = jnp.asarray(length, jnp.int32)
     lengths = jnp.where(wanted < 0, OUT_OF_RANGE, jnp.minimum(cache.lengths, wanted))
@@ -289,7 +327,7 @@ def check(cache: KVCache) -> KVCache:
         checkify.debug_check(jnp.all(cache.index.intact), "KV cache rolled back to lost tokens")
         return cache
     check_alive(cache)
-    lengths, every_room, _ = books_of(cache.index)
+    lengths, every_room, _ = books_of(cache)
     if (misused := lengths >= OUT_OF_RANGE).any():
         which = f", for sequences {np.flatnonzero(misused).tolist()}" if misused.ndim else ""
         raise ValueError(

@@ -3,6 +3,9 @@
 import argparse
 import sys
 
+from jax.sharding import AbstractMesh
+
+from jaxkv.cache.axes import Axes
 from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.cli.command import Command, argument_type
 from jaxkv.codecs import CODECS
@@ -19,11 +22,20 @@ examples:
       for a device that is not here
   jaxkv plan ./my-model --context 128k --device 80GiB --codec float16 --json
       for a folder (or file) with a Hugging Face config.json
+  jaxkv plan Llama-3-70B --context 32k --batch 64 --device 80GB --tensor 8
+      for each of eight devices that share its KV heads
   jaxkv plan Llama-3-8B --context 128k --device 24GB --quality
       with the error of each codec beside its bytes
 
 exit status: 0 it fits, 1 it does not, 2 the question was not understood
 """
+
+# Mesh axes, each over so many devices.
+_SPLITS = {
+    "tensor": "devices over which KV heads are spread (default: 1)",
+    "data": "devices over which sequences are spread (default: 1)",
+    "sequence": "devices over which the tokens of a sequence are spread (default: 1)",
+}
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +49,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", type=argument_type(parse_bytes), metavar="SIZE",
         help="memory of the device: 24GB, 80GiB (default: what this machine's device has free)",
     )  # fmt: skip
+    for what, help_text in _SPLITS.items():
+        parser.add_argument(f"--{what}", type=int, default=1, metavar="N", help=help_text)
     parser.add_argument(
         "--codec", choices=CODECS, default="bfloat16",
         help="how keys and values are stored (default: bfloat16)",
@@ -55,7 +69,11 @@ def _run(options: argparse.Namespace) -> int:
         batch_size=options.batch,
         codec=CODECS[options.codec],
     )
-    answer = plan(config, options.device)
+    sizes = {what: getattr(options, what) for what in _SPLITS}
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    axes = Axes(batch="data", heads="tensor", context="sequence")
+    split = {"mesh": mesh, "axes": axes} if mesh.size > 1 else {}
+    answer = plan(config, options.device, **split)
     print(answer.to_json() if options.json else answer)
     if options.quality:
         print(f"\n{_quality(config)}", file=sys.stderr if options.json else sys.stdout)

@@ -20,6 +20,7 @@ from jaxkv.addressing import (
 from jaxkv.cache.checks import check_alive
 from jaxkv.cache.hybrid import AnyCache, HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.shards import check_whole
 from jaxkv.compression.budgets import Keep, host_lengths, is_by_head, limits_of
 from jaxkv.compression.gather import gathered
 from jaxkv.compression.scoring import (
@@ -82,6 +83,7 @@ def compress(
     >>> small.size_bytes / cache.size_bytes, int(small.lengths)
     (0.4, 80)
     """
+    check_whole(cache, "compress")
     check_alive(cache)
     options = {"new": new, "sinks": sinks, "recent": recent, "pages": pages}
     if len(cache.groups) > 1 and pages is not None:

@@ -16,6 +16,7 @@ from jaxkv.attention import observed
 from jaxkv.cache.checks import check_alive
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.shards import check_whole
 from jaxkv.compression.compress import of_layers
 from jaxkv.compression.gather import move, moves_of, picked, write_heads
 from jaxkv.compression.scoring import (
@@ -76,6 +77,7 @@ def evict(
     >>> int(cache.lengths), cache.config.num_slots
     (20, 8)
     """
+    check_whole(cache, "evict")
     check_alive(cache)
     groups = []
     for number, group in enumerate(cache.groups):

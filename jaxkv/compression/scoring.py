@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing import Sums
 from jaxkv.cache.kv_cache import KVCache, Layer
+from jaxkv.cache.shards import check_whole
 from jaxkv.cache.vectors import read
 from jaxkv.policies import HeavyHitters, Policy
 from jaxkv.policies.policy import needed
@@ -36,6 +37,7 @@ def score(cache: KVCache, policy: Policy, queries: LayerQueries | None = None) -
     >>> jaxkv.compression.score(cache, jaxkv.policies.SinksAndRecent(sinks=1)).shape
     (2, 1, 4)
     """
+    check_whole(cache, "score")
 
     def one_layer(layer: Layer, queries: Array | None) -> Array:
         return per_sequence(cache, policy)(*held(cache, layer, queries))

@@ -9,6 +9,7 @@ from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import AnyCache, in_its_group
 from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.shards import check_whole
 from jaxkv.cache.verbs import advance, append, check
 from jaxkv.cache.verbs import layer as vectors_of
 from jaxkv.codecs import Codec, Dense
@@ -35,6 +36,7 @@ def to_hf(cache: AnyCache) -> Pairs:
     >>> keys.shape
     (1, 1, 3, 4)
     """
+    check_whole(cache, "to_hf")
     check(cache)
     lengths = np.asarray(cache.lengths).reshape(-1)
     if (lengths != lengths[0]).any():

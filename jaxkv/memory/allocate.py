@@ -4,8 +4,10 @@ import traceback
 
 import jax
 from jax.errors import JaxRuntimeError
+from jax.sharding import Mesh
 
-from jaxkv.cache.create import create
+from jaxkv.cache.axes import Axes, Spread
+from jaxkv.cache.create import config_of_a_device, create
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.errors import CacheAllocationError
 from jaxkv.memory.device import Device, DeviceMemory, device_memory
@@ -13,7 +15,13 @@ from jaxkv.memory.plan import bytes_against, plan_within
 from jaxkv.show.text import format_bytes
 
 
-def allocate(config: AnyConfig, *, device: Device | None = None) -> AnyCache:
+def allocate(
+    config: AnyConfig,
+    *,
+    device: Device | None = None,
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
+) -> AnyCache:
     """`jaxkv.create`, refused before it touches memory when it cannot fit.
 
     Returns once the memory is really there.
@@ -21,6 +29,7 @@ def allocate(config: AnyConfig, *, device: Device | None = None) -> AnyCache:
     Args:
       config: the cache.
       device: where; JAX's default device if None.
+      mesh, axes: the devices over which the cache is spread and how, as in `jaxkv.create`.
 
     Raises:
       CacheAllocationError: the cache does not fit, by plan or by XLA's own word. The message
@@ -33,12 +42,19 @@ def allocate(config: AnyConfig, *, device: Device | None = None) -> AnyCache:
     """
     if device is not None and not isinstance(device, jax.Device):
         raise TypeError(f"device must be a jax.Device or None, got {device!r}.")
+    spread = Spread.of(mesh, axes)
+    own = config_of_a_device(config, spread)
+    if spread is not None:
+        device = spread.local_device
     memory = device_memory(device)
-    if memory.free_bytes is not None and bytes_against(config, memory) > memory.free_bytes:
-        raise CacheAllocationError(_explain(config, memory))
+    if memory.free_bytes is not None and bytes_against(own, memory) > memory.free_bytes:
+        raise CacheAllocationError(_explain(own, memory))
     cache = None
     try:
-        cache = create(config, device=device)
+        if spread is None:
+            cache = create(config, device=device)
+        else:
+            cache = create(config, mesh=spread.mesh, axes=spread.axes)
         return jax.block_until_ready(cache)
     except (JaxRuntimeError, MemoryError) as error:
         free(cache)
@@ -46,7 +62,7 @@ def allocate(config: AnyConfig, *, device: Device | None = None) -> AnyCache:
             raise
         # The frames of the failed call hold the buffers that it got before it failed.
         traceback.clear_frames(error.__traceback__)
-        raise CacheAllocationError(_explain(config, device_memory(device))) from error
+        raise CacheAllocationError(_explain(own, device_memory(device))) from error
 
 
 def free(tree: object) -> None:

@@ -4,6 +4,10 @@ import dataclasses
 import json
 from typing import Any
 
+from jax.sharding import AbstractMesh, Mesh
+
+from jaxkv.cache.axes import Axes, Spread
+from jaxkv.cache.create import config_of_a_device
 from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import CODECS, Codec
 from jaxkv.errors import ConfigError
@@ -50,6 +54,8 @@ class Plan:
       codecs: the same for every codec in `jaxkv.codecs.CODECS`.
       host_bytes: how many of ``needed_bytes`` are in host memory, see `HostMemory`. They count
         against the device only where it is a CPU, whose memory that is.
+      num_devices: over which the cache is spread; all else is of one of them.
+      head_copies: devices that hold the same KV head, where there are more devices than heads.
       streamed: the same cache with `HostMemory` as its placement; None where it has that
         already or cannot have it.
 
@@ -70,6 +76,8 @@ class Plan:
     codecs: tuple[CodecPlan, ...]
     host_bytes: int = 0
     streamed: StreamedPlan | None = None
+    num_devices: int = 1
+    head_copies: int = 1
 
     @property
     def smaller_codec(self) -> CodecPlan | None:
@@ -89,6 +97,11 @@ class Plan:
             ("fits", _verdict(bytes_against(self.config, self.memory), self.memory.free_bytes)),
             ("at most", self._at_most()),
         ]
+        if self.num_devices > 1:
+            spread = f"{self.num_devices} devices, of which each holds what is said here"
+            if self.head_copies > 1:
+                spread += f"; each KV head is on {self.head_copies} of them"
+            facts.insert(0, ("spread over", spread))
         if self.host_bytes:
             facts.insert(2, ("of it", f"{format_bytes(self.host_bytes)} in host memory"))
         if self.streamed is not None and self.streamed.fits and not self.fits:
@@ -125,15 +138,24 @@ class Plan:
         )
 
 
-def plan(config: AnyConfig, device: Device | int | str | None = None) -> Plan:
+def plan(
+    config: AnyConfig,
+    device: Device | int | str | None = None,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    axes: Axes | None = None,
+) -> Plan:
     """Will this cache fit, and what would? Allocates nothing.
 
     Args:
       config: the cache.
       device: a `jax.Device` (None for JAX's default one), asked for what is free now; or the
         size of a device that is not here: bytes, or text such as ``"24GB"`` or ``"24GiB"``.
+      mesh, axes: the devices over which the cache is spread and how, as in `jaxkv.create`; a
+        `jax.sharding.AbstractMesh` for some that are not here. The plan is of one of them.
 
     Raises:
+      ConfigError: what the axes cannot split.
       TypeError, ValueError: not a device or a size.
 
     >>> import jaxkv
@@ -142,7 +164,12 @@ def plan(config: AnyConfig, device: Device | int | str | None = None) -> Plan:
     >>> answer.fits, answer.needed_bytes, answer.max_context_length, answer.max_batch_size
     (True, 17179869248, 11444, 22)
     """
-    return plan_within(config, device_memory(device))
+    spread = Spread.of(mesh, axes)
+    found = plan_within(config_of_a_device(config, spread), device_memory(device))
+    if spread is None:
+        return found
+    copies = max(spread.copies(group) for group in config.groups)
+    return dataclasses.replace(found, num_devices=spread.mesh.size, head_copies=copies)
 
 
 def plan_within(config: AnyConfig, memory: DeviceMemory) -> Plan:

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh
 
+from jaxkv.cache.axes import Axes, Spread
+from jaxkv.cache.create import config_of_a_device
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.errors import CacheClosedError
 from jaxkv.memory.allocate import allocate, free
-from jaxkv.memory.device import Device, device_memory
+from jaxkv.memory.device import Device, bytes_by_device, device_memory
 from jaxkv.memory.plan import needed_bytes
 from jaxkv.memory.tracker import MemoryTracker, Purpose
 from jaxkv.show.text import format_bytes, pairs, sequences
@@ -25,11 +28,16 @@ class Session:
       tracker: the ledger that counts it.
     """
 
-    def __init__(self, config: AnyConfig, tracker: MemoryTracker, cache: AnyCache):
+    def __init__(
+        self, config: AnyConfig, tracker: MemoryTracker, cache: AnyCache, spread: Spread | None
+    ):
         self.config = config
+        self._spread = spread
         self.tracker = tracker
         self._cache: AnyCache | None = cache
-        (self._device,) = cache.lengths.devices()
+        self._devices = sorted(
+            cache.lengths.sharding.addressable_devices, key=lambda device: device.id
+        )
 
     @property
     def cache(self) -> AnyCache:
@@ -64,9 +72,10 @@ class Session:
 
     def report(self) -> str:
         """What was planned, what is held, how many tokens, and what the device says."""
-        memory, planned = device_memory(self._device), needed_bytes(self.config)
-        leaves = jax.tree.leaves(self._cache)
-        held = sum(leaf.nbytes for leaf in leaves if not leaf.is_deleted())
+        planned = needed_bytes(config_of_a_device(self.config, self._spread))
+        leaves = [leaf for leaf in jax.tree.leaves(self._cache) if not leaf.is_deleted()]
+        device = self._devices[0]
+        memory, held = device_memory(device), sum(bytes_by_device(leaf)[device] for leaf in leaves)
         facts = [
             ("KV cache", self.config.describe()),
             ("planned", f"{format_bytes(planned)} ({planned:,} bytes)"),
@@ -74,6 +83,9 @@ class Session:
             ("tokens", self._tokens()),
             ("device", f"{memory.device}: {memory.describe_use()}"),
         ]
+        if len(self._devices) > 1:
+            facts[1:3] = [(f"{word} on each", size) for word, size in facts[1:3]]
+            facts.insert(1, ("spread over", f"{len(self._devices)} devices by {self._spread.axes}"))
         if memory.process_bytes is not None and memory.process_peak_bytes is not None:
             now, peak = format_bytes(memory.process_bytes), format_bytes(memory.process_peak_bytes)
             facts.append(("process", f"{now} resident, {peak} at peak"))
@@ -126,6 +138,8 @@ def session(
     *,
     tracker: MemoryTracker | None = None,
     device: Device | None = None,
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
 ) -> Iterator[Session]:
     """Allocate a cache, hold it through updates, and free it when the block ends.
 
@@ -136,6 +150,7 @@ def session(
       config: the cache.
       tracker: the ledger to count it in; one of its own if None.
       device: where; JAX's default device if None.
+      mesh, axes: the devices over which the cache is spread and how, as in `jaxkv.create`.
 
     Yields:
       The `Session`: ``session.cache`` is to be set to the result of each step.
@@ -155,7 +170,8 @@ def session(
     0
     """
     tracker = MemoryTracker() if tracker is None else tracker
-    held = Session(config, tracker, allocate(config, device=device))
+    cache = allocate(config, device=device, mesh=mesh, axes=axes)
+    held = Session(config, tracker, cache, Spread.of(mesh, axes))
     try:
         allocation = tracker.track(held.cache, purpose=Purpose.KV_CACHE, name=config.describe())
         try:

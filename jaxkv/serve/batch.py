@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxkv.cache.axes import Spread
 from jaxkv.errors import ModelChangedError, PoolFullError
 from jaxkv.memory.session import Session
 from jaxkv.paging import Copy, PageAllocator, Prompt
@@ -47,6 +48,7 @@ class Batch:
         prefill_chunk: int,
         decode_steps: int,
         swap_space: int,
+        spread: Spread | None = None,
     ):
         self.rows: list[Request | None] = [None] * (session.config.batch_size or 1)
         self.waiting: collections.deque[Request] = collections.deque()
@@ -54,6 +56,8 @@ class Batch:
         self._swap = SwapSpace(swap_space, self.figures)
         self._model = model
         self._watch = Watch(Weights.of(model))
+        self._spread = spread
+        self._copies: tuple[Watch, Weights] | None = None
         self._sampling, self._session = sampling, session
         self._chunk, self._decode_steps = prefill_chunk, decode_steps
 
@@ -89,11 +93,17 @@ class Batch:
                     "these anew, or cancel them."
                 )
             self._forget(weights)
-        self._weights = weights
+        self._weights = weights if self._spread is None else self._copied(weights, self._spread)
         try:
             yield
         finally:
             del self._weights
+
+    def _copied(self, weights: Weights, spread: Spread) -> Weights:
+        """The weights on all devices of the mesh, copied anew only where they were exchanged."""
+        if self._copies is None or not self._copies[0].sees(weights):
+            self._copies = Watch(weights), weights.spread_over(spread.mesh)
+        return self._copies[1]
 
     def exchange(self, model: Model) -> None:
         """Another model, or other weights of this one, for requests that then all begin anew."""

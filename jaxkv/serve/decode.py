@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
+from jaxkv.cache.axes import Spread
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.verbs import padded_after
 from jaxkv.serve.model_step import Model, ModelStep, Weights
@@ -138,8 +139,16 @@ class Program:
     stop_tokens: tuple[int, ...]
 
     @classmethod
-    def of(cls, model: Model, sampling: Sampling, stop_tokens: Sequence[int]) -> "Program":
-        return cls(Weights.of(model), sampling, tuple(int(token) for token in stop_tokens))
+    def of(
+        cls,
+        model: Model,
+        sampling: Sampling,
+        stop_tokens: Sequence[int],
+        on: Spread | None = None,
+    ) -> "Program":
+        """With the model's arrays where the cache is going to be."""
+        weights = Weights.of(model) if on is None else Weights.of(model).spread_over(on.mesh)
+        return cls(weights, sampling, tuple(int(token) for token in stop_tokens))
 
     def compile(self, chunks: list[Chunk], state: State, cache: AnyCache) -> None:
         """So that the timings of the steps are not those of XLA."""

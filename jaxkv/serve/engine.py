@@ -4,10 +4,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
+from jax.sharding import Mesh
+
+from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.checks import checked_prompt
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.devices import platform_at
-from jaxkv.errors import ModelChangedError, PoolFullError, UnknownRequestError
+from jaxkv.errors import ConfigError, ModelChangedError, PoolFullError, UnknownRequestError
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.paging import PageAllocator, Prompt
 from jaxkv.serve.batch import Arrived, Batch
@@ -47,6 +50,8 @@ class Engine:
         that find no room there are computed again. `Figures` reports what is used.
       tracker: a ledger that the cache is entered in.
       device: where the cache lives.
+      mesh, axes: the devices over which KV heads are spread, as in `jaxkv.create`. Arrays of the
+        model that are on one device are copied to all of the mesh.
 
     Attributes:
       pages: the books of the pool; ``pages.usage()`` and ``pages.check()`` may be called any time.
@@ -81,8 +86,11 @@ class Engine:
         swap_space: int = 0,
         tracker: MemoryTracker | None = None,
         device: Any = None,
+        mesh: Mesh | None = None,
+        axes: Axes | None = None,
     ):
-        on_cpu = platform_at(device) == "cpu"
+        spread = _checked_spread(mesh, axes)
+        on_cpu = (platform_at(device) if spread is None else spread.platform) == "cpu"
         prefill_chunk = (128 if on_cpu else 256) if prefill_chunk is None else prefill_chunk
         token_budget = (512 if on_cpu else 2048) if token_budget is None else token_budget
         groups, page_size = check_config(
@@ -103,7 +111,9 @@ class Engine:
             sharing=sharing,
         )
         self._stack = contextlib.ExitStack()
-        self._held = self._stack.enter_context(session(config, tracker=tracker, device=device))
+        self._held = self._stack.enter_context(
+            session(config, tracker=tracker, device=device, mesh=mesh, axes=axes)
+        )
         self._batch = Batch(
             model,
             sampling,
@@ -112,6 +122,7 @@ class Engine:
             prefill_chunk=prefill_chunk,
             decode_steps=decode_steps,
             swap_space=swap_space,
+            spread=spread,
         )
         self.figures: Figures = self._batch.figures
 
@@ -300,3 +311,14 @@ class Engine:
                 f"request {request.number} is not in this engine: it has ended "
                 f"({request.finish_reason}), or belongs to another."
             )
+
+
+def _checked_spread(mesh: Mesh | None, axes: Axes | None) -> Spread | None:
+    """Over KV heads alone, so far: one pool, whose pages all devices have."""
+    spread = Spread.of(mesh, axes)
+    if spread is not None and spread.size("batch") * spread.size("context") > 1:
+        raise ConfigError(
+            f"Engine: axes must name heads alone, got {axes}: there is one pool of pages, and all "
+            "devices have each. Run an Engine for each part of the batch."
+        )
+    return spread

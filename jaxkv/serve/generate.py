@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.checks import checked_prompt
 from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import Codec
@@ -104,6 +106,8 @@ def generate(
     on_tokens: Callable[[int, list[int]], None] | None = None,
     tracker: MemoryTracker | None = None,
     device: Any = None,
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
 ) -> Generation:
     """Continue a ragged batch of prompts.
 
@@ -129,6 +133,8 @@ def generate(
         time. No progress bar is shown then.
       tracker: a ledger that the cache is entered in.
       device: where the cache lives.
+      mesh, axes: the devices over which the cache is spread and how, as in `jaxkv.create`.
+        Arrays of the model that are on one device are copied to all of the mesh.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, a context too short.
@@ -150,17 +156,19 @@ def generate(
     ]
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}.")
-    chunk = _chunk_size(model, checked, config, device) if prefill_chunk is None else prefill_chunk
+    chunk = prefill_chunk
+    if chunk is None:
+        chunk = _chunk_size(model, checked, config, device, mesh)
     if chunk < 1:
         raise ValueError(f"generate: prefill_chunk must be at least 1, got {chunk}.")
     config = _cache_config(model, checked, max_new_tokens, max_context_length, codec, chunk, config)
-    program = Program.of(model, sampling, stop_tokens)
+    program = Program.of(model, sampling, stop_tokens, on=Spread.of(mesh, axes))
     state = _start(checked, max_new_tokens, seed)
     chunks = list(_chunks(checked, chunk))
     answers = [_Answer() for _ in checked]
     streams = on_tokens is not None
 
-    with session(config, tracker=tracker, device=device) as live:
+    with session(config, tracker=tracker, device=device, mesh=mesh, axes=axes) as live:
         marks = [time.perf_counter()]
         program.compile(chunks, state, live.cache)
         marks.append(time.perf_counter())
@@ -213,11 +221,16 @@ def _start(prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[
 
 
 def _chunk_size(
-    model: Model, prompts: list[np.ndarray], config: AnyConfig | None, device: Any
+    model: Model,
+    prompts: list[np.ndarray],
+    config: AnyConfig | None,
+    device: Any,
+    mesh: Mesh | None,
 ) -> int:
     """Tokens of each prompt that are computed at once, as far as windows have room."""
     longest = max(len(prompt) for prompt in prompts) - 1
-    size = best_chunk(longest, len(prompts), platform_at(device))
+    platform = platform_at(device) if mesh is None else mesh.devices.flat[0].platform
+    size = best_chunk(longest, len(prompts), platform)
     if config is not None:
         kept = (getattr(group.addressing, "chunk", size) for group in config.groups)
         return min(size, *kept)

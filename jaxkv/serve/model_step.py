@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxkv.cache.hybrid import AnyCache
@@ -38,6 +39,17 @@ class Weights(NamedTuple):
         if jax.tree_util.treedef_is_leaf(treedef):
             return cls(model, None, named_arrays(model))
         return cls(model, treedef, leaves)
+
+    def spread_over(self, mesh: Mesh) -> "Weights":
+        """With arrays that are on one device copied to all of a mesh, once and not in each step."""
+        everywhere = NamedSharding(mesh, PartitionSpec())
+
+        def place(leaf: Any) -> Any:
+            if not isinstance(leaf, jax.Array) or leaf.sharding.num_devices > 1:
+                return leaf
+            return jax.device_put(leaf, everywhere)
+
+        return self._replace(arrays=[place(leaf) for leaf in self.arrays])
 
 
 class Watch:

@@ -14,6 +14,7 @@ from jaxkv.addressing import PagedIndex
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.rearrange import select
+from jaxkv.cache.shards import check_whole
 from jaxkv.codecs import Codec
 from jaxkv.errors import CacheFullError, SnapshotError
 from jaxkv.paging import PageAllocator
@@ -66,6 +67,7 @@ def load_prefix(
     >>> pages.find(pages.prompt([1, 2, 3, 4, 5, 6])), pages.find(pages.prompt([1, 2, 3, 4, 9, 9]))
     (5, 4)
     """
+    check_whole(cache, "load_prefix")
     cache = jax.tree.map(on_device, cache)
     file, groups = Path(path), cache.groups
     _check_pool(groups, pages)

@@ -14,6 +14,7 @@ from jaxkv.addressing import KeptIndex
 from jaxkv.cache.checks import check_here
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.regroup import gather
 from jaxkv.cache.verbs import check
 from jaxkv.codecs import leaf_specs
 from jaxkv.programs import moves_data
@@ -60,6 +61,7 @@ def save(
     check(cache)
     for group in cache.groups:
         check_here(group)
+    cache = gather(cache)
     sources = [_sources_of(group) for group in cache.groups]
     lengths = tuple(np.asarray(cache.lengths).reshape(-1).tolist())
     ids = None if tokens is None else token_ids(tokens, cache.config.batch_size, lengths)

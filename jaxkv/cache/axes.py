@@ -1,0 +1,170 @@
+"""Which axes of a mesh a cache is split over, and what one device holds of it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from jaxkv.cache.config import KVCacheConfig
+from jaxkv.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Names of mesh axes, by what of a cache they split; None for what is not split.
+
+    Args:
+      batch: sequences. Each device has the slots, or the pool of pages, of its own ones.
+      heads: KV heads. Where there are more devices than heads, each head is on several.
+      context: tokens, position p on device p modulo the axis' size; partial attention is merged.
+
+    Raises:
+      ConfigError: one mesh axis for two of them.
+
+    >>> Axes(batch="data", heads="tensor")
+    Axes(batch='data', heads='tensor', context=None)
+    """
+
+    batch: str | None = None
+    heads: str | None = None
+    context: str | None = None
+
+    def __post_init__(self):
+        named = [name for name in dataclasses.astuple(self) if name is not None]
+        if len(set(named)) < len(named):
+            raise ConfigError(f"Axes: each must be a mesh axis of its own, got {named}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """A mesh, and which of its axes split a cache. Static: part of a cache's type."""
+
+    mesh: Any  # a `Mesh`, or an `AbstractMesh` for a plan
+    axes: Axes
+
+    @classmethod
+    def of(cls, mesh: Mesh | AbstractMesh | None, axes: Axes | None) -> "Spread | None":
+        """Of the arguments ``mesh`` and ``axes``; None where no axes are named.
+
+        Raises:
+          ConfigError: axes without a mesh, or that the mesh does not have.
+        """
+        if axes is None or not any(dataclasses.astuple(axes)):
+            return None
+        if mesh is None:
+            mesh = jax.sharding.get_mesh()
+        unknown = set(dataclasses.astuple(axes)) - {None, *mesh.axis_names}
+        if unknown:
+            has = ", ".join(map(repr, mesh.axis_names)) or "none"
+            raise ConfigError(
+                f"axes: the mesh has no axis {', '.join(map(repr, sorted(unknown)))}; it has {has}."
+                " Give mesh=, or enter one with jax.set_mesh."
+            )
+        return cls(mesh, axes)
+
+    def size(self, what: str) -> int:
+        """Devices along the axis that splits this; 1 if none does."""
+        name = getattr(self.axes, what)
+        return 1 if name is None else self.mesh.shape[name]
+
+    @property
+    def platform(self) -> str:
+        """Of its devices."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def local_device(self) -> Any:
+        """One of this process's devices in the mesh, which stands for all: they hold as much."""
+        return self.mesh.local_devices[0]
+
+    @property
+    def is_explicit(self) -> bool:
+        return AxisType.Explicit in self.mesh.axis_types
+
+    def spec(self, *what: str | None) -> PartitionSpec:
+        """Of an array, from what each of its axes is."""
+        return PartitionSpec(*(each and getattr(self.axes, each) for each in what))
+
+    def copies(self, config: KVCacheConfig) -> int:
+        """Devices that hold the same KV head, where there are more devices than heads."""
+        return max(self.size("heads") // config.num_kv_heads, 1)
+
+    def held(self, config: KVCacheConfig) -> KVCacheConfig:
+        """Of all arrays together: copies of a KV head count as heads."""
+        return config.replace(num_kv_heads=config.num_kv_heads * self.copies(config))
+
+    def local(self, config: KVCacheConfig, *only: str) -> KVCacheConfig:
+        """Of what one device holds.
+
+        Args:
+          only: split over these axes and no other; all if none is named.
+
+        Raises:
+          ConfigError: a number that its axis does not divide, or what cannot be split so.
+        """
+        batch, heads, context = (
+            self.size(what) if not only or what in only else 1
+            for what in ("batch", "heads", "context")
+        )
+        if config.placement is not None:
+            raise ConfigError(
+                "axes: a cache with HostMemory is not spread over a mesh yet. Leave placement out, "
+                "or spread it by device=, a NamedSharding over KV heads."
+            )
+        held, fields = self.held(config), {}
+        if heads > 1:
+            _check_divides("num_kv_heads", held.num_kv_heads, heads, self.axes.heads)
+            fields["num_kv_heads"] = held.num_kv_heads // heads
+        else:
+            fields["num_kv_heads"] = held.num_kv_heads
+        if batch > 1:
+            if config.batch_size is None:
+                raise ConfigError("axes: batch needs a config with a batch_size, got None.")
+            if config.means_shape is not None:
+                raise ConfigError(
+                    f"axes: a {config.codec.name} cache is not split by batch, since it stores "
+                    "vectors less the means of all sequences. Leave batch out of its axes; heads "
+                    "and context split it."
+                )
+            _check_divides("batch_size", config.batch_size, batch, self.axes.batch)
+            fields["batch_size"] = config.batch_size // batch
+        if context > 1:
+            _check_context(config)
+            unit = context * getattr(config.addressing, "page_size", 1)
+            _check_divides("max_context_length", config.max_context_length, unit, self.axes.context)
+            fields["max_context_length"] = config.max_context_length // context
+        pages = getattr(config.addressing, "num_pages", None)
+        if pages is not None and batch * context > 1:
+            _check_divides("num_pages", pages, batch * context, "batch or context")
+            fields["addressing"] = dataclasses.replace(
+                config.addressing, num_pages=pages // (batch * context)
+            )
+        return config.replace(**fields)
+
+
+def _check_divides(field: str, value: int, parts: int, axis: str | None) -> None:
+    if value % parts:
+        raise ConfigError(
+            f"axes: {field} must be a multiple of {parts} to be split over {axis!r}, got {value}."
+        )
+
+
+def _check_context(config: KVCacheConfig) -> None:
+    """Refuse what is not split by context: what forgets tokens, or keeps some twice."""
+    whole: dict[str, Any] = {
+        "a window": getattr(config.addressing, "window", None),
+        "HostMemory": config.placement,
+        "newest tokens": config.newest,
+    }
+    for what, present in whole.items():
+        if present is not None:
+            raise ConfigError(
+                f"axes: a cache with {what} is not split by context. Leave context out of its "
+                "axes; batch and heads split it."
+            )
+    if config.addressing.name not in ("contiguous", "paged"):
+        raise ConfigError(
+            f"axes: a {config.addressing.name} cache is not split by context. Leave context out "
+            "of its axes; batch and heads split it."
+        )

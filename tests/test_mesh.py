@@ -1,0 +1,245 @@
+"""A cache over a mesh of devices: what one device gives, where each part stays, what moves."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+import jaxkv
+from jaxkv.cache.create import specs_of
+from jaxkv.native import unavailable
+from tests.compiled import assert_in_place
+from tests.decoders import sharp_decoder
+
+pytestmark = pytest.mark.devices(8)
+
+BATCH, HEADS, HEAD_DIM = 8, 16, 16
+ROPE = jaxkv.Rope.of(100.0, rotary_dim=HEAD_DIM)
+CODECS = {
+    "float32": jaxkv.Dense("float32"),
+    "bfloat16": jaxkv.Dense("bfloat16"),
+    "int8": jaxkv.Int8(),
+    "rotated4": jaxkv.Rotated(4),
+    "centred": jaxkv.Centred(jaxkv.Int8(), ROPE),
+}
+KINDS = {
+    "contiguous": {},
+    "ring": {"addressing": jaxkv.Ring(window=20, chunk=8)},
+    "paged": {"addressing": jaxkv.Paged(4)},
+    "pool": {"addressing": jaxkv.Paged(4, num_pages=BATCH * 16)},
+    "newest": {"newest": jaxkv.Newest(8, jaxkv.Dense("float32"))},
+}
+# Axis sizes, their names by what they split, and the KV heads.
+SPLITS = {
+    "heads 8": ({"heads": 8}, 8),
+    "batch 8": ({"batch": 8}, 8),
+    "batch 2 x heads 4": ({"batch": 2, "heads": 4}, 8),
+    "context 8": ({"context": 8}, 8),
+    "heads 2 x context 4": ({"heads": 2, "context": 4}, 8),
+    "2 KV heads over 8": ({"heads": 8}, 2),
+}
+# What is refused by name.
+REFUSED = {
+    "newest": "newest tokens is not split by context",
+    "ring": "a window is not split by context",
+}
+
+
+def spread_over(split, axis_type=AxisType.Auto):
+    sizes, _ = SPLITS[split]
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * len(sizes))
+    return {"mesh": mesh, "axes": jaxkv.Axes(**{what: what for what in sizes})}
+
+
+def config_of(split, codec, kind, context=64):
+    fields = {"codec": CODECS[codec], "batch_size": BATCH, **KINDS[kind]}
+    return jaxkv.KVCacheConfig(2, context, SPLITS[split][1], HEAD_DIM, **fields)
+
+
+def with_pages(cache, split):
+    """The pages of a pool given out, by numbers that each device counts from 0."""
+    sizes, _ = SPLITS[split]
+    batch, context = sizes.get("batch", 1), sizes.get("context", 1)
+    table = np.arange(BATCH // batch * 16 // context, dtype=np.int32)
+    table = table.reshape(BATCH // batch, 16 // context)
+    return cache.with_pages(jnp.asarray(np.tile(table, (batch, context))), cache.lengths)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def step(cache, queries, keys, values, num_tokens):
+    """One layer; a single token by the kernel, whose sums do not depend on what stands beside."""
+    one_token = queries.shape[1] == 1 and unavailable() is None
+    name = "native" if one_token else "blockwise"
+    options = {"layer": 1, "num_tokens": num_tokens}
+    cache = jaxkv.append(cache, keys, values, **options)
+    output = jaxkv.attend(cache, queries, **options, implementation=name)
+    return jaxkv.advance(cache, num_tokens), output
+
+
+def arrays(generator, tokens, kv_heads, rows=BATCH):
+    shape = (rows, tokens)
+    keys, values = generator.standard_normal((2, *shape, kv_heads, HEAD_DIM), np.float32)
+    return generator.standard_normal((*shape, HEADS, HEAD_DIM), np.float32), keys, values
+
+
+DEFAULT = {("heads 8", "int8", "paged"), ("batch 8", "float32", "pool")}
+DEFAULT |= {("batch 2 x heads 4", "centred", "contiguous"), ("context 8", "rotated4", "paged")}
+DEFAULT |= {("heads 2 x context 4", "float32", "contiguous"), ("batch 8", "bfloat16", "ring")}
+DEFAULT |= {("2 KV heads over 8", "bfloat16", "newest"), ("context 8", "float32", "ring")}
+
+
+def _cases():
+    for split in SPLITS:
+        for codec in CODECS:
+            for kind in KINDS:
+                case = split, codec, kind
+                marks = () if case in DEFAULT else (pytest.mark.slow,)
+                yield pytest.param(*case, marks=marks, id=", ".join(case))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+@pytest.mark.parametrize(("split", "codec", "kind"), list(_cases()))
+def test_it_gives_what_one_device_gives(split, codec, kind, axis_type):
+    config, place = config_of(split, codec, kind), spread_over(split, axis_type)
+    by_context = "context" in SPLITS[split][0]
+    if by_context and kind in REFUSED:
+        with pytest.raises(jaxkv.ConfigError, match=REFUSED[kind]):
+            jaxkv.create(config, **place)
+        return
+    if codec == "centred" and "batch" in SPLITS[split][0]:
+        with pytest.raises(jaxkv.ConfigError, match="means of all sequences"):
+            jaxkv.create(config, **place)
+        return
+    one, many = jaxkv.create(config), jaxkv.create(config, **place)
+    if kind == "pool":
+        table = np.arange(BATCH * 16, dtype=np.int32).reshape(BATCH, 16)
+        one, many = one.with_pages(jnp.asarray(table), one.lengths), with_pages(many, split)
+    generator = np.random.default_rng(0)
+    ragged = np.array([5, 4, 3, 2, 1, 0, 5, 5], np.int32)
+    every = np.ones(BATCH, np.int32)
+
+    def both(one, many, tokens, num_tokens):
+        given = arrays(generator, tokens, config.num_kv_heads, one.config.batch_size)
+        one, expected = step(one, *given, num_tokens)
+        many, output = step(many, *given, num_tokens)
+        # XLA's products of other shapes differ in their last bits, and so do merged parts.
+        exact = tokens == 1 and unavailable() is None and not by_context
+        np.testing.assert_allclose(output, expected, rtol=0, atol=0 if exact else 2e-6)
+        return one, many
+
+    for tokens, num_tokens in ((5, ragged), (1, every), (1, every)):
+        one, many = both(one, many, tokens, num_tokens)
+    one, many = (jaxkv.truncate(each, np.minimum(one.lengths, 4)) for each in (one, many))
+    one, many = both(one, many, 1, every)
+    np.testing.assert_array_equal(many.lengths, one.lengths)
+    if kind != "pool":
+        one, many = jaxkv.fork(one, 2), jaxkv.fork(many, 2)
+        one, many = both(one, many, 2, np.full(2 * BATCH, 2, np.int32))
+    if kind != "pool":  # whose slots are others
+        for ours, right in zip(jaxkv.layer(many, 1), jaxkv.layer(one, 1), strict=True):
+            np.testing.assert_array_equal(np.asarray(ours), np.asarray(right))
+    specs = specs_of(many.config, many.spread)
+    for leaf, spec in zip(jax.tree.leaves(many), specs, strict=True):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(place["mesh"], spec), leaf.ndim)
+
+
+SIZE = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "s8": 1, "u16": 2, "f16": 2, "pred": 1, "u8": 1}
+COLLECTIVE = re.compile(r"= (.*?) (?:all-|collective-|reduce-scatter)[a-z-]*\(")
+
+
+def collective_bytes(text):
+    """What all collectives of a program give, on one device."""
+    shapes = [
+        shape
+        for results in COLLECTIVE.findall(text)
+        for shape in re.findall(r"(\w+)\[([\d,]*)\]", results)
+    ]
+    return sum(
+        SIZE[kind] * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in shapes
+    )
+
+
+@pytest.mark.slow_cases(r"bfloat16|rotated4|paged")
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(
+    ("codec", "kind"), [("float32", "contiguous"), ("int8", "paged"), ("rotated4", "contiguous")]
+)
+def test_a_decode_step_moves_no_keys_or_values(split, codec, kind):
+    config = config_of(split, codec, kind, context=1 << 15)
+    many = jaxkv.create(config, **spread_over(split))
+    given = jax.tree.map(jnp.asarray, arrays(np.random.default_rng(0), 1, config.num_kv_heads))
+    implementation = "native" if unavailable() is None else None
+
+    def decode(cache, queries, keys, values):
+        for layer in range(2):
+            cache = jaxkv.append(cache, keys, values, layer=layer)
+            out = jaxkv.attend(cache, queries, layer=layer, implementation=implementation)
+            queries = queries + out
+            keys = keys + out[..., : keys.shape[-2], :].mean()
+        return jaxkv.advance(cache, 1), queries
+
+    compiled = jax.jit(decode, donate_argnums=0).lower(many, *given).compile()
+    assert_in_place(compiled, many, temp_share=0.05)
+    queries = given[0].nbytes
+    totals = queries // HEAD_DIM
+    # Per layer: outputs and two numbers per query and head, and what the test itself sums.
+    assert collective_bytes(compiled.as_text()) <= 2 * (2 * queries + 3 * totals) + 64
+
+
+@pytest.mark.parametrize("split", [{"heads": 2}, {"batch": 2, "heads": 2}, {"context": 4}], ids=str)
+def test_generate_answers_as_on_one_device(split):
+    model = sharp_decoder()
+    mesh = jax.make_mesh(
+        tuple(split.values()), tuple(split), axis_types=(AxisType.Auto,) * len(split)
+    )
+    axes = jaxkv.Axes(**{what: what for what in split})
+    prompts = [[5], [1, 2, 3, 4, 5, 6, 7]]
+    config = model.cache_config(max_context_length=64, batch_size=2, codec=jaxkv.Dense("float32"))
+    run = functools.partial(jaxkv.generate, model, prompts, max_new_tokens=12, config=config)
+    one, many = run(), run(mesh=mesh, axes=axes)
+    assert many.tokens == one.tokens
+    for ours, theirs in zip(many.logprobs, one.logprobs, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("split", "kind"),
+    [
+        ("heads 2 x context 4", "contiguous"),
+        ("batch 2 x heads 4", "paged"),
+        ("2 KV heads over 8", "newest"),
+        ("batch 8", "ring"),
+    ],
+)
+def test_a_cache_goes_to_one_device_and_back(split, kind, tmp_path):
+    config, place = config_of(split, "int8", kind), spread_over(split)
+    one, many = jaxkv.create(config), jaxkv.create(config, **place)
+    given, num_tokens = arrays(np.random.default_rng(0), 5, config.num_kv_heads), np.arange(8) % 6
+    one, many = (step(each, *given, num_tokens)[0] for each in (one, many))
+    gathered = jaxkv.gather(many)
+    jax.tree.map(np.testing.assert_array_equal, gathered, one)
+    jaxkv.save(many, tmp_path / "cache")
+    loaded = jaxkv.load(tmp_path / "cache", addressing=config.addressing, newest=config.newest)
+    loaded = jaxkv.spread(loaded, **place)
+    jax.tree.map(np.testing.assert_array_equal, jaxkv.gather(loaded), one)
+    for leaf, old in zip(jax.tree.leaves(loaded), jax.tree.leaves(many), strict=True):
+        assert leaf.sharding.is_equivalent_to(old.sharding, leaf.ndim)
+
+
+def test_what_works_on_one_device_says_so():
+    many = jaxkv.create(config_of("heads 8", "float32", "contiguous"), **spread_over("heads 8"))
+    with pytest.raises(ValueError, match=r"compress: this cache is spread over 8 devices.*gather"):
+        jaxkv.compress(many, jaxkv.policies.KeyDiff(), keep=4)
+    with pytest.raises(ValueError, match="rows .* would move between devices"):
+        split = jaxkv.create(config_of("batch 8", "int8", "ring"), **spread_over("batch 8"))
+        jaxkv.select(split, [1, 0, 2, 3, 4, 5, 6, 7])
+    with pytest.raises(jaxkv.ConfigError, match=r"the mesh has no axis 'rows'; it has 'heads'"):
+        jaxkv.create(many.config, mesh=many.spread.mesh, axes=jaxkv.Axes(batch="rows"))
+    with pytest.raises(jaxkv.ConfigError, match="batch_size must be a multiple of 8"):
+        config = many.config.replace(batch_size=6)
+        jaxkv.create(config, mesh=many.spread.mesh, axes=jaxkv.Axes(batch="heads"))
