@@ -27,7 +27,7 @@ def all_scores(keys, values, queries, positions):
     }
 
 
-@pytest.mark.slow_cases(r"^(?!(float32|int8)-contiguous)")
+@pytest.mark.slow_cases(r"^(?!int8-contiguous)")
 @pytest.mark.parametrize("addressing", ["contiguous", "paged"])
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_policy_keeps_the_codes_of_what_it_chose(codec, addressing):
@@ -64,7 +64,7 @@ def stored(cache, leaf, layer):
     return np.asarray(cache.index.read(cache.storage[leaf], layer, 0, cache.index.extent))
 
 
-@pytest.mark.slow_cases(r"head-pages|single")
+@pytest.mark.slow_cases(r"head-pages|single|head-batch-0")
 @pytest.mark.parametrize(
     ("keep", "kind", "newest"),
     [
