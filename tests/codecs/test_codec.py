@@ -64,7 +64,7 @@ def test_round_trip(codec, head_dim, magnitude):
     assert (error <= TOLERANCES[codec.name] * np.abs(vectors).max(axis=-1)).all()
 
 
-@pytest.mark.slow_cases(r"rotated[23]$")
+@pytest.mark.slow_cases(r"^1-|rotated[23]$")
 @codecs
 @head_dims
 def test_one_token_at_a_time_gives_bitwise_what_bulk_gives(codec, head_dim):
