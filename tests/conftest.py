@@ -24,6 +24,8 @@ import pytest
 hypothesis.settings.register_profile("nightly", max_examples=5000)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# There are thousands of small programs in these tests, which run a few times each.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Examples of these modules take long to run; tests carry marks of their own.
 SLOW_EXAMPLES = {
@@ -51,6 +53,15 @@ def pytest_collection_modifyitems(items):
         needs = item.get_closest_marker("devices")
         if needs and needs.args[0] > int(os.environ["JAXKV_TEST_DEVICES"]):
             item.add_marker(pytest.mark.skip(reason=f"needs {needs.args[0]} devices"))
+
+
+@pytest.fixture(autouse=True)
+def compiled_as_users_do(request):
+    """What proofs about a compiled program are about."""
+    proof = "in_place" in request.node.nodeid
+    jax.config.update("jax_disable_most_optimizations", not proof)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -48,6 +48,30 @@ OPTIONS = {
     "together": {"scale": 0.7, "softcap": 0.8, "window": 3, "sinks": SINKS},
 }
 
+# There are hundreds of small programs in these tests, so they are compiled in haste.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+# Programs apart, or XLA would leave out the rounding between them.
+@functools.partial(jit, static_argnums=0)
+def encode(codec, vectors):
+    return codec.encode(vectors)
+
+
+@functools.partial(jit, static_argnums=(0, 2, 3))
+def decode(codec, leaves, head_dim, dtype):
+    return codec.decode(leaves, head_dim, dtype)
+
+
+@functools.partial(jit, static_argnums=0)
+def means(codec, vectors, positions):
+    return codec.means(vectors, positions)
+
+
+@functools.partial(jit, static_argnums=0)
+def centres_of(codec, means, positions):
+    return codec.centres(means, positions)
+
 
 class Oracle:
     """The (key, value) of every token: a list for each layer and sequence."""
@@ -91,19 +115,19 @@ class Oracle:
 
     def _stored(self, layer, keys, values, num_tokens):
         """The vectors as the codec rounds them, with a batch axis; codecs have their own tests."""
-        vectors = jnp.stack([keys[layer], values[layer]])
-        vectors, centres = vectors.reshape(2, -1, *vectors.shape[-3:]), jnp.float32(0)
+        vectors = np.stack([keys[layer], values[layer]])
+        vectors, centres = vectors.reshape(2, -1, *vectors.shape[-3:]), np.float32(0)
         if isinstance(self.codec, jaxkv.Centred):
             starts = np.array([len(tokens) for tokens in self.tokens[layer]])[:, None]
             numbers = np.arange(vectors.shape[2])
             counts = len(numbers) if num_tokens is None else np.asarray(num_tokens)[..., None]
-            positions = jnp.int32(np.where(numbers < counts, starts + numbers, -1))
+            positions = np.where(numbers < counts, starts + numbers, -1).astype(np.int32)
             if self.means[layer] is None:
-                self.means[layer] = self.codec.means(vectors, positions)
-            centres = self.codec.centres(self.means[layer], positions[..., None])
-        leaves = self.codec.encode(vectors - centres)
-        decoded = self.codec.decode(leaves, vectors.shape[-1], jnp.dtype("float32"))
-        return np.asarray(decoded + centres, np.float64)
+                self.means[layer] = means(self.codec, vectors, positions)
+            centres = np.asarray(centres_of(self.codec, self.means[layer], positions[..., None]))
+        leaves = encode(self.codec, vectors - centres)
+        decoded = decode(self.codec, leaves, vectors.shape[-1], jnp.dtype("float32"))
+        return np.float64(np.asarray(decoded) + centres)
 
 
 def attention(query, tokens, *, scale=None, softcap=None, window=None, sinks=None):
@@ -141,8 +165,6 @@ def step(cache, queries, keys, values, num_tokens=None, *, run=layer_step, **opt
     return advanced, jnp.stack(outputs)
 
 
-# There are hundreds of small programs in these tests, so they are compiled in haste.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 run_step = functools.partial(step, run=jit(layer_step))  # with a traced layer
 
 
@@ -191,7 +213,8 @@ def poisoned(cache, poison=np.nan):
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         garbage = poison if floating else jnp.iinfo(leaf.dtype).max
         garbage = np.full(leaf.shape, garbage, leaf.dtype)
-        return jax.device_put(garbage, leaf.sharding)  # which may be host memory
+        # Where it was, which may be host memory; and no more bound to it: that is another program.
+        return jax.device_put(garbage, leaf.sharding) if leaf.committed else jnp.asarray(garbage)
 
     def of(part):
         return dataclasses.replace(part, storage=jax.tree.map(fill, part.storage))

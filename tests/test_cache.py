@@ -22,6 +22,7 @@ from tests.oracle import (
     assert_same_storage,
     config_of,
     filled,
+    jit,
     layer_step,
     random_step,
     run_step,
@@ -30,7 +31,7 @@ from tests.oracle import (
 )
 
 over_the_product = pytest.mark.parametrize(
-    ("codec", "addressing"), list(itertools.product(CODECS | KINDS, ADDRESSINGS))
+    ("codec", "addressing"), list(itertools.product(KINDS, ADDRESSINGS))
 )
 each_once = pytest.mark.parametrize(("codec", "addressing"), EACH_ONCE)
 
@@ -59,7 +60,7 @@ def test_created_zero_in_few_leaves(codec, addressing, batch_size):
     assert cache.lengths.shape == config.batch_shape
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     codec=st.sampled_from(list(CODECS | KINDS)),
     addressing=st.sampled_from(list(ADDRESSINGS)),
@@ -83,13 +84,13 @@ def test_size_bytes_equals_the_bytes_held(codec, addressing, sizes, batch_size):
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_layers_keys_values_and_sequences_are_distinct(codec, addressing, batch_size):
     config = config_of(codec, addressing, batch_size=batch_size)
-    cache, oracle = filled(config, 5)
+    cache, oracle = filled(config, 3)
     for number, sequences in enumerate(oracle.tokens):
         for stored, vectors in enumerate(jaxkv.layer(cache, number)):
             expected = [[token[stored] for token in tokens] for tokens in sequences]
-            expected = np.reshape(expected, (*config.batch_shape, 5, 2, 4))
+            expected = np.reshape(expected, (*config.batch_shape, 3, 2, 4))
             turned_back = 1e-6 if codec in ROTATED else 0
-            np.testing.assert_allclose(vectors[..., :5, :, :], expected, rtol=0, atol=turned_back)
+            np.testing.assert_allclose(vectors[..., :3, :, :], expected, rtol=0, atol=turned_back)
 
 
 @pytest.mark.parametrize("small", [*"LTHD", "LTHD"])
@@ -195,27 +196,27 @@ def over_a_copy(cache, *arrays):
 TRANSFORMATIONS = [step, over_tokens, over_layers, in_a_while_loop, over_a_copy]
 
 
-@pytest.mark.slow_cases(r"batch")
+@pytest.mark.slow_cases(r"batch|(over_layers|in_a_while_loop)-(ring|paged)")
 @pytest.mark.parametrize("batch_size", [None, 2], ids=["single", "batch"])
 @pytest.mark.parametrize("addressing", ADDRESSINGS)
 @pytest.mark.parametrize("transformed", TRANSFORMATIONS, ids=lambda function: function.__name__)
 def test_verbs_under_jit_and(transformed, addressing, batch_size):
-    config = config_of(addressing=addressing, batch_size=batch_size)
+    config = config_of(addressing=addressing, num_layers=2, batch_size=batch_size)
     cache, oracle = filled(config, 3)
-    arrays = random_step(config, 4, heads=4, seed=1)
+    arrays = random_step(config, 3, heads=2, seed=1)
     expected_cache, _ = run_step(cache, *arrays)
-    cache, outputs = jax.jit(transformed)(cache, *arrays)
+    cache, outputs = jit(transformed)(cache, *arrays)
     np.testing.assert_allclose(outputs, oracle.step(*arrays), rtol=1e-5, atol=1e-5)
     assert_same_storage(cache, expected_cache)
     chex.assert_trees_all_equal(cache.index, expected_cache.index)
 
 
 def test_vmap_over_caches_of_different_lengths():
-    config = config_of()
+    config = config_of(num_layers=2)
     (short, short_oracle), (long, long_oracle) = filled(config, 1), filled(config, 5, seed=1)
     ours, theirs = (random_step(config, 2, heads=2, seed=seed) for seed in (2, 3))
     pairs = [jnp.stack(pair) for pair in zip(ours, theirs, strict=True)]
-    caches, outputs = jax.jit(jax.vmap(step))(stacked(short, long), *pairs)
+    caches, outputs = jit(jax.vmap(step))(stacked(short, long), *pairs)
     assert caches.lengths.tolist() == [3, 7]
     expected = short_oracle.step(*ours), long_oracle.step(*theirs)
     np.testing.assert_allclose(outputs, np.stack(expected), rtol=1e-5, atol=1e-5)
@@ -235,7 +236,7 @@ def test_eager_gradient_through_several_appends():
 
 
 def test_two_compilations_for_any_mix_of_lengths():
-    config = config_of(batch_size=2)
+    config = config_of(num_layers=1, batch_size=2)
     chex.clear_trace_counter()
     run = jax.jit(chex.assert_max_traces(step, n=2))
     for counts in [(1, 4), (3, 2), (0, 0), (4, 1)]:
@@ -289,10 +290,11 @@ def test_truncate_rolls_back(rolled_back):
 @each_once
 def test_a_truncated_token_is_never_read_again(codec, addressing):
     config = config_of(codec, addressing)
-    cache, oracle = filled(config, 2)
-    rejected = [np.full_like(array, np.nan) for array in random_step(config, 5, heads=2)]
-    cache = jaxkv.truncate(run_step(cache, *rejected)[0], 2)
-    accepted = random_step(config, 3, heads=2, seed=1)
+    cache, oracle = filled(config, 3)
+    rejected = [np.full_like(array, np.nan) for array in random_step(config, 3, heads=2)]
+    cache = jaxkv.truncate(run_step(cache, *rejected)[0], 1)
+    oracle.truncate(1)
+    accepted = random_step(config, 3, heads=2, seed=1)  # behind which two stand that were rejected
     np.testing.assert_allclose(
         run_step(cache, *accepted)[1], oracle.step(*accepted), rtol=1e-5, atol=1e-5
     )

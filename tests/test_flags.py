@@ -1,5 +1,6 @@
 """Flags that users of JAX run whole programs with: the main job is right under each of them."""
 
+import contextlib
 import functools
 
 import jax
@@ -10,10 +11,16 @@ import jaxkv
 from tests.decoders import sharp_decoder
 from tests.oracle import Oracle, config_of, jit, layer_step, random_step
 
+
+@contextlib.contextmanager
+def types_shapes_and_constants():
+    """What may break in every kind of cache, under three flags that do not hide one another."""
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"), jax.transfer_guard("disallow"):
+        yield
+
+
 FLAGS = {
-    "x64": lambda: jax.enable_x64(True),
-    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
-    "transfer guard": lambda: jax.transfer_guard("disallow"),
+    "x64, rank promotion, transfer guard": types_shapes_and_constants,
     "dtype promotion": lambda: jax.numpy_dtype_promotion("standard"),
     "nans": lambda: jax.debug_nans(True),
     "infs": lambda: jax.debug_infs(True),
@@ -31,15 +38,9 @@ CACHES = {
     "host memory": {"codec": "int8", "placement": jaxkv.HostMemory(3, 4)},
     "newest": {"newest": jaxkv.Newest(3, jaxkv.Dense("float32"))},
 }
-# What a flag may break: types, shapes and constants, in every kind of cache; else in one.
-EVERYWHERE = ("x64", "rank promotion", "transfer guard")
-CASES = [(flag, "float32") for flag in FLAGS]
-CASES += [(flag, kind) for flag in EVERYWHERE for kind in CACHES if kind != "float32"]
-
-
-def case(flag, *kind):
-    in_default_suite = flag in EVERYWHERE and kind in ((), ("float32",), ("centred ring",))
-    return pytest.param(flag, *kind, marks=() if in_default_suite else pytest.mark.slow)
+EVERYWHERE = next(iter(FLAGS))
+CASES = [(EVERYWHERE, kind) for kind in CACHES]
+CASES += [(flag, "float32") for flag in FLAGS if flag != EVERYWHERE]
 
 
 @functools.cache
@@ -58,7 +59,8 @@ def steps_of(kind):
     return config, steps
 
 
-@pytest.mark.parametrize(("flag", "kind"), [case(*pair) for pair in CASES])
+@pytest.mark.slow_cases(r"^(?!x64.*-(float32|centred ring))")
+@pytest.mark.parametrize(("flag", "kind"), CASES)
 def test_steps_inside_and_outside_jit(flag, kind):
     config, steps = steps_of(kind)
     jitted = jit(layer_step, static_argnums=1)
@@ -101,7 +103,8 @@ def expected_generated():
     return generated()
 
 
-@pytest.mark.parametrize("flag", [case(flag) for flag in FLAGS])
+@pytest.mark.slow_cases(r"^(?!x64)")
+@pytest.mark.parametrize("flag", FLAGS)
 def test_generate_and_an_engine(flag):
     expected = expected_generated()
     with FLAGS[flag]():

@@ -59,7 +59,6 @@ def test_greedy_is_the_uncached_argmax(model, next_logits):
     "sampling",
     [
         jaxkv.Sampling(),
-        jaxkv.Sampling(temperature=1.3),
         jaxkv.Sampling(temperature=2.0, top_k=9, top_p=0.9, min_p=0.01),
     ],
 )

@@ -80,17 +80,8 @@ def test_it_says_nothing_of_the_machine_it_was_run_on(path):
     assert not re.search(r"/(home|Users|root|tmp|opt|usr|work|content)/", json.dumps(notebook))
 
 
-@pytest.fixture
-def compiled_in_haste():
-    """What is printed does not depend on how well it was compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.slow_cases(r"^[245]_")
 @each_notebook
-@pytest.mark.usefixtures("compiled_in_haste")
 def test_it_prints_what_is_committed_without_a_network(path, monkeypatch, tmp_path):
     def refuse(*_):
         raise OSError("a notebook wanted the network")

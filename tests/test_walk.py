@@ -6,7 +6,6 @@ their own, with one.
 """
 
 import hypothesis
-import jax
 import pytest
 
 from tests.walk.caches import kinds
@@ -15,14 +14,6 @@ from tests.walk.machine import walk
 NIGHTLY = hypothesis.settings().max_examples > 100
 KINDS = kinds()
 SOON = ["bfloat16 contiguous host, chosen", "float32 pages, window device newest"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_in_haste():
-    """The many small programs here are run a few times each."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.slow_cases("^(?!" + "|".join(SOON) + ")")
