@@ -1,4 +1,4 @@
-"""Any sequence of verbs on every kind of cache, beside a float64 oracle.
+"""Any sequence of verbs, and every verb on every kind of cache, beside a float64 oracle.
 
 Some 300 verbs by default and 100,000 with ``--hypothesis-profile=nightly``, in the devices that
 the tests have; ``python -m tests.walk`` and ``python -m tests.walk.pairs`` run in a process of
@@ -9,6 +9,7 @@ import hypothesis
 import jax
 import pytest
 
+from tests.walk import pairs
 from tests.walk.caches import kinds
 from tests.walk.machine import walk
 
@@ -35,3 +36,12 @@ def test_walks(name):
         derandomize=not NIGHTLY,
     )
     print(f"{steps} verbs: {name}")
+
+
+# A part of what `python -m tests.walk.pairs` tries.
+@pytest.mark.slow_cases("^(?!float8 pages host newest|int8 kept by head)")
+@pytest.mark.parametrize("kind", pairs.kinds()[::3], ids=" ".join)
+def test_every_verb_is_right_or_refused_with_a_way_out(kind):
+    table = pairs.read()
+    for (*place, addressing), letter in pairs.table_of({kind: pairs.outcomes(kind)}).items():
+        assert letter in table[*place, addressing], place

@@ -120,7 +120,8 @@ def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[
     if _has_window(config.addressing):
         raise TypeError(
             f"compress: queries see the {config.addressing.window} newest tokens of this "  # type: ignore[attr-defined]
-            f"{config.addressing.name} cache alone, so there is nothing to choose from."
+            f"{config.addressing.name} cache alone, so there is nothing to choose from. "
+            "Create the cache with addressing=jaxkv.Contiguous() to choose among all tokens."
         )
     if new is None:
         new = max(1, config.max_context_length - host_lengths(cache, "new must be given").max())

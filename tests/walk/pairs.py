@@ -1,20 +1,22 @@
 """Every verb on every kind of cache: equal to the oracle, or refused with a way out that works.
 
-``python -m tests.walk.pairs`` tries kinds that cover every pair of names of two axes, and prints
-the table; ``python -m tests.walk.pairs all`` tries every kind that there is.
+``python -m tests.walk.pairs`` writes the table, `FILE`, of every addressing, placement and residual;
+codecs take turns. ``python -m tests.walk.pairs all`` tries every codec.
 """
 
 import collections
 import itertools
 import pathlib
-import re
 import string
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+import jaxkv
+from jaxkv.addressing import PagedIndex
 from tests.walk.caches import ADDRESSINGS, CODECS, KEEPS, MOST_ROWS, RESIDUALS, config_of
 from tests.walk.walk import Call, Walk, refused_by_jaxkv
 
@@ -54,6 +56,13 @@ def walked(kind):
     return walk
 
 
+def copy_pages(walk):
+    """From one sequence to another that holds the same."""
+    if isinstance(walk.cache.groups[0].index, PagedIndex):
+        walk.select([0, 0])
+    walk.copy_pages(0)
+
+
 Verb = Callable[[Walk], None]
 VERBS: dict[str, Verb] = {
     "append, attend, advance": lambda walk: walk.step(Call(4)),
@@ -66,7 +75,7 @@ VERBS: dict[str, Verb] = {
     "reset": Walk.reset,
     "select": lambda walk: walk.select([1, 0]),
     "fork": lambda walk: walk.fork(2),
-    "copy_pages": lambda walk: walk.copy_pages(0),
+    "copy_pages": copy_pages,
     "compress": lambda walk: walk.compress(KEEPS[0]),
     "compress by layer": lambda walk: walk.compress(KEEPS[1]),
     "compress by head": lambda walk: walk.compress(KEEPS[2]),
@@ -79,68 +88,69 @@ VERBS: dict[str, Verb] = {
 }
 
 
-# A way out: what a refusal says to do, of a kind and a verb; a walk in which that, and the verb,
-# were done.
-WayOut = Callable[[Kind, Verb], Walk]
+def done(kind, *verbs):
+    walk = walked(kind)
+    for verb in verbs:
+        verb(walk)
+    return walk
 
 
-def created(**fields) -> WayOut:
-    """The verb on a cache that was created otherwise."""
-    return lambda kind, verb: after(verb)(walked(kind._replace(**fields)))
+def copy_in_each_group(walk):
+    page = jnp.zeros(1, jnp.int32)
+    walk.cache = walk.cache.with_groups(
+        [
+            jaxkv.copy_pages(group, page, page) if isinstance(group.index, PagedIndex) else group
+            for group in walk.cache.groups
+        ]
+    )
 
 
-def first(*verbs: Verb) -> WayOut:
-    """The verb after others."""
-    return lambda kind, verb: after(*verbs, verb)(walked(kind))
-
-
-def instead(other: Verb) -> WayOut:
-    return lambda kind, verb: after(other)(walked(kind))
-
-
-def after(*verbs):
-    def done(walk):
-        for verb in verbs:
-            verb(walk)
-        return walk
-
-    return done
-
-
-def before_compress(kind, verb):
-    return after(verb, VERBS["compress by head"])(walked(kind._replace(addressing="contiguous")))
-
-
-WAYS_OUT: dict[str, WayOut] = {  # by what the refusal says
-    "Leave implementation= out": instead(lambda walk: walk.step(Call())),
-    "Create it with addressing=jaxkv.Paged": created(addressing="pages"),
-    "Create the cache with addressing=jaxkv.Contiguous": created(addressing="contiguous"),
-    "compress on the device and jaxkv.offload the result": created(placement=OFFLOADED),
-    "blocks_per_query needs blocks .*, of a contiguous cache": created(addressing="contiguous"),
-    "Fork before jaxkv.compress": before_compress,
-    "Leave pages= out": instead(VERBS["compress"]),
-    "evict needs a cache of jaxkv.compress": first(VERBS["compress"]),
-    "with jaxkv.prefetch": first(Walk.prefetch),
+# By what a refusal says: that, done, of the kind and the verb that it refused.
+WAYS_OUT: dict[str, Callable[[Kind, Verb], Walk]] = {
+    "Leave implementation= out": lambda kind, verb: done(kind, lambda walk: walk.step(Call())),
+    "Create it with addressing=jaxkv.Paged": lambda kind, verb: done(
+        kind._replace(addressing="pages"), verb
+    ),
+    "Copy in each of cache.groups": lambda kind, verb: done(kind, copy_in_each_group),
+    "Create the cache with addressing=jaxkv.Contiguous()": lambda kind, verb: done(
+        kind._replace(addressing="contiguous"), verb
+    ),
+    "of a contiguous cache or of pages that sequences own": lambda kind, verb: done(
+        kind._replace(addressing="contiguous"), verb
+    ),
+    "compress on the device and jaxkv.offload the result": lambda kind, verb: done(
+        kind._replace(placement=OFFLOADED), verb
+    ),
+    "Fork before jaxkv.compress": lambda kind, verb: done(
+        kind._replace(addressing="contiguous"), verb, VERBS["compress by head"]
+    ),
+    "Leave pages= out": lambda kind, verb: done(kind, VERBS["compress"]),
+    "with addressing=jaxkv.Kept(...)": lambda kind, verb: done(
+        kind._replace(addressing="kept", placement="device"), verb
+    ),
+    "into= a cache with more pages": lambda kind, verb: done(kind, VERBS["load into"]),
+    "with jaxkv.prefetch first": lambda kind, verb: done(kind, Walk.prefetch, verb),
 }
 
 
 def outcomes(kind):
     """By verb: "=" for what is equal to the oracle, or the way out of what is refused."""
     found = {"create": outcome(kind, lambda walk: None, lambda: walked(kind))}
-    if found["create"] != EQUAL:
-        return found
-    walk = walked(kind)
-    return found | {name: outcome(kind, verb, walk.copy) for name, verb in VERBS.items()}
+    if found["create"] == EQUAL:
+        start = walked(kind).copy
+        found |= {name: outcome(kind, verb, start) for name, verb in VERBS.items()}
+    return found
 
 
 def outcome(kind, verb, start):
+    found = EQUAL
     try:
-        walk = after(verb)(start())
-        found = EQUAL
+        walk = start()
+        verb(walk)
     except (ValueError, TypeError) as error:
         if not refused_by_jaxkv(error):
             raise
-        (found,) = (words for words in WAYS_OUT if re.search(words, str(error)))
+        (found,) = (words for words in WAYS_OUT if words in str(error))
         walk = WAYS_OUT[found](kind, verb)
     walk.check()
     walk.step(Call())
