@@ -111,11 +111,11 @@ class Machine(RuleBasedStateMachine):
         self.attempt(self.walk.save_and_load, into, order, convert)
 
 
-def walk(kind, examples, verbs, **settings):
+def walk(kind, examples, verbs, seed=None, **settings):
     """So many walks of so many verbs, and how many verbs that were."""
     machine = type("Machine", (Machine,), {"kind": kind})
     run(
-        machine,
+        machine if seed is None else hypothesis.seed(seed)(machine),
         settings=hypothesis.settings(
             max_examples=examples,
             stateful_step_count=verbs,

@@ -1,6 +1,6 @@
 """Every verb on every kind of cache: equal to the oracle, or refused with a way out that works.
 
-``python -m tests.walk.pairs`` writes the table, `FILE`, of every addressing, placement and residual;
+``python -m tests.walk.pairs`` writes the table of every addressing, placement and residual, while
 codecs take turns. ``python -m tests.walk.pairs all`` tries every codec.
 """
 
