@@ -86,7 +86,8 @@ def compress(
     options = {"new": new, "sinks": sinks, "recent": recent, "pages": pages}
     if len(cache.groups) > 1 and pages is not None:
         raise ValueError(
-            "compress: pages are of one pool; give a hybrid cache's groups one by one."
+            "compress: pages are of one pool, and this cache has a group for each kind of layer. "
+            "Leave pages= out, or compress one of cache.groups in its pool."
         )
     num_layers = cache.config.num_layers
     if np.ndim(keep) and len(keep) != num_layers:  # type: ignore[arg-type]
