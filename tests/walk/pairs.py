@@ -1,7 +1,7 @@
 """Every verb on every kind of cache: equal to the oracle, or refused with a way out that works.
 
-``python -m tests.walk.pairs > tests/walk/pairs.md`` writes the table: every addressing, placement and
-residual, while codecs take turns. ``python -m tests.walk.pairs all`` prints it of every codec.
+``python -m tests.walk.pairs > tests/walk/pairs.md`` writes the table of all addressings, placements
+and residuals, while codecs take turns. ``python -m tests.walk.pairs all`` prints it of all codecs.
 """
 
 import functools
