@@ -88,7 +88,8 @@ def compress(
     options = {"new": new, "sinks": sinks, "recent": recent, "pages": pages}
     if len(cache.groups) > 1 and pages is not None:
         raise ValueError(
-            "compress: pages are of one pool; give a hybrid cache's groups one by one."
+            "compress: pages are of one pool, and this cache has a group for each kind of layer. "
+            "Leave pages= out, or compress one of cache.groups in its pool."
         )
     num_layers = cache.config.num_layers
     if np.ndim(keep) and len(keep) != num_layers:  # type: ignore[arg-type]
@@ -122,7 +123,8 @@ def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[
     if _has_window(config.addressing):
         raise TypeError(
             f"compress: queries see the {config.addressing.window} newest tokens of this "  # type: ignore[attr-defined]
-            f"{config.addressing.name} cache alone, so there is nothing to choose from."
+            f"{config.addressing.name} cache alone, so there is nothing to choose from. "
+            "Create the cache with addressing=jaxkv.Contiguous() to choose among all tokens."
         )
     if new is None:
         new = max(1, config.max_context_length - host_lengths(cache, "new must be given").max())

@@ -51,7 +51,7 @@ class Fill:
             if length > room[row]:
                 raise CacheFullError(
                     f"{file} holds {length} tokens, and the cache has room for {room[row]}. Give a "
-                    "larger max_context_length=, or assign more pages to the sequence."
+                    "larger max_context_length=, or load it into= a cache with more pages assigned."
                 )
             stored = tensors.get(f"{sequence}.positions", np.arange(length))
             positions, slots = places[row]

@@ -55,7 +55,9 @@ class KeptFill:
         self._index = self._filled_index(ends, num_new, num_kept)
         self._places = places_of_heads(dataclasses.replace(cache, index=self._index))[:, self._rows]
         if (self._places[self._used] < 0).any():
-            raise CacheFullError(f"{file} needs more pages: assign them to the sequence before.")
+            raise CacheFullError(
+                f"{file} needs more pages. Load it into= a cache with more pages assigned."
+            )
 
     def _check_room(self, file, lengths, num_new, num_kept) -> None:
         index, config = index_of(self._cache), self._cache.config

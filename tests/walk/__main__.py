@@ -8,17 +8,24 @@ import jax
 from tests.walk.caches import kinds
 from tests.walk.machine import walk
 
-WALK = 50  # verbs
+VERBS = 50  # of a walk
+WALKS = 20  # of a seed
 
 
 def main():
+    jax.config.update("jax_disable_most_optimizations", True)  # many programs, each run a few times
     wanted, *names = sys.argv[1:]
     chosen = {name: kind for name, kind in kinds().items() if not names or name in names}
-    examples = -(-int(wanted) // (WALK * len(chosen)))
     total, start = 0, time.monotonic()
-    for name, kind in chosen.items():
-        total += walk(kind, examples, WALK, print_blob=True)
-        print(f"{total:7} steps, {time.monotonic() - start:5.0f} s: {name}", flush=True)
+    for number, (name, kind) in enumerate(chosen.items(), 1):
+        seed = 0
+        while total * len(chosen) < int(wanted) * number:
+            total += walk(kind, WALKS, VERBS, seed, print_blob=True, database=None)
+            print(
+                f"{total:7} steps, {time.monotonic() - start:5.0f} s: {name}, seed {seed}",
+                flush=True,
+            )
+            seed += 1
         jax.clear_caches()
 
 

@@ -61,7 +61,7 @@ KEEPS = (3, (4, 2), ((4, 1), (2, 3)))  # tokens: of all, of each layer, of each 
 
 
 def config_of(codec, addressing, placement="device", residual="", batch_size=None):
-    """Of names in these tables; "hybrid" is a ring in one layer, and every token in the other."""
+    """Of names in these tables; "hybrid" is a ring in one layer and pages in the other."""
     newest = None
     if tokens := RESIDUALS[residual]:
         newest = jaxkv.Newest(tokens, FINER.get(codec, jaxkv.Dense("float32")))
@@ -70,7 +70,7 @@ def config_of(codec, addressing, placement="device", residual="", batch_size=Non
     if addressing != "hybrid":
         return config.replace(addressing=ADDRESSINGS[addressing])
     full = config.replace(num_layers=1)
-    groups = full.replace(addressing=ADDRESSINGS["ring"]), full
+    groups = (full.replace(addressing=ADDRESSINGS[name]) for name in ("ring", "pages"))
     return jaxkv.HybridConfig(groups, group_of_layer=(0, 1))
 
 

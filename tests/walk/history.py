@@ -45,6 +45,7 @@ class Row:
       written: the most tokens that it had since it was last empty.
       fine_from: tokens before this position have no finer copy.
       kept: of tokens before ``chosen_from``, the positions that each head holds; None for all.
+      lost_before: tokens before this position are lost to all queries.
       limits: how many tokens each head may choose; None where it holds all.
       new: tokens that fit beside those; None for any number.
     """
@@ -54,6 +55,7 @@ class Row:
     fine_from: int = 0
     chosen_from: int = 0
     kept: list[set[int]] | None = None
+    lost_before: int = 0
     limits: np.ndarray | None = None
     new: int | None = None
 
@@ -72,6 +74,7 @@ class Row:
         self.fine_from = min(lost, length, len(self.tokens))
         del self.tokens[length:]
         self.chosen_from = min(self.chosen_from, len(self.tokens))
+        self.lost_before = min(self.lost_before, len(self.tokens))
         self.written = self.written if self.tokens else 0
 
     def choose(self, kept, score, sinks, recent):
@@ -176,6 +179,19 @@ class History:
         for config, rows in zip(self.configs, self.rows, strict=True):
             for row, length in zip(rows, lengths, strict=True):
                 row.truncate(length, num_fine(config))
+
+    def can_roll_back(self, row, length):
+        """Surely: all that the next query would see is still there, or nothing is left to see.
+
+        A ring takes back as many tokens as it says, since it was written furthest.
+        """
+        if length in (0, len(row.tokens)):
+            return True
+        chunks = (getattr(config.addressing, "chunk", None) for config in self.configs)
+        chunk = min((chunk for chunk in chunks if chunk), default=None)
+        window = getattr(self.configs[0].addressing, "window", None) or length
+        lost = row.lost_before and length - (window - 1) < row.lost_before
+        return not lost and (chunk is None or row.written - length <= chunk)
 
     def select(self, sequences):
         self.rows = [[rows[number].copy() for number in sequences] for rows in self.rows]

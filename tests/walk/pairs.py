@@ -1,20 +1,22 @@
 """Every verb on every kind of cache: equal to the oracle, or refused with a way out that works.
 
-``python -m tests.walk.pairs`` tries kinds that cover every pair of names of two axes, and prints
-the table; ``python -m tests.walk.pairs all`` tries every kind that there is.
+``python -m tests.walk.pairs > tests/walk/pairs.md`` writes the table of all addressings, placements
+and residuals, while codecs take turns. ``python -m tests.walk.pairs all`` prints it of all codecs.
 """
 
-import collections
+import functools
 import itertools
 import pathlib
-import re
 import string
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+import jaxkv
+from jaxkv.addressing import PagedIndex
 from tests.walk.caches import ADDRESSINGS, CODECS, KEEPS, MOST_ROWS, RESIDUALS, config_of
 from tests.walk.walk import Call, Walk, refused_by_jaxkv
 
@@ -39,6 +41,11 @@ AXES = Kind(
 
 def walked(kind):
     """A cache of a kind that is in use: it went round a ring, and was rolled back."""
+    return _walked(kind).copy()
+
+
+@functools.lru_cache(maxsize=4)
+def _walked(kind):
     addressing = "contiguous" if kind.addressing == BY_HEAD else kind.addressing
     placement = "device" if kind.placement == OFFLOADED else kind.placement
     walk = Walk(config_of(kind.codec, addressing, placement, kind.residual, MOST_ROWS))
@@ -54,6 +61,13 @@ def walked(kind):
     return walk
 
 
+def copy_pages(walk):
+    """From one sequence to another that holds the same."""
+    if isinstance(walk.cache.groups[0].index, PagedIndex):
+        walk.select([0, 0])
+    walk.copy_pages(0)
+
+
 Verb = Callable[[Walk], None]
 VERBS: dict[str, Verb] = {
     "append, attend, advance": lambda walk: walk.step(Call(4)),
@@ -66,7 +80,7 @@ VERBS: dict[str, Verb] = {
     "reset": Walk.reset,
     "select": lambda walk: walk.select([1, 0]),
     "fork": lambda walk: walk.fork(2),
-    "copy_pages": lambda walk: walk.copy_pages(0),
+    "copy_pages": copy_pages,
     "compress": lambda walk: walk.compress(KEEPS[0]),
     "compress by layer": lambda walk: walk.compress(KEEPS[1]),
     "compress by head": lambda walk: walk.compress(KEEPS[2]),
@@ -79,72 +93,87 @@ VERBS: dict[str, Verb] = {
 }
 
 
-# A way out: what a refusal says to do, of a kind and a verb; a walk in which that, and the verb,
-# were done.
-WayOut = Callable[[Kind, Verb], Walk]
+def copy_in_each_group(walk):
+    page = jnp.zeros(1, jnp.int32)
+    walk.cache = walk.cache.with_groups(
+        [
+            jaxkv.copy_pages(group, page, page) if isinstance(group.index, PagedIndex) else group
+            for group in walk.cache.groups
+        ]
+    )
 
 
-def created(**fields) -> WayOut:
-    """The verb on a cache that was created otherwise."""
-    return lambda kind, verb: after(verb)(walked(kind._replace(**fields)))
-
-
-def first(*verbs: Verb) -> WayOut:
-    """The verb after others."""
-    return lambda kind, verb: after(*verbs, verb)(walked(kind))
-
-
-def instead(other: Verb) -> WayOut:
-    return lambda kind, verb: after(other)(walked(kind))
-
-
-def after(*verbs):
-    def done(walk):
-        for verb in verbs:
-            verb(walk)
-        return walk
-
-    return done
-
-
-def before_compress(kind, verb):
-    return after(verb, VERBS["compress by head"])(walked(kind._replace(addressing="contiguous")))
-
-
-WAYS_OUT: dict[str, WayOut] = {  # by what the refusal says
-    "Leave implementation= out": instead(lambda walk: walk.step(Call())),
-    "Create it with addressing=jaxkv.Paged": created(addressing="pages"),
-    "Create the cache with addressing=jaxkv.Contiguous": created(addressing="contiguous"),
-    "compress on the device and jaxkv.offload the result": created(placement=OFFLOADED),
-    "blocks_per_query needs blocks .*, of a contiguous cache": created(addressing="contiguous"),
-    "Fork before jaxkv.compress": before_compress,
-    "Leave pages= out": instead(VERBS["compress"]),
-    "evict needs a cache of jaxkv.compress": first(VERBS["compress"]),
-    "with jaxkv.prefetch": first(Walk.prefetch),
+# By what a refusal says: the kind and the verbs that do what it says, of what it refused.
+WayOut = Callable[[Kind, Verb], tuple[Kind, list[Verb]]]
+WAYS_OUT: dict[str, WayOut] = {
+    "Leave implementation= out": lambda kind, verb: (kind, [lambda walk: walk.step(Call())]),
+    "Create it with addressing=jaxkv.Paged": lambda kind, verb: (
+        kind._replace(addressing="pages"),
+        [verb],
+    ),
+    "Copy in each of cache.groups": lambda kind, verb: (kind, [copy_in_each_group]),
+    "Create the cache with addressing=jaxkv.Contiguous()": lambda kind, verb: (
+        kind._replace(addressing="contiguous"),
+        [verb],
+    ),
+    "of a contiguous cache or of pages that sequences own": lambda kind, verb: (
+        kind._replace(addressing="contiguous"),
+        [verb],
+    ),
+    "create it without one and jaxkv.offload the result": lambda kind, verb: (
+        kind._replace(placement=OFFLOADED),
+        [verb],
+    ),
+    "Fork before jaxkv.compress": lambda kind, verb: (
+        kind._replace(addressing="contiguous"),
+        [verb, VERBS["compress by head"]],
+    ),
+    "Leave pages= out": lambda kind, verb: (kind, [VERBS["compress"]]),
+    "with addressing=jaxkv.Kept(...)": lambda kind, verb: (
+        kind._replace(addressing="kept", placement="device"),
+        [verb],
+    ),
+    "it is loaded whole": lambda kind, verb: (kind, [VERBS["load"]]),
+    "into= a cache with more pages": lambda kind, verb: (kind, [VERBS["load into"]]),
+    "with jaxkv.prefetch first": lambda kind, verb: (kind, [Walk.prefetch, verb]),
 }
 
 
+LETTERS = dict(zip(WAYS_OUT, string.ascii_lowercase, strict=False))
+
+
 def outcomes(kind):
-    """By verb: "=" for what is equal to the oracle, or the way out of what is refused."""
-    found = {"create": outcome(kind, lambda walk: None, lambda: walked(kind))}
-    if found["create"] != EQUAL:
-        return found
-    walk = walked(kind)
-    return found | {name: outcome(kind, verb, walk.copy) for name, verb in VERBS.items()}
-
-
-def outcome(kind, verb, start):
-    try:
-        walk = after(verb)(start())
-        found = EQUAL
-    except (ValueError, TypeError) as error:
-        if not refused_by_jaxkv(error):
-            raise
-        (found,) = (words for words in WAYS_OUT if re.search(words, str(error)))
-        walk = WAYS_OUT[found](kind, verb)
-    walk.check()
-    walk.step(Call())
+    """By verb: "=" for what is equal to the oracle, or letters of the ways out that were taken."""
+    found = {"create": outcome(kind, lambda walk: None)}
+    if found["create"].startswith(EQUAL):
+        found |= {name: outcome(kind, verb) for name, verb in VERBS.items()}
     return found
+
+
+def outcome(kind, verb):
+    """Of a verb and of a step after it; what is refused with no way out that works is raised."""
+    found, verbs = "", [verb, Walk.check, lambda walk: walk.step(Call())]
+    while (refusal := refused(kind, verbs)) is not None:
+        number, error = refusal
+        words = next((words for words in WAYS_OUT if words in str(error)), None)
+        if words is None or LETTERS[words] in found or not refused_by_jaxkv(error):
+            raise error
+        found += (EQUAL if number and not found else "") + LETTERS[words]
+        kind, instead = WAYS_OUT[words](kind, verbs[number])
+        verbs[number : number + 1] = instead
+    return found or EQUAL
+
+
+def refused(kind, verbs):
+    """The number of the first verb that is refused, and how; None if all are done."""
+    number = 0
+    try:
+        walk = walked(kind)
+        for number, verb in enumerate(verbs):  # noqa: B007
+            verb(walk)
+    except (ValueError, TypeError) as error:
+        return number, error
+    return None
 
 
 def kinds():
@@ -153,65 +182,32 @@ def kinds():
     return [Kind(AXES.codec[number % len(CODECS)], *names) for number, names in enumerate(every)]
 
 
-# A letter for each outcome that some kinds have, by placement, verb and addressing.
-Table = dict[tuple[str, str, str], str]
-LETTERS = {EQUAL: EQUAL, **dict(zip(WAYS_OUT, string.ascii_lowercase, strict=False))}
 FILE = pathlib.Path(__file__).with_name("pairs.md")
+COLUMNS = (*Kind._fields, "create", *VERBS)
 
 
-def table_of(found) -> Table:
-    """Of the outcomes of some kinds."""
-    table = collections.defaultdict(set)
-    for kind, of_verbs in found.items():
-        for verb, outcome in of_verbs.items():
-            table[kind.placement, verb, kind.addressing].add(LETTERS[outcome])
-    return {key: "".join(sorted(cell)) for key, cell in table.items()}
+def line_of(kind):
+    """Of the table: a kind, and a letter for the outcome of each verb."""
+    found = outcomes(kind)
+    return line(*kind, *(found[verb] for verb in COLUMNS[len(kind) :] if verb in found))
 
 
-def written(table: Table):
-    """As Markdown."""
-    lines = [
-        "Written by `python -m tests.walk.pairs`: what a verb gives equals the oracle (=), or it",
-        "refuses and says what to do, which was tried and works:",
-        "",
-        *(f"- {letter}: {words}" for words, letter in LETTERS.items() if words != EQUAL),
-    ]
-    for placement in AXES.placement:
-        lines += [
-            "",
-            _row(placement, *AXES.addressing),
-            _row(*["---"] * (1 + len(AXES.addressing))),
-        ]
-        for verb in ("create", *VERBS):
-            cells = (table.get((placement, verb, name), "") for name in AXES.addressing)
-            lines.append(_row(verb, *cells))
-    return "\n".join(lines)
-
-
-def _row(*cells):
+def line(*cells):
+    """Of a table in Markdown."""
+    cells += ("",) * (len(COLUMNS) - len(cells))
     return f"| {' | '.join(cells)} |"
 
 
-def read() -> Table:
-    """What the file says."""
-    table, placement, header = {}, "", []
-    for line in FILE.read_text().splitlines():
-        first, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        if first in AXES.placement:
-            placement, header = first, cells
-        table |= {(placement, first, name): cell for name, cell in zip(header, cells, strict=False)}
-    return table
-
-
 def main():
-    found = {}
+    jax.config.update("jax_disable_most_optimizations", True)  # many programs, each run a few times
+    print("Written by `python -m tests.walk.pairs`: what a verb gives equals the oracle (=), or it")
+    print("refuses and says what to do, which was tried and works:\n")
+    for words, letter in LETTERS.items():
+        print(f"- {letter}: {words}")
+    print("", line(*COLUMNS), line(*["---"] * len(COLUMNS)), sep="\n")
     every = itertools.starmap(Kind, itertools.product(*AXES))
     for kind in every if "all" in sys.argv else kinds():
-        found[kind] = outcomes(kind)
-        refused = [f"{verb}: {way}" for verb, way in found[kind].items() if way != EQUAL]
-        print(*kind, *refused, sep=", ", flush=True)
-        jax.clear_caches()
-    FILE.write_text(written(table_of(found)))
+        print(line_of(kind), flush=True)
 
 
 if __name__ == "__main__":

@@ -212,19 +212,19 @@ class Walk:
 
     def truncate(self, lengths, jitted=False):
         """Inside jit only what is sure to be possible, for nothing can be refused there."""
-        sure = all(map(self._can_roll_back, self.history.rows[0], lengths))
-        self.cache = self.run("truncate", self.of_batch(lengths), jitted=jitted and sure)
+        sure = all(map(self.history.can_roll_back, self.history.rows[0], lengths))
+        try:
+            self.cache = self.run("truncate", self.of_batch(lengths), jitted=jitted and sure)
+        except ValueError:
+            assert not sure
+            raise
         self.history.truncate(lengths)
-
-    def _can_roll_back(self, row, length):
-        """A ring takes back as many tokens as it says, since it was written furthest, or all."""
-        chunks = (getattr(config.addressing, "chunk", None) for config in self.history.configs)
-        chunk = min((chunk for chunk in chunks if chunk), default=None)
-        return chunk is None or length == 0 or row.written - length <= chunk
+        self._assign_anew()
 
     def reset(self):
         self.cache = jaxkv.reset(self.cache)
         self.history.truncate([0] * self.num_rows)
+        self._assign_anew()
 
     def compress(self, keep, new=5, policy=largest_coordinate, in_pool=False):
         """Keep so many tokens: one number, or one a layer, or one a layer and head.
@@ -280,10 +280,40 @@ class Walk:
         self.history.select(rows)
         if is_pool(cache):  # sequences go on in pages of their own
             old = cache.index.table
-            new = free_pages(cache, self.rng, old.shape)
+            new = jnp.where(old < 0, -1, free_pages(cache, self.rng, old.shape))
             self.cache = jaxkv.copy_pages(cache, old.ravel(), new.ravel())
-            first = jnp.asarray(self.of_batch(self.history.fine_from))
-            self.cache = self.cache.with_pages(new, cache.lengths, first)
+            self._assign(new)
+
+    def _assign(self, table):
+        shape = self.cache.index.table.shape
+        first = jnp.asarray(self.of_batch(self.history.fine_from))
+        table = jnp.asarray(table, jnp.int32).reshape(shape)
+        self.cache = self.cache.with_pages(table, self.cache.lengths, first)
+
+    def give_back(self):
+        """Of a pool, the pages that are before the window of all queries to come."""
+        if not self._gives_back():
+            return
+        index, table = self.cache.index, table_of(self.cache)
+        ends = (np.arange(table.shape[-1]) + 1) * index.page_size
+        passed = ends <= np.array(self.history.lengths)[:, None] - (index.window - 1)
+        self._assign(np.where(passed, -1, table))
+        for rows in self.history.rows:
+            for row, number in zip(rows, passed.sum(-1), strict=True):
+                row.lost_before = max(row.lost_before, number * index.page_size)
+
+    def _gives_back(self):
+        return is_pool(self.cache) and self.cache.index.window is not None
+
+    def _assign_anew(self):
+        """Pages that were given back before a rollback to them."""
+        if not self._gives_back():
+            return
+        table = table_of(self.cache)
+        next_page = np.array(self.history.lengths)[:, None] // self.cache.index.page_size
+        missing = (table < 0) & (np.arange(table.shape[-1]) >= next_page)
+        free = np.asarray(free_pages(self.cache, self.rng, table.shape))
+        self._assign(np.where(missing, free, table))
 
     def copy_pages(self, page):
         """From the first sequence over the same page of the last, if both hold the same."""
@@ -319,7 +349,7 @@ class Walk:
         """
         config, options, order = self.cache.config, {}, order or range(self.num_rows)
         if into:
-            options = {"into": empty(config, self.rng), "rows": list(order)}
+            options = {"into": self._other(order), "rows": list(order)}
         elif convert:
             options = {"addressing": CONVERTED.get(getattr(config, "addressing", None))}
         with tempfile.TemporaryDirectory() as folder:
@@ -327,3 +357,12 @@ class Walk:
             self.cache = jaxkv.load(f"{folder}/cache", **options)
         if into:
             self.history.select(np.argsort(order))
+
+    def _other(self, order):
+        """A cache of the same kind, with pages for what this one holds in another order."""
+        other = empty(self.cache.config, self.rng)
+        if is_pool(self.cache):
+            table = np.where(table_of(self.cache) < 0, -1, table_of(other)[order])
+            table = table[np.argsort(order)].reshape(other.index.table.shape)
+            other = other.with_pages(jnp.asarray(table, jnp.int32), other.lengths)
+        return other
