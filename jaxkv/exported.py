@@ -16,7 +16,7 @@ from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.newest import Newest, NewestIndex, NewestSlots
-from jaxkv.codecs import Centred, Dense, Float8, Int8, KeysValues, Rope, Rotated
+from jaxkv.codecs import CODECS, KeysValues, Rope
 from jaxkv.placement import Bounds, HostMemory, Resident
 
 _NODES = (
@@ -28,7 +28,8 @@ _STATIC = {
     for kind in (
         *(KVCacheConfig, HybridConfig, HostMemory, Newest),
         *(Contiguous, Paged, Ring, Kept, KeptByHead, NewestSlots),
-        *(Dense, Int8, Float8, Rotated, KeysValues, Centred, Rope),
+        *map(type, CODECS.values()),
+        *(KeysValues, Rope),
     )
 }
 _KIND = "kind"  # no class has a field of this name

@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxkv
 from jaxkv.addressing import ADDRESSINGS
-from jaxkv.codecs import CODECS
+from jaxkv.codecs import CODECS, state_specs
 
 # Each addressing at a size at which it shows: the ring turns, pages end in the middle of a step.
 SMALL = {
@@ -54,7 +54,13 @@ class Oracle:
 
     def __init__(self, config):
         self.codec, self.addressing = config.codec, config.addressing
-        self.means = [None] * config.num_layers
+        self.state = [
+            {
+                name: jnp.zeros((sides, config.num_kv_heads, *shape), dtype)
+                for name, (shape, dtype, sides) in state_specs(self.codec, config.head_dim).items()
+            }
+            for _ in range(config.num_layers)
+        ]
         self.tokens = [
             [[] for _ in range(config.batch_size or 1)] for _ in range(config.num_layers)
         ]
@@ -92,18 +98,16 @@ class Oracle:
     def _stored(self, layer, keys, values, num_tokens):
         """The vectors as the codec rounds them, with a batch axis; codecs have their own tests."""
         vectors = jnp.stack([keys[layer], values[layer]])
-        vectors, centres = vectors.reshape(2, -1, *vectors.shape[-3:]), jnp.float32(0)
-        if isinstance(self.codec, jaxkv.Centred):
-            starts = np.array([len(tokens) for tokens in self.tokens[layer]])[:, None]
-            numbers = np.arange(vectors.shape[2])
-            counts = len(numbers) if num_tokens is None else np.asarray(num_tokens)[..., None]
-            positions = jnp.int32(np.where(numbers < counts, starts + numbers, -1))
-            if self.means[layer] is None:
-                self.means[layer] = self.codec.means(vectors, positions)
-            centres = self.codec.centres(self.means[layer], positions[..., None])
-        leaves = self.codec.encode(vectors - centres)
-        decoded = self.codec.decode(leaves, vectors.shape[-1], jnp.dtype("float32"))
-        return np.asarray(decoded + centres, np.float64)
+        vectors, codec = vectors.reshape(2, -1, *vectors.shape[-3:]), self.codec
+        starts = np.array([len(tokens) for tokens in self.tokens[layer]])
+        numbers = np.arange(vectors.shape[2])
+        counts = len(numbers) if num_tokens is None else np.asarray(num_tokens)[..., None]
+        positions = jnp.int32(np.where(numbers < counts, starts[:, None] + numbers, -1))
+        state = codec.update_state(self.state[layer], vectors, positions, jnp.int32(starts))
+        self.state[layer] = state
+        leaves, wide = codec.encode_tokens(vectors, state, positions), jnp.dtype("float32")
+        decoded = codec.decode_tokens(leaves, vectors.shape[-1], wide, state, positions[..., None])
+        return np.asarray(decoded, np.float64)
 
 
 def attention(query, tokens, *, scale=None, softcap=None, window=None, sinks=None):

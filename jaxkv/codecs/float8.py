@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxkv.codecs.codec import LeafSpecs, Leaves
+from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves
 from jaxkv.codecs.scaled import SCALE_DTYPE, scales_and_ratios, times_scales
 
 _DTYPE = "float8_e4m3fn"
@@ -13,7 +13,7 @@ _LARGEST = float(jnp.finfo(_DTYPE).max)  # 448
 
 
 @dataclasses.dataclass(frozen=True)
-class Float8:
+class Float8(Codec):
     """``scale = bfloat16(max|x| / 448)``, ``codes = e4m3(x / scale)``: head_dim + 2 bytes a vector.
 
     The format of Micikevicius et al., "FP8 formats for deep learning" (2022). Saturating: JAX's
@@ -28,6 +28,10 @@ class Float8:
     @property
     def name(self) -> str:
         return "float8"
+
+    @property
+    def scaled_dtype(self) -> str:
+        return _DTYPE
 
     def leaves(self, head_dim: int) -> LeafSpecs:
         return {"codes": ((head_dim,), _DTYPE), "scales": ((), SCALE_DTYPE)}

@@ -5,14 +5,14 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxkv.codecs.codec import LeafSpecs, Leaves
+from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves
 from jaxkv.codecs.scaled import SCALE_DTYPE, scales_and_ratios, times_scales
 
 _LARGEST = 127
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8:
+class Int8(Codec):
     """``scale = bfloat16(max|x| / 127)``, ``code = round(x / scale)``: head_dim + 2 bytes a vector.
 
     Symmetric, as int8 caches are per token and head in vLLM and FlashInfer. The relative error
@@ -27,6 +27,10 @@ class Int8:
     @property
     def name(self) -> str:
         return "int8"
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        return tuple(range(-128, 128))
 
     def leaves(self, head_dim: int) -> LeafSpecs:
         return {"codes": ((head_dim,), "int8"), "scales": ((), SCALE_DTYPE)}

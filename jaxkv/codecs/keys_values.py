@@ -5,25 +5,20 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxkv.codecs.codec import (
-    Codec,
-    LeafSpec,
-    Leaves,
-    decode_rotated,
-    leaf_specs,
-    rotate,
-    rotate_values,
-    unrotate,
-)
+from jaxkv.codecs.codec import Codec, LeafSpec, Leaves, leaf_specs, refuse_state
 
 
 @dataclasses.dataclass(frozen=True)
-class KeysValues:
+class KeysValues(Codec):
     """Keys and values stored unlike: a leaf belongs to one side, and its buffer's axis 1 is 1.
 
     Args:
-      keys: the codec of keys. Any but this one and `Centred`, which goes around it.
+      keys: the codec of keys. Any but this one and those with state, such as `Centred`, which goes
+        around it.
       values: the codec of values, likewise.
+
+    Raises:
+      ValueError: a codec with state.
 
     >>> import jaxkv
     >>> codec = jaxkv.KeysValues(keys=jaxkv.Rotated(bits=4), values=jaxkv.Rotated(bits=2))
@@ -34,6 +29,9 @@ class KeysValues:
 
     keys: Codec
     values: Codec
+
+    def __post_init__(self):
+        refuse_state("KeysValues", self.keys, self.values)
 
     @property
     def name(self) -> str:
@@ -60,21 +58,25 @@ class KeysValues:
         return jnp.concatenate(list(sides))
 
     def rotate(self, queries: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
-        return rotate(self.keys, queries)
+        return self.keys.rotate(queries)
 
     def unrotate(self, outputs: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
-        return unrotate(self.values, outputs)
+        return self.values.unrotate(outputs)
 
     def rotate_values(
         self, values: Float[Array, "*shape head_dim"]
     ) -> Float[Array, "*shape head_dim"]:
-        return rotate_values(self.values, values)
+        return self.values.rotate_values(values)
 
     def decode_rotated(
         self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
     ) -> Float[Array, "2 *shape head_dim"]:
-        sides = (decode_rotated(codec, own, head_dim, dtype) for codec, own in self._split(leaves))
+        sides = (codec.decode_rotated(own, head_dim, dtype) for codec, own in self._split(leaves))
         return jnp.concatenate(list(sides))
+
+    @property
+    def sides(self) -> tuple[Codec, Codec]:
+        return self.keys, self.values
 
     def _sides(self) -> tuple[tuple[str, Codec], ...]:
         return ("key", self.keys), ("value", self.values)

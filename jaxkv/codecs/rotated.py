@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8
 
 from jaxkv.codecs import hadamard
-from jaxkv.codecs.codec import LeafSpecs, Leaves
+from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves
 from jaxkv.codecs.packing import pack, packed_bytes, unpack
 from jaxkv.codecs.scaled import SCALE_DTYPE, times_scales
 
@@ -26,7 +26,7 @@ _FACTORS = np.geomspace(0.75, 1.15, 6)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotated:
+class Rotated(Codec):
     """``bits`` a number and one bfloat16 scale a vector: ``head_dim * bits / 8 + 2`` bytes.
 
     A vector's signs are flipped by a fixed pattern and it is turned by a Hadamard matrix, which
@@ -67,9 +67,12 @@ class Rotated:
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """What each code stands for, in units of the scale; each fits in int8."""
         positive = _LEVELS[self.bits]
         return (*(-level for level in reversed(positive)), *positive)
+
+    @property
+    def rotation(self) -> str:
+        return "hadamard"
 
     def leaves(self, head_dim: int) -> LeafSpecs:
         codes = (packed_bytes(head_dim, self.bits),)

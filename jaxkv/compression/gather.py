@@ -165,14 +165,14 @@ def gathered(
 
     jobs = jnp.arange(len(layers), dtype=jnp.int32), layers, limits
     (storage, index), _ = lax.scan(one_layer, (storage, index), jobs)
-    means = None if cache.means is None else cache.means[layers]
+    state = {name: array[layers] for name, array in cache.codec_state.items()}
     newest = None if cache.newest is None else _of_layers(cache.newest, layers)
-    return KVCache(storage, index, config, means, newest=newest)
+    return KVCache(storage, index, config, state, newest=newest)
 
 
 def _of_layers(cache: KVCache, layers: Int[Array, " kept_layers"]) -> KVCache:
     """The same of these layers alone."""
     storage = {name: leaf[layers] for name, leaf in cache.storage.items()}
-    means = None if cache.means is None else cache.means[layers]
+    state = {name: array[layers] for name, array in cache.codec_state.items()}
     config = cache.config.replace(num_layers=len(layers))
-    return dataclasses.replace(cache, storage=storage, means=means, config=config)
+    return dataclasses.replace(cache, storage=storage, codec_state=state, config=config)

@@ -41,8 +41,8 @@ class Group:
     def layout(self, lengths: tuple[int, ...]) -> Iterator[tuple[str, Spec]]:
         """The tensors of each sequence, ``sequence.leaf``, and ``newest.`` those of the newest."""
         config = self.config
-        if config.means_shape:
-            yield "means", Spec("float32", config.means_shape)
+        for name, (shape, dtype) in config.codec_state.items():
+            yield name, Spec(dtype, shape)
         layers, kv_heads = config.num_layers, config.num_kv_heads
         for sequence, (held, length) in enumerate(zip(self.held, lengths, strict=True)):
             for leaf, (shape, dtype, sides) in leaf_specs(config.codec, config.head_dim).items():

@@ -25,7 +25,7 @@ from jaxkv.snapshot.kept import (
     positions_of_heads,
     used_slots,
 )
-from jaxkv.snapshot.places import means_of_file, named
+from jaxkv.snapshot.places import named, state_of_file
 
 # Vectors of one head that are on their way to the device at once.
 _VECTORS_AT_ONCE = 4096
@@ -44,7 +44,7 @@ class KeptFill:
         tensors: dict[str, np.ndarray],
     ):
         self._cache, self._rows = cache, list(rows)
-        self._means = means_of_file(file, cache, tensors.get("means"))
+        self._state = state_of_file(file, cache, tensors)
         self._sequences = [named(tensors, f"{sequence}.") for sequence in range(len(self._rows))]
         ends = np.array(lengths, np.int32)
         num_new = ends - [int(sequence["first_new"]) for sequence in self._sequences]
@@ -132,7 +132,7 @@ class KeptFill:
                             for name, leaf in storage.items()
                         },
                     )
-        return KVCache(storage, self._index, config, self._means)
+        return KVCache(storage, self._index, config, self._state)
 
 
 @jax.jit
