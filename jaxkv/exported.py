@@ -7,7 +7,7 @@ from typing import Any
 import jax.export
 import numpy as np
 
-from jaxkv.addressing import Contiguous, Kept, KeptByHead, Paged, PagedIndex, Ring, Sums
+from jaxkv.addressing import Contiguous, Kept, KeptByHead, Paged, PagedIndex, PolicyState, Ring
 from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.addressing.kept import KeptEvenlyIndex
 from jaxkv.addressing.kept_by_head import KeptByHeadIndex
@@ -20,7 +20,7 @@ from jaxkv.codecs import CODECS, KeysValues, Rope
 from jaxkv.placement import Bounds, HostMemory, Resident
 
 _NODES = (
-    *(KVCache, HybridCache, Resident, Bounds, Sums),
+    *(KVCache, HybridCache, Resident, Bounds, PolicyState),
     *(ContiguousIndex, PagedIndex, RingIndex, KeptEvenlyIndex, KeptByHeadIndex, NewestIndex),
 )
 _STATIC = {

@@ -55,8 +55,8 @@ class Group:
                 yield f"{sequence}.first_new", Spec("int32", ())
             if self.is_compressed or held != length:
                 yield f"{sequence}.positions", Spec("int32", (held,))
-            if getattr(config.addressing, "sums", False):
-                yield f"{sequence}.sums", Spec("float32", (held,))
+            if names := getattr(config.addressing, "state", ()):
+                yield from ((f"{sequence}.{name}", Spec("float32", (held,))) for name in names)
                 yield f"{sequence}.since", Spec("int32", ())
         if self.of_newest is not None:
             yield from ((f"newest.{name}", spec) for name, spec in self.of_newest.layout(lengths))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxkv.addressing import KeptIndex, Sums
+from jaxkv.addressing import KeptIndex, PolicyState
 from jaxkv.addressing.kept_by_head import KeptByHeadIndex
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Leaves
@@ -94,10 +94,13 @@ class KeptFill:
         runs = None
         if isinstance(index, KeptByHeadIndex):
             runs = merged(index.counts, num_kept, axis=1)
-        if index.sums is not None:
-            since = merged(index.sums.since, [int(each["since"]) for each in self._sequences])
-            attention = merged(index.sums.attention, self._by_slot("sums", 0), axis=1)
-            index = index.with_sums(Sums(attention, since))
+        if index.state is not None:
+            since = merged(index.state.since, [int(each["since"]) for each in self._sequences])
+            tokens = {
+                name: merged(array, self._by_slot(name, 0), axis=1)
+                for name, array in index.state.tokens.items()
+            }
+            index = index.with_state(PolicyState(tokens, since))
         index = dataclasses.replace(
             index,
             lengths=merged(index.lengths, lengths),
