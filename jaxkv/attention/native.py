@@ -161,12 +161,13 @@ def _levels(codec: Codec) -> Int[Array, " codes"]:
 
 def _leaves(cache: KVCache, side: int) -> tuple[Array, Array]:
     """The buffers of one side's vectors and scales; no scales where vectors are what they are."""
-    storage = cache.storage
-    if "key_codes" in storage:
-        name = ("key", "value")[side]
-        return storage[f"{name}_codes"], storage[f"{name}_scales"]
-    codes, *scales = storage.values()
-    return codes, scales[0] if scales else jnp.zeros(0, jnp.uint16)
+    codec, head_dim = cache.config.codec, cache.config.head_dim
+    names = [*codec.leaves(head_dim)]  # a pytree has them in another order
+    keys, own = (len(each.leaves(head_dim)) for each in (codec.sides[0], codec.sides[side]))
+    if len(names) > own:  # each leaf is of one side, first those of keys
+        names = names[keys * side :][:own]
+    vectors, *scales = (cache.storage[name] for name in names)
+    return vectors, scales[0] if scales else jnp.zeros(0, jnp.uint16)
 
 
 def _pages(index: Index) -> tuple[Int[Array, "*batch pages"], int]:
