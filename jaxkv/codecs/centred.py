@@ -8,7 +8,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxkv.codecs.codec import Codec, LeafSpec, LeafSpecs, Leaves, State, refuse_state
+from jaxkv.codecs.codec import (
+    Codec,
+    LeafSpec,
+    LeafSpecs,
+    Leaves,
+    Positions,
+    State,
+    Tokens,
+    Vectors,
+    refuse_state,
+)
 from jaxkv.codecs.offsets import Offsets
 from jaxkv.codecs.rope import Rope, to_12_bits
 
@@ -68,12 +78,10 @@ class Centred(Codec):
     def leaves(self, head_dim: int) -> LeafSpecs:
         return self.codec.leaves(head_dim)
 
-    def encode(self, vectors: Float[Array, "2 *shape head_dim"]) -> Leaves:
+    def encode(self, vectors: Vectors) -> Leaves:
         return self.codec.encode(vectors)
 
-    def decode(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "2 *shape head_dim"]:
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         return self.codec.decode(leaves, head_dim, dtype)
 
     @property
@@ -88,20 +96,16 @@ class Centred(Codec):
     def sides(self) -> tuple[Codec, Codec]:
         return self.codec.sides
 
-    def rotate(self, queries: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
+    def rotate(self, queries: Vectors) -> Vectors:
         return self.codec.rotate(queries)
 
-    def unrotate(self, outputs: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
+    def unrotate(self, outputs: Vectors) -> Vectors:
         return self.codec.unrotate(outputs)
 
-    def rotate_values(
-        self, values: Float[Array, "*shape head_dim"]
-    ) -> Float[Array, "*shape head_dim"]:
+    def rotate_values(self, values: Vectors) -> Vectors:
         return self.codec.rotate_values(values)
 
-    def decode_rotated(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "2 *shape head_dim"]:
+    def decode_rotated(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         return self.codec.decode_rotated(leaves, head_dim, dtype)
 
     # Of means, its state.
@@ -113,23 +117,14 @@ class Centred(Codec):
         return Offsets(state["means"], self.rope)
 
     def update_state(
-        self,
-        state: State,
-        vectors: Float[Array, "2 *batch tokens kv_heads head_dim"],
-        positions: Int[Array, "*batch tokens"],
-        lengths: Int[Array, "*batch"],
+        self, state: State, vectors: Tokens, positions: Positions, lengths: Int[Array, "*batch"]
     ) -> State:
         """The means of these tokens if the cache is empty and they were never set."""
         means = state["means"]
         unset = jnp.all(lengths == 0) & ~jnp.any(means != 0)
         return {"means": _set_once(self, unset, means, vectors.astype(jnp.float32), positions)}
 
-    def encode_tokens(
-        self,
-        vectors: Float[Array, "2 *batch tokens kv_heads head_dim"],
-        state: State,
-        positions: Int[Array, "*batch tokens"],
-    ) -> Leaves:
+    def encode_tokens(self, vectors: Tokens, state: State, positions: Positions) -> Leaves:
         offsets = self.offsets(state).at(positions[..., None])
         return self.encode(vectors.astype(jnp.float32) - offsets)
 
@@ -142,7 +137,7 @@ class Centred(Codec):
         positions: Int[Array, "*batch tokens #kv_heads"],
         *,
         rotated: bool = False,
-    ) -> Float[Array, "2 *batch tokens kv_heads head_dim"]:
+    ) -> Tokens:
         offsets, wide = self.offsets(state), jnp.dtype("float32")
         if not rotated:
             return (self.decode(leaves, head_dim, wide) + offsets.at(positions)).astype(dtype)
@@ -151,11 +146,7 @@ class Centred(Codec):
         values = both[1] + self.rotate_values(offsets.values)
         return jnp.stack([keys, values]).astype(dtype)
 
-    def means(
-        self,
-        vectors: Float[Array, "2 *batch tokens kv_heads head_dim"],
-        positions: Int[Array, "*batch tokens"],
-    ) -> Means:
+    def means(self, vectors: Tokens, positions: Positions) -> Means:
         """The means of these keys and values, where positions are not -1, to 12 bits.
 
         Vectors that are not finite, or of a length that stands out, do not count.

@@ -42,6 +42,9 @@ LeafSpecs = Mapping[str, tuple[tuple[int, ...], str] | LeafSpec]
 Leaves = dict[str, Array]
 
 
+Vectors = Float[Array, "*shape head_dim"]
+Tokens = Float[Array, "2 *batch tokens kv_heads head_dim"]  # keys and values
+Positions = Int[Array, "*batch tokens"]
 # The arrays of a codec's state, by name: of all layers, or of one.
 State = dict[str, Array]
 
@@ -73,13 +76,11 @@ class Codec(Protocol):
         """The arrays that hold one vector of ``head_dim`` numbers."""
 
     @abc.abstractmethod
-    def encode(self, vectors: Float[Array, "*shape head_dim"]) -> Leaves:
+    def encode(self, vectors: Vectors) -> Leaves:
         """Vectors to leaves, each leaf ``[*shape, *its own shape]``."""
 
     @abc.abstractmethod
-    def decode(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "*shape head_dim"]:
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         """Leaves back to vectors of ``head_dim`` numbers in ``dtype``."""
 
     # What a kernel must know to read leaves without `decode`: at most one of the first three. Only
@@ -118,23 +119,19 @@ class Codec(Protocol):
     # since (R q) . (R k) = q . k and a mix of rotated values is the rotated mix: it rotates its
     # queries and its output, and no stored vector.
 
-    def rotate(self, queries: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
+    def rotate(self, queries: Vectors) -> Vectors:
         """Queries rotated as keys are."""
         return queries
 
-    def unrotate(self, outputs: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
+    def unrotate(self, outputs: Vectors) -> Vectors:
         """A mix of rotated values, rotated back."""
         return outputs
 
-    def rotate_values(
-        self, values: Float[Array, "*shape head_dim"]
-    ) -> Float[Array, "*shape head_dim"]:
+    def rotate_values(self, values: Vectors) -> Vectors:
         """The inverse of `unrotate`."""
         return values
 
-    def decode_rotated(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "*shape head_dim"]:
+    def decode_rotated(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         """Leaves to rotated vectors."""
         return self.decode(leaves, head_dim, dtype)
 
@@ -152,11 +149,7 @@ class Codec(Protocol):
         return {}
 
     def update_state(
-        self,
-        state: State,
-        vectors: Float[Array, "2 *batch tokens kv_heads head_dim"],
-        positions: Int[Array, "*batch tokens"],
-        lengths: Int[Array, "*batch"],
+        self, state: State, vectors: Tokens, positions: Positions, lengths: Int[Array, "*batch"]
     ) -> State:
         """The state of a layer before these tokens are encoded: new, or as it was.
 
@@ -168,12 +161,7 @@ class Codec(Protocol):
         """
         return state
 
-    def encode_tokens(
-        self,
-        vectors: Float[Array, "2 *batch tokens kv_heads head_dim"],
-        state: State,
-        positions: Int[Array, "*batch tokens"],
-    ) -> Leaves:
+    def encode_tokens(self, vectors: Tokens, state: State, positions: Positions) -> Leaves:
         """`encode` of tokens at these positions, under a layer's state."""
         return self.encode(vectors)
 
@@ -186,7 +174,7 @@ class Codec(Protocol):
         positions: Int[Array, "*batch tokens #kv_heads"],
         *,
         rotated: bool = False,
-    ) -> Float[Array, "2 *batch tokens kv_heads head_dim"]:
+    ) -> Tokens:
         """`decode`, or `decode_rotated`, of tokens at these positions, under a layer's state."""
         return (self.decode_rotated if rotated else self.decode)(leaves, head_dim, dtype)
 

@@ -3,9 +3,8 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves
+from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves, Vectors
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -45,10 +44,8 @@ class Dense(Codec):
     def leaves(self, head_dim: int) -> LeafSpecs:
         return {"data": ((head_dim,), self.dtype)}
 
-    def encode(self, vectors: Float[Array, "*shape head_dim"]) -> Leaves:
+    def encode(self, vectors: Vectors) -> Leaves:
         return {"data": vectors.astype(self.dtype)}
 
-    def decode(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "*shape head_dim"]:
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         return leaves["data"].astype(dtype)

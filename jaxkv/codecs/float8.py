@@ -3,9 +3,8 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves
+from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves, Vectors
 from jaxkv.codecs.scaled import SCALE_DTYPE, scales_and_ratios, times_scales
 
 _DTYPE = "float8_e4m3fn"
@@ -36,11 +35,9 @@ class Float8(Codec):
     def leaves(self, head_dim: int) -> LeafSpecs:
         return {"codes": ((head_dim,), _DTYPE), "scales": ((), SCALE_DTYPE)}
 
-    def encode(self, vectors: Float[Array, "*shape head_dim"]) -> Leaves:
+    def encode(self, vectors: Vectors) -> Leaves:
         scales, ratios = scales_and_ratios(vectors, _LARGEST)
         return {"codes": ratios.astype(_DTYPE), "scales": scales}
 
-    def decode(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "*shape head_dim"]:
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         return times_scales(leaves["codes"], leaves["scales"], dtype)

@@ -3,9 +3,8 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from jaxkv.codecs.codec import Codec, LeafSpec, Leaves, leaf_specs, refuse_state
+from jaxkv.codecs.codec import Codec, LeafSpec, Leaves, Vectors, leaf_specs, refuse_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,33 +43,27 @@ class KeysValues(Codec):
             for name, spec in leaf_specs(codec, head_dim).items()
         }
 
-    def encode(self, vectors: Float[Array, "2 *shape head_dim"]) -> Leaves:
+    def encode(self, vectors: Vectors) -> Leaves:
         return {
             f"{side}_{name}": leaf
             for (side, codec), own in zip(self._sides(), jnp.split(vectors, 2), strict=True)
             for name, leaf in codec.encode(own).items()
         }
 
-    def decode(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "2 *shape head_dim"]:
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         sides = (codec.decode(own, head_dim, dtype) for codec, own in self._split(leaves))
         return jnp.concatenate(list(sides))
 
-    def rotate(self, queries: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
+    def rotate(self, queries: Vectors) -> Vectors:
         return self.keys.rotate(queries)
 
-    def unrotate(self, outputs: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
+    def unrotate(self, outputs: Vectors) -> Vectors:
         return self.values.unrotate(outputs)
 
-    def rotate_values(
-        self, values: Float[Array, "*shape head_dim"]
-    ) -> Float[Array, "*shape head_dim"]:
+    def rotate_values(self, values: Vectors) -> Vectors:
         return self.values.rotate_values(values)
 
-    def decode_rotated(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "2 *shape head_dim"]:
+    def decode_rotated(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         sides = (codec.decode_rotated(own, head_dim, dtype) for codec, own in self._split(leaves))
         return jnp.concatenate(list(sides))
 

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8
 
 from jaxkv.codecs import hadamard
-from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves
+from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves, Vectors
 from jaxkv.codecs.packing import pack, packed_bytes, unpack
 from jaxkv.codecs.scaled import SCALE_DTYPE, times_scales
 
@@ -80,7 +80,7 @@ class Rotated(Codec):
 
     # A jit of its own: outside one, a loop is compiled anew on each call.
     @functools.partial(jax.jit, static_argnames="self")
-    def encode(self, vectors: Float[Array, "*shape head_dim"]) -> Leaves:
+    def encode(self, vectors: Vectors) -> Leaves:
         wide = vectors.astype(jnp.float32)
         finite = jnp.isfinite(wide).all(axis=-1, keepdims=True)
         numbers, unit = hadamard.rotate_to_whole_numbers(jnp.where(finite, wide, 0))
@@ -88,26 +88,20 @@ class Rotated(Codec):
         scales = jnp.where(finite, scales * unit, jnp.nan)  # it spoils no vector but its own
         return {"codes": pack(codes, self.bits), "scales": scales[..., 0].astype(SCALE_DTYPE)}
 
-    def decode(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "*shape head_dim"]:
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         turned = self.decode_rotated(leaves, head_dim, jnp.dtype("float32"))
         return hadamard.unrotate(turned).astype(dtype)
 
-    def rotate(self, queries: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
+    def rotate(self, queries: Vectors) -> Vectors:
         return hadamard.rotate(queries)
 
-    def unrotate(self, outputs: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
+    def unrotate(self, outputs: Vectors) -> Vectors:
         return hadamard.unrotate(outputs)
 
-    def rotate_values(
-        self, values: Float[Array, "*shape head_dim"]
-    ) -> Float[Array, "*shape head_dim"]:
+    def rotate_values(self, values: Vectors) -> Vectors:
         return hadamard.rotate(values)
 
-    def decode_rotated(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "*shape head_dim"]:
+    def decode_rotated(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         codes = unpack(leaves["codes"], self.bits, head_dim).astype(jnp.int32)
         levels = jnp.asarray(self.levels, jnp.float32)
         return times_scales(levels.at[codes].get(mode="promise_in_bounds"), leaves["scales"], dtype)
