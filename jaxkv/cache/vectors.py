@@ -43,10 +43,11 @@ def read(
     size: int,
     dtype: Any,
     *,
+    lengths: Int[Array, "*batch"] | None = None,
     rotated: bool = False,
 ) -> Float[Array, "2 *batch size kv_heads head_dim"]:
-    """Decode ``size`` logical slots of one layer."""
-    codec, lengths = cache.config.codec, cache.lengths
+    """Decode ``size`` logical slots of one layer, of sequences that have these lengths by now."""
+    codec, lengths = cache.config.codec, cache.lengths if lengths is None else lengths
     leaves, head_dim = _leaves(cache, layer, start, size), cache.config.head_dim
     if not cache.codec_state:  # which is all that asks for positions
         return (codec.decode_rotated if rotated else codec.decode)(leaves, head_dim, dtype)
@@ -59,12 +60,16 @@ def read(
 
 
 def read_stored(
-    cache: KVCache, layer: Layer, start: Int[Array, ""] | int, size: int
+    cache: KVCache,
+    layer: Layer,
+    start: Int[Array, ""] | int,
+    size: int,
+    lengths: Int[Array, "*batch"],
 ) -> Float[Array, "2 *batch size kv_heads head_dim"]:
     """The same for attention, float32: rotated by the codec, and less their `offsets_of`."""
     wide = jnp.dtype("float32")
     if offsets_of(cache, layer) is None:
-        return read(cache, layer, start, size, wide, rotated=True)
+        return read(cache, layer, start, size, wide, lengths=lengths, rotated=True)
     leaves = _leaves(cache, layer, start, size)
     return cache.config.codec.decode_rotated(leaves, cache.config.head_dim, wide)
 
