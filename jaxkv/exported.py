@@ -7,7 +7,7 @@ from typing import Any
 import jax.export
 import numpy as np
 
-from jaxkv.addressing import Contiguous, Kept, KeptByHead, Paged, PagedIndex, Ring, Sums
+from jaxkv.addressing import Contiguous, Kept, KeptByHead, Paged, PagedIndex, PolicyState, Ring
 from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.addressing.kept import KeptEvenlyIndex
 from jaxkv.addressing.kept_by_head import KeptByHeadIndex
@@ -16,11 +16,11 @@ from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.newest import Newest, NewestIndex, NewestSlots
-from jaxkv.codecs import Centred, Dense, Float8, Int8, KeysValues, Rope, Rotated
+from jaxkv.codecs import CODECS, KeysValues, Rope
 from jaxkv.placement import Bounds, HostMemory, Resident
 
 _NODES = (
-    *(KVCache, HybridCache, Resident, Bounds, Sums),
+    *(KVCache, HybridCache, Resident, Bounds, PolicyState),
     *(ContiguousIndex, PagedIndex, RingIndex, KeptEvenlyIndex, KeptByHeadIndex, NewestIndex),
 )
 _STATIC = {
@@ -28,7 +28,8 @@ _STATIC = {
     for kind in (
         *(KVCacheConfig, HybridConfig, HostMemory, Newest),
         *(Contiguous, Paged, Ring, Kept, KeptByHead, NewestSlots),
-        *(Dense, Int8, Float8, Rotated, KeysValues, Centred, Rope),
+        *map(type, CODECS.values()),
+        *(KeysValues, Rope),
     )
 }
 _KIND = "kind"  # no class has a field of this name

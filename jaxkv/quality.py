@@ -10,7 +10,7 @@ from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.create import create
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.verbs import advance, append, layer
-from jaxkv.codecs import Centred, Codec, Rope
+from jaxkv.codecs import Codec, Rope
 from jaxkv.programs import moves_data
 
 _ROPE_BASE = 500_000.0
@@ -79,9 +79,7 @@ def sample_error(codec: Codec, head_dim: int, *, outliers: bool, seed: int = 0) 
     0.0065
     """
     keys, values, rope = sample_vectors(512, head_dim, outliers=outliers, seed=seed)
-    if isinstance(codec, Centred):
-        codec = codec.under(rope)
-    config = KVCacheConfig(1, 512, 1, head_dim, codec=codec)
+    config = KVCacheConfig(1, 512, 1, head_dim, codec=codec.under(rope))
     cache = append(create(config), jnp.asarray(keys), jnp.asarray(values), layer=0)
     stored = layer(advance(cache, 512), 0)
     return VectorError(*map(_relative, stored, (keys, values)))

@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxkv
 from jaxkv.addressing import ADDRESSINGS
-from jaxkv.codecs import CODECS
+from jaxkv.codecs import CODECS, state_specs
 
 # Each addressing at a size at which it shows: the ring turns, pages end in the middle of a step.
 SMALL = {
@@ -54,23 +54,18 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 # Programs apart, or XLA would leave out the rounding between them.
 @functools.partial(jit, static_argnums=0)
-def encode(codec, vectors):
-    return codec.encode(vectors)
-
-
-@functools.partial(jit, static_argnums=(0, 2, 3))
-def decode(codec, leaves, head_dim, dtype):
-    return codec.decode(leaves, head_dim, dtype)
+def update(codec, state, vectors, positions, starts):
+    return codec.update_state(state, vectors, positions, starts)
 
 
 @functools.partial(jit, static_argnums=0)
-def means(codec, vectors, positions):
-    return codec.means(vectors, positions)
+def encode(codec, vectors, state, positions):
+    return codec.encode_tokens(vectors, state, positions)
 
 
-@functools.partial(jit, static_argnums=0)
-def centres_of(codec, means, positions):
-    return codec.centres(means, positions)
+@functools.partial(jit, static_argnums=(0, 2))
+def decode(codec, leaves, head_dim, state, positions):
+    return codec.decode_tokens(leaves, head_dim, jnp.dtype("float32"), state, positions)
 
 
 class Oracle:
@@ -78,7 +73,13 @@ class Oracle:
 
     def __init__(self, config):
         self.codec, self.addressing = config.codec, config.addressing
-        self.means = [None] * config.num_layers
+        self.state = [
+            {
+                name: jnp.zeros((sides, config.num_kv_heads, *shape), dtype)
+                for name, (shape, dtype, sides) in state_specs(self.codec, config.head_dim).items()
+            }
+            for _ in range(config.num_layers)
+        ]
         self.tokens = [
             [[] for _ in range(config.batch_size or 1)] for _ in range(config.num_layers)
         ]
@@ -115,19 +116,17 @@ class Oracle:
 
     def _stored(self, layer, keys, values, num_tokens):
         """The vectors as the codec rounds them, with a batch axis; codecs have their own tests."""
-        vectors = np.stack([keys[layer], values[layer]])
-        vectors, centres = vectors.reshape(2, -1, *vectors.shape[-3:]), np.float32(0)
-        if isinstance(self.codec, jaxkv.Centred):
-            starts = np.array([len(tokens) for tokens in self.tokens[layer]])[:, None]
-            numbers = np.arange(vectors.shape[2])
-            counts = len(numbers) if num_tokens is None else np.asarray(num_tokens)[..., None]
-            positions = np.where(numbers < counts, starts + numbers, -1).astype(np.int32)
-            if self.means[layer] is None:
-                self.means[layer] = means(self.codec, vectors, positions)
-            centres = np.asarray(centres_of(self.codec, self.means[layer], positions[..., None]))
-        leaves = encode(self.codec, vectors - centres)
-        decoded = decode(self.codec, leaves, vectors.shape[-1], jnp.dtype("float32"))
-        return np.float64(np.asarray(decoded) + centres)
+        vectors = jnp.stack([keys[layer], values[layer]])
+        vectors, codec = vectors.reshape(2, -1, *vectors.shape[-3:]), self.codec
+        starts = np.array([len(tokens) for tokens in self.tokens[layer]])
+        numbers = np.arange(vectors.shape[2])
+        counts = len(numbers) if num_tokens is None else np.asarray(num_tokens)[..., None]
+        positions = jnp.int32(np.where(numbers < counts, starts[:, None] + numbers, -1))
+        state = update(codec, self.state[layer], vectors, positions, jnp.int32(starts))
+        self.state[layer] = state
+        leaves = encode(codec, vectors, state, positions)
+        decoded = decode(codec, leaves, vectors.shape[-1], state, positions[..., None])
+        return np.asarray(decoded, np.float64)
 
 
 def attention(query, tokens, *, scale=None, softcap=None, window=None, sinks=None):

@@ -72,8 +72,8 @@ def test_size_bytes_equals_the_bytes_held(codec, addressing, sizes, batch_size):
         *sizes, batch_size, codec=(CODECS | KINDS)[codec], addressing=ADDRESSINGS[addressing]
     )
     cache = jaxkv.create(config)
-    means = 0 if cache.means is None else cache.means.nbytes
-    assert config.size_bytes == sum(leaf.nbytes for leaf in cache.storage.values()) + means
+    state = sum(array.nbytes for array in cache.codec_state.values())
+    assert config.size_bytes == sum(leaf.nbytes for leaf in cache.storage.values()) + state
     assert config.size_bytes == cache.size_bytes
     all_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert config.size_bytes + config.index_bytes == all_bytes
@@ -147,7 +147,7 @@ def test_pytree_round_trip(codec, addressing):
     chex.assert_trees_all_equal(again, cache)
     assert structure == jax.tree.structure(jaxkv.create(cache.config))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(cache)]
-    assert all(path.startswith((".storage[", ".index.", ".means")) for path in paths)
+    assert all(path.startswith((".storage[", ".index.", ".codec_state[")) for path in paths)
 
 
 # --- the verbs under transformations -----------------------------------------------------------

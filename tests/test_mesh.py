@@ -112,7 +112,7 @@ def test_it_gives_what_one_device_gives(split, codec, kind, axis_type):
             jaxkv.create(config, **place)
         return
     if codec == "centred" and "batch" in SPLITS[split][0]:
-        with pytest.raises(jaxkv.ConfigError, match="means of all sequences"):
+        with pytest.raises(jaxkv.ConfigError, match="state is of all sequences"):
             jaxkv.create(config, **place)
         return
     one, many = jaxkv.create(config), jaxkv.create(config, **place)

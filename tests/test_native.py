@@ -125,6 +125,7 @@ CODECS = {
     "rotated4": jaxkv.Rotated(4),
     "rotated3": jaxkv.Rotated(3),
     "rotated2/int8": jaxkv.KeysValues(jaxkv.Rotated(2), jaxkv.Int8()),
+    "bfloat16/bfloat16": jaxkv.KeysValues(jaxkv.Dense("bfloat16"), jaxkv.Dense("bfloat16")),
     "rotated1": jaxkv.Rotated(1),
     "rotated4-centred": jaxkv.Centred(
         jaxkv.KeysValues(jaxkv.Rotated(4), jaxkv.Rotated(2)), jaxkv.Rope.of(10_000, rotary_dim=48)
@@ -141,7 +142,7 @@ GROUPS += [(group, codec, 64) for codec in CODECS for group in (1, 7)]
 
 
 @pytest.mark.slow_cases(
-    r"^(?!3-(float32-64|bfloat16-64|int8-(80|64)|rotated4-64|rotated4-centred-64|float8-centred-64)$)"
+    r"^(?!3-(float32-64|bfloat16-64|bfloat16/bfloat16-64|int8-(80|64)|rotated4-64|rotated4-centred-64|float8-centred-64)$)"
 )
 @pytest.mark.parametrize(("group", "codec", "head_dim"), GROUPS)
 def test_long_contexts_of_every_grouping_equal_the_reference(codec, group, head_dim):

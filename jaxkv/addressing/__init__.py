@@ -2,7 +2,7 @@
 
 from jaxkv.addressing.addressing import Addressing, Index, Layer
 from jaxkv.addressing.contiguous import Contiguous
-from jaxkv.addressing.kept import Kept, KeptIndex, Sums
+from jaxkv.addressing.kept import Kept, KeptIndex, PolicyState
 from jaxkv.addressing.kept_by_head import KeptByHead
 from jaxkv.addressing.paged import Paged, PagedIndex
 from jaxkv.addressing.ring import Ring
@@ -25,6 +25,6 @@ __all__ = [
     "Layer",
     "Paged",
     "PagedIndex",
+    "PolicyState",
     "Ring",
-    "Sums",
 ]

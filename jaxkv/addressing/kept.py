@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import jax
@@ -27,7 +28,8 @@ class Kept:
       tokens: kept a layer, sequence and head.
       new: tokens that fit beside them, until `jaxkv.evict` chooses again.
       num_layers, num_kv_heads: of the config; there is a position for each of their tokens.
-      sums: also holds what each token was attended to so far (`jaxkv.policies.HeavyHitters`).
+      sums: numbers per token and head that a policy with state keeps, by name (its ``state``);
+        True for those of `jaxkv.policies.HeavyHitters`.
       within: where the logical slots are, `Contiguous` or `Paged`; pages of a shared pool are
         assigned by `jaxkv.compress`.
 
@@ -45,21 +47,30 @@ class Kept:
     new: int
     num_layers: int
     num_kv_heads: int
-    sums: bool = False
+    sums: bool | tuple[str, ...] = False
     within: Contiguous | Paged = Contiguous()
 
     def __post_init__(self):
         check_counts(self, "tokens", "new", "num_layers", "num_kv_heads")
         within, window = self.within, getattr(self.within, "window", None)
-        if not isinstance(self.sums, bool) or not isinstance(within, Contiguous | Paged) or window:
+        if self.sums in (("sums",), ()):  # one policy, one name, one config
+            object.__setattr__(self, "sums", bool(self.sums))
+        named = isinstance(self.sums, tuple) and all(isinstance(name, str) for name in self.sums)
+        sums = named or isinstance(self.sums, bool)
+        if not sums or not isinstance(within, Contiguous | Paged) or window:
             raise ValueError(
-                f"Kept: sums must be True or False and within Contiguous() or Paged() without a "
-                f"window, got {self.sums!r} and {within!r}."
+                f"Kept: sums must be True, False or names and within Contiguous() or Paged() "
+                f"without a window, got {self.sums!r} and {within!r}."
             )
 
     @property
     def name(self) -> str:
         return "kept"
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Names of the numbers that a policy keeps per token and head."""
+        return self.sums if isinstance(self.sums, tuple) else ("sums",) * self.sums
 
     @property
     def slots_per_sequence(self) -> int:
@@ -71,26 +82,27 @@ class Kept:
     def index_bytes(self, max_context_length: int, batch_size: int | None) -> int:
         batch = batch_size or 1
         held = batch * self.num_layers * self.num_kv_heads * self.tokens
-        summed = 4 * (held + batch * self.num_layers * self.num_kv_heads * self.new + batch)
+        in_slots = held + batch * self.num_layers * self.num_kv_heads * self.new
+        state = 4 * (len(self.state) * in_slots + batch) if self.state else 0
         slots = self.within.index_bytes(self.slots_per_sequence, batch_size)
-        return 4 * batch + 4 * held + slots + (summed if self.sums else 0)
+        return 4 * batch + 4 * held + slots + state
 
     def init(self, max_context_length: int, batch_size: int | None) -> "KeptEvenlyIndex":
         batch = () if batch_size is None else (batch_size,)
         shape = (self.num_layers, *batch, self.num_kv_heads)
         lengths = jnp.zeros(batch, jnp.int32)
-        sums = None
-        if self.sums:
-            sums = Sums(
-                jnp.zeros((*shape, self.slots_per_sequence), jnp.float32), jnp.zeros_like(lengths)
-            )
+        state = None
+        if self.state:
+            slots = (*shape, self.slots_per_sequence)
+            tokens = {name: jnp.zeros(slots, jnp.float32) for name in self.state}
+            state = PolicyState(tokens, jnp.zeros_like(lengths))
         return KeptEvenlyIndex(
             lengths,
             jnp.full((*shape, self.tokens), -1, jnp.int32),
             self.within.init(self.slots_per_sequence, batch_size),
             max_context_length,
             self.new,
-            sums,
+            state,
         )
 
 
@@ -104,19 +116,23 @@ def check_counts(addressing: Any, *fields: str) -> None:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["attention", "since"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["tokens", "since"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
-class Sums:
-    """What each token was given by all queries from position ``since`` on.
+class PolicyState:
+    """What a policy remembers of the tokens, from all queries from position ``since`` on.
 
     Attributes:
-      attention: of each logical slot's token.
+      tokens: numbers of each logical slot's token, by name; only the policy knows what they mean.
       since: of each sequence.
     """
 
-    attention: Float[Array, "layers *batch kv_heads slots"]
+    tokens: dict[str, Float[Array, "layers *batch kv_heads slots"]]
     since: Int[Array, "*batch"]
+
+    def map(self, function: Callable[..., Array], *others: dict[str, Array]) -> Self:
+        """With ``function`` of each array, and of those of the others that have its name."""
+        return dataclasses.replace(self, tokens=jax.tree.map(function, self.tokens, *others))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +144,7 @@ class KeptIndex(abc.ABC):
       positions: positions of the kept tokens, in any order; -1 for none.
       within: the addressing of new tokens, at least; its lengths count them.
       capacity, new: static, see `Index` and `Kept`.
-      sums: attention that tokens have drawn, where a policy adds that up.
+      state: what a policy remembers of the tokens, where one does.
     """
 
     lengths: Int[Array, "*batch"]
@@ -142,7 +158,7 @@ class KeptIndex(abc.ABC):
     sinks: ClassVar[int] = 0
     intact: ClassVar[bool] = True
 
-    sums: ClassVar[Sums | None] = None
+    state: ClassVar[PolicyState | None] = None
 
     @property
     @abc.abstractmethod
@@ -213,9 +229,9 @@ class KeptIndex(abc.ABC):
         new = jnp.where(first + slots < end, first + slots, -1)
         return jnp.where(slots < self.new, new, kept)
 
-    def with_sums(self, sums: Sums) -> Self:
-        """The same index with other sums of attention, of an addressing that has any."""
-        return dataclasses.replace(self, sums=sums)  # type: ignore[call-arg]
+    def with_state(self, state: PolicyState | None) -> Self:
+        """The same index with another state of a policy, of an addressing that has any."""
+        return self if state is None else dataclasses.replace(self, state=state)  # type: ignore[call-arg]
 
     def with_new_slots_free(self, full: Bool[Array, "*batch"]) -> Self:
         """After a choice: in these sequences every token held is a kept one."""
@@ -225,14 +241,14 @@ class KeptIndex(abc.ABC):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["lengths", "positions", "within", "sums"],
+    data_fields=["lengths", "positions", "within", "state"],
     meta_fields=["capacity", "new"],
 )
 @dataclasses.dataclass(frozen=True)
 class KeptEvenlyIndex(KeptIndex):
     """As many kept tokens in each head: positions are ``[layers, *batch, kv_heads, tokens]``."""
 
-    sums: Sums | None = None  # type: ignore[misc]
+    state: PolicyState | None = None  # type: ignore[misc]
 
     @property
     def extent(self) -> int:
@@ -269,14 +285,15 @@ class KeptEvenlyIndex(KeptIndex):
             return jnp.take(batched, rows, axis=axis)
 
         within, slots = self.within.select(rows)
-        sums = self.sums
-        if sums is not None:
-            sums = Sums(of_rows(sums.attention, 1), of_rows(sums.since, 0))
+        state = self.state
+        if state is not None:
+            state = state.map(lambda array: of_rows(array, 1))
+            state = dataclasses.replace(state, since=of_rows(state.since, 0))
         selected = dataclasses.replace(
             self,
             lengths=of_rows(self.lengths, 0),
             positions=of_rows(self.positions, 1),
             within=within,
-            sums=sums,
+            state=state,
         )
         return selected, slots

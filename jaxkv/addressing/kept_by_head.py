@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,8 @@ class KeptByHead:
 
     def __post_init__(self):
         check_counts(self, "places", "longest", "new", "num_layers", "num_kv_heads")
+
+    state: ClassVar[tuple[str, ...]] = ()  # of a policy: there is none
 
     @property
     def name(self) -> str:

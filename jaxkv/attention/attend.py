@@ -33,7 +33,6 @@ from jaxkv.cache.hybrid import AnyCache, in_its_group
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of
 from jaxkv.cache.shards import in_each_shard, local_shapes
 from jaxkv.cache.verbs import or_nan, real_of
-from jaxkv.codecs import Dense, unrotate
 from jaxkv.devices import PLATFORMS, by_platform, default_device, platform_of
 from jaxkv.programs import one_program
 from jaxkv.show.text import format_bytes
@@ -82,7 +81,7 @@ def _reference_is_wasteful(cache: KVCache, tokens: int, heads: int, platform: st
     if scores > _REFERENCE_LIMIT:
         return f"its scores would take {format_bytes(scores)}"
     group = heads // cache.config.num_kv_heads
-    if not isinstance(cache.config.codec, Dense) and not sums_in_place(platform, tokens, group):
+    if cache.config.codec.dtype is None and not sums_in_place(platform, tokens, group):
         return f"it would decode the whole {cache.config.codec.name} layer"
     if platform == "cpu" and extent > KEY_BLOCK:
         return f"on a CPU it reads all {extent} slots, blockwise only those in use"
@@ -203,7 +202,7 @@ def _serve(
         _merged(request, chosen) if isinstance(cache.index, Interleaved) else chosen.run(request)
     )
     if turn:
-        output = unrotate(cache.config.codec, output)
+        output = cache.config.codec.unrotate(output)
     return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
 
 

@@ -12,7 +12,6 @@ from jaxtyping import Array
 
 from jaxkv.attention.call import Grouped, LogTotal, Request
 from jaxkv.attention.online import Online
-from jaxkv.codecs import rotate, rotate_values, unrotate
 
 KEY_BLOCK = 1024  # slots
 QUERY_BLOCK = 256  # tokens
@@ -46,8 +45,8 @@ def blockwise_part(request: Request) -> tuple[Grouped, LogTotal]:
 def unturned_blockwise(request: Request) -> Grouped:
     """The same where neither queries nor outputs are turned as the codec turns keys and values."""
     codec = request.cache.config.codec
-    queries = rotate(codec, request.queries)
-    return unrotate(codec, blockwise(dataclasses.replace(request, queries=queries)))
+    queries = codec.rotate(request.queries)
+    return codec.unrotate(blockwise(dataclasses.replace(request, queries=queries)))
 
 
 def _one_query_block(request: Request) -> tuple[Grouped, LogTotal]:
@@ -61,7 +60,7 @@ def with_newest(request: Request, state: Online) -> Online:
         return state
     newest, own = _all_blocks(request.newest), request.newest.cache.config.codec
     # Turned as the codec of the whole cache turns it.
-    mix = rotate_values(request.cache.config.codec, unrotate(own, newest.mix))
+    mix = request.cache.config.codec.rotate_values(own.unrotate(newest.mix))
     return state.joined(newest._replace(mix=mix))
 
 

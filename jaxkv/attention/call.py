@@ -13,9 +13,9 @@ from jaxkv.attention.masks import visible
 from jaxkv.cache.checks import check_layer
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens
 from jaxkv.cache.newest import NewestIndex
-from jaxkv.cache.vectors import means_of, read_stored
+from jaxkv.cache.vectors import offsets_of, read_stored
 from jaxkv.cache.verbs import token_positions
-from jaxkv.codecs import Centred, rotate, rotate_values
+from jaxkv.codecs import Offsets
 
 # Query head h * group + g reads KV head h, so queries are kept grouped by what they read.
 Grouped = Float[Array, "batch kv_heads tokens group head_dim"]
@@ -30,7 +30,7 @@ Vectors = Float[Array, "batch slots kv_heads head_dim"]
     jax.tree_util.register_dataclass,
     data_fields=[
         *("cache", "queries", "layer", "positions", "lengths", "sinks"),
-        *("centre_queries", "newest"),
+        *("offset_queries", "newest"),
     ],
     meta_fields=["softcap", "window"],
 )
@@ -45,7 +45,7 @@ class Request:
       positions: of each query, -1 for padding.
       lengths: of each sequence, after these tokens.
       sinks: a learned logit a query head that takes probability and gives nothing, or None.
-      centre_queries: what a `Centred` codec's features of a position are multiplied with.
+      offset_queries: what features of a position are multiplied with, for the share of `offsets`.
       newest: the same call of the cache of `Newest` tokens, which are not read here then; or None.
     """
 
@@ -57,7 +57,7 @@ class Request:
     softcap: float | None = None
     window: int | None = None
     sinks: Float[Array, "kv_heads group"] | None = None
-    centre_queries: Float[Array, "batch kv_heads tokens group features"] | None = None
+    offset_queries: Float[Array, "batch kv_heads tokens group features"] | None = None
     newest: "Request | None" = None
 
     @classmethod
@@ -65,12 +65,16 @@ class Request:
         cls, cache: KVCache, queries: Grouped, layer: Layer, turn: bool = True, **fields: Any
     ) -> Self:
         """With queries as the model has them, for the codec to prepare."""
-        codec, centre_queries = cache.config.codec, None
-        if isinstance(codec, Centred):
-            centre_queries = codec.centre_queries(queries, means_of(cache, layer)[0])
+        offsets = offsets_of(cache, layer)
+        offset_queries = None if offsets is None else offsets.queries(queries)
         if turn:
-            queries = rotate(codec, queries)
-        return cls(cache, queries, layer, centre_queries=centre_queries, **fields)
+            queries = cache.config.codec.rotate(queries)
+        return cls(cache, queries, layer, offset_queries=offset_queries, **fields)
+
+    @property
+    def offsets(self) -> Offsets | None:
+        """What the layer's vectors were stored less."""
+        return offsets_of(self.cache, self.layer)
 
     def take_queries(self, start: Int[Array, ""] | int, size: int) -> Self:
         """The same for some of its tokens; those past the end are padding."""
@@ -83,12 +87,12 @@ class Request:
             padded = jnp.pad(array, widths, constant_values=value)
             return lax.dynamic_slice_in_dim(padded, start, size, axis)
 
-        centre_queries = self.centre_queries
+        offset_queries = self.offset_queries
         return dataclasses.replace(
             self,
             queries=take(self.queries, 2, 0),
             positions=take(self.positions, 1, -1),
-            centre_queries=None if centre_queries is None else take(centre_queries, 2, 0),
+            offset_queries=None if offset_queries is None else take(offset_queries, 2, 0),
             newest=None if self.newest is None else self.newest.take_queries(start, size),
         )
 
@@ -97,11 +101,11 @@ class Request:
 
         Zero probability times NaN is NaN, so what an empty slot holds must not be read at all.
         """
-        codec = self.cache.config.codec
-        both = read_stored(self.cache, self.layer, start, size)
+        lengths = self.lengths.reshape(self.cache.lengths.shape)
+        both = read_stored(self.cache, self.layer, start, size, lengths)
         keys, values = both.reshape(2, len(self.lengths), *both.shape[-3:])
-        if isinstance(codec, Centred):
-            values += rotate_values(codec, means_of(self.cache, self.layer)[1])
+        if (offsets := self.offsets) is not None:
+            values += self.cache.config.codec.rotate_values(offsets.values)
         held = jnp.swapaxes(self.key_positions(start, size) >= 0, 1, 2)[..., None]
         return jnp.where(held, keys, 0), jnp.where(held, values, 0)
 
@@ -129,12 +133,12 @@ class Request:
         return near & (positions >= first[:, None, None])[:, :, None]
 
     def logits(self, scores: Scores, start: Int[Array, ""] | int, size: int) -> Scores:
-        """Those slots' scores, with the share of means that keys are stored without, and capped."""
-        if isinstance(codec := self.cache.config.codec, Centred):
-            features = codec.centre_features(self.key_positions(start, size))
+        """Those slots' scores, with the share of what keys were stored less, and capped."""
+        if (offsets := self.offsets) is not None:
+            features = offsets.features(self.key_positions(start, size))
             # On a GPU they would be rounded to TF32.
-            centres = "bktgf,bksf->bktgs", self.centre_queries, features
-            scores += jnp.einsum(*centres, precision="highest")
+            share = "bktgf,bksf->bktgs", self.offset_queries, features
+            scores += jnp.einsum(*share, precision="highest")
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
     def key_positions(

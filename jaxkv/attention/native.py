@@ -19,23 +19,14 @@ from jaxkv.attention.blockwise import blockwise_part
 from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request
 from jaxkv.cache.kv_cache import KVCache, buffer_of
 from jaxkv.cache.newest import NewestIndex
-from jaxkv.cache.vectors import means_of
-from jaxkv.codecs import (
-    Centred,
-    Codec,
-    Dense,
-    Float8,
-    Int8,
-    KeysValues,
-    Rotated,
-    rotate_values,
-    unrotate,
-)
+from jaxkv.codecs import Codec
 from jaxkv.devices import num_devices_of
 from jaxkv.native import unavailable
 
 _INDICES = (ContiguousIndex, PagedIndex, RingIndex, KeptEvenlyIndex, NewestIndex, Interleaved)
 _LANES = 16
+_COUNTS = (2, 4, 8, 16)  # of the levels of packed codes
+_INT8 = tuple(range(-128, 128))
 _MOST_NUMBERS = 1024  # of a vector of codes, which is widened on the stack
 
 
@@ -44,9 +35,9 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
     config = cache.config
     if tokens != 1:
         return f"it serves one token a sequence, and this call has {tokens}"
-    keys, values = _sides(config.codec)
-    elements = keys == values and isinstance(keys, Dense | Float8)
-    if not elements and not (_bits(keys) and _bits(values)):
+    keys, values = config.codec.sides
+    floats = keys == values and (keys.dtype or keys.scaled_dtype)
+    if not floats and not (_bits(keys) and _bits(values)):
         return f"it cannot read {config.codec.name}"
     if type(cache.index) not in _INDICES:  # a number of tokens for each head is another layout
         return f"it cannot read {config.addressing.name} caches"
@@ -77,8 +68,8 @@ def native_part(request: Request) -> tuple[Grouped, LogTotal]:
     output, log_total = _read(request)
     if request.newest is not None:
         newest, newest_log_total = _read(request.newest)
-        newest = unrotate(request.newest.cache.config.codec, newest)
-        newest = rotate_values(request.cache.config.codec, newest)
+        newest = request.newest.cache.config.codec.unrotate(newest)
+        newest = request.cache.config.codec.rotate_values(newest)
         share = jax.nn.sigmoid(newest_log_total - log_total)[..., None]
         output = output * (1 - share) + newest * share
         log_total = jnp.logaddexp(log_total, newest_log_total)
@@ -90,14 +81,14 @@ def _read(
 ) -> tuple[Float[Array, "batch kv_heads group head_dim"], Float[Array, "batch kv_heads group"]]:
     """The output, turned as values are, and the log of all scores' exponentials, sinks' too."""
     index, codec = request.cache.index, request.cache.config.codec
-    key_codec, value_codec = _sides(codec)
+    key_codec, value_codec = codec.sides
     keys, values = _leaves(request.cache, 0), _leaves(request.cache, 1)
     queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
     sinks = request.sinks
     if sinks is None:
         sinks = jnp.full(queries.shape[1:3], LOWEST, jnp.float32)
     table, page_size = _pages(index)
-    centre_queries, rope_tables = _centre(request)
+    offset_queries, rope_tables = _offsets(request)
     hidden_from = _hidden_from(request)
     output, log_total = jax.ffi.ffi_call(
         "jaxkv_decode",
@@ -114,7 +105,7 @@ def _read(
         request.positions[:, 0],
         jnp.minimum(request.lengths, hidden_from),
         sinks,
-        centre_queries,
+        offset_queries,
         rope_tables,
         table,
         _key_positions(request, hidden_from),
@@ -127,10 +118,10 @@ def _read(
         kept_sinks=np.int64(index.sinks),
         softcap=np.float32(request.softcap or 0),
     )
-    if isinstance(codec, Centred):
-        value_means = rotate_values(codec, means_of(request.cache, request.layer)[1])
+    if (offsets := request.offsets) is not None:
+        value_offsets = codec.rotate_values(offsets.values)
         share = 1 - jnp.exp(jnp.minimum(sinks - log_total, 0))  # of probability, that tokens took
-        output += share[..., None] * value_means[:, None]
+        output += share[..., None] * value_offsets[:, None]
     return output, log_total
 
 
@@ -150,48 +141,39 @@ def _hidden_from(request: Request) -> Int[Array, " batch"]:
     return jnp.maximum(first, request.positions[:, 0] + 1 - index.window)
 
 
-def _centre(request: Request) -> tuple[Array, Array]:
-    """The share of means in the scores: queries, and tables of cosines and sines; empty if none."""
-    codec = request.cache.config.codec
-    if not isinstance(codec, Centred) or request.centre_queries is None:
+def _offsets(request: Request) -> tuple[Array, Array]:
+    """Their share in the scores: queries, and tables of cosines and sines; empty if none."""
+    if request.offset_queries is None:
         return jnp.zeros((0, 0, 0, 0), jnp.float32), jnp.zeros((0, 0, 0, 0), jnp.float32)
-    queries = request.centre_queries[:, :, 0]
-    if codec.rope and codec.rope.rotary_dim == request.cache.config.head_dim:
+    queries, rope = request.offset_queries[:, :, 0], request.cache.config.codec.rope
+    if rope and rope.rotary_dim == request.cache.config.head_dim:
         queries = queries[..., :-1]  # no number is left unturned
     queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, -queries.shape[-1] % _LANES),))
-    tables = codec.rope.tables if codec.rope else np.zeros((0, 0, 0, 0), np.float32)
+    tables = rope.tables if rope else np.zeros((0, 0, 0, 0), np.float32)
     return queries, jnp.asarray(tables)
 
 
-def _sides(codec: Codec) -> tuple[Codec, Codec]:
-    """The codecs of keys and of values, or of what they differ from their means."""
-    codec = codec.codec if isinstance(codec, Centred) else codec
-    return (codec.keys, codec.values) if isinstance(codec, KeysValues) else (codec, codec)
-
-
 def _bits(codec: Codec) -> int:
-    """Of a code that stands for a whole number; 0 for a codec that has none."""
-    match codec:
-        case Int8():
-            return 8
-        case Rotated(bits=bits):
-            return bits
-    return 0
+    """Of a code that stands for a whole number; 0 for a codec that has none, or other ones."""
+    count = len(codec.levels or ())
+    return count.bit_length() - 1 if count in _COUNTS or codec.levels == _INT8 else 0
 
 
 def _levels(codec: Codec) -> Int[Array, " codes"]:
-    levels = codec.levels if isinstance(codec, Rotated) else ()
-    return jnp.asarray([*levels, *(0,) * (16 - len(levels))], jnp.int8)
+    """What packed codes stand for, in a table; those of 8 bits are the numbers."""
+    levels = codec.levels if codec.levels and codec.levels != _INT8 else ()
+    return jnp.asarray([*levels, *(0,) * (_COUNTS[-1] - len(levels))], jnp.int8)
 
 
 def _leaves(cache: KVCache, side: int) -> tuple[Array, Array]:
     """The buffers of one side's vectors and scales; no scales where vectors are what they are."""
-    storage = cache.storage
-    if "key_codes" in storage:
-        name = ("key", "value")[side]
-        return storage[f"{name}_codes"], storage[f"{name}_scales"]
-    codes, *scales = storage.values()
-    return codes, scales[0] if scales else jnp.zeros(0, jnp.uint16)
+    codec, head_dim = cache.config.codec, cache.config.head_dim
+    names = [*codec.leaves(head_dim)]  # a pytree has them in another order
+    keys, own = (len(each.leaves(head_dim)) for each in (codec.sides[0], codec.sides[side]))
+    if len(names) > own:  # each leaf is of one side, first those of keys
+        names = names[keys * side :][:own]
+    vectors, *scales = (cache.storage[name] for name in names)
+    return vectors, scales[0] if scales else jnp.zeros(0, jnp.uint16)
 
 
 def _pages(index: Index) -> tuple[Int[Array, "*batch pages"], int]:

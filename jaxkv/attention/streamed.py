@@ -69,12 +69,9 @@ class _Fetched:
     """The index of leaves that were read already: what stands in them, -1 for nothing to see."""
 
     positions: Int[Array, "batch #kv_heads slots"]
+    lengths: Int[Array, "*batch"]  # for their shape
     window: int | None
     sinks: int
-
-    @property
-    def lengths(self) -> Int[Array, " batch"]:
-        return self.positions[:, 0, 0]  # for its shape
 
     def read(self, leaf: Array, layer: Layer, start: int, size: int) -> Array:
         return leaf
@@ -90,7 +87,7 @@ def _with_tokens(
 ) -> Online:
     """After some tokens of each sequence, whose leaves are on the device."""
     whole, size = request.cache.index, positions.shape[-1]
-    index: Any = _Fetched(positions, whole.window, whole.sinks)
+    index: Any = _Fetched(positions, whole.lengths, whole.window, whole.sinks)
     there = dataclasses.replace(
         request, cache=dataclasses.replace(request.cache, storage=leaves, index=index)
     )

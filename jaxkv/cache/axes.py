@@ -121,11 +121,11 @@ class Spread:
         if batch > 1:
             if config.batch_size is None:
                 raise ConfigError("axes: batch needs a config with a batch_size, got None.")
-            if config.means_shape is not None:
+            if config.codec_state:
                 raise ConfigError(
-                    f"axes: a {config.codec.name} cache is not split by batch, since it stores "
-                    "vectors less the means of all sequences. Leave batch out of its axes; heads "
-                    "and context split it."
+                    f"axes: a {config.codec.name} cache is not split by batch, since its codec's "
+                    "state is of all sequences. Leave batch out of its axes; heads and context "
+                    "split it."
                 )
             _check_divides("batch_size", config.batch_size, batch, self.axes.batch)
             fields["batch_size"] = config.batch_size // batch

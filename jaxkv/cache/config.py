@@ -1,7 +1,6 @@
 """The shape of a cache and its exact bytes, known before any device is touched."""
 
 import dataclasses
-import math
 import operator
 import os
 import warnings
@@ -10,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.newest import Newest, NewestSlots
-from jaxkv.codecs import Centred, Codec, Dense, bytes_per_token
+from jaxkv.codecs import Codec, Dense, bytes_per_token, state_bytes, state_specs
 from jaxkv.errors import ConfigError
 from jaxkv.placement import HostMemory
 from jaxkv.show.text import sequences
@@ -63,7 +62,8 @@ class KVCacheConfig:
             problems.append(self._normalize_count("batch_size", " or None for a single sequence"))
         if isinstance(self.codec, type) or not isinstance(self.codec, Codec):
             problems.append(
-                f'codec must be a codec such as jaxkv.Dense("bfloat16"), got {self.codec!r}'
+                'codec must be a codec such as jaxkv.Dense("bfloat16"), an instance of a subclass '
+                f"of jaxkv.Codec, got {self.codec!r}"
             )
         if isinstance(self.addressing, type) or not isinstance(self.addressing, Addressing):
             problems.append(
@@ -158,18 +158,19 @@ class KVCacheConfig:
         return self.num_layers * self.num_kv_heads * bytes_per_token(self.codec, self.head_dim)
 
     @property
-    def means_shape(self) -> tuple[int, int, int, int] | None:
-        """``(num_layers, 2, num_kv_heads, head_dim)`` if the codec keeps means, see `Centred`."""
-        if not isinstance(self.codec, Centred):
-            return None
-        return self.num_layers, 2, self.num_kv_heads, self.head_dim
+    def codec_state(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of each array of the codec's state, see `Codec.state`."""
+        return {
+            name: ((self.num_layers, sides, self.num_kv_heads, *shape), dtype)
+            for name, (shape, dtype, sides) in state_specs(self.codec, self.head_dim).items()
+        }
 
     @property
     def size_bytes(self) -> int:
-        """Exact bytes of the keys and values, scales and means included, wherever they are."""
-        means = 4 * math.prod(self.means_shape) if self.means_shape else 0
+        """Exact bytes of the keys and values, scales and the codec's state included, anywhere."""
+        state = self.num_layers * self.num_kv_heads * state_bytes(self.codec, self.head_dim)
         newest = 0 if self.newest_config is None else self.newest_config.size_bytes
-        return (self.num_slots + self.num_resident_slots) * self.bytes_per_token + means + newest
+        return (self.num_slots + self.num_resident_slots) * self.bytes_per_token + state + newest
 
     @property
     def newest_config(self) -> "KVCacheConfig | None":

@@ -132,8 +132,11 @@ def _create(config: KVCacheConfig, device: Any) -> KVCache:
             leaves[name] = allocate(whole, container_dtype(dtype, platform), device=where)
         return leaves
 
-    of_means = _of_axes(device, (0, 1, 3, 4))  # all but the slots
-    means = config.means_shape and jnp.zeros(config.means_shape, jnp.float32, device=of_means)
+    of_state = _of_axes(device, (0, 1, 3, 4))  # all but the slots
+    codec_state = {
+        name: jnp.zeros(shape, dtype, device=of_state)
+        for name, (shape, dtype) in config.codec_state.items()
+    }
     index = config.addressing.init(config.max_context_length, config.batch_size)
     resident = None
     if config.num_resident_slots:
@@ -146,7 +149,7 @@ def _create(config: KVCacheConfig, device: Any) -> KVCache:
         config.num_slots, zeros_in_host_memory if config.in_host_memory else jnp.zeros
     )
     newest = None if config.newest_config is None else _create(config.newest_config, device)
-    return KVCache(storage, index, config, means, resident, newest)
+    return KVCache(storage, index, config, codec_state, resident, newest)
 
 
 def _platform(device: Any) -> str:

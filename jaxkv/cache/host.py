@@ -13,7 +13,7 @@ from jaxkv.cache.checks import check_alive
 from jaxkv.cache.hybrid import in_every_group
 from jaxkv.cache.kv_cache import KVCache, Layer, buffer_of
 from jaxkv.cache.vectors import read
-from jaxkv.codecs import Leaves, bitcast, rotate
+from jaxkv.codecs import Leaves, bitcast
 from jaxkv.devices import default_device
 from jaxkv.placement import Bounds, host_sharding, needed_run, to_device, write_slots
 from jaxkv.programs import on_device
@@ -85,7 +85,7 @@ def bounds_of(cache: KVCache, bounds: Bounds, rows: Int[Array, " rows"]) -> Boun
     def with_block(turn: Array, bounds: Bounds) -> Bounds:
         layer, block = jnp.divmod(turn, blocks)
         start = jnp.minimum(block * bounds.block, index.extent - size)
-        keys = rotate(cache.config.codec, read(cache, layer, start, size, jnp.float32)[0])
+        keys = cache.config.codec.rotate(read(cache, layer, start, size, jnp.float32)[0])
         positions = index.key_positions(layer, index.lengths, start, size).reshape(batch, size)
         inside = chosen & (positions // bounds.block == block)
         positions = jnp.where(inside, positions, -1)
@@ -120,7 +120,7 @@ def append_to_host(
     if resident is not None:
         resident = resident.append(layer, encoded, kept)
         if resident.bounds is not None:
-            turned = rotate(cache.config.codec, keys.astype(jnp.float32))
+            turned = cache.config.codec.rotate(keys.astype(jnp.float32))
             turned = turned.reshape(*rows, *keys.shape[-2:])
             bounds = resident.bounds.extended(layer, turned, kept.reshape(rows))
             resident = dataclasses.replace(resident, bounds=bounds)

@@ -2,19 +2,20 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxkv.addressing import Index, Layer, PagedIndex
 from jaxkv.cache.axes import Spread
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.newest import NewestIndex
-from jaxkv.codecs import Leaves
+from jaxkv.codecs import Leaves, State
 from jaxkv.placement import Resident
 from jaxkv.programs import one_program
 from jaxkv.show.html import Bar, occupancy_html
@@ -34,7 +35,7 @@ NumTokens = int | Int[Array, "*batch"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["storage", "index", "means", "resident", "newest", "real_tokens"],
+    data_fields=["storage", "index", "codec_state", "resident", "newest", "real_tokens"],
     meta_fields=["config", "spread"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -47,7 +48,8 @@ class KVCache:
         dtype uint16 (see `container_dtype`); use `layer` to get numbers.
       index: which slot holds which token; `lengths` is part of it.
       config: the static description.
-      means: of `Centred`, ``[layers, 2, kv_heads, head_dim]``, None for other codecs.
+      codec_state: what the codec has learned, an array ``[layers, sides, kv_heads, ...]`` per name;
+        ``{"means": ...}`` of `Centred`, and empty for most codecs.
       resident: where ``config.placement`` puts the buffers into host memory, what stays on the
         device; else None.
       newest: where ``config.newest`` keeps the newest tokens by a finer codec too, the cache of
@@ -66,7 +68,7 @@ class KVCache:
     storage: Leaves
     index: Index
     config: KVCacheConfig
-    means: Float32[Array, "layers 2 kv_heads head_dim"] | None = None
+    codec_state: State = dataclasses.field(default_factory=dict)
     resident: Resident | None = None
     newest: "KVCache | None" = None
     real_tokens: Int[Array, "*batch"] | None = None
@@ -98,10 +100,17 @@ class KVCache:
         return self.lengths >= OUT_OF_RANGE
 
     @property
+    def means(self) -> Array | None:
+        """Deprecated: ``codec_state["means"]``, or None for a codec other than `Centred`."""
+        told = "KVCache.means is deprecated: it is in KVCache.codec_state, which all codecs have."
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        return self.codec_state.get("means")
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the keys and values; equal to ``config.size_bytes``."""
         resident = None if self.resident is None else self.resident.storage
-        held = self.storage, self.means, resident
+        held = self.storage, self.codec_state, resident
         newest = 0 if self.newest is None else self.newest.size_bytes
         return sum(leaf.nbytes for leaf in jax.tree.leaves(held)) + newest
 
@@ -153,17 +162,19 @@ class KVCache:
         index = self.index.with_table(table).with_lengths(lengths)
         return dataclasses.replace(self, index=index, newest=newest)
 
-    def with_means(self, means: Float32[Array, "layers 2 kv_heads head_dim"] | None) -> "KVCache":
-        """The same buffers of vectors that are stored less these means.
+    def with_codec_state(self, state: State) -> "KVCache":
+        """The same buffers of vectors that were encoded under this state.
 
-        Means of `Newest` tokens that nobody set yet are these too: the tokens that they would have
-        been taken of were written without them.
+        State of the `Newest` tokens' codec that was never set is this too: the tokens that it
+        would have been set from were written without them.
         """
-        newest = self.newest
-        if newest is not None and newest.means is not None and means is not None:
-            own = jnp.where(newest.means.any(), newest.means, means)
-            newest = dataclasses.replace(newest, means=own)
-        return dataclasses.replace(self, means=means, newest=newest)
+        newest, ours = self.newest, self.config.codec_state.items()
+        if newest is not None and newest.config.codec_state.items() <= ours:
+            found = newest.codec_state
+            is_set = functools.reduce(jnp.logical_or, [a.any() for a in found.values()], False)
+            own = {name: jnp.where(is_set, found[name], state[name]) for name in found}
+            newest = dataclasses.replace(newest, codec_state=own)
+        return dataclasses.replace(self, codec_state=state, newest=newest)
 
     def __repr__(self) -> str:
         held, unknown = _lengths(self)

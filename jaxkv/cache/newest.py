@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.addressing import Layer
 from jaxkv.addressing.runs import first_slots, read_runs, slots_of_runs
-from jaxkv.codecs import Centred, Codec, Dense
+from jaxkv.codecs import Codec, Dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +62,7 @@ class Newest:
 
     def codec_beside(self, codec: Codec) -> Codec:
         """Its codec beside the cache's own, whose rope it is under."""
-        if isinstance(self.codec, Centred) and isinstance(codec, Centred):
-            return self.codec.under(codec.rope)
-        return self.codec
+        return self.codec.under(codec.rope)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _selected(cache: KVCache, rows: Int[Array, " rows"]) -> KVCache:
     resident = None if cache.resident is None else cache.resident.select(chosen)
     newest = None if cache.newest is None else select(cache.newest, chosen)
     config = cache.config.replace(batch_size=chosen.size)
-    return KVCache(storage, index, config, cache.means, resident, newest)
+    return KVCache(storage, index, config, cache.codec_state, resident, newest)
 
 
 _select = one_program()(_selected)

@@ -6,14 +6,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxkv.cache.kv_cache import KVCache, Layer
-from jaxkv.codecs import Centred, Leaves, decode_stored, refuse_gradient, updated_means
+from jaxkv.codecs import Leaves, Offsets, State, out_of_containers, refuse_gradient
 from jaxkv.placement import read_slots
 
 
-def means_of(cache: KVCache, layer: Layer) -> Float[Array, "2 kv_heads head_dim"]:
-    """Of one layer of a cache that has them."""
-    assert cache.means is not None, "a cache with a Centred codec was made without its means"
-    return cache.means[layer]
+def state_of(cache: KVCache, layer: Layer) -> State:
+    """The codec's state of one layer."""
+    return {name: array[layer] for name, array in cache.codec_state.items()}
+
+
+def offsets_of(cache: KVCache, layer: Layer) -> Offsets | None:
+    """What one layer's vectors were stored less, see `Codec.offsets`."""
+    return cache.config.codec.offsets(state_of(cache, layer))
 
 
 def encode(
@@ -22,52 +26,57 @@ def encode(
     keys: Float[Array, "*batch tokens kv_heads head_dim"],
     values: Float[Array, "*batch tokens kv_heads head_dim"],
     positions: Int[Array, "*batch tokens"],
-) -> tuple[Leaves, Array | None]:
-    """The codec's leaves, ``[sides, *batch, tokens, kv_heads, ...]``, and the cache's means."""
+) -> tuple[Leaves, State]:
+    """Leaves ``[sides, *batch, tokens, kv_heads, ...]``, and the codec's state of all layers."""
     codec = cache.config.codec
     vectors = refuse_gradient(codec, jnp.stack([keys, values]))
-    if not isinstance(codec, Centred):
-        return codec.encode(vectors), None
-    vectors, empty = vectors.astype(jnp.float32), jnp.all(cache.lengths == 0)
-    own = updated_means(codec, means_of(cache, layer), vectors, positions, empty)
-    encoded = codec.encode(vectors - codec.centres(own, positions[..., None]))
-    return encoded, cache.means.at[layer].set(own)  # type: ignore[union-attr]
+    own = codec.update_state(state_of(cache, layer), vectors, positions, cache.lengths)
+    encoded = codec.encode_tokens(vectors, own, positions)
+    state = {name: whole.at[layer].set(own[name]) for name, whole in cache.codec_state.items()}
+    return encoded, state
 
 
 def read(
-    cache: KVCache, layer: Layer, start: Int[Array, ""] | int, size: int, dtype: Any
-) -> Float[Array, "2 *batch size kv_heads head_dim"]:
-    """Decode ``size`` logical slots of one layer."""
-    codec, lengths = cache.config.codec, cache.lengths
-    if not isinstance(codec, Centred):
-        return _decode(cache, layer, start, size, dtype, rotated=False)
-    slots = start + jnp.arange(size, dtype=jnp.int32)
-    positions = cache.index.key_positions(layer, lengths, start, size)
-    positions = jnp.where(positions < 0, slots, positions)  # tokens that are not counted yet
-    positions = positions.reshape(*lengths.shape, -1, size).swapaxes(-1, -2)
-    differences = _decode(cache, layer, start, size, jnp.dtype("float32"), rotated=False)
-    return (differences + codec.centres(means_of(cache, layer), positions)).astype(dtype)
-
-
-def read_stored(
-    cache: KVCache, layer: Layer, start: Int[Array, ""] | int, size: int
-) -> Float[Array, "2 *batch size kv_heads head_dim"]:
-    """The same as the codec keeps them, float32: turned by it, and less their means."""
-    return _decode(cache, layer, start, size, jnp.dtype("float32"), rotated=True)
-
-
-def _decode(
     cache: KVCache,
     layer: Layer,
     start: Int[Array, ""] | int,
     size: int,
     dtype: Any,
     *,
-    rotated: bool,
-) -> Array:
+    lengths: Int[Array, "*batch"] | None = None,
+    rotated: bool = False,
+) -> Float[Array, "2 *batch size kv_heads head_dim"]:
+    """Decode ``size`` logical slots of one layer, of sequences that have these lengths by now."""
+    codec, lengths = cache.config.codec, cache.lengths if lengths is None else lengths
+    leaves, head_dim = _leaves(cache, layer, start, size), cache.config.head_dim
+    if not cache.codec_state:  # which is all that asks for positions
+        return (codec.decode_rotated if rotated else codec.decode)(leaves, head_dim, dtype)
+    slots = start + jnp.arange(size, dtype=jnp.int32)
+    positions = cache.index.key_positions(layer, lengths, start, size)
+    positions = jnp.where(positions < 0, slots, positions)  # tokens that are not counted yet
+    positions = positions.reshape(*lengths.shape, -1, size).swapaxes(-1, -2)
+    state = state_of(cache, layer)
+    return codec.decode_tokens(leaves, head_dim, dtype, state, positions, rotated=rotated)
+
+
+def read_stored(
+    cache: KVCache,
+    layer: Layer,
+    start: Int[Array, ""] | int,
+    size: int,
+    lengths: Int[Array, "*batch"],
+) -> Float[Array, "2 *batch size kv_heads head_dim"]:
+    """The same for attention, float32: rotated by the codec, and less their `offsets_of`."""
+    wide = jnp.dtype("float32")
+    if offsets_of(cache, layer) is None:
+        return read(cache, layer, start, size, wide, lengths=lengths, rotated=True)
+    leaves = _leaves(cache, layer, start, size)
+    return cache.config.codec.decode_rotated(leaves, cache.config.head_dim, wide)
+
+
+def _leaves(cache: KVCache, layer: Layer, start: Int[Array, ""] | int, size: int) -> Leaves:
     stored = {
         name: read_slots(cache.index, leaf, layer, start, size)
         for name, leaf in cache.storage.items()
     }
-    config = cache.config
-    return decode_stored(config.codec, stored, config.head_dim, dtype, rotated=rotated)
+    return out_of_containers(cache.config.codec, stored, cache.config.head_dim)

@@ -32,7 +32,7 @@ from jaxkv.cache.hybrid import (
 from jaxkv.cache.kv_cache import OUT_OF_RANGE, KVCache, Layer, NumTokens, buffer_of
 from jaxkv.cache.shards import books_of, in_each_shard, resharded
 from jaxkv.cache.vectors import encode, read
-from jaxkv.codecs import Dense, bitcast
+from jaxkv.codecs import bitcast
 from jaxkv.errors import CacheFullError
 from jaxkv.placement import in_host_memory
 from jaxkv.programs import one_program
@@ -102,11 +102,11 @@ def _append(
 ) -> KVCache:
     tokens = keys.shape[-3]
     positions = token_positions(cache, tokens, num_tokens)
-    encoded, means = encode(cache, num_layer, keys, values, positions)
+    encoded, codec_state = encode(cache, num_layer, keys, values, positions)
     newest = cache.newest
     if newest is not None:
         newest = append(newest, keys, values, layer=num_layer, num_tokens=num_tokens)
-    cache = dataclasses.replace(cache, means=means, newest=newest)
+    cache = dataclasses.replace(cache, codec_state=codec_state, newest=newest)
     if in_host_memory(buffer_of(cache)):
         return append_to_host(cache, num_layer, encoded, keys, positions)
     slots = cache.index.slots(positions)
@@ -374,5 +374,4 @@ def _in_range(
 
 
 def _decoded_dtype(cache: KVCache) -> jnp.dtype:
-    codec = cache.config.codec
-    return jnp.dtype(codec.dtype if isinstance(codec, Dense) else "float32")
+    return jnp.dtype(cache.config.codec.dtype or "float32")

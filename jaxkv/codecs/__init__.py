@@ -1,26 +1,26 @@
 """How a token's key or value vector is stored: one file a codec, one row in `CODECS`."""
 
-from jaxkv.codecs.centred import Centred, updated_means
+from jaxkv.codecs.centred import Centred
 from jaxkv.codecs.codec import (
     Codec,
     LeafSpec,
     LeafSpecs,
     Leaves,
-    RotatingCodec,
+    State,
     bitcast,
     bytes_per_token,
     container_dtype,
-    decode_stored,
     leaf_specs,
+    out_of_containers,
     refuse_gradient,
-    rotate,
-    rotate_values,
-    unrotate,
+    state_bytes,
+    state_specs,
 )
 from jaxkv.codecs.dense import Dense
 from jaxkv.codecs.float8 import Float8
 from jaxkv.codecs.int8 import Int8
 from jaxkv.codecs.keys_values import KeysValues
+from jaxkv.codecs.offsets import Offsets
 from jaxkv.codecs.rope import Rope
 from jaxkv.codecs.rotated import Rotated
 
@@ -49,17 +49,16 @@ __all__ = [
     "LeafSpec",
     "LeafSpecs",
     "Leaves",
+    "Offsets",
     "Rope",
     "Rotated",
-    "RotatingCodec",
+    "State",
     "bitcast",
     "bytes_per_token",
     "container_dtype",
-    "decode_stored",
     "leaf_specs",
+    "out_of_containers",
     "refuse_gradient",
-    "rotate",
-    "rotate_values",
-    "unrotate",
-    "updated_means",
+    "state_bytes",
+    "state_specs",
 ]

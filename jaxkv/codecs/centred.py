@@ -10,13 +10,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.codecs.codec import (
     Codec,
+    LeafSpec,
     LeafSpecs,
     Leaves,
-    decode_rotated,
-    rotate,
-    rotate_values,
-    unrotate,
+    Positions,
+    State,
+    Tokens,
+    Vectors,
+    refuse_state,
 )
+from jaxkv.codecs.offsets import Offsets
 from jaxkv.codecs.rope import Rope, to_12_bits
 
 # Vectors this many times as long as the median are left out of a mean: no token may move it far.
@@ -26,7 +29,7 @@ Means = Float[Array, "2 kv_heads head_dim"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Centred:
+class Centred(Codec):
     """Stores ``k_t - R_t m`` and ``v - n`` by another codec, where R_t is the rope of position t.
 
     Much of a trained model's keys is one constant vector a head, turned by the rope. Here m is the
@@ -46,6 +49,9 @@ class Centred:
       rope: the rope that keys were turned by; None for a model without one. A model of
         `jaxkv.models` says its own in `cache_config`.
 
+    Raises:
+      ValueError: a codec with state.
+
     >>> import jaxkv
     >>> codec = jaxkv.Centred(jaxkv.Rotated(bits=4), rope=jaxkv.Rope.of(500_000, rotary_dim=128))
     >>> config = jaxkv.KVCacheConfig(32, 8192, num_kv_heads=8, head_dim=128, codec=codec)
@@ -55,6 +61,9 @@ class Centred:
 
     codec: Codec
     rope: Rope | None = None
+
+    def __post_init__(self):
+        refuse_state("Centred", self.codec)
 
     @property
     def name(self) -> str:
@@ -69,37 +78,75 @@ class Centred:
     def leaves(self, head_dim: int) -> LeafSpecs:
         return self.codec.leaves(head_dim)
 
-    def encode(self, vectors: Float[Array, "2 *shape head_dim"]) -> Leaves:
+    def encode(self, vectors: Vectors) -> Leaves:
         return self.codec.encode(vectors)
 
-    def decode(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "2 *shape head_dim"]:
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         return self.codec.decode(leaves, head_dim, dtype)
 
-    def rotate(self, queries: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
-        return rotate(self.codec, queries)
+    @property
+    def levels(self) -> tuple[int, ...] | None:
+        return self.codec.levels
 
-    def unrotate(self, outputs: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
-        return unrotate(self.codec, outputs)
+    @property
+    def rotation(self) -> str | None:
+        return self.codec.rotation
 
-    def rotate_values(
-        self, values: Float[Array, "*shape head_dim"]
-    ) -> Float[Array, "*shape head_dim"]:
-        return rotate_values(self.codec, values)
+    @property
+    def sides(self) -> tuple[Codec, Codec]:
+        return self.codec.sides
 
-    def decode_rotated(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "2 *shape head_dim"]:
-        return decode_rotated(self.codec, leaves, head_dim, dtype)
+    def rotate(self, queries: Vectors) -> Vectors:
+        return self.codec.rotate(queries)
 
-    # Of means.
+    def unrotate(self, outputs: Vectors) -> Vectors:
+        return self.codec.unrotate(outputs)
 
-    def means(
+    def rotate_values(self, values: Vectors) -> Vectors:
+        return self.codec.rotate_values(values)
+
+    def decode_rotated(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
+        return self.codec.decode_rotated(leaves, head_dim, dtype)
+
+    # Of means, its state.
+
+    def state(self, head_dim: int) -> LeafSpecs:
+        return {"means": LeafSpec((head_dim,), "float32")}
+
+    def offsets(self, state: State) -> Offsets:
+        return Offsets(state["means"], self.rope)
+
+    def update_state(
+        self, state: State, vectors: Tokens, positions: Positions, lengths: Int[Array, "*batch"]
+    ) -> State:
+        """The means of these tokens if the cache is empty and they were never set."""
+        means = state["means"]
+        unset = jnp.all(lengths == 0) & ~jnp.any(means != 0)
+        return {"means": _set_once(self, unset, means, vectors.astype(jnp.float32), positions)}
+
+    def encode_tokens(self, vectors: Tokens, state: State, positions: Positions) -> Leaves:
+        offsets = self.offsets(state).at(positions[..., None])
+        return self.encode(vectors.astype(jnp.float32) - offsets)
+
+    def decode_tokens(
         self,
-        vectors: Float[Array, "2 *batch tokens kv_heads head_dim"],
-        positions: Int[Array, "*batch tokens"],
-    ) -> Means:
+        leaves: Leaves,
+        head_dim: int,
+        dtype: jnp.dtype,
+        state: State,
+        positions: Int[Array, "*batch tokens #kv_heads"],
+        *,
+        rotated: bool = False,
+    ) -> Tokens:
+        offsets, wide = self.offsets(state), jnp.dtype("float32")
+        if not rotated:
+            return (self.decode(leaves, head_dim, wide) + offsets.at(positions)).astype(dtype)
+        both = self.decode_rotated(leaves, head_dim, wide)
+        keys = both[0] + self.rotate(offsets.at(positions)[0])
+        values = both[1] + self.rotate_values(offsets.values)
+        return jnp.stack([keys, values]).astype(dtype)
+
+    def means(self, vectors: Tokens, positions: Positions) -> Means:
         """The means of these keys and values, where positions are not -1, to 12 bits.
 
         Vectors that are not finite, or of a length that stands out, do not count.
@@ -114,66 +161,12 @@ class Centred:
         mean = total / (1 + jnp.sum(counts, axis=1, dtype=jnp.float32))
         return to_12_bits(mean)
 
-    def centres(
-        self, means: Means, positions: Int[Array, "*batch tokens #kv_heads"]
-    ) -> Float[Array, "2 *batch tokens kv_heads head_dim"]:
-        """What the tokens of these positions are stored less; the same to the bit everywhere."""
-        keys, values = means
-        shape = (*positions.shape[:-1], *values.shape)
-        if self.rope:
-            cos, sin = self.rope.cos_sin(positions)
-            first, second, rest = self.rope.pairs(keys)
-            first, second = first * cos - second * sin, second * cos + first * sin
-            rest = jnp.broadcast_to(rest, (*first.shape[:-1], rest.shape[-1]))
-            keys = self.rope.joined(first, second, rest)
-        return jnp.stack([jnp.broadcast_to(side, shape) for side in (keys, values)])
-
-    def centre_queries(
-        self,
-        queries: Float[Array, "batch kv_heads tokens group head_dim"],
-        key_means: Float[Array, "kv_heads head_dim"],
-    ) -> Float[Array, "batch kv_heads tokens group features"]:
-        """What `centre_features` are multiplied with to give ``q . R_t m`` for all t.
-
-        It is a sum over pairs of cosines and sines of t times what only q and m enter.
-        """
-        means = key_means[:, None, None, :]
-        if not self.rope:
-            return jnp.sum(queries * means, axis=-1, keepdims=True)
-        first, second, rest = self.rope.pairs(queries)
-        mean_first, mean_second, mean_rest = self.rope.pairs(means)
-        with_cos = first * mean_first + second * mean_second
-        with_sin = second * mean_first - first * mean_second
-        unturned = jnp.sum(rest * mean_rest, axis=-1, keepdims=True)
-        return jnp.concatenate([with_cos, with_sin, unturned], axis=-1)
-
-    def centre_features(
-        self, positions: Int[Array, "batch #kv_heads slots"]
-    ) -> Float[Array, "batch #kv_heads slots features"]:
-        """A table for a block of slots that all heads and layers share."""
-        ones = jnp.ones((*positions.shape, 1), jnp.float32)
-        return (
-            jnp.concatenate([*self.rope.cos_sin(positions), ones], axis=-1) if self.rope else ones
-        )
-
     def _unturned(self, keys: Array, positions: Array) -> Array:
         if not self.rope:
             return keys
         cos, sin = self.rope.cos_sin(positions)
         first, second, rest = self.rope.pairs(keys)
         return self.rope.joined(first * cos + second * sin, second * cos - first * sin, rest)
-
-
-def updated_means(
-    codec: Centred,
-    means: Means,
-    vectors: Float[Array, "2 *batch tokens kv_heads head_dim"],
-    positions: Int[Array, "*batch tokens"],
-    empty: Bool[Array, ""],
-) -> Means:
-    """A layer's means: those of these tokens if the cache is empty and they were never set."""
-    unset = empty & ~jnp.any(means != 0)
-    return _set_once(codec, unset, means, vectors, positions)
 
 
 # A jit of its own: outside one, a cond is compiled anew on each call.

@@ -8,6 +8,7 @@ A cache gives a codec keys and values at once, on the first axis, and has a buff
 leaf. Most codecs need not know.
 """
 
+import abc
 import functools
 import math
 from collections.abc import Mapping
@@ -16,7 +17,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from jaxkv.codecs.offsets import Offsets
+from jaxkv.codecs.rope import Rope
 
 
 class LeafSpec(NamedTuple):
@@ -38,9 +42,24 @@ LeafSpecs = Mapping[str, tuple[tuple[int, ...], str] | LeafSpec]
 Leaves = dict[str, Array]
 
 
+Vectors = Float[Array, "*shape head_dim"]
+Tokens = Float[Array, "2 *batch tokens kv_heads head_dim"]  # keys and values
+Positions = Int[Array, "*batch tokens"]
+# The arrays of a codec's state, by name: of all layers, or of one.
+State = dict[str, Array]
+
+
 @runtime_checkable
 class Codec(Protocol):
-    """What `KVCacheConfig.codec` must offer; see `Dense` for the smallest one.
+    """What `KVCacheConfig.codec` must offer: a codec of your own is a subclass. See `Dense`.
+
+    A codec defines `name`, `leaves`, `encode` and `decode`. The other members have defaults, for a
+    codec without state whose leaves only it can read.
+
+    **State** is what a codec learns once for a cache, such as the means of `Centred`: arrays that
+    the cache carries, saves, forks and rolls back for it. It begins as zeros, and all zeros mean
+    that it was never set. `encode` and `decode` are under that; a codec with state defines
+    `update_state`, `encode_tokens` and `decode_tokens` beside them.
 
     >>> import jaxkv
     >>> isinstance(jaxkv.Int8(), jaxkv.Codec), jaxkv.Int8().leaves(head_dim=128)
@@ -48,74 +67,134 @@ class Codec(Protocol):
     """
 
     @property
+    @abc.abstractmethod
     def name(self) -> str:
         """What messages and tables call it, such as ``bfloat16``."""
-        ...
 
+    @abc.abstractmethod
     def leaves(self, head_dim: int) -> LeafSpecs:
         """The arrays that hold one vector of ``head_dim`` numbers."""
-        ...
 
-    def encode(self, vectors: Float[Array, "*shape head_dim"]) -> Leaves:
+    @abc.abstractmethod
+    def encode(self, vectors: Vectors) -> Leaves:
         """Vectors to leaves, each leaf ``[*shape, *its own shape]``."""
-        ...
 
-    def decode(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "*shape head_dim"]:
+    @abc.abstractmethod
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         """Leaves back to vectors of ``head_dim`` numbers in ``dtype``."""
-        ...
 
+    # What a kernel must know to read leaves without `decode`: at most one of the first three. Only
+    # a codec whose vectors are these numbers, rotated by `rotation` and less `offsets`, names one.
 
-@runtime_checkable
-class RotatingCodec(Codec, Protocol):
-    """A codec that keeps vectors turned by an orthogonal matrix R of its own.
+    @property
+    def dtype(self) -> str | None:
+        """The float type of a vector's numbers, where its one leaf holds them as they are."""
+        return None
 
-    Attention reads them as they are, since ``(R q) . (R k) = q . k`` and a mix of turned values
-    is the turned mix: it turns its queries and its output, and no stored vector.
-    """
+    @property
+    def scaled_dtype(self) -> str | None:
+        """The float type of the first leaf, where the second is one bfloat16 scale per vector."""
+        return None
 
-    def rotate(self, queries: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
-        """Queries turned as keys are."""
-        ...
+    @property
+    def levels(self) -> tuple[int, ...] | None:
+        """The whole numbers that the codes of the first leaf stand for, lowest first.
 
-    def unrotate(self, outputs: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
-        """A mix of turned values, turned back."""
-        ...
+        The second leaf is one bfloat16 scale per vector. Codes of 256 levels are int8, those of
+        fewer are laid out by `jaxkv.codecs.packing.pack`.
+        """
+        return None
 
-    def rotate_values(
-        self, values: Float[Array, "*shape head_dim"]
-    ) -> Float[Array, "*shape head_dim"]:
+    @property
+    def rotation(self) -> str | None:
+        """``"hadamard"`` if `rotate` is `jaxkv.codecs.hadamard.rotate`; None if it does nothing."""
+        return None
+
+    @property
+    def sides(self) -> tuple["Codec", "Codec"]:
+        """What stores keys and what stores values, once state was applied."""
+        return self, self
+
+    # A codec may keep vectors rotated by an orthogonal matrix R. Attention reads them as they are,
+    # since (R q) . (R k) = q . k and a mix of rotated values is the rotated mix: it rotates its
+    # queries and its output, and no stored vector.
+
+    def rotate(self, queries: Vectors) -> Vectors:
+        """Queries rotated as keys are."""
+        return queries
+
+    def unrotate(self, outputs: Vectors) -> Vectors:
+        """A mix of rotated values, rotated back."""
+        return outputs
+
+    def rotate_values(self, values: Vectors) -> Vectors:
         """The inverse of `unrotate`."""
-        ...
+        return values
 
-    def decode_rotated(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "*shape head_dim"]:
-        """Leaves to turned vectors."""
-        ...
+    def decode_rotated(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
+        """Leaves to rotated vectors."""
+        return self.decode(leaves, head_dim, dtype)
+
+    @property
+    def rope(self) -> Rope | None:
+        """The rope that it takes out of keys, if it does."""
+        return None
+
+    def under(self, rope: Rope | None) -> "Codec":
+        """The same codec for keys under this rope, where it asks for one and has none yet."""
+        return self
+
+    def state(self, head_dim: int) -> LeafSpecs:
+        """The arrays of its state: ``[layers, sides, kv_heads, *shape]`` each."""
+        return {}
+
+    def update_state(
+        self, state: State, vectors: Tokens, positions: Positions, lengths: Int[Array, "*batch"]
+    ) -> State:
+        """The state of a layer before these tokens are encoded: new, or as it was.
+
+        Args:
+          state: of the layer, ``[sides, kv_heads, *shape]`` each.
+          vectors: keys and values that are to be appended.
+          positions: of the tokens; -1 for padding, which must not count.
+          lengths: of the sequences without them.
+        """
+        return state
+
+    def encode_tokens(self, vectors: Tokens, state: State, positions: Positions) -> Leaves:
+        """`encode` of tokens at these positions, under a layer's state."""
+        return self.encode(vectors)
+
+    def decode_tokens(
+        self,
+        leaves: Leaves,
+        head_dim: int,
+        dtype: jnp.dtype,
+        state: State,
+        positions: Int[Array, "*batch tokens #kv_heads"],
+        *,
+        rotated: bool = False,
+    ) -> Tokens:
+        """`decode`, or `decode_rotated`, of tokens at these positions, under a layer's state."""
+        return (self.decode_rotated if rotated else self.decode)(leaves, head_dim, dtype)
+
+    def offsets(self, state: State) -> Offsets | None:
+        """What a layer's vectors were stored less, where that is all that its state does.
+
+        Attention then reads `decode_rotated`, and adds the share of these.
+        """
+        return None
 
 
-def rotate(codec: Codec, queries: Array) -> Array:
-    """`RotatingCodec.rotate`; the queries themselves for any other codec."""
-    return codec.rotate(queries) if isinstance(codec, RotatingCodec) else queries
+def refuse_state(who: str, *codecs: Codec) -> None:
+    """Refuse codecs with state, where nothing would keep it.
 
-
-def unrotate(codec: Codec, outputs: Array) -> Array:
-    """`RotatingCodec.unrotate`, likewise."""
-    return codec.unrotate(outputs) if isinstance(codec, RotatingCodec) else outputs
-
-
-def rotate_values(codec: Codec, values: Array) -> Array:
-    """`RotatingCodec.rotate_values`, likewise."""
-    return codec.rotate_values(values) if isinstance(codec, RotatingCodec) else values
-
-
-def decode_rotated(codec: Codec, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Array:
-    """`RotatingCodec.decode_rotated`, likewise."""
-    if isinstance(codec, RotatingCodec):
-        return codec.decode_rotated(leaves, head_dim, dtype)
-    return codec.decode(leaves, head_dim, dtype)
+    Raises:
+      ValueError: naming one.
+    """
+    for codec in codecs:
+        if codec.state(head_dim=8):
+            raise ValueError(f"{who} goes around codecs without state, and {codec.name} has some.")
 
 
 def leaf_specs(codec: Codec, head_dim: int) -> dict[str, LeafSpec]:
@@ -123,11 +202,25 @@ def leaf_specs(codec: Codec, head_dim: int) -> dict[str, LeafSpec]:
     return {name: LeafSpec(*spec) for name, spec in codec.leaves(head_dim).items()}
 
 
+def state_specs(codec: Codec, head_dim: int) -> dict[str, LeafSpec]:
+    """`Codec.state`, likewise."""
+    return {name: LeafSpec(*spec) for name, spec in codec.state(head_dim).items()}
+
+
 def bytes_per_token(codec: Codec, head_dim: int) -> int:
     """Exact bytes of one token's key and value of one head."""
+    return _bytes(leaf_specs(codec, head_dim))
+
+
+def state_bytes(codec: Codec, head_dim: int) -> int:
+    """Exact bytes of the state of one layer and head."""
+    return _bytes(state_specs(codec, head_dim))
+
+
+def _bytes(specs: Mapping[str, LeafSpec]) -> int:
     return sum(
         spec.sides * jnp.dtype(spec.dtype).itemsize * math.prod(spec.shape)
-        for spec in leaf_specs(codec, head_dim).values()
+        for spec in specs.values()
     )
 
 
@@ -193,15 +286,7 @@ def _refuse_rounding(codec, primals, tangents):
     )
 
 
-def decode_stored(
-    codec: Codec, stored: Leaves, head_dim: int, dtype: jnp.dtype, *, rotated: bool = False
-) -> Float[Array, "*shape head_dim"]:
-    """Decode leaves as read from a cache's buffers, out of their containers.
-
-    Args:
-      rotated: leave the vectors as a `RotatingCodec` turned them.
-    """
+def out_of_containers(codec: Codec, stored: Leaves, head_dim: int) -> Leaves:
+    """Leaves as read from a cache's buffers, in the dtypes that the codec gave them."""
     specs = leaf_specs(codec, head_dim)
-    leaves = {name: bitcast(stored[name], spec.dtype) for name, spec in specs.items()}
-    decode = functools.partial(decode_rotated, codec) if rotated else codec.decode
-    return decode(leaves, head_dim, dtype)
+    return {name: bitcast(stored[name], spec.dtype) for name, spec in specs.items()}

@@ -3,15 +3,14 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from jaxkv.codecs.codec import LeafSpecs, Leaves
+from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves, Vectors
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense:
+class Dense(Codec):
     """Each number of a vector in one float, rounded to nearest.
 
     Args:
@@ -45,10 +44,8 @@ class Dense:
     def leaves(self, head_dim: int) -> LeafSpecs:
         return {"data": ((head_dim,), self.dtype)}
 
-    def encode(self, vectors: Float[Array, "*shape head_dim"]) -> Leaves:
+    def encode(self, vectors: Vectors) -> Leaves:
         return {"data": vectors.astype(self.dtype)}
 
-    def decode(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "*shape head_dim"]:
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         return leaves["data"].astype(dtype)

@@ -3,9 +3,8 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from jaxkv.codecs.codec import LeafSpecs, Leaves
+from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves, Vectors
 from jaxkv.codecs.scaled import SCALE_DTYPE, scales_and_ratios, times_scales
 
 _DTYPE = "float8_e4m3fn"
@@ -13,7 +12,7 @@ _LARGEST = float(jnp.finfo(_DTYPE).max)  # 448
 
 
 @dataclasses.dataclass(frozen=True)
-class Float8:
+class Float8(Codec):
     """``scale = bfloat16(max|x| / 448)``, ``codes = e4m3(x / scale)``: head_dim + 2 bytes a vector.
 
     The format of Micikevicius et al., "FP8 formats for deep learning" (2022). Saturating: JAX's
@@ -29,14 +28,16 @@ class Float8:
     def name(self) -> str:
         return "float8"
 
+    @property
+    def scaled_dtype(self) -> str:
+        return _DTYPE
+
     def leaves(self, head_dim: int) -> LeafSpecs:
         return {"codes": ((head_dim,), _DTYPE), "scales": ((), SCALE_DTYPE)}
 
-    def encode(self, vectors: Float[Array, "*shape head_dim"]) -> Leaves:
+    def encode(self, vectors: Vectors) -> Leaves:
         scales, ratios = scales_and_ratios(vectors, _LARGEST)
         return {"codes": ratios.astype(_DTYPE), "scales": scales}
 
-    def decode(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "*shape head_dim"]:
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         return times_scales(leaves["codes"], leaves["scales"], dtype)

@@ -3,16 +3,15 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from jaxkv.codecs.codec import LeafSpecs, Leaves
+from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves, Vectors
 from jaxkv.codecs.scaled import SCALE_DTYPE, scales_and_ratios, times_scales
 
 _LARGEST = 127
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8:
+class Int8(Codec):
     """``scale = bfloat16(max|x| / 127)``, ``code = round(x / scale)``: head_dim + 2 bytes a vector.
 
     Symmetric, as int8 caches are per token and head in vLLM and FlashInfer. The relative error
@@ -28,14 +27,16 @@ class Int8:
     def name(self) -> str:
         return "int8"
 
+    @property
+    def levels(self) -> tuple[int, ...]:
+        return tuple(range(-128, 128))
+
     def leaves(self, head_dim: int) -> LeafSpecs:
         return {"codes": ((head_dim,), "int8"), "scales": ((), SCALE_DTYPE)}
 
-    def encode(self, vectors: Float[Array, "*shape head_dim"]) -> Leaves:
+    def encode(self, vectors: Vectors) -> Leaves:
         scales, ratios = scales_and_ratios(vectors, _LARGEST)
         return {"codes": jnp.round(ratios).astype(jnp.int8), "scales": scales}
 
-    def decode(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "*shape head_dim"]:
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         return times_scales(leaves["codes"], leaves["scales"], dtype)

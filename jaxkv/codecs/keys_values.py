@@ -3,27 +3,21 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from jaxkv.codecs.codec import (
-    Codec,
-    LeafSpec,
-    Leaves,
-    decode_rotated,
-    leaf_specs,
-    rotate,
-    rotate_values,
-    unrotate,
-)
+from jaxkv.codecs.codec import Codec, LeafSpec, Leaves, Vectors, leaf_specs, refuse_state
 
 
 @dataclasses.dataclass(frozen=True)
-class KeysValues:
+class KeysValues(Codec):
     """Keys and values stored unlike: a leaf belongs to one side, and its buffer's axis 1 is 1.
 
     Args:
-      keys: the codec of keys. Any but this one and `Centred`, which goes around it.
+      keys: the codec of keys. Any but this one and those with state, such as `Centred`, which goes
+        around it.
       values: the codec of values, likewise.
+
+    Raises:
+      ValueError: a codec with state.
 
     >>> import jaxkv
     >>> codec = jaxkv.KeysValues(keys=jaxkv.Rotated(bits=4), values=jaxkv.Rotated(bits=2))
@@ -34,6 +28,9 @@ class KeysValues:
 
     keys: Codec
     values: Codec
+
+    def __post_init__(self):
+        refuse_state("KeysValues", self.keys, self.values)
 
     @property
     def name(self) -> str:
@@ -46,35 +43,33 @@ class KeysValues:
             for name, spec in leaf_specs(codec, head_dim).items()
         }
 
-    def encode(self, vectors: Float[Array, "2 *shape head_dim"]) -> Leaves:
+    def encode(self, vectors: Vectors) -> Leaves:
         return {
             f"{side}_{name}": leaf
             for (side, codec), own in zip(self._sides(), jnp.split(vectors, 2), strict=True)
             for name, leaf in codec.encode(own).items()
         }
 
-    def decode(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "2 *shape head_dim"]:
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         sides = (codec.decode(own, head_dim, dtype) for codec, own in self._split(leaves))
         return jnp.concatenate(list(sides))
 
-    def rotate(self, queries: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
-        return rotate(self.keys, queries)
+    def rotate(self, queries: Vectors) -> Vectors:
+        return self.keys.rotate(queries)
 
-    def unrotate(self, outputs: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
-        return unrotate(self.values, outputs)
+    def unrotate(self, outputs: Vectors) -> Vectors:
+        return self.values.unrotate(outputs)
 
-    def rotate_values(
-        self, values: Float[Array, "*shape head_dim"]
-    ) -> Float[Array, "*shape head_dim"]:
-        return rotate_values(self.values, values)
+    def rotate_values(self, values: Vectors) -> Vectors:
+        return self.values.rotate_values(values)
 
-    def decode_rotated(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "2 *shape head_dim"]:
-        sides = (decode_rotated(codec, own, head_dim, dtype) for codec, own in self._split(leaves))
+    def decode_rotated(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
+        sides = (codec.decode_rotated(own, head_dim, dtype) for codec, own in self._split(leaves))
         return jnp.concatenate(list(sides))
+
+    @property
+    def sides(self) -> tuple[Codec, Codec]:
+        return self.keys, self.values
 
     def _sides(self) -> tuple[tuple[str, Codec], ...]:
         return ("key", self.keys), ("value", self.values)

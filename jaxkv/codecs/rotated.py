@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8
 
 from jaxkv.codecs import hadamard
-from jaxkv.codecs.codec import LeafSpecs, Leaves
+from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves, Vectors
 from jaxkv.codecs.packing import pack, packed_bytes, unpack
 from jaxkv.codecs.scaled import SCALE_DTYPE, times_scales
 
@@ -26,7 +26,7 @@ _FACTORS = np.geomspace(0.75, 1.15, 6)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotated:
+class Rotated(Codec):
     """``bits`` a number and one bfloat16 scale a vector: ``head_dim * bits / 8 + 2`` bytes.
 
     A vector's signs are flipped by a fixed pattern and it is turned by a Hadamard matrix, which
@@ -67,9 +67,12 @@ class Rotated:
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """What each code stands for, in units of the scale; each fits in int8."""
         positive = _LEVELS[self.bits]
         return (*(-level for level in reversed(positive)), *positive)
+
+    @property
+    def rotation(self) -> str:
+        return "hadamard"
 
     def leaves(self, head_dim: int) -> LeafSpecs:
         codes = (packed_bytes(head_dim, self.bits),)
@@ -77,7 +80,7 @@ class Rotated:
 
     # A jit of its own: outside one, a loop is compiled anew on each call.
     @functools.partial(jax.jit, static_argnames="self")
-    def encode(self, vectors: Float[Array, "*shape head_dim"]) -> Leaves:
+    def encode(self, vectors: Vectors) -> Leaves:
         wide = vectors.astype(jnp.float32)
         finite = jnp.isfinite(wide).all(axis=-1, keepdims=True)
         numbers, unit = hadamard.rotate_to_whole_numbers(jnp.where(finite, wide, 0))
@@ -85,26 +88,20 @@ class Rotated:
         scales = jnp.where(finite, scales * unit, jnp.nan)  # it spoils no vector but its own
         return {"codes": pack(codes, self.bits), "scales": scales[..., 0].astype(SCALE_DTYPE)}
 
-    def decode(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "*shape head_dim"]:
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         turned = self.decode_rotated(leaves, head_dim, jnp.dtype("float32"))
         return hadamard.unrotate(turned).astype(dtype)
 
-    def rotate(self, queries: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
+    def rotate(self, queries: Vectors) -> Vectors:
         return hadamard.rotate(queries)
 
-    def unrotate(self, outputs: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape head_dim"]:
+    def unrotate(self, outputs: Vectors) -> Vectors:
         return hadamard.unrotate(outputs)
 
-    def rotate_values(
-        self, values: Float[Array, "*shape head_dim"]
-    ) -> Float[Array, "*shape head_dim"]:
+    def rotate_values(self, values: Vectors) -> Vectors:
         return hadamard.rotate(values)
 
-    def decode_rotated(
-        self, leaves: Leaves, head_dim: int, dtype: jnp.dtype
-    ) -> Float[Array, "*shape head_dim"]:
+    def decode_rotated(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         codes = unpack(leaves["codes"], self.bits, head_dim).astype(jnp.int32)
         levels = jnp.asarray(self.levels, jnp.float32)
         return times_scales(levels.at[codes].get(mode="promise_in_bounds"), leaves["scales"], dtype)

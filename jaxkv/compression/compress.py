@@ -26,12 +26,12 @@ from jaxkv.compression.gather import gathered
 from jaxkv.compression.scoring import (
     LayerQueries,
     LayerScores,
-    averaged,
     for_all_slots,
+    observed_state,
+    remembered_scores,
     score,
-    summed,
 )
-from jaxkv.policies import HeavyHitters, Policy
+from jaxkv.policies import Policy, StatefulPolicy
 from jaxkv.programs import moves_data
 
 
@@ -129,10 +129,11 @@ def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[
     if new is None:
         new = max(1, config.max_context_length - host_lengths(cache, "new must be given").max())
     limits = limits_of(cache, keep)
-    sums = None
-    if isinstance(policy, HeavyHitters) and not is_by_head(keep):
-        sums = summed(cache, policy, queries)
-        policy = averaged(cache, policy, sums)
+    names: tuple[str, ...] = ()
+    state = None
+    if isinstance(policy, StatefulPolicy) and not is_by_head(keep):
+        names, state = policy.state, observed_state(cache, policy, queries)
+        policy = remembered_scores(cache, policy, state)
     scores = score(cache, policy, queries) if callable(policy) else policy
     scores = for_all_slots(cache, scores)
 
@@ -154,11 +155,11 @@ def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[
             addressing = KeptByHead(places=size, longest=int(limits[chosen].max()), **shape)
         else:
             within = _like(config.addressing, pages is not None)
-            addressing = Kept(tokens=size, sums=sums is not None, within=within, **shape)
+            addressing = Kept(tokens=size, sums=names, within=within, **shape)
         smaller = gathered(
             cache,
             scores,
-            sums,
+            state,
             jnp.asarray(chosen, jnp.int32),
             jnp.asarray(limits[chosen]),
             pool=pool,

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jaxkv.addressing import KeptIndex, Sums
+from jaxkv.addressing import KeptIndex
 from jaxkv.attention import observed
 from jaxkv.cache.checks import check_alive
 from jaxkv.cache.hybrid import AnyCache
@@ -22,12 +22,10 @@ from jaxkv.compression.gather import move, moves_of, picked, write_heads
 from jaxkv.compression.scoring import (
     LayerQueries,
     held,
-    held_positions,
-    map_layers,
+    observed_state,
     per_sequence,
-    summed,
 )
-from jaxkv.policies import HeavyHitters, Policy
+from jaxkv.policies import Policy, StatefulPolicy
 from jaxkv.programs import promotes_ranks
 
 
@@ -148,8 +146,8 @@ def _evict(
             f"evict: {tokens} tokens are to come, and there are slots for {index.new} new ones. "
             "Give the model fewer at a time, or create the cache with a larger new."
         )
-    if isinstance(policy, HeavyHitters):
-        cache = _with_more_sums(cache, policy, queries)
+    if isinstance(policy, StatefulPolicy):
+        cache = dataclasses.replace(cache, index=_observed(cache, policy, queries))
     full = index.within.lengths + tokens > index.new
     return _chosen_again(cache, policy, queries, full, sinks, recent, after)
 
@@ -163,24 +161,16 @@ def _index_of(cache: KVCache) -> KeptIndex:
     return cache.index
 
 
-def _with_more_sums(cache: KVCache, policy: HeavyHitters, queries: LayerQueries | None) -> KVCache:
-    """With what the queries of the newest tokens give to all tokens."""
+def _observed(cache: KVCache, policy: StatefulPolicy, queries: LayerQueries | None) -> KeptIndex:
+    """With what the policy remembers after the queries of the newest tokens."""
     index = _index_of(cache)
-    if index.sums is None:
+    if index.state is None or index.state.tokens.keys() != set(policy.state):
+        who = type(policy).__name__
         raise ValueError(
-            "HeavyHitters needs a cache that adds up attention: one that jaxkv.compress made with "
-            "HeavyHitters, or one with addressing=jaxkv.Kept(..., sums=True)."
+            f"{who} needs a cache that keeps its numbers: one that jaxkv.compress made with {who}, "
+            f"or one with addressing=jaxkv.Kept(..., sums={policy.state!r})."
         )
-    more = summed(cache, policy, queries)
-    first_query = more.since[..., None, None]
-
-    def one_layer(layer: Array, before: Array, added: Array) -> Array:
-        # A slot of a new token may hold the sum of one that was rolled back.
-        was_there = held_positions(cache, layer) < first_query
-        return jnp.where(was_there, before, 0) + added
-
-    attention = map_layers(cache, one_layer, index.sums.attention, more.attention)
-    return dataclasses.replace(cache, index=index.with_sums(Sums(attention, index.sums.since)))
+    return index.with_state(observed_state(cache, policy, queries, index.state))
 
 
 def _chosen_again(
@@ -200,9 +190,9 @@ def _chosen_again(
         index = _index_of(state)
         own_queries = None if queries is None else queries[layer]
         keys, values, _, positions = held(state, layer, own_queries)
-        if isinstance(policy, HeavyHitters) and index.sums is not None:
-            drawn = index.sums.attention[layer]
-            scores = per_sequence(state, policy.scores)(drawn, positions, index.sums.since)
+        if isinstance(policy, StatefulPolicy) and index.state is not None:
+            own = {name: array[layer] for name, array in index.state.tokens.items()}
+            scores = per_sequence(state, policy.scores)(own, positions, index.state.since)
         else:
             scores = per_sequence(state, policy)(keys, values, own_queries, positions)
         origins, targets, stays = per_sequence(state, moves)(
@@ -215,10 +205,12 @@ def _chosen_again(
             name: write_heads(leaf, layer, places, picked(state, leaf, layer, origins, new))
             for name, leaf in state.storage.items()
         }
-        if index.sums is not None:
-            sums = jnp.where(stays, index.sums.attention[layer], 0)
-            attention = index.sums.attention.at[layer].set(move_all(sums, origins, targets))
-            index = index.with_sums(Sums(attention, index.sums.since))
+
+        def moved(array: Array) -> Array:
+            own = jnp.where(stays, array[layer], 0)
+            return array.at[layer].set(move_all(own, origins, targets))
+
+        index = index.with_state(index.state and index.state.map(moved))
         index = index.with_kept(layer, remaining[..., new:])
         return dataclasses.replace(state, storage=storage, index=index)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import Kept, KeptByHead, KeptIndex, PagedIndex, Sums
+from jaxkv.addressing import Kept, KeptByHead, KeptIndex, PagedIndex, PolicyState
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Leaves
@@ -104,7 +104,7 @@ def move(values: Array, origins: Array, targets: Array) -> Array:
 def gathered(
     cache: KVCache,
     scores: LayerScores,
-    sums: Sums | None,
+    remembered: PolicyState | None,
     layers: Int[Array, " kept_layers"],
     limits: Int[Array, "kept_layers *batch kv_heads"],
     *,
@@ -157,22 +157,26 @@ def gathered(
             for name, leaf in storage.items()
         }
         index = index.with_kept(number, kept)
-        if index.sums is not None and sums is not None:
-            drawn = jnp.take_along_axis(sums.attention[layer], slots, axis=-1)
-            attention = index.sums.attention.at[number, ..., index.new :].set(drawn)
-            index = index.with_sums(Sums(attention, sums.since))
+        if remembered is not None and index.state is not None:
+
+            def chosen(array: Array, found: Array) -> Array:
+                own = jnp.take_along_axis(found[layer], slots, axis=-1)
+                return array.at[number, ..., index.new :].set(own)
+
+            kept_state = index.state.map(chosen, remembered.tokens)
+            index = index.with_state(dataclasses.replace(kept_state, since=remembered.since))
         return (moved, index), None
 
     jobs = jnp.arange(len(layers), dtype=jnp.int32), layers, limits
     (storage, index), _ = lax.scan(one_layer, (storage, index), jobs)
-    means = None if cache.means is None else cache.means[layers]
+    state = {name: array[layers] for name, array in cache.codec_state.items()}
     newest = None if cache.newest is None else _of_layers(cache.newest, layers)
-    return KVCache(storage, index, config, means, newest=newest)
+    return KVCache(storage, index, config, state, newest=newest)
 
 
 def _of_layers(cache: KVCache, layers: Int[Array, " kept_layers"]) -> KVCache:
     """The same of these layers alone."""
     storage = {name: leaf[layers] for name, leaf in cache.storage.items()}
-    means = None if cache.means is None else cache.means[layers]
+    state = {name: array[layers] for name, array in cache.codec_state.items()}
     config = cache.config.replace(num_layers=len(layers))
-    return dataclasses.replace(cache, storage=storage, means=means, config=config)
+    return dataclasses.replace(cache, storage=storage, codec_state=state, config=config)

@@ -1,5 +1,6 @@
 """A policy's scores for a whole cache, a layer at a time."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxkv.addressing import Sums
+from jaxkv.addressing import PolicyState
 from jaxkv.cache.kv_cache import KVCache, Layer
 from jaxkv.cache.shards import check_whole
 from jaxkv.cache.vectors import read
-from jaxkv.policies import HeavyHitters, Policy
+from jaxkv.policies import Policy, StatefulPolicy
 from jaxkv.policies.policy import needed
 
 LayerScores = Float[Array, "layers *batch kv_heads slots"]
@@ -46,26 +47,39 @@ def score(cache: KVCache, policy: Policy, queries: LayerQueries | None = None) -
 
 
 @_jit
-def summed(cache: KVCache, policy: HeavyHitters, queries: LayerQueries | None) -> Sums:
-    """The attention that each token drew from these queries."""
-    given = needed(queries, "HeavyHitters (H2O)")
+def observed_state(
+    cache: KVCache,
+    policy: StatefulPolicy,
+    queries: LayerQueries | None,
+    before: PolicyState | None = None,
+) -> PolicyState:
+    """What a policy remembers after these queries of the newest tokens; of them alone if None."""
+    given = needed(queries, type(policy).__name__)
+    first_query = cache.lengths - given.shape[-3]
 
-    def one_layer(layer: Layer, queries: Array) -> Array:
-        keys, _, _, positions = held(cache, layer, queries)
-        return per_sequence(cache, policy.accumulate)(keys, queries, positions)
+    def one_layer(layer: Layer, queries: Array, tokens: dict[str, Array]) -> dict[str, Array]:
+        keys, values, _, positions = held(cache, layer, queries)
+        # The slot of a new token may hold the numbers of one that was rolled back.
+        was_there = positions < first_query[..., None, None]
+        tokens = {name: jnp.where(was_there, array, 0) for name, array in tokens.items()}
+        return per_sequence(cache, policy.observe)(tokens, keys, values, queries, positions)
 
-    return Sums(map_layers(cache, one_layer, given), cache.lengths - given.shape[-3])
+    if before is None:
+        shape = (*cache.config.batch_shape, cache.config.num_kv_heads, cache.index.extent)
+        none = jnp.zeros((cache.config.num_layers, *shape), jnp.float32)
+        before = PolicyState(dict.fromkeys(policy.state, none), first_query)
+    return dataclasses.replace(before, tokens=map_layers(cache, one_layer, given, before.tokens))
 
 
 @_jit
-def averaged(cache: KVCache, policy: HeavyHitters, sums: Sums) -> LayerScores:
-    """Scores from what has been summed up."""
+def remembered_scores(cache: KVCache, policy: StatefulPolicy, state: PolicyState) -> LayerScores:
+    """Scores from what a policy remembers."""
 
-    def one_layer(layer: Layer, attention: Array) -> Array:
+    def one_layer(layer: Layer, tokens: dict[str, Array]) -> Array:
         positions = held_positions(cache, layer)
-        return per_sequence(cache, policy.scores)(attention, positions, sums.since)
+        return per_sequence(cache, policy.scores)(tokens, positions, state.since)
 
-    return map_layers(cache, one_layer, sums.attention)
+    return map_layers(cache, one_layer, state.tokens)
 
 
 def for_all_slots(cache: KVCache, scores: Array) -> LayerScores:

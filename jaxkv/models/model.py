@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.cache.newest import Newest
-from jaxkv.codecs import Centred, Codec, Dense, Rope
+from jaxkv.codecs import Codec, Dense, Rope
 from jaxkv.models.layers import Embedding, Linear, matmul
 from jaxkv.models.rope import check_room
 from jaxkv.models.shape import RING_CHUNK, Shape
@@ -74,8 +74,7 @@ class Model(nnx.Module):
                 rope: Rope(tuple(rope.frequencies(max_context_length).tolist())) for rope in ropes
             }
             codecs = tuple(
-                codec.under(known[rope]) if isinstance(codec, Centred) else codec
-                for codec, rope in zip(codecs, ropes, strict=False)
+                codec.under(known[rope]) for codec, rope in zip(codecs, ropes, strict=False)
             )
         return Shape(config.num_layers, config.num_kv_heads, config.head_dim, windows).cache_config(
             max_context_length=max_context_length,

@@ -4,7 +4,7 @@ from jaxkv.policies.controls import Oracle, Random
 from jaxkv.policies.expected_attention import ExpectedAttention
 from jaxkv.policies.heavy_hitters import HeavyHitters
 from jaxkv.policies.key_diff import KeyDiff
-from jaxkv.policies.policy import Policy, attention_weights, query_positions
+from jaxkv.policies.policy import Policy, StatefulPolicy, attention_weights, query_positions
 from jaxkv.policies.query_window import QueryWindow
 from jaxkv.policies.recent import SinksAndRecent
 from jaxkv.policies.reconstruction import reconstruction_scores
@@ -33,6 +33,7 @@ __all__ = [
     "QueryWindow",
     "Random",
     "SinksAndRecent",
+    "StatefulPolicy",
     "attention_weights",
     "query_positions",
     "reconstruction_scores",

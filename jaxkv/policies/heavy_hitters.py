@@ -25,7 +25,7 @@ class HeavyHitters:
     Zhang et al., "H2O: heavy-hitter oracle for efficient generative inference of large language
     models" (2023), section 4. Their sum favours old tokens, which more queries have seen; the
     mean over the queries that could see a token does not. While a cache evicts as it decodes,
-    `accumulate` is called at each step and the sums are kept beside the positions.
+    `observe` is called at each step and the sums are kept beside the positions.
 
     Args:
       mean: over the queries that could see a token; False for the paper's sum.
@@ -39,9 +39,23 @@ class HeavyHitters:
         self, keys: Vectors, values: Vectors, queries: Queries | None, positions: Positions
     ) -> Scores:
         given = needed(queries, "HeavyHitters (H2O)")
-        sums = self.accumulate(keys, given, positions)
+        state = {"sums": self.accumulate(keys, given, positions)}
         first = next_position(positions) - len(given)
-        return self.scores(sums, positions, first)
+        return self.scores(state, positions, first)
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        return ("sums",)
+
+    def observe(
+        self,
+        state: dict[str, Scores],
+        keys: Vectors,
+        values: Vectors,
+        queries: Queries,
+        positions: Positions,
+    ) -> dict[str, Scores]:
+        return {"sums": state["sums"] + self.accumulate(keys, queries, positions)}
 
     def accumulate(self, keys: Vectors, queries: Queries, positions: Positions) -> Scores:
         """What the queries of the newest tokens give to each token, summed."""
@@ -53,9 +67,11 @@ class HeavyHitters:
         none = jnp.zeros(positions.shape, jnp.float32)
         return fold_queries(add, none, queries, query_positions(queries, positions))
 
-    def scores(self, sums: Scores, positions: Positions, first_query: Array | int = 0) -> Scores:
+    def scores(
+        self, state: dict[str, Scores], positions: Positions, first_query: Array | int = 0
+    ) -> Scores:
         """Scores of tokens from sums over all queries from position ``first_query`` on."""
         if not self.mean:
-            return sums
+            return state["sums"]
         seen_by = next_position(positions) - jnp.maximum(positions, first_query)
-        return sums / jnp.maximum(seen_by, 1).astype(jnp.float32)
+        return state["sums"] / jnp.maximum(seen_by, 1).astype(jnp.float32)

@@ -6,7 +6,7 @@ one of a user's own is a few lines. Those here are frozen dataclasses, one file 
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,41 @@ class Policy(Protocol):
         Returns:
           Higher for what should stay. Infinity for what must; NaN counts as lowest.
         """
+        ...
+
+
+@runtime_checkable
+class StatefulPolicy(Policy, Protocol):
+    """A policy that remembers: `jaxkv.evict` shows it the queries of each step.
+
+    What it remembers is numbers per token and head, float32, by name. They stand beside the tokens
+    in the cache's index (`jaxkv.Kept(..., sums=policy.state)`), which moves, saves and forks them.
+    """
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Names of the numbers."""
+        ...
+
+    def observe(
+        self,
+        state: dict[str, Scores],
+        keys: Vectors,
+        values: Vectors,
+        queries: Queries,
+        positions: Positions,
+    ) -> dict[str, Scores]:
+        """The numbers after the queries of the newest tokens; those of a new token are zero before.
+
+        Args:
+          keys, values, queries, positions: as when it is called.
+        """
+        ...
+
+    def scores(
+        self, state: dict[str, Scores], positions: Positions, first_query: Array | int = 0
+    ) -> Scores:
+        """Scores of tokens, from what all queries from position ``first_query`` on have shown."""
         ...
 
 

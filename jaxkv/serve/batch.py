@@ -118,7 +118,7 @@ class Batch:
     def _forget(self, weights: Weights) -> None:
         """What was computed with others, of which nothing is in use."""
         self.pages.forget()
-        self._session.cache = steps.without_means(self._session.cache)
+        self._session.cache = steps.without_codec_state(self._session.cache)
         self._watch = Watch(weights)
 
     def admit_waiting(self) -> None:

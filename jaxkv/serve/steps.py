@@ -62,7 +62,7 @@ def prefill(
     row = _placed(_plain(select(cache, [0])), tables, start, start)
     _, row = model(jnp.asarray(tokens), padded_after(row, num_tokens))
     groups = [
-        dataclasses.replace(group, storage=written.storage).with_means(written.means)
+        dataclasses.replace(group, storage=written.storage).with_codec_state(written.codec_state)
         for group, written in zip(cache.groups, row.groups, strict=True)
     ]
     return cache.with_groups(groups)
@@ -153,14 +153,13 @@ def write(
     return _with_pools(cache, pools)
 
 
-def without_means(cache: AnyCache) -> AnyCache:
-    """A pool whose means nobody set yet."""
+def without_codec_state(cache: AnyCache) -> AnyCache:
+    """A pool whose codec's state was never set."""
 
     def unset(group: KVCache) -> KVCache:
-        if group.means is None:
-            return group
         newest = None if group.newest is None else unset(group.newest)
-        return dataclasses.replace(group, means=jnp.zeros_like(group.means), newest=newest)
+        state = jax.tree.map(jnp.zeros_like, group.codec_state)
+        return dataclasses.replace(group, codec_state=state, newest=newest)
 
     return cache.with_groups([unset(group) for group in cache.groups])
 

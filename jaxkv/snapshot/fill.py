@@ -23,7 +23,7 @@ from jaxkv.placement import in_host_memory, run_of, write_slots
 from jaxkv.snapshot.group import Group
 from jaxkv.snapshot.kept_fill import KeptFill
 from jaxkv.snapshot.manifest import Manifest
-from jaxkv.snapshot.places import means_of_file, named, places_of
+from jaxkv.snapshot.places import named, places_of, state_of_file
 
 # Tokens that are on their way to the device at once, and so in its memory beside the cache.
 _TOKENS_AT_ONCE = 512
@@ -45,7 +45,7 @@ class Fill:
         self._index = _index(cache.index, group, lengths, rows)
         places = places_of(self._index)
         room = np.broadcast_to(self._index.room, self._index.lengths.shape).reshape(-1)
-        self._means = means_of_file(file, cache, tensors.get("means"))
+        self._state = state_of_file(file, cache, tensors)
         self._moves = []
         for sequence, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             if length > room[row]:
@@ -84,7 +84,7 @@ class Fill:
                     name: _portion(storage[name], leaves[name], part, at_once) for name in leaves
                 }
                 storage = _put(storage, targets, portions, run_of(self._index))
-        return KVCache(storage, self._index, config, self._means)
+        return KVCache(storage, self._index, config, self._state)
 
 
 @functools.partial(jax.jit, donate_argnames="storage", static_argnames="run")

@@ -41,8 +41,8 @@ class Group:
     def layout(self, lengths: tuple[int, ...]) -> Iterator[tuple[str, Spec]]:
         """The tensors of each sequence, ``sequence.leaf``, and ``newest.`` those of the newest."""
         config = self.config
-        if config.means_shape:
-            yield "means", Spec("float32", config.means_shape)
+        for name, (shape, dtype) in config.codec_state.items():
+            yield name, Spec(dtype, shape)
         layers, kv_heads = config.num_layers, config.num_kv_heads
         for sequence, (held, length) in enumerate(zip(self.held, lengths, strict=True)):
             for leaf, (shape, dtype, sides) in leaf_specs(config.codec, config.head_dim).items():
@@ -55,8 +55,8 @@ class Group:
                 yield f"{sequence}.first_new", Spec("int32", ())
             if self.is_compressed or held != length:
                 yield f"{sequence}.positions", Spec("int32", (held,))
-            if getattr(config.addressing, "sums", False):
-                yield f"{sequence}.sums", Spec("float32", (held,))
+            if names := getattr(config.addressing, "state", ()):
+                yield from ((f"{sequence}.{name}", Spec("float32", (held,))) for name in names)
                 yield f"{sequence}.since", Spec("int32", ())
         if self.of_newest is not None:
             yield from ((f"newest.{name}", spec) for name, spec in self.of_newest.layout(lengths))

@@ -69,10 +69,10 @@ class KeptSource:
             yield np.asarray(index.first_new).reshape(-1)[sequence]
         elif leaf == "positions":
             yield self.positions[:, sequence][used]
-        elif index.sums is not None and leaf == "sums":
-            yield np.asarray(index.sums.attention).reshape(self.used.shape)[:, sequence][used]
-        elif index.sums is not None and leaf == "since":
-            yield np.asarray(index.sums.since).reshape(-1)[sequence]
+        elif index.state is not None and leaf in index.state.tokens:
+            yield np.asarray(index.state.tokens[leaf]).reshape(self.used.shape)[:, sequence][used]
+        elif index.state is not None and leaf == "since":
+            yield np.asarray(index.state.since).reshape(-1)[sequence]
 
     def _vectors(self, sequence: int, leaf: str) -> Iterator[np.ndarray]:
         config, layers = self.cache.config, buffer_of_layers(self.cache, leaf)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxkv.addressing import KeptIndex, Sums
+from jaxkv.addressing import KeptIndex, PolicyState
 from jaxkv.addressing.kept_by_head import KeptByHeadIndex
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Leaves
@@ -25,7 +25,7 @@ from jaxkv.snapshot.kept import (
     positions_of_heads,
     used_slots,
 )
-from jaxkv.snapshot.places import means_of_file, named
+from jaxkv.snapshot.places import named, state_of_file
 
 # Vectors of one head that are on their way to the device at once.
 _VECTORS_AT_ONCE = 4096
@@ -44,7 +44,7 @@ class KeptFill:
         tensors: dict[str, np.ndarray],
     ):
         self._cache, self._rows = cache, list(rows)
-        self._means = means_of_file(file, cache, tensors.get("means"))
+        self._state = state_of_file(file, cache, tensors)
         self._sequences = [named(tensors, f"{sequence}.") for sequence in range(len(self._rows))]
         ends = np.array(lengths, np.int32)
         num_new = ends - [int(sequence["first_new"]) for sequence in self._sequences]
@@ -96,10 +96,13 @@ class KeptFill:
         runs = None
         if isinstance(index, KeptByHeadIndex):
             runs = merged(index.counts, num_kept, axis=1)
-        if index.sums is not None:
-            since = merged(index.sums.since, [int(each["since"]) for each in self._sequences])
-            attention = merged(index.sums.attention, self._by_slot("sums", 0), axis=1)
-            index = index.with_sums(Sums(attention, since))
+        if index.state is not None:
+            since = merged(index.state.since, [int(each["since"]) for each in self._sequences])
+            tokens = {
+                name: merged(array, self._by_slot(name, 0), axis=1)
+                for name, array in index.state.tokens.items()
+            }
+            index = index.with_state(PolicyState(tokens, since))
         index = dataclasses.replace(
             index,
             lengths=merged(index.lengths, lengths),
@@ -134,7 +137,7 @@ class KeptFill:
                             for name, leaf in storage.items()
                         },
                     )
-        return KVCache(storage, self._index, config, self._means)
+        return KVCache(storage, self._index, config, self._state)
 
 
 @jax.jit

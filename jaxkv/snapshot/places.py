@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from jaxkv.addressing import Index
 from jaxkv.cache.kv_cache import KVCache
+from jaxkv.codecs import State
 from jaxkv.errors import SnapshotError
 
 
@@ -44,17 +45,19 @@ def buffer_of_layers(cache: KVCache, leaf: str) -> Any:
     return np.asarray(stored) if seen else stored
 
 
-def means_of_file(file: Path, cache: KVCache, stored: np.ndarray | None) -> Array | None:
-    """What vectors of the file are stored less; another cache's vectors may have other means."""
-    if cache.means is None or stored is None:
-        return cache.means
-    own = np.asarray(cache.means)
-    if own.any() and (own != stored).any():
-        raise SnapshotError(
-            f"{file} was centred by other means than the cache that it is to be loaded into, which "
-            "has been used before. Load it into a new one."
-        )
-    return jax.device_put(stored, cache.means.sharding)
+def state_of_file(file: Path, cache: KVCache, tensors: dict[str, np.ndarray]) -> State:
+    """The codec's state that vectors of the file are under; another cache's may have another."""
+    own, state = cache.codec_state, {}
+    is_set = any(np.asarray(array).any() for array in own.values())
+    for name, array in own.items():
+        if is_set and (np.asarray(array) != tensors[name]).any():
+            raise SnapshotError(
+                f"{file} was saved with other {name} than the cache that it is to be loaded into, "
+                f"which has been used before: they are of its {cache.config.codec.name} codec. "
+                "Load it into a new one."
+            )
+        state[name] = jax.device_put(tensors[name], array.sharding)
+    return state
 
 
 def named(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from jaxkv.paging import PageAllocator
 from jaxkv.programs import moves_data, on_device
 from jaxkv.snapshot.fill import Fill
 from jaxkv.snapshot.load import check_kind, check_model, opened
-from jaxkv.snapshot.places import means_of_file, named
+from jaxkv.snapshot.places import named, state_of_file
 
 
 @moves_data
@@ -75,7 +75,7 @@ def load_prefix(
         check_model(file, saved, model)
         check_kind(file, saved, cache)
         for number, group in enumerate(groups):
-            means_of_file(file, group, tensors.get(f"{number}.means"))
+            state_of_file(file, group, named(tensors, f"{number}."))
         if len(saved.lengths) != 1 or not saved.has_tokens:
             raise SnapshotError(
                 f"{file} holds {len(saved.lengths)} sequences, with"
@@ -111,7 +111,7 @@ def load_prefix(
         finally:
             pages.release(request)
     written = [
-        dataclasses.replace(group, storage=row.storage).with_means(row.means)
+        dataclasses.replace(group, storage=row.storage).with_codec_state(row.codec_state)
         for group, row in zip(groups, filled, strict=True)
     ]
     return cache.with_groups(written)

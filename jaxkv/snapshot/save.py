@@ -81,8 +81,8 @@ def save(
         own, newest = sources[int(first)]
         source = newest if newest is not None and rest.startswith("newest.") else own
         sequence, _, leaf = rest.removeprefix("newest.").partition(".")
-        if sequence == "means":
-            return iter([np.asarray(source.cache.means)])
+        if sequence in source.cache.codec_state:
+            return iter([np.asarray(source.cache.codec_state[sequence])])
         return source.pieces(int(sequence), leaf)
 
     container.write(Path(path), manifest.to_json(), manifest.layout(), pieces)

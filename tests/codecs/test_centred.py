@@ -53,7 +53,7 @@ def test_centres_turn_as_the_model_turns_keys(rope):
     means = np.random.default_rng(0).standard_normal((2, 2, HEAD_DIM), np.float32)
     positions = np.array([0, 1, 63, 4095, 100_000])
     codec = jaxkv.Centred(jaxkv.Rotated(4), described(rope))
-    keys, values = codec.centres(jnp.asarray(means), jnp.asarray(positions)[:, None])
+    keys, values = codec.offsets({"means": jnp.asarray(means)}).at(jnp.asarray(positions)[:, None])
     turned = rotate(jnp.tile(means[0], (5, 1, 1)), rotation(rope, jnp.asarray(positions), 64))
     np.testing.assert_allclose(keys[:3], turned[:3], atol=3e-3)
     # Far out the model's own angles are off by what float32 leaves of them.
@@ -65,8 +65,8 @@ def test_interleaved_pairs_are_neighbours():
     half = jaxkv.Rope.of(100.0, rotary_dim=4)
     neighbours = jaxkv.Rope.of(100.0, rotary_dim=4, interleaved=True)
     means, order = jnp.asarray([[[1.0, 2.0, 3.0, 4.0, 5.0]]] * 2), np.array([0, 2, 1, 3, 4])
-    turned = jaxkv.Centred(jaxkv.Int8(), half).centres(means, jnp.array([[7]]))
-    same = jaxkv.Centred(jaxkv.Int8(), neighbours).centres(means[..., order], jnp.array([[7]]))
+    turned = jaxkv.codecs.Offsets(means, half).at(jnp.array([[7]]))
+    same = jaxkv.codecs.Offsets(means[..., order], neighbours).at(jnp.array([[7]]))
     np.testing.assert_array_equal(same, turned[..., order])
 
 
@@ -96,7 +96,7 @@ def test_attention_is_what_it_is_without(monkeypatch, rope, implementation):
         centred, outputs = run(centred, 1, queries, keys, values)
         np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
         plain, centred = jaxkv.advance(plain, tokens), jaxkv.advance(centred, tokens)
-    assert np.asarray(centred.means[1]).any()
+    assert np.asarray(centred.codec_state["means"][1]).any()
     for stored, exact in zip(jaxkv.layer(centred, 1), jaxkv.layer(plain, 1), strict=True):
         np.testing.assert_allclose(stored[:8], exact[:8], atol=1e-5)
 
@@ -107,19 +107,20 @@ def test_means_are_set_once():
     padded = [np.concatenate([side, np.full_like(side[:2], np.nan)]) for side in (keys, values)]
     fresh = jaxkv.create(config_of(codec))
     nothing = jaxkv.append(fresh, *padded, layer=0, num_tokens=0)
-    assert not np.asarray(nothing.means).any()
+    assert not np.asarray(nothing.codec_state["means"]).any()
 
     cache = jaxkv.advance(jaxkv.append(fresh, *padded, layer=0, num_tokens=6), 6)
     unturned = np.random.default_rng(0).standard_normal((2, 6, 2, HEAD_DIM), np.float32)
     unturned[0, ..., 3] += 8
     unturned[1] += 1
-    np.testing.assert_allclose(cache.means[0], unturned.sum(axis=1) / 7, atol=1e-2)
-    assert not np.asarray(cache.means[1]).any()
+    np.testing.assert_allclose(cache.codec_state["means"][0], unturned.sum(axis=1) / 7, atol=1e-2)
+    assert not np.asarray(cache.codec_state["means"][1]).any()
 
     more = vectors_under(ROPES["plain"], 8, first=6, seed=1)
     for later in (cache, jaxkv.truncate(cache, 3), jaxkv.reset(cache)):
         np.testing.assert_array_equal(
-            jaxkv.append(later, *more, layer=0, num_tokens=5).means[0], cache.means[0]
+            jaxkv.append(later, *more, layer=0, num_tokens=5).codec_state["means"][0],
+            cache.codec_state["means"][0],
         )
 
 
@@ -130,7 +131,7 @@ def means_of_generate(config):
     chunk = np.zeros((2, decode.PREFILL_CHUNK), np.int32)
     chunk[:, :5] = TOKENS
     program = decode.Program.of(look_up, jaxkv.Sampling(), ())
-    return program.prefill((chunk, COUNTS), jaxkv.create(config))[0].means
+    return program.prefill((chunk, COUNTS), jaxkv.create(config))[0].codec_state["means"]
 
 
 def means_of_an_engine(config, prompt):
@@ -138,14 +139,16 @@ def means_of_an_engine(config, prompt):
     with jaxkv.Engine(look_up, pool, prefill_chunk=8) as engine:
         engine.submit(prompt, max_new_tokens=2)
         engine.run()
-        return np.asarray(engine.cache.means)
+        return np.asarray(engine.cache.codec_state["means"])
 
 
 def means_of_a_hook(config):
     vectors = jnp.asarray(TABLE)[TOKENS]
     mask = np.arange(5) < COUNTS[:, None, None, None]
     mask = np.broadcast_to(mask, (2, 1, 5, 5))
-    return cached_attention(jaxkv.create(config), vectors, vectors, vectors, mask=mask)[1].means
+    return cached_attention(jaxkv.create(config), vectors, vectors, vectors, mask=mask)[
+        1
+    ].codec_state["means"]
 
 
 BATCH = [3, 1, 4, 1, 5, 9, 2, 6]

@@ -13,8 +13,8 @@ from jaxkv.codecs import (
     bitcast,
     bytes_per_token,
     container_dtype,
-    decode_stored,
     leaf_specs,
+    out_of_containers,
 )
 from tests.oracle import KINDS, decode, encode
 
@@ -93,7 +93,7 @@ def test_zero_buffers_decode_to_zeros(codec):
         name: jnp.zeros((sides, 3, *shape), container_dtype(dtype, "cpu"))
         for name, (shape, dtype, sides) in leaf_specs(codec, 8).items()
     }
-    decoded = decode_stored(codec, stored, 8, jnp.dtype("float32"))
+    decoded = codec.decode(out_of_containers(codec, stored, 8), 8, jnp.dtype("float32"))
     np.testing.assert_array_equal(decoded, np.zeros((2, 3, 8)))
 
 
@@ -107,7 +107,7 @@ def test_a_container_keeps_the_bits(codec):
     for name, leaf in encoded.items():
         assert contained[name].nbytes == leaf.nbytes
     np.testing.assert_array_equal(
-        decode_stored(codec, contained, 8, jnp.dtype("float32")),
+        codec.decode(out_of_containers(codec, contained, 8), 8, jnp.dtype("float32")),
         codec.decode(encoded, 8, jnp.dtype("float32")),
     )
 

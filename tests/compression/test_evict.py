@@ -1,6 +1,7 @@
 """A cache that evicts while it decodes: held to sets of positions, kept by hand."""
 
 import collections
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,13 @@ from flax import nnx
 
 import jaxkv
 from jaxkv.models import Decoder, DecoderConfig
-from jaxkv.policies import HeavyHitters, KeyDiff, SinksAndRecent
+from jaxkv.policies import (
+    HeavyHitters,
+    KeyDiff,
+    SinksAndRecent,
+    attention_weights,
+    query_positions,
+)
 from tests.compiled import assert_in_place, compile_donating
 from tests.compression.layouts import in_bfloat16, positions_of
 from tests.oracle import SMALL, jit, random_step, step
@@ -26,14 +33,41 @@ def config_of(batch_size, within, **fields):
     return jaxkv.KVCacheConfig(LAYERS, 64, KV_HEADS, 8, batch_size, float32, kept)
 
 
+@dataclasses.dataclass(frozen=True)
+class Strongest:
+    """A policy of a user's own, which remembers the most that was drawn at once, and how often."""
+
+    state = ("most", "often")
+
+    def observe(self, state, keys, values, queries, positions):
+        at = query_positions(queries, positions)
+        drawn = attention_weights(queries, keys, at, positions).mean(axis=1)  # over a group
+        often = state["often"] + jnp.float32(drawn > OFTEN).sum(axis=1)
+        return {"most": jnp.maximum(state["most"], drawn.max(axis=1)), "often": often}
+
+    def scores(self, state, positions, first_query=0):
+        return state["most"] + state["often"]
+
+    def __call__(self, keys, values, queries, positions):
+        none = dict.fromkeys(self.state, jnp.zeros(positions.shape))
+        return self.scores(self.observe(none, keys, values, queries, positions), positions)
+
+
+OFTEN = 0.2
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("newest", [0, 3])
-def test_heavy_hitters_stay(newest):
-    """Each head against the sum of its attention, in float64, over the tokens it has left.
+@pytest.mark.parametrize(
+    ("policy", "newest"),
+    [(HeavyHitters(), 0), (HeavyHitters(), 3), (Strongest(), 0)],
+    ids=["h2o", "h2o, newest", "a user's own"],
+)
+def test_what_has_drawn_attention_stays(policy, newest):
+    """Each head against what its tokens have drawn, in float64, over the tokens it has left.
 
     And over the newest, which it reads in bfloat16 where the cache keeps them so as well.
     """
-    policy, config = HeavyHitters(), config_of(2, "paged", sums=True)
+    config, kind = config_of(2, "paged", sums=policy.state), HEADS_OF[type(policy)]
     if newest:
         config = config.replace(newest=jaxkv.Newest(newest, jaxkv.Dense("bfloat16")))
     cache = jaxkv.create(config)
@@ -45,7 +79,7 @@ def test_heavy_hitters_stay(newest):
         cache, outputs = step(cache, queries, keys, values)
         return jaxkv.evict(cache, policy, queries=queries, sinks=1, after=outputs), outputs
 
-    heads = [Head(newest) for _ in range(LAYERS * 2 * KV_HEADS)]
+    heads = [kind(newest) for _ in range(LAYERS * 2 * KV_HEADS)]
     for token in range(14):
         arrays = random_step(cache.config, 1, heads=HEADS, seed=token)
         cache, outputs = decode(cache, *arrays)
@@ -77,11 +111,11 @@ class Head:
     def attend(self, queries, key, value):
         self.tokens[self.next] = key.astype(np.float64), value.astype(np.float64)
         self.newest.append((self.next, in_bfloat16((key, value))))
-        self.drawn[self.next] = 0.0
+        self.drawn[self.next] = []
         self.next += 1
         weights, _ = self.weights(queries, self.tokens)
         for position, weight in zip(self.tokens, weights.mean(axis=0), strict=True):
-            self.drawn[position] += weight
+            self.drawn[position].append(weight)
         weights, values = self.weights(queries, self.tokens | dict(self.newest))
         return weights @ values
 
@@ -90,15 +124,26 @@ class Head:
         weights = np.exp(queries @ keys.T * queries.shape[-1] ** -0.5)
         return weights / weights.sum(axis=1, keepdims=True), values
 
+    def score(self, position):
+        return sum(self.drawn[position]) / (self.next - position)
+
     def evict(self, count):
         def rank(position):
-            return position == 0, self.drawn[position] / (self.next - position)
+            return position == 0, self.score(position)
 
         best = sorted(self.tokens, key=rank, reverse=True)[:count]
         self.tokens = {
             position: self.tokens[position] for position in self.tokens if position in best
         }
 
+
+class StrongestHead(Head):
+    def score(self, position):
+        drawn = np.array(self.drawn[position])
+        return drawn.max() + (drawn > OFTEN).sum()
+
+
+HEADS_OF = {HeavyHitters: Head, Strongest: StrongestHead}
 
 TINY = DecoderConfig(32, 16, 32, num_layers=2, num_heads=4, num_kv_heads=2)
 
@@ -171,5 +216,5 @@ def test_what_cannot_evict_is_refused():
     cache = jaxkv.create(config_of(None, "contiguous"))
     with pytest.raises(ValueError, match="4 tokens are to come, and there are slots for 3"):
         jaxkv.evict(cache, KeyDiff(), tokens=4)
-    with pytest.raises(ValueError, match="sums=True"):
+    with pytest.raises(ValueError, match=r"sums=\('sums',\)"):
         jaxkv.evict(cache, HeavyHitters(), queries=jnp.zeros((2, 1, 4, 8)))

@@ -337,9 +337,9 @@ def test_means_are_those_of_the_first_prompt():
     with jaxkv.Engine(model, config, prefill_chunk=CHUNK, decode_steps=4) as running:
         first = running.submit(PROMPTS[1], max_new_tokens=4)
         running.run()
-        means = np.asarray(running.cache.means)
+        means = np.asarray(running.cache.codec_state["means"])
         assert means.any()
         other, again = (running.submit(PROMPTS[n], max_new_tokens=4) for n in (4, 1))
         running.run()
-        assert np.array_equal(running.cache.means, means)
+        assert np.array_equal(running.cache.codec_state["means"], means)
         assert (again.num_cached, again.tokens, other.num_cached) == (42, first.tokens, 0)

@@ -26,7 +26,7 @@ def prefilled(prompt):
     newest = dataclasses.replace(whole.newest, index=newest)
     storage, index = cache.storage, cache.index
     placed = dataclasses.replace(whole, storage=storage, index=index, newest=newest)
-    return placed.with_means(cache.means)
+    return placed.with_codec_state(cache.codec_state)
 
 
 @pytest.mark.slow

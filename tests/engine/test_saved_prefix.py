@@ -76,7 +76,7 @@ REFUSALS = {
     "other means": (
         {"saved": CENTRED, "codec": CENTRED},
         jaxkv.SnapshotError,
-        "centred by other means",
+        "saved with other means",
     ),
     "no tokens": ({"tokens": None}, jaxkv.SnapshotError, "1 sequences, without their tokens"),
     "two sequences": (
@@ -119,8 +119,8 @@ def test_what_is_refused_leaves_the_pool_as_it_was(tmp_path, change):
         addressing=jaxkv.Paged(PAGE, given["pages"]),
     )
     pool = jaxkv.create(config)
-    filled = jax.tree.map(lambda leaf: leaf + 1, (pool.storage, pool.means))
-    pool = dataclasses.replace(pool, storage=filled[0], means=filled[1])
+    filled = jax.tree.map(lambda leaf: leaf + 1, (pool.storage, pool.codec_state))
+    pool = dataclasses.replace(pool, storage=filled[0], codec_state=filled[1])
     pages = jaxkv.paging.PageAllocator(
         given.get("books", given["pages"]), page_size=PAGE, sharing=given.get("sharing", True)
     )

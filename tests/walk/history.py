@@ -252,9 +252,9 @@ def part_of(cache, layer):
 
 def given_back(cache, layer, vectors, starts):
     """Vectors ``[2, batch, tokens, kv_heads, head_dim]`` as the codec of a cache rounds them."""
-    codec, means = cache.config.codec, None if cache.means is None else cache.means[layer]
+    codec, state = cache.config.codec, {n: a[layer] for n, a in cache.codec_state.items()}
     positions = starts[:, None] + np.arange(vectors.shape[2], dtype=np.int32)
-    arrays = _given_back(codec, vectors, means, positions)
+    arrays = _given_back(codec, vectors, state, positions)
     decoded, centres = (np.asarray(array, np.float64) for array in arrays)
     inner = codec.codec if isinstance(codec, jaxkv.Centred) else codec
     sides = (inner.keys, inner.values) if isinstance(inner, jaxkv.KeysValues) else (inner, inner)
@@ -267,9 +267,9 @@ def given_back(cache, layer, vectors, starts):
 
 
 @functools.partial(jit, static_argnames="codec")
-def _given_back(codec, vectors, means, positions):
+def _given_back(codec, vectors, state, positions):
     centres = jnp.zeros_like(vectors)
     if isinstance(codec, jaxkv.Centred):
-        centres += codec.centres(means, positions[..., None])
+        centres += codec.offsets(state).at(positions[..., None])
     leaves = codec.encode(vectors - centres)
     return codec.decode(leaves, vectors.shape[-1], jnp.dtype("float32")) + centres, centres

@@ -29,7 +29,6 @@ from jaxkv.attention.call import Grouped, Request
 from jaxkv.attention.cudnn.slots import number_type, piece_size, pieces_of, tokens_at
 from jaxkv.attention.online import Online
 from jaxkv.cache.kv_cache import KVCache, buffer_of
-from jaxkv.codecs import Dense, KeysValues, rotate, unrotate
 from jaxkv.devices import local_gpu, num_devices_of
 
 # A block of threads takes 128 queries of a head; two blocks for each multiprocessor keep an H200
@@ -82,9 +81,7 @@ def should_not_serve(cache: KVCache, tokens: int, heads: int, platform: str) -> 
 def cannot_read(cache: KVCache, tokens: int) -> str | None:
     """Why cuDNN is not made for such a cache, whatever the device is, or None."""
     config = cache.config
-    codec = config.codec
-    sides = (codec.keys, codec.values) if isinstance(codec, KeysValues) else (codec,)
-    if Dense("float32") in sides:
+    if "float32" in (side.dtype for side in config.codec.sides):
         return "it multiplies numbers of 16 bits, and this cache keeps float32"
     if type(cache.index) not in (ContiguousIndex, PagedIndex, RingIndex):
         return f"it cannot read {config.addressing.name} caches"
@@ -136,7 +133,7 @@ def _merged(request: Request) -> Grouped:
     codec = request.cache.config.codec
     window = _window(request.cache, request.window)
     parts = _of_all(request) if window is None else _of_window(request, window)
-    mix = unrotate(codec, _combined(request, parts))
+    mix = codec.unrotate(_combined(request, parts))
     return jnp.moveaxis(mix, 2, 1).astype(jnp.float32)
 
 
@@ -192,7 +189,7 @@ def _queries(request: Request) -> Queries:
     """As the model had them, to the bit where it left the scale alone: cuDNN scales by itself."""
     head_dim, codec = request.queries.shape[-1], request.cache.config.codec
     queries = jnp.moveaxis(request.queries * head_dim**0.5, 1, 2).astype(number_type(codec))
-    return rotate(codec, queries).astype(queries.dtype)
+    return codec.rotate(queries).astype(queries.dtype)
 
 
 def _placed(request: Request, first: Int[Array, " batch"], most_before: int) -> Rows:
@@ -309,7 +306,7 @@ def _first_tokens(request: Request, first: Int[Array, " batch"], window: int) ->
     slots, before = jnp.arange(sinks), first[:, None, None]
     beyond = (slots < before) | (slots <= request.positions[:, :, None] - window)
     seen = request.visible(0, sinks) & beyond[:, None, :, None]
-    turned = rotate(request.cache.config.codec, request.queries)
+    turned = request.cache.config.codec.rotate(request.queries)
     alone = dataclasses.replace(request, queries=turned, sinks=None)
     state = Online.start(alone).with_slots(alone, 0, sinks, seen)
     logsumexp = jnp.where(state.total > 0, state.highest + jnp.log(state.total), _LOWEST)

@@ -8,17 +8,8 @@ from jaxtyping import Array, Float, Int
 from jaxkv.addressing import Index, PagedIndex
 from jaxkv.addressing.rows import read_rows
 from jaxkv.cache.kv_cache import KVCache, Layer
-from jaxkv.cache.vectors import means_of
-from jaxkv.codecs import (
-    Centred,
-    Codec,
-    Dense,
-    Leaves,
-    bitcast,
-    decode_stored,
-    rotate,
-    rotate_values,
-)
+from jaxkv.cache.vectors import state_of
+from jaxkv.codecs import Codec, Leaves, bitcast, out_of_containers
 
 _LARGEST, _SMALLEST = 64, 8  # slots of a piece; powers of two, for cuDNN
 
@@ -38,7 +29,7 @@ class Pieces(NamedTuple):
 
 def number_type(codec: Codec) -> jnp.dtype:
     """What cuDNN multiplies where this codec stores."""
-    return jnp.dtype("float16" if codec == Dense("float16") else "bfloat16")
+    return jnp.dtype("float16" if codec.dtype == "float16" else "bfloat16")
 
 
 def piece_size(index: Index) -> int:
@@ -52,7 +43,7 @@ def pieces_of(cache: KVCache, layer: Layer) -> Pieces:
     config, index, batch = cache.config, cache.index, cache.config.batch_size or 1
     size = piece_size(index)
     in_place = size == _power_of_two(index)
-    if isinstance(config.codec, Dense) and in_place:
+    if config.codec.dtype is not None and in_place:
         (leaf,) = cache.storage.values()
         whole = bitcast(leaf, config.codec.dtype)
         pool = whole.reshape(-1, size, *whole.shape[3:])
@@ -62,9 +53,11 @@ def pieces_of(cache: KVCache, layer: Layer) -> Pieces:
         )
         return Pieces(pool, pool, keys, values)
     # Of a pool that holds less than its rows might, each page once: several rows may have it.
-    crowded = batch * index.extent > config.num_slots and not isinstance(config.codec, Centred)
+    crowded = batch * index.extent > config.num_slots and not cache.codec_state
     if in_place and crowded:
-        both = _decoded(cache, {name: leaf[layer] for name, leaf in cache.storage.items()})
+        pages = {name: leaf[layer] for name, leaf in cache.storage.items()}
+        leaves = out_of_containers(config.codec, pages, config.head_dim)
+        both = config.codec.decode_rotated(leaves, config.head_dim, number_type(config.codec))
         table = _table(index, batch, size)
     else:
         both = _rows(cache, layer, -index.extent % size)
@@ -82,45 +75,31 @@ def tokens_at(
     stored = {
         name: read_rows(leaf, layer, jnp.maximum(slots, 0)) for name, leaf in cache.storage.items()
     }
-    both = _with_means(cache, layer, _decoded(cache, stored), positions)
+    both = _decoded(cache, layer, stored, positions)
     return jnp.where((slots >= 0)[..., None, None], both, 0)
 
 
 def _rows(cache: KVCache, layer: Layer, padding: int) -> Float[Array, "2 slots kv_heads head_dim"]:
     """Every sequence's slots, one after the other, each padded."""
-    index, batch = cache.index, cache.config.batch_size or 1
+    index = cache.index
     stored = {
         name: index.read(leaf, layer, 0, index.extent) for name, leaf in cache.storage.items()
     }
-    both = _decoded(cache, stored)
-    both = both.reshape(2, batch, index.extent, *both.shape[-2:])
-    both = _with_means(cache, layer, both, jnp.arange(index.extent, dtype=jnp.int32)[None])
+    if cache.config.batch_size is None:
+        stored = {name: leaf[:, None] for name, leaf in stored.items()}
+    both = _decoded(cache, layer, stored, jnp.arange(index.extent, dtype=jnp.int32)[None])
     both = jnp.pad(both, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
     return both.reshape(2, -1, *both.shape[-2:])
 
 
-def _decoded(cache: KVCache, stored: Leaves) -> Float[Array, "2 *slots kv_heads head_dim"]:
-    """As the codec keeps them, turned by it."""
-    config = cache.config
-    centred = isinstance(config.codec, Centred)  # whose means are yet to be added
-    dtype = jnp.dtype("float32") if centred else number_type(config.codec)
-    return decode_stored(config.codec, stored, config.head_dim, dtype, rotated=True)
-
-
-def _with_means(
-    cache: KVCache,
-    layer: Layer,
-    both: Float[Array, "2 batch slots kv_heads head_dim"],
-    positions: Int[Array, "#batch slots"],
+def _decoded(
+    cache: KVCache, layer: Layer, stored: Leaves, positions: Int[Array, "#batch slots"]
 ) -> Float[Array, "2 batch slots kv_heads head_dim"]:
-    """What a `Centred` codec stored them less, added."""
-    codec = cache.config.codec
-    if not isinstance(codec, Centred):
-        return both
-    means = means_of(cache, layer)
-    keys = both[0] + rotate(codec, codec.centres(means, positions[..., None])[0])
-    values = both[1] + rotate_values(codec, means[1])
-    return jnp.stack([keys, values]).astype(number_type(codec))
+    """Rotated by the codec."""
+    codec, head_dim = cache.config.codec, cache.config.head_dim
+    leaves, dtype = out_of_containers(codec, stored, head_dim), number_type(codec)
+    state = state_of(cache, layer)
+    return codec.decode_tokens(leaves, head_dim, dtype, state, positions[..., None], rotated=True)
 
 
 def _table(index: Index, batch: int, size: int) -> Int[Array, "batch runs"]:

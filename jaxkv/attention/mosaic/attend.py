@@ -19,17 +19,16 @@ from jaxkv.addressing.paged import PagedIndex
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.blockwise import unturned_blockwise
 from jaxkv.attention.call import Grouped, Request
-from jaxkv.attention.mosaic.plan import TILE, plan, stored_by
+from jaxkv.attention.mosaic.plan import TILE, plan
 from jaxkv.cache.kv_cache import KVCache, buffer_of
-from jaxkv.cache.vectors import means_of
-from jaxkv.codecs import Centred, Dense, Int8, Rotated, bitcast
+from jaxkv.codecs import Int8, Rotated, bitcast
 from jaxkv.codecs.hadamard import half_turn
 from jaxkv.devices import local_gpu, num_devices_of
 
 Slots = Int[Array, " batch"]
 
 _HEAD_DIMS = (64, 128)
-_CODES = (Int8(), Rotated(bits=4), Rotated(bits=2))
+_CODES = [(each.levels, each.rotation) for each in (Int8(), Rotated(bits=4), Rotated(bits=2))]
 _MOST_GROUP = 32  # query heads of a KV head; more do not fit in registers
 _LOG2_E = 1.4426950408889634
 
@@ -51,15 +50,15 @@ def should_not_serve(cache: KVCache, tokens: int, heads: int, platform: str) -> 
 def cannot_read(cache: KVCache, tokens: int) -> str | None:
     """Why the kernel is not made for such a call, whatever the device is, or None."""
     config, index = cache.config, cache.index
-    codec = stored_by(cache)
-    bfloat16 = config.codec == Dense("bfloat16")
+    codec = config.codec
+    bfloat16 = codec.dtype == "bfloat16"
     if tokens != 1:
         return f"it serves one token a sequence, and this call has {tokens}"
-    if not bfloat16 and codec not in _CODES:
-        return f"it reads bfloat16, int8, rotated4 and rotated2, not {config.codec.name}"
+    if not bfloat16 and (codec.levels, codec.rotation) not in _CODES:
+        return f"it reads bfloat16, int8, rotated4 and rotated2, not {codec.name}"
     if config.head_dim not in _HEAD_DIMS:
         return f"head_dim is {config.head_dim}, and it takes 64 or 128"
-    if codec == Rotated(bits=2) and config.head_dim == 64:
+    if codec.levels and len(codec.levels) == 4 and config.head_dim == 64:
         return "it takes at least 32 bytes a vector, and rotated2 with a head_dim of 64 has 16"
     if not bfloat16 and config.num_kv_heads % 8:
         return f"scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
@@ -122,7 +121,7 @@ def _decode(request: Request, interpret: object) -> Grouped:
     specs = cache.config.codec.leaves(head_dim)
     leaves = tuple(bitcast(cache.storage[name], specs[name][1]) for name in specs)
     scale = jnp.float32(1 if request.softcap else _LOG2_E)
-    turns = isinstance(stored_by(cache), Rotated)
+    turns = cache.config.codec.rotation is not None
     if turns:
         scale = scale * half_turn(head_dim)
     rows = jnp.pad(queries * scale, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))
@@ -143,8 +142,8 @@ def _decode(request: Request, interpret: object) -> Grouped:
     mix, share = _combined(coarse + fine, highest, totals, request.sinks)
     if turns:
         mix *= half_turn(head_dim)
-    if isinstance(cache.config.codec, Centred):
-        mix += share[..., None] * means_of(cache, request.layer)[1][:, None]
+    if (offsets := request.offsets) is not None:
+        mix += share[..., None] * offsets.values[:, None]
     return mix[:, :, None]
 
 
@@ -191,17 +190,17 @@ def _page_table(cache: KVCache) -> Array:
 
 def _added(request: Request, rows: int) -> tuple[Float[Array, "batch kv_heads slots rows"], ...]:
     """What keys were stored less, times the queries, in the units of the scores."""
-    codec, index = request.cache.config.codec, request.cache.index
-    if not isinstance(codec, Centred):
+    index, offsets = request.cache.index, request.offsets
+    if offsets is None or request.offset_queries is None:
         return ()
-    queries = request.centre_queries[:, :, 0]  # type: ignore[index]
+    queries = request.offset_queries[:, :, 0]
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - queries.shape[2]), (0, 0)))
     if isinstance(index, RingIndex):
         positions = request.key_positions(0, index.extent)
     else:  # behind a barrier, or XLA would compute the table while it compiles
         slots = jnp.arange(index.extent, dtype=jnp.int32)
         positions = lax.optimization_barrier(slots[None, None])
-    features = codec.centre_features(positions)[:, 0]
+    features = offsets.features(positions)[:, 0]
     features = jnp.broadcast_to(features, (len(queries), *features.shape[1:]))
     scores = jnp.einsum("bkgf,bsf->bksg", queries, features, precision="highest")
     return (scores * (1 if request.softcap else _LOG2_E),)

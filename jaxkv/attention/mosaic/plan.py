@@ -9,7 +9,6 @@ from jaxkv.addressing.paged import PagedIndex
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.call import Request
 from jaxkv.cache.kv_cache import KVCache
-from jaxkv.codecs import Centred, Codec, Dense, Rotated
 from jaxkv.devices import local_gpu
 
 TILE = 64  # slots that are taken at once, the rows of a product
@@ -68,7 +67,7 @@ def plan(request: Request, rows: int) -> Plan:
         splits=splits,
         stages=stages,
         softcap=request.softcap,
-        levels=getattr(stored_by(cache), "levels", None),
+        levels=packed_levels(cache),
     )
 
 
@@ -77,13 +76,13 @@ def parts(cache: KVCache, rows: int) -> tuple[int, int]:
     config, extent = cache.config, cache.index.extent
     lists, head_dim = (config.batch_size or 1) * config.num_kv_heads, config.head_dim
     multiprocessors = getattr(local_gpu(), "core_count", None) or _MULTIPROCESSORS
-    codec, centred = stored_by(cache), isinstance(config.codec, Centred)
-    quantized, packed = not isinstance(codec, Dense), isinstance(codec, Rotated)
+    codec, offset = config.codec, bool(cache.codec_state)
+    quantized, packed = codec.levels is not None, packed_levels(cache) is not None
 
     # A row of numbers or codes of one head, the scales of all of them, and addends.
     (shape, dtype, *_), *scales = codec.leaves(head_dim).values()
     stored_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
-    slot_bytes = 2 * (stored_bytes + len(scales) * 2 * config.num_kv_heads) + centred * 2 * rows
+    slot_bytes = 2 * (stored_bytes + len(scales) * 2 * config.num_kv_heads) + offset * 2 * rows
     wide_bytes = TILE * head_dim * (2 * quantized + packed) + 2 * rows * TILE
     # Before that is used, queries as they come, and turned ones with the matrix that turns them.
     before_bytes = 2 * rows * head_dim + packed * (2 * rows * head_dim + 2 * TILE * TILE)
@@ -110,7 +109,7 @@ def parts(cache: KVCache, rows: int) -> tuple[int, int]:
     return splits, max(2, stages(at_once))
 
 
-def stored_by(cache: KVCache) -> Codec:
-    """What encodes its vectors, after their mean was taken off if it is."""
-    codec = cache.config.codec
-    return codec.codec if isinstance(codec, Centred) else codec
+def packed_levels(cache: KVCache) -> tuple[int, ...] | None:
+    """What the codes stand for, several of which are in a byte; None for other numbers."""
+    levels = cache.config.codec.levels
+    return levels if levels and len(levels) < 256 else None
