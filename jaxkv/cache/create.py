@@ -1,7 +1,7 @@
 """Making a cache: every buffer preallocated and zero."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +19,28 @@ from jaxkv.programs import moves_data
 _AXES = ("layers", "2", "slots", "kv_heads", "head_dim")  # of a buffer
 
 
+@overload
+def create(config: KVCacheConfig, *, device: Any = None) -> KVCache: ...
+@overload
+def create(config: HybridConfig, *, device: Any = None) -> HybridCache: ...
+@overload
+def create(config: AnyConfig, *, device: Any = None) -> AnyCache: ...
 @moves_data  # zeros, of which the host has one
 def create(config: AnyConfig, *, device: Any = None) -> AnyCache:
     """An empty cache: every buffer preallocated and zero.
 
     Args:
-      config: its shape; a `HybridConfig` gives a `HybridCache`.
+      config: its shape.
       device: a `jax.Device` or `jax.sharding.Sharding` for the buffers; JAX's default if None.
         A `NamedSharding` is of the axes ``[layers, 2, slots, kv_heads, head_dim]``; a buffer
         without the last ones, as scales are, is sharded by those that it has.
 
-    Raises:
-      ConfigError: 2**30 or more positions, or slots times KV heads.
-      ValueError: a sharding of more axes than that.
+    Returns:
+      A `KVCache`, or a `HybridCache` for a `HybridConfig`.
 
     Raises:
       ConfigError: 2**30 or more positions, or slots times KV heads.
+      ValueError: a sharding of more axes than that.
 
     >>> import jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 16, 1, 4, codec=jaxkv.Dense("float32")))

@@ -189,11 +189,11 @@ class HybridCache:
 # What functions that do not care how layers are kept take and return.
 AnyConfig = KVCacheConfig | HybridConfig
 AnyCache = KVCache | HybridCache
+SameCache = TypeVar("SameCache", bound=AnyCache)  # of the type that was given
 
 
 _Options = ParamSpec("_Options")
 _Result = TypeVar("_Result")
-_Cache = TypeVar("_Cache", bound=AnyCache)
 
 
 def in_its_group(
@@ -213,13 +213,13 @@ def in_its_group(
 
 def changing_its_group(
     verb: Callable[Concatenate[KVCache, _Options], KVCache],
-) -> Callable[Concatenate[_Cache, _Options], _Cache]:
+) -> Callable[Concatenate[SameCache, _Options], SameCache]:
     """Let a verb with ``layer=`` change the group that has the layer."""
 
     @functools.wraps(verb)
     def on_any_cache(
-        cache: _Cache, *arguments: _Options.args, **options: _Options.kwargs
-    ) -> _Cache:
+        cache: SameCache, *arguments: _Options.args, **options: _Options.kwargs
+    ) -> SameCache:
         number, options["layer"] = cache.config.locate(options["layer"])
         groups = list(cache.groups)
         groups[number] = verb(groups[number], *arguments, **options)
@@ -230,13 +230,13 @@ def changing_its_group(
 
 def in_every_group(
     verb: Callable[Concatenate[KVCache, _Options], KVCache],
-) -> Callable[Concatenate[_Cache, _Options], _Cache]:
+) -> Callable[Concatenate[SameCache, _Options], SameCache]:
     """Let a verb that changes a cache change every group."""
 
     @functools.wraps(verb)
     def on_any_cache(
-        cache: _Cache, *arguments: _Options.args, **options: _Options.kwargs
-    ) -> _Cache:
+        cache: SameCache, *arguments: _Options.args, **options: _Options.kwargs
+    ) -> SameCache:
         groups = [verb(group, *arguments, **options) for group in cache.groups]
         return cache.with_groups(groups)  # type: ignore[return-value]
 

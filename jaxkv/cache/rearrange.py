@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.addressing import PagedIndex
 from jaxkv.cache.checks import check_alive, check_rows, rows_exist
-from jaxkv.cache.hybrid import AnyCache, in_every_group
+from jaxkv.cache.hybrid import SameCache, in_every_group
 from jaxkv.cache.kv_cache import KVCache, buffer_of
 from jaxkv.placement import copy_runs, in_host_memory, take_slots
 from jaxkv.programs import on_device, one_program, promotes_ranks
@@ -61,7 +61,7 @@ def _selected(cache: KVCache, chosen: Int[Array, " rows"]) -> KVCache:
 _select = one_program()(_selected)
 
 
-def fork(cache: AnyCache, num_copies: int) -> AnyCache:
+def fork(cache: SameCache, num_copies: int) -> SameCache:
     """Each sequence ``num_copies`` times, next to each other, as a batch.
 
     For parallel samples of one prompt; see `select` for pages of a shared pool.

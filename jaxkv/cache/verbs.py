@@ -25,6 +25,7 @@ from jaxkv.cache.checks import (
 from jaxkv.cache.host import append_to_host
 from jaxkv.cache.hybrid import (
     AnyCache,
+    SameCache,
     changing_its_group,
     in_every_group,
     in_its_group,
@@ -253,7 +254,7 @@ def _truncate(cache: KVCache, length: NumTokens) -> KVCache:
     return cache.with_lengths(lengths)
 
 
-def reset(cache: AnyCache) -> AnyCache:
+def reset(cache: SameCache) -> SameCache:
     """The same buffers, empty. Old tokens stay in memory until written over, never to be read.
 
     >>> import jaxkv

@@ -5,7 +5,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jaxkv.programs import promotes_ranks
 
 def one_layer(config: KVCacheConfig) -> KVCache:
     """An empty cache of one layer, whatever the config's number of them."""
-    return cast(KVCache, create(dataclasses.replace(config, num_layers=1)))
+    return create(dataclasses.replace(config, num_layers=1))
 
 
 def layer_config(
