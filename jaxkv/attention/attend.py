@@ -30,6 +30,7 @@ from jaxkv.cache.hybrid import AnyCache, in_its_group
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of
 from jaxkv.cache.verbs import or_nan, real_of
 from jaxkv.codecs import Dense, unrotate
+from jaxkv.counts import check_count
 from jaxkv.devices import PLATFORMS, by_platform, default_device, platform_of
 from jaxkv.programs import one_program
 from jaxkv.show.text import format_bytes
@@ -330,8 +331,8 @@ def _check_call(
             f"queries must be [{', '.join(axes)}] = [{', '.join(map(str, expected))}], "
             f"got {list(shape)}."
         )
-    if window is not None and (not isinstance(window, int) or window < 1):
-        raise ValueError(f"window must be an int of at least 1 token, got {window!r}.")
+    if window is not None:
+        check_count("window", window)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}.")
     if sinks is not None and sinks.shape != (shape[-2],):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import operator
 import os
 import warnings
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any, ClassVar, Self
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.newest import Newest, NewestSlots
 from jaxkv.codecs import Centred, Codec, Dense, bytes_per_token
+from jaxkv.counts import as_count
 from jaxkv.errors import ConfigError
 from jaxkv.placement import HostMemory
 from jaxkv.show.text import sequences
@@ -93,11 +93,7 @@ class KVCacheConfig:
     def _normalize_count(self, field: str, also_allowed: str = "") -> str | None:
         """Store the field as a plain int, or say what is wrong with it."""
         value = getattr(self, field)
-        try:
-            count = -1 if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            count = -1
-        if count < 1:
+        if (count := as_count(value)) is None:
             return f"{field} must be an int of at least 1{also_allowed}, got {value!r}"
         object.__setattr__(self, field, count)
         return None

@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 from jaxkv.addressing import Layer
 from jaxkv.addressing.runs import first_slots, read_runs, slots_of_runs
 from jaxkv.codecs import Centred, Codec, Dense
+from jaxkv.counts import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,7 @@ class Newest:
     codec: Codec = Dense("bfloat16")
 
     def __post_init__(self):
-        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 1:
-            raise ValueError(f"Newest: tokens must be an int of at least 1, got {self.tokens!r}.")
+        check_fields(self, "tokens")
 
     def codec_beside(self, codec: Codec) -> Codec:
         """Its codec beside the cache's own, whose rope it is under."""

@@ -20,6 +20,7 @@ from jaxkv.cli.model_options import (
     sampling_of,
     unicode_text,
 )
+from jaxkv.counts import ceil_div
 from jaxkv.memory import parse_tokens
 from jaxkv.serve import Engine, Request
 from jaxkv.show.progress import progress_bar
@@ -70,7 +71,7 @@ def _run(options: argparse.Namespace) -> int:
     longest = max(
         (len(line.fields["prompt"]) + line.fields["max_new_tokens"] for line in lines), default=1
     )
-    context = options.context or -(-longest // options.page_size) * options.page_size
+    context = options.context or ceil_div(longest, options.page_size) * options.page_size
     pool = options.pool or max(context, options.rows * context // 2)
     config = model.cache_config(
         max_context_length=context,

@@ -30,6 +30,7 @@ from jaxkv.compression.scoring import (
     score,
     summed,
 )
+from jaxkv.counts import ceil_div
 from jaxkv.policies import HeavyHitters, Policy
 from jaxkv.programs import moves_data
 
@@ -193,7 +194,7 @@ def _checked_pages(cache: KVCache, pages: Array, slots: int) -> Int[Array, "*bat
             f"compress: pages are of a shared pool, and this cache is {cache.config.addressing}. "
             "Leave pages= out, and the result has slots of its own."
         )
-    expected = (*cache.config.batch_shape, -(-slots // index.page_size))
+    expected = (*cache.config.batch_shape, ceil_div(slots, index.page_size))
     pages = jnp.asarray(pages, jnp.int32)
     if pages.shape != expected:
         raise ValueError(

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxkv.counts import check_fields
 from jaxkv.errors import CheckpointError, ConfigError
 from jaxkv.models.families import FAMILIES, Family
 from jaxkv.models.hf_config import layer_windows
@@ -11,7 +12,6 @@ from jaxkv.models.hf_families import BY_MODEL_TYPE
 from jaxkv.models.hf_fields import (
     check_all_read,
     check_choice,
-    check_counts,
     check_positive,
     eos_token_ids,
     hf_decoder,
@@ -88,13 +88,19 @@ class DecoderConfig:
             if getattr(self, field) is None:
                 object.__setattr__(self, field, value)
 
-        check_counts(self, "hidden_size", "num_heads")
+        check_fields(self, "hidden_size", "num_heads", error=ConfigError)
         default("num_kv_heads", self.num_heads)
         default("head_dim", self.hidden_size // self.num_heads)
-        check_counts(
-            self, "vocab_size", "intermediate_size", "num_layers", "num_kv_heads", "head_dim"
+        check_fields(
+            self,
+            "vocab_size",
+            "intermediate_size",
+            "num_layers",
+            "num_kv_heads",
+            "head_dim",
+            error=ConfigError,
         )
-        check_counts(self, "num_experts", "experts_per_token")
+        check_fields(self, "num_experts", "experts_per_token", error=ConfigError)
         default("rope", RopeConfig(head_dim=self.head_dim))
         default("local_rope", self.rope)
         default("query_pre_attn_scalar", self.head_dim)

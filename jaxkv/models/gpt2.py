@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Int
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.cache.verbs import advance, next_positions
+from jaxkv.counts import check_fields
 from jaxkv.errors import CheckpointError, ConfigError
 from jaxkv.models.hf_fields import (
     check_all_read,
     check_choice,
-    check_counts,
     eos_token_ids,
     hf_decoder,
     read_fields,
@@ -74,10 +74,18 @@ class GPT2Config:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        check_counts(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions")
+        check_fields(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "max_positions",
+            error=ConfigError,
+        )
         if self.intermediate_size is None:
             object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
-        check_counts(self, "intermediate_size")
+        check_fields(self, "intermediate_size", error=ConfigError)
         check_choice(self, "activation", ACTIVATIONS)
         if self.hidden_size % self.num_heads:
             raise ConfigError(

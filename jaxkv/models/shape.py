@@ -9,6 +9,7 @@ from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import AnyConfig, HybridConfig
 from jaxkv.cache.newest import Newest
 from jaxkv.codecs import Codec, Dense
+from jaxkv.counts import ceil_div
 from jaxkv.errors import ConfigError
 
 RING_CHUNK = 128  # tokens; what `jaxkv.generate` prefills at once
@@ -101,7 +102,7 @@ def _windowed(addressing: Addressing, window: int, chunk: int, rows: int) -> Add
     if not isinstance(addressing, Paged) or addressing.num_pages is None:
         return Ring(window, chunk=chunk)
     # What all rows hold at once, and as much again for the ends of prompts that may come back.
-    held = rows * (-(-(window + chunk) // addressing.page_size) + 1)
+    held = rows * (ceil_div(window + chunk, addressing.page_size) + 1)
     num_pages = min(addressing.num_pages, 2 * held)
     return dataclasses.replace(addressing, num_pages=num_pages, window=window)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
+from jaxkv.counts import ceil_div, check_count
 from jaxkv.errors import BookkeepingError, PoolFullError, UnknownRequestError
 from jaxkv.paging.group import Group, GroupPages, check_fits, check_free, how_full
 from jaxkv.paging.prefix_index import Event, PrefixIndex
@@ -117,11 +118,10 @@ class PageAllocator:
     ):
         groups = [Group(groups)] if isinstance(groups, int) else list(groups)
         chunk = page_size if chunk is None else chunk
-        if not groups or page_size < 1 or chunk < 1 or reserve < 0:
-            raise ValueError(
-                "PageAllocator: groups, page_size and chunk must be at least 1 and reserve at "
-                f"least 0, got {len(groups)}, {page_size}, {chunk} and {reserve}."
-            )
+        check_count("PageAllocator: groups", len(groups))
+        check_count("PageAllocator: page_size", page_size)
+        check_count("PageAllocator: chunk", chunk)
+        check_count("PageAllocator: reserve", reserve, least=0)
         self.page_size, self.chunk, self.reserve = page_size, chunk, reserve
         self.fingerprint, self.sharing = fingerprint, sharing
         self.groups = [
@@ -225,7 +225,7 @@ class PageAllocator:
           UnknownRequestError: it was not admitted, or released.
         """
         sequence = self._sequence(request)
-        end = -(-length // self.page_size)
+        end = ceil_div(length, self.page_size)
         missing = [max(0, end - len(table)) for table in sequence.tables]
         check_free(self.groups, missing, f"no room for {length} tokens of request {request!r}")
         for group, table, count in zip(self.groups, sequence.tables, missing, strict=True):
@@ -266,7 +266,7 @@ class PageAllocator:
         parent = self._sequence(request)
         self.check_new(child, parent.prompt)
         shared = parent.length // self.page_size
-        known = -(-max(parent.length, len(parent.prompt)) // self.page_size)
+        known = ceil_div(max(parent.length, len(parent.prompt)), self.page_size)
         ends = [min(len(table), known) for table in parent.tables]
         missing = [end - shared for end in ends]
         check_free(self.groups, missing, f"no room for a fork of request {request!r}")

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxkv.addressing import Layer
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.codecs import Leaves, bitcast
+from jaxkv.counts import ceil_div
 
 
 @functools.partial(
@@ -104,7 +105,7 @@ class Resident:
         """
         oldest = self.index(lengths).first_position(lengths)
         if self.bounds is not None:
-            oldest = -(-oldest // self.bounds.block) * self.bounds.block
+            oldest = ceil_div(oldest, self.bounds.block) * self.bounds.block
         return jnp.minimum(oldest, lengths)
 
 
@@ -133,7 +134,7 @@ class Bounds:
         """With new tokens. What was known of a block whose first token is among them is dropped."""
         first = jnp.where(positions >= 0, positions, jnp.int32(2**31 - 1)).min(-1, keepdims=True)
         batch, tokens = positions.shape
-        touched = jnp.arange(-(-tokens // self.block) + 1, dtype=jnp.int32)
+        touched = jnp.arange(ceil_div(tokens, self.block) + 1, dtype=jnp.int32)
         blocks = first // self.block + touched  # [batch, touched]
         inside = (positions[:, None] // self.block == blocks[..., None]) & (positions >= 0)[:, None]
         started_before = blocks * self.block < first

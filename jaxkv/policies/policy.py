@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxkv.counts import ceil_div
+
 Vectors = Float[Array, "tokens kv_heads head_dim"]
 Queries = Float[Array, "window heads head_dim"]
 Positions = Int[Array, "kv_heads tokens"]
@@ -101,8 +103,8 @@ def fold_queries(
 
     The first block may begin with padding of position -1.
     """
-    blocks = max(1, -(-len(queries) // QUERY_BLOCK))
-    size = -(-len(queries) // blocks)
+    blocks = max(1, ceil_div(len(queries), QUERY_BLOCK))
+    size = ceil_div(len(queries), blocks)
     padding = (blocks * size - len(queries), 0)
     padded = jnp.pad(queries, (padding, (0, 0), (0, 0))).reshape(blocks, size, *queries.shape[1:])
     at = jnp.pad(query_positions, padding, constant_values=-1).reshape(blocks, size)

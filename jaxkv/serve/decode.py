@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.verbs import padded_after
+from jaxkv.counts import ceil_div
 from jaxkv.serve.model_step import Model, ModelStep, Weights
 from jaxkv.serve.sampling import Sampling, sample
 
@@ -47,7 +48,7 @@ def prefill_chunk(longest: int, batch: int, platform: str) -> int:
     sizes = [PREFILL_CHUNK]
     while 2 * sizes[-1] * batch <= _MOST_ROWS:
         sizes.append(2 * sizes[-1])
-    return min(sizes, key=lambda size: -(-longest // size) * (size * batch + _ROWS_TO_READ))
+    return min(sizes, key=lambda size: ceil_div(longest, size) * (size * batch + _ROWS_TO_READ))
 
 
 class State(NamedTuple):

@@ -11,6 +11,7 @@ import numpy as np
 from jaxkv.cache.checks import checked_prompt
 from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import Codec
+from jaxkv.counts import check_count
 from jaxkv.devices import platform_at
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.memory.session import Session
@@ -148,11 +149,9 @@ def generate(
         checked_prompt(prompt, vocabulary, f"generate: prompt {number}")
         for number, prompt in enumerate(prompts)
     ]
-    if max_new_tokens < 1:
-        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}.")
+    check_count("generate: max_new_tokens", max_new_tokens)
     chunk = _chunk_size(model, checked, config, device) if prefill_chunk is None else prefill_chunk
-    if chunk < 1:
-        raise ValueError(f"generate: prefill_chunk must be at least 1, got {chunk}.")
+    check_count("generate: prefill_chunk", chunk)
     config = _cache_config(model, checked, max_new_tokens, max_context_length, codec, chunk, config)
     program = Program.of(model, sampling, stop_tokens)
     state = _start(checked, max_new_tokens, seed)
