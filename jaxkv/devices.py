@@ -22,6 +22,11 @@ else:
 PLATFORMS = ("cpu", "gpu", "tpu")  # those on which something differs; any other is as a TPU
 
 
+def is_concrete(*arrays: Any) -> bool:
+    """Whether all of these have values: inside jit traced arrays do not."""
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
 def default_device() -> Device:
     """Where JAX puts arrays when nobody says where."""
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
@@ -47,7 +52,7 @@ def local_gpu() -> Device | None:
 
 def platform_of(*arrays: Any) -> str | None:
     """The platform that a program of these arrays runs on; None while one of them is traced."""
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+    if not is_concrete(*arrays):
         return None
     held = (array for array in arrays if isinstance(array, jax.Array) and array.committed)
     devices = (next(iter(array.sharding.device_set)) for array in held)
@@ -59,7 +64,7 @@ def num_devices_of(array: Any) -> int:
 
     One inside a `jax.shard_map`, where a kernel is given the shard that its device has.
     """
-    if isinstance(array, jax.core.Tracer):
+    if not is_concrete(array):
         mesh = jax.typeof(array).sharding.mesh
         axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
         return math.prod(size for size, kind in axes if kind != AxisType.Manual)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.kv_cache import KVCache
+from jaxkv.devices import is_concrete
 from jaxkv.errors import ConfigError
 from jaxkv.show.html import occupancy_html
 from jaxkv.show.text import format_bytes
@@ -250,7 +251,7 @@ def check_static_layer(config: AnyConfig, layer: Any) -> int:
       IndexError: it does not.
       TypeError: it is traced, and layers of a hybrid cache are arrays of different shapes.
     """
-    if isinstance(layer, jax.core.Tracer):
+    if not is_concrete(layer):
         raise TypeError(
             "the layer of a hybrid cache must be a plain int: its layers have different shapes, so "
             "a scan cannot go over all of them. Scan over the layers of each group instead."

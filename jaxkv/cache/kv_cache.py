@@ -14,6 +14,7 @@ from jaxkv.addressing import Index, Layer, PagedIndex
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.newest import NewestIndex
 from jaxkv.codecs import Leaves
+from jaxkv.devices import is_concrete
 from jaxkv.placement import Resident
 from jaxkv.programs import one_program
 from jaxkv.show.html import Bar, occupancy_html
@@ -246,7 +247,7 @@ def _facts(config: KVCacheConfig) -> str:
 def _lengths(cache: KVCache) -> tuple[np.ndarray | None, str]:
     """The tokens of each sequence, or None and why nobody knows."""
     lengths = cache.lengths
-    if isinstance(lengths, jax.core.Tracer):
+    if not is_concrete(lengths):
         return None, "traced"
     if not isinstance(lengths, jax.Array | np.ndarray):
         return None, "shapes alone"

@@ -12,7 +12,7 @@ from jaxkv.addressing import PagedIndex
 from jaxkv.cache.checks import check_alive, check_rows, rows_exist
 from jaxkv.cache.hybrid import SameCache, in_every_group
 from jaxkv.cache.kv_cache import KVCache, buffer_of
-from jaxkv.placement import copy_runs, in_host_memory, take_slots
+from jaxkv.placement import copy_runs, in_host_memory, scatter, take_slots
 from jaxkv.programs import on_device, one_program, promotes_ranks
 
 
@@ -133,7 +133,7 @@ def copied(
         if in_host_memory(leaf):
             return copy_runs(leaf, sources, destinations, page_size_of(cache))
         found = leaf.at[:, :, origins].get(mode="clip")
-        return leaf.at[:, :, targets].set(found, mode="drop", unique_indices=True)
+        return scatter(leaf, targets, found)
 
     storage = {name: with_copies(leaf) for name, leaf in cache.storage.items()}
     return dataclasses.replace(cache, storage=storage)
@@ -146,12 +146,11 @@ def page_size_of(cache: KVCache) -> int:
 
 @promotes_ranks
 def slots_of_pages(cache: KVCache, pages: Int[Array, " pages"]) -> Int[Array, " slots"]:
-    """The ctx slots of pages of a pool; of pages that there are not, slots past the end.
+    """The ctx slots of pages of a pool; -1 for those of pages that there are not.
 
     Of other caches a sequence's slots are its page.
     """
     num_slots = cache.config.num_slots
     page_size = page_size_of(cache)
     slots = (pages[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(-1)
-    past_the_end = num_slots + jnp.arange(slots.size, dtype=jnp.int32)
-    return jnp.where((slots < 0) | (slots >= num_slots), past_the_end, slots)
+    return jnp.where((slots < 0) | (slots >= num_slots), -1, slots)

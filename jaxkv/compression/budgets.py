@@ -4,12 +4,12 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.compression.scoring import LayerScores, for_all_slots, held_positions
+from jaxkv.devices import is_concrete
 
 # One number, one a layer, or one a layer, sequence and head; a float is a share of tokens.
 Keep = int | float | Sequence[int] | Sequence[float] | np.ndarray
@@ -104,7 +104,7 @@ def host_lengths(cache: KVCache, why: str) -> np.ndarray:
     Raises:
       TypeError: they are traced, and ``why`` needs them.
     """
-    if isinstance(cache.lengths, jax.core.Tracer):
+    if not is_concrete(cache.lengths):
         raise TypeError(
             f"inside jit the lengths are not known, so {why}: give numbers of tokens, or compress "
             "outside jit."

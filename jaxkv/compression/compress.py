@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -31,6 +30,7 @@ from jaxkv.compression.scoring import (
     summed,
 )
 from jaxkv.counts import ceil_div
+from jaxkv.devices import is_concrete
 from jaxkv.policies import HeavyHitters, Policy
 from jaxkv.programs import moves_data
 
@@ -201,7 +201,7 @@ def _checked_pages(cache: KVCache, pages: Array, slots: int) -> Int[Array, "*bat
             f"compress: pages must be int32{list(expected)}, for {slots} slots a sequence in pages "
             f"of {index.page_size}, got {list(pages.shape)}."
         )
-    if not isinstance(pages, jax.core.Tracer) and not isinstance(index.table, jax.core.Tracer):
+    if is_concrete(pages, index.table):
         given, num_pages = np.asarray(pages).ravel(), cache.config.num_slots // index.page_size
         bad = (given < 0) | (given >= num_pages) | np.isin(given, np.asarray(index.table))
         if bad.any() or len(set(given.tolist())) < len(given):

@@ -14,7 +14,7 @@ from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Leaves
 from jaxkv.compression.scoring import LayerScores, held_positions, per_sequence
-from jaxkv.placement import in_host_memory, read_slots, to_device, to_host
+from jaxkv.placement import in_host_memory, read_slots, scatter, to_device, to_host
 from jaxkv.policies import select
 from jaxkv.policies.policy import Positions, Scores
 
@@ -52,11 +52,8 @@ def write_heads(
         written = write_heads(whole, jnp.int32(0), targets, vectors)
         return lax.dynamic_update_slice_in_dim(leaf, to_host(written), layer, axis=0)
     layers, sides, ctx, kv_heads, *vector = leaf.shape
-    past_the_end = ctx * kv_heads + jnp.arange(targets.size, dtype=jnp.int32)
-    places = jnp.where(targets.reshape(-1) < 0, past_the_end, targets.reshape(-1))
     flat = leaf.reshape(layers, sides, ctx * kv_heads, *vector)
-    written = flat.at[layer, :, places].set(vectors, mode="drop", unique_indices=True)
-    return written.reshape(leaf.shape)
+    return scatter(flat, targets.reshape(-1), vectors, layer).reshape(leaf.shape)
 
 
 def moves_of(

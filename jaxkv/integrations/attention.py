@@ -20,6 +20,7 @@ from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache, NumTokens
 from jaxkv.cache.verbs import advance, append
 from jaxkv.codecs import Codec, Dense
+from jaxkv.devices import is_concrete
 from jaxkv.programs import promotes_ranks
 
 
@@ -127,7 +128,7 @@ def _real_tokens(
     )
     needed = (keys <= queries) & (queries < count[..., None, None])
     sound = (seen | ~needed[..., None, :, :]).all((-3, -2, -1))
-    if not isinstance(sound, jax.core.Tracer) and not np.asarray(sound).all():
+    if is_concrete(sound) and not np.asarray(sound).all():
         raise ValueError(
             "A cache attends causally, and pads on the right: this mask hides a token from a "
             "later one, or has padding before a token. Inside jit the output would be NaN."

@@ -13,6 +13,7 @@ from jaxkv.addressing import Layer
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.codecs import Leaves, bitcast
 from jaxkv.counts import ceil_div
+from jaxkv.placement.scatter import scatter_tokens
 
 
 @functools.partial(
@@ -70,14 +71,8 @@ class Resident:
         kept = (positions > newest - self.window) | (positions < self.sinks)
         kept = jnp.where(kept, positions, -1)
         slots = self.index(self.first).slots(kept)
-        nowhere = self.num_slots + jnp.arange(slots.size, dtype=jnp.int32).reshape(slots.shape)
-        slots = jnp.where(slots < 0, nowhere, slots)
         storage = {
-            name: leaf.at[layer, :, slots].set(
-                jnp.moveaxis(bitcast(encoded[name], leaf.dtype), 0, slots.ndim),
-                mode="drop",
-                unique_indices=True,
-            )
+            name: scatter_tokens(leaf, slots, bitcast(encoded[name], leaf.dtype), layer)
             for name, leaf in self.storage.items()
         }
         return dataclasses.replace(self, storage=storage)

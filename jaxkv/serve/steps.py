@@ -21,6 +21,7 @@ from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.rearrange import copied, select, slots_of_pages
 from jaxkv.cache.verbs import padded_after
 from jaxkv.codecs import Leaves
+from jaxkv.placement import scatter
 from jaxkv.serve.decode import NOT_A_NUMBER, New
 from jaxkv.serve.model_step import Model, ModelStep
 from jaxkv.serve.sampling import Sampling, sample
@@ -145,10 +146,7 @@ def write(
     pools = []
     for pool, own, leaves in zip(pools_of(cache), pages, contents, strict=True):
         slots = slots_of_pages(pool, jnp.asarray(own))
-        storage = {
-            name: leaf.at[:, :, slots].set(leaves[name], mode="drop", unique_indices=True)
-            for name, leaf in pool.storage.items()
-        }
+        storage = {name: scatter(leaf, slots, leaves[name]) for name, leaf in pool.storage.items()}
         pools.append(dataclasses.replace(pool, storage=storage))
     return _with_pools(cache, pools)
 
