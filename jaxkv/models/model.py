@@ -1,7 +1,7 @@
 """What all models here share: they know the cache that fits them."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,11 +9,10 @@ from jaxtyping import Array, Float
 
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.hybrid import AnyConfig
-from jaxkv.cache.newest import Newest
 from jaxkv.codecs import Centred, Codec, Dense, Rope
 from jaxkv.models.layers import Embedding, Linear, matmul
 from jaxkv.models.rope import check_room
-from jaxkv.models.shape import RING_CHUNK, Shape
+from jaxkv.models.shape import RING_CHUNK, SameInAllLayers, Shape
 
 
 class Model(nnx.Module):
@@ -46,20 +45,21 @@ class Model(nnx.Module):
         codec: Codec | Sequence[Codec] | None = None,
         addressing: Addressing = Contiguous(),
         chunk: int | None = RING_CHUNK,
-        newest: Newest | None = None,
+        **fields: Unpack[SameInAllLayers],
     ) -> AnyConfig:
         """The cache that fits this model.
 
         Args:
           max_context_length: tokens that one sequence may hold.
           batch_size: sequences, or None for one sequence and arrays without a batch axis.
-          codec: how a vector is stored, one or one a layer; `Dense` of the model's dtype if None.
-            A `Centred` one without a rope is given that of its layer.
+          codec: how a vector is stored; one codec, or one per layer; `Dense` of the model's dtype
+            if None. A `Centred` one without a rope is given that of its layer.
           addressing: which slot holds which token, in layers that see all tokens.
           chunk: the most tokens that a call brings. Layers with a window keep ``window - 1 +
             chunk`` tokens. None for calls of any size: then all layers keep all tokens, in
             ``addressing``.
-          newest: the newest tokens by a finer codec as well, see `jaxkv.Newest`.
+          **fields: other fields of `KVCacheConfig`, the same in all layers: ``placement``, for
+            contexts that do not fit on the device, and ``newest``.
 
         Raises:
           ValueError: texts that fill it have another rope than shorter ones, see `for_context`.
@@ -83,7 +83,7 @@ class Model(nnx.Module):
             codec=codecs,
             addressing=addressing,
             chunk=chunk,
-            newest=newest,
+            **fields,
         )
 
     def for_context(self, max_context_length: int) -> Self:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 from jaxkv.addressing import Addressing, Contiguous, Paged, Ring
 from jaxkv.cache.config import KVCacheConfig
@@ -11,8 +11,16 @@ from jaxkv.cache.newest import Newest
 from jaxkv.codecs import Codec, Dense
 from jaxkv.counts import ceil_div
 from jaxkv.errors import ConfigError
+from jaxkv.placement import HostMemory
 
 RING_CHUNK = 128  # tokens; what `jaxkv.generate` prefills at once
+
+
+class SameInAllLayers(TypedDict, total=False):
+    """Fields of `KVCacheConfig` that are the same in all layers, and left out most times."""
+
+    placement: HostMemory | None
+    newest: Newest | None
 
 
 class Shape(NamedTuple):
@@ -48,19 +56,23 @@ class Shape(NamedTuple):
         codec: Codec | Sequence[Codec] = Dense("bfloat16"),
         addressing: Addressing = Contiguous(),
         chunk: int | None = RING_CHUNK,
-        newest: Newest | None = None,
+        **fields: Unpack[SameInAllLayers],
     ) -> AnyConfig:
         """The cache: a `KVCacheConfig`, or a `HybridConfig` where layers differ.
 
         Args:
           max_context_length, batch_size: as in `KVCacheConfig`.
-          codec: how a vector is stored; one, or one a layer.
+          codec: how a vector is stored; one codec, or one per layer.
           addressing: which slot holds which token, in layers that see all tokens.
           chunk: the most tokens that a step brings. Layers with a window keep ``window - 1 +
             chunk`` tokens: in a `Ring`, or in pages of their own where ``addressing`` is a
             shared pool. None for steps of any size: they keep all tokens, in ``addressing``,
             and see the newest.
-          newest: in each layer, see `Newest`.
+          **fields: other fields of `KVCacheConfig`, the same in all layers: ``placement`` and
+            ``newest``.
+
+        Returns:
+          A `KVCacheConfig`, or a `HybridConfig` where layers differ.
 
         Raises:
           ConfigError: as `KVCacheConfig`, or codecs that are not one a layer.
@@ -89,7 +101,7 @@ class Shape(NamedTuple):
                 batch_size=batch_size,
                 addressing=kind[0],
                 codec=kind[1],
-                newest=newest,
+                **fields,
             )
             for kind in kinds
         )
