@@ -14,7 +14,7 @@ from jaxtyping import Array
 from jaxkv.addressing import KeptIndex, Sums
 from jaxkv.attention import observed
 from jaxkv.cache.checks import check_alive
-from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.hybrid import AnyCache, SameCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.compression.compress import of_layers
 from jaxkv.compression.gather import move, moves_of, picked, write_heads

@@ -37,7 +37,7 @@ assert_type(jaxkv.fork(cache, 2), jaxkv.KVCache)
 assert_type(jaxkv.select(mixed, [0]), jaxkv.HybridCache)
 assert_type(jaxkv.prefetch(jaxkv.offload(cache)), jaxkv.KVCache)
 assert_type(jaxkv.check(cache), jaxkv.KVCache)
-assert_type(jaxkv.evict(cache, jaxkv.policies.Recent(), tokens=4), jaxkv.KVCache)
+assert_type(jaxkv.evict(cache, jaxkv.policies.SinksAndRecent(), tokens=4), jaxkv.KVCache)
 with jaxkv.session(config) as session:
     session.cache = jaxkv.advance(session.cache, 1)
     print(session.report())
@@ -57,3 +57,4 @@ jaxkv.create(config, devise=None)  # wrong
 jaxkv.create("Llama-3-8B")  # wrong
 jaxkv.KVCacheConfig(num_layers=2, max_context_length=16)  # wrong
 print(mixed.storage)  # wrong
+jaxkv.apend(cache, keys, values, layer=0)  # wrong
