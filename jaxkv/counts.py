@@ -1,7 +1,7 @@
 """Whole numbers: checked where they come in, and divided."""
 
 import operator
-from typing import Any
+from typing import Any, overload
 
 
 def as_count(value: Any, least: int = 1) -> int | None:
@@ -58,6 +58,10 @@ def check_fields(
         object.__setattr__(thing, field, check_count(what, getattr(thing, field), least, error))
 
 
+@overload
+def ceil_div(number: int, size: int) -> int: ...
+@overload
+def ceil_div(number: Any, size: Any) -> Any: ...
 def ceil_div(number: Any, size: Any) -> Any:
     """``number / size`` rounded up, of ints or of arrays of them.
 

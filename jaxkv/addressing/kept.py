@@ -49,7 +49,7 @@ class Kept:
     sums: bool = False
     within: Contiguous | Paged = Contiguous()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "tokens", "new", "num_layers", "num_kv_heads")
         within, window = self.within, getattr(self.within, "window", None)
         if not isinstance(self.sums, bool) or not isinstance(within, Contiguous | Paged) or window:

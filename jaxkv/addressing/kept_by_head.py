@@ -48,7 +48,7 @@ class KeptByHead:
     num_layers: int
     num_kv_heads: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "places", "longest", "new", "num_layers", "num_kv_heads")
 
     @property

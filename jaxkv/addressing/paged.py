@@ -42,7 +42,7 @@ class Paged:
     num_pages: int | None = None
     window: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "page_size", optional=("num_pages", "window"))
 
     @property

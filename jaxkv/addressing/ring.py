@@ -44,7 +44,7 @@ class Ring:
     sinks: int = 0
     chunk: int = 128
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "window", "chunk")
         check_fields(self, "sinks", least=0)
 

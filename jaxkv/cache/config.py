@@ -57,7 +57,7 @@ class KVCacheConfig:
     # Of a `HybridConfig`; here all layers are of one group.
     group_of_layer: ClassVar[None] = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = [self._normalize_count(field) for field in _COUNTS]
         if self.batch_size is not None:
             problems.append(self._normalize_count("batch_size", " or None for a single sequence"))
@@ -100,7 +100,11 @@ class KVCacheConfig:
 
     @classmethod
     def from_hf(
-        cls, source: str | os.PathLike | Mapping[str, Any], *, max_context_length: int, **fields
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        max_context_length: int,
+        **fields: Any,
     ) -> Any:
         """Deprecated: `jaxkv.cache_config` with ``chunk=None``, which this calls.
 

@@ -40,7 +40,7 @@ class HybridConfig:
     groups: tuple[KVCacheConfig, ...]
     group_of_layer: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))
         object.__setattr__(self, "group_of_layer", tuple(map(int, self.group_of_layer)))
         held = [group.num_layers for group in self.groups]

@@ -57,7 +57,7 @@ class Newest:
     tokens: int = 16
     codec: Codec = Dense("bfloat16")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "tokens")
 
     def codec_beside(self, codec: Codec) -> Codec:

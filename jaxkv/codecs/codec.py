@@ -159,7 +159,7 @@ def _bitcast(dtype: jnp.dtype, leaf: Array) -> Array:
 
 
 @_bitcast.defjvp
-def _refuse_derivative(dtype, primals, tangents):
+def _refuse_derivative(dtype: jnp.dtype, primals: Any, tangents: Any) -> Any:
     if tangents[0].dtype == jax.dtypes.float0:  # out of a container: there is nothing to pass on
         out = _bitcast(dtype, *primals)
         return out, jnp.zeros_like(out)
@@ -186,7 +186,7 @@ def _to_be_rounded(codec: Codec, vectors: Array) -> Array:
 
 
 @_to_be_rounded.defjvp
-def _refuse_rounding(codec, primals, tangents):
+def _refuse_rounding(codec: Codec, primals: Any, tangents: Any) -> Any:
     raise TypeError(
         f"No gradient flows through keys and values stored as {codec.name}: they are rounded to "
         'codes. Use codec=jaxkv.Dense("float32") to differentiate.'

@@ -57,7 +57,7 @@ class Rotated:
 
     bits: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bits not in _LEVELS:
             raise ValueError(f"Rotated codec: bits must be 4, 3, 2 or 1, got {self.bits!r}.")
 

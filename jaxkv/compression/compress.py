@@ -115,7 +115,9 @@ def _has_window(addressing: Addressing) -> bool:
 Part = tuple[np.ndarray, KVCache]
 
 
-def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[Part]:
+def _compressed(
+    cache: KVCache, layers: Any, policy: Any, keep: Any, queries: Any, options: dict[str, Any]
+) -> list[Part]:
     """A smaller cache for each number of tokens to keep."""
     config, new = cache.config, options["new"]
     if _has_window(config.addressing):

@@ -136,7 +136,7 @@ def gathered(
     def choose(scores: Array, positions: Array, limit: Array) -> tuple[Array, Array]:
         return select(scores, positions, keep, most=limit, sinks=sinks, recent=recent)
 
-    def one_layer(state, job):
+    def one_layer(state: Any, job: Any) -> Any:
         storage, index = state
         number, layer, limit = job
         source = cache if pool is None else dataclasses.replace(cache, storage=storage)

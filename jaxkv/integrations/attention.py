@@ -104,7 +104,14 @@ def cached_attention(
 
 # Outside jit each operation would be compiled by itself, some sixty for every new shape.
 @functools.partial(jax.jit, static_argnames=("scale", "softcap", "window"))
-def _step(cache, query, key, value, num_tokens, **options):
+def _step(
+    cache: KVCache,
+    query: Array,
+    key: Array,
+    value: Array,
+    num_tokens: NumTokens | None,
+    **options: Any,
+) -> tuple[Array, KVCache]:
     cache = append(cache, key, value, layer=0, num_tokens=num_tokens)
     output = attend(cache, query, layer=0, num_tokens=num_tokens, **options)
     return output, advance(cache, key.shape[-3] if num_tokens is None else num_tokens)

@@ -7,8 +7,9 @@ from jax.errors import JaxRuntimeError
 
 from jaxkv.cache.create import create
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
+from jaxkv.devices import Device
 from jaxkv.errors import CacheAllocationError
-from jaxkv.memory.device import Device, DeviceMemory, device_memory
+from jaxkv.memory.device import DeviceMemory, device_memory
 from jaxkv.memory.plan import bytes_against, plan_within
 from jaxkv.show.text import format_bytes
 

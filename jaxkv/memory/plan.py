@@ -6,8 +6,9 @@ from typing import Any
 
 from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import CODECS, Codec
+from jaxkv.devices import Device
 from jaxkv.errors import ConfigError
-from jaxkv.memory.device import Device, DeviceMemory, device_memory
+from jaxkv.memory.device import DeviceMemory, device_memory
 from jaxkv.placement import HostMemory
 from jaxkv.show.text import format_bytes, pairs, table
 

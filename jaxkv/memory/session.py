@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
-from jaxkv.devices import is_concrete
+from jaxkv.devices import Device, is_concrete
 from jaxkv.errors import CacheClosedError
 from jaxkv.memory.allocate import allocate, free
-from jaxkv.memory.device import Device, device_memory
+from jaxkv.memory.device import device_memory
 from jaxkv.memory.plan import needed_bytes
 from jaxkv.memory.tracker import MemoryTracker, Purpose
 from jaxkv.show.text import format_bytes, pairs, sequences

@@ -83,7 +83,7 @@ class DecoderConfig:
     swiglu_limit: float = 7.0
     eos_token_ids: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def default(field: str, value: Any) -> None:
             if getattr(self, field) is None:
                 object.__setattr__(self, field, value)

@@ -73,7 +73,7 @@ class GPT2Config:
     tie_word_embeddings: bool = True
     eos_token_ids: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(
             self,
             "vocab_size",
@@ -149,7 +149,9 @@ class Attention(nnx.Module):
         self.c_proj = Linear(hidden, hidden, std=out_std, **shared)
         self.config = config
 
-    def __call__(self, x: Hidden, cache, layer, num_tokens) -> tuple[Hidden, Any]:
+    def __call__(
+        self, x: Hidden, cache: Any, layer: int, num_tokens: NumTokens | None
+    ) -> tuple[Hidden, Any]:
         config = self.config
         heads = (config.num_heads, config.head_dim)
         queries, keys, values = (
@@ -189,7 +191,9 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(hidden, eps=eps, dtype=dtype)
         self.mlp = MLP(config, rngs=rngs, dtype=dtype, out_std=out_std)
 
-    def __call__(self, x: Hidden, cache, layer, num_tokens) -> tuple[Hidden, Any]:
+    def __call__(
+        self, x: Hidden, cache: Any, layer: int, num_tokens: NumTokens | None
+    ) -> tuple[Hidden, Any]:
         mixed, cache = self.attn(self.ln_1(x), cache, layer, num_tokens)
         x = x + mixed
         return x + self.mlp(self.ln_2(x)), cache

@@ -10,7 +10,7 @@ from jaxkv.errors import ConfigError
 from jaxkv.models.hf_families import BY_MODEL_TYPE, OTHER_KINDS
 
 # A ``config.json``, the folder that holds it, or its contents.
-Source = str | os.PathLike | Mapping[str, Any]
+Source = str | os.PathLike[str] | Mapping[str, Any]
 
 # What a multimodal config.json says of its text decoder beside ``text_config``.
 _BESIDE = ("architectures", "eos_token_id", "quantization_config", "tie_word_embeddings")

@@ -22,7 +22,7 @@ class Group:
     num_pages: int
     window: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "num_pages", optional=("window",))
 
 

@@ -50,7 +50,7 @@ class HostMemory:
     block: int = 1024
     blocks_per_query: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "resident", "block", optional=("blocks_per_query",))
 
     def num_blocks(self, max_context_length: int) -> int:

@@ -136,7 +136,9 @@ class Bounds:
         blocks = jnp.where(inside.any(-1), blocks, self.lowest.shape[2])  # else: to be dropped
         row = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
-        def update(leaf: Array, extreme: float, reduce: Callable, merge: Callable) -> Array:
+        def update(
+            leaf: Array, extreme: float, reduce: Callable[..., Any], merge: Callable[..., Any]
+        ) -> Array:
             chosen = jnp.where(inside[..., None, None], keys[:, None], extreme)
             new = reduce(chosen, axis=2)
             old = leaf.at[layer, row, blocks].get(mode="clip")

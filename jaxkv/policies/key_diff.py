@@ -26,6 +26,6 @@ class KeyDiff:
         return -jnp.einsum("tkd,kd->kt", directions, _directions(total))
 
 
-def _directions(vectors):
+def _directions(vectors: Array) -> Array:
     norms = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / jnp.maximum(norms, _SMALLEST_NORM)

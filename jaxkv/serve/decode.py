@@ -102,11 +102,11 @@ def _decode(
 ) -> tuple[State, AnyCache, New]:
     """Up to ``num_steps`` tokens of each sequence that has any remaining."""
 
-    def unfinished(carry):
+    def unfinished(carry: Any) -> Any:
         step, state, *_ = carry
         return (step < num_steps) & (state.remaining > 0).any()
 
-    def one_step(carry):
+    def one_step(carry: Any) -> Any:
         step, (last, remaining, seeds), cache, new = carry
         active = remaining > 0
         # A finished sequence goes through the model with the others, as padding.

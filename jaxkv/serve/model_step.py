@@ -69,7 +69,7 @@ class ModelStep:
       donated: numbers of the arguments that are.
     """
 
-    def __init__(self, step: Callable, donated: Sequence[int]):
+    def __init__(self, step: Callable[..., Any], donated: Sequence[int]):
         def run(program: Any, arrays: Sequence[Any], *arguments: Any) -> Any:
             return program(arrays, *arguments)
 
@@ -129,7 +129,7 @@ def _check_alive(arrays: Sequence[Any]) -> None:
 class _OfPytree(NamedTuple):
     """A step of a model that is a pytree."""
 
-    step: Callable
+    step: Callable[..., Any]
     treedef: Any
     options: tuple[tuple[str, Any], ...]
 

@@ -39,7 +39,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = []
         if self.temperature != 0 and not _COLDEST <= self.temperature <= _HOTTEST:
             problems.append(

@@ -81,11 +81,11 @@ def decode(
     """Up to ``num_steps`` tokens of each row that has any remaining."""
     seeds = jnp.asarray(rows.seeds)
 
-    def unfinished(carry):
+    def unfinished(carry: Any) -> Any:
         step, _, remaining, *_ = carry
         return (step < num_steps) & (remaining > 0).any()
 
-    def one_step(carry):
+    def one_step(carry: Any) -> Any:
         step, last, remaining, cache, new = carry
         active = remaining > 0
         # A row that rests goes through the model with the others, as padding.

@@ -47,7 +47,10 @@ Layout = dict[str, Spec]
 
 
 def write(
-    path: Path, manifest: dict, layout: Layout, pieces: Callable[[str], Iterable[np.ndarray]]
+    path: Path,
+    manifest: dict[str, Any],
+    layout: Layout,
+    pieces: Callable[[str], Iterable[np.ndarray]],
 ) -> None:
     """Write a file that appears under its name only when all of it is on disk.
 

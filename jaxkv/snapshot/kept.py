@@ -20,7 +20,8 @@ from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import leaf_specs
 from jaxkv.compression.scoring import held_positions, map_layers
 from jaxkv.errors import SnapshotError
-from jaxkv.snapshot.manifest import Group, Manifest
+from jaxkv.snapshot.group import Group
+from jaxkv.snapshot.manifest import Manifest
 from jaxkv.snapshot.places import buffer_of_layers
 
 # ``[layers, sequences, kv_heads, slots]``

@@ -57,7 +57,9 @@ class KeptFill:
         if (self._places[self._used] < 0).any():
             raise CacheFullError(f"{file} needs more pages: assign them to the sequence before.")
 
-    def _check_room(self, file, lengths, num_new, num_kept) -> None:
+    def _check_room(
+        self, file: Path, lengths: np.ndarray, num_new: np.ndarray, num_kept: np.ndarray
+    ) -> None:
         index, config = index_of(self._cache), self._cache.config
         checks = [
             ("tokens", lengths.max(), index.capacity),
@@ -78,7 +80,9 @@ class KeptFill:
                     "the addressing that it was saved with."
                 )
 
-    def _filled_index(self, lengths, num_new, num_kept) -> KeptIndex:
+    def _filled_index(
+        self, lengths: np.ndarray, num_new: np.ndarray, num_kept: np.ndarray
+    ) -> KeptIndex:
         index, rows = index_of(self._cache), self._rows
 
         def merged(old: Array, new: Any, axis: int = 0) -> Array:

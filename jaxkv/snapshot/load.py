@@ -27,7 +27,10 @@ from jaxkv.snapshot.save import Tokens, token_ids
 
 
 def inspect(
-    path: str | os.PathLike, *, codec: Codec | None = None, addressing: Addressing | None = None
+    path: str | os.PathLike[str],
+    *,
+    codec: Codec | None = None,
+    addressing: Addressing | None = None,
 ) -> Manifest:
     """What a saved cache is: config, lengths, model. Reads the header alone.
 
@@ -45,7 +48,7 @@ def inspect(
 
 @moves_data
 def load(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     tokens: Tokens | None = None,
     model: Any = None,

@@ -25,7 +25,7 @@ from jaxkv.snapshot.places import means_of_file, named
 
 @moves_data
 def load_prefix(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     cache: AnyCache,
     pages: PageAllocator,
     *,
