@@ -5,7 +5,8 @@ megabyte (ARCHITECTURE.md, "Reading on a CPU").
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp

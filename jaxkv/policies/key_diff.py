@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxkv.policies.policy import Positions, Queries, Scores, Vectors
 

@@ -7,7 +7,7 @@ depend on the engine alone, so it compiles each once in its life.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
