@@ -1,6 +1,6 @@
 """Where arrays are, and what a program of them may be compiled for.
 
-Inside jit nobody knows yet: the platform is chosen when the program is lowered, by where its
+Inside jit that is not known yet: the platform is chosen when the program is lowered, by where its
 arguments are or by who exports it. So nothing here asks for the process's backend.
 """
 
@@ -28,7 +28,7 @@ def is_concrete(*arrays: Any) -> bool:
 
 
 def default_device() -> Device:
-    """Where JAX puts arrays when nobody says where."""
+    """The device on which JAX puts arrays when none is named."""
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
     if default is None or isinstance(default, str):
         return jax.local_devices(backend=default)[0]

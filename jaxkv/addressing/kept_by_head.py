@@ -152,5 +152,5 @@ class KeptByHeadIndex(KeptIndex):
         """
         raise TypeError(
             "select and fork cannot reorder a cache with a number of tokens for each head: its "
-            "sequences differ in size. Fork before jaxkv.compress, or keep one number a layer."
+            "sequences differ in size. Fork before jaxkv.compress, or keep one number per layer."
         )

@@ -131,7 +131,7 @@ def attend(
       scale: of the logits; ``head_dim ** -0.5`` if None.
       softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, section 2).
       window: a query sees this many newest tokens, itself included (Mistral 7B, section 2).
-      sinks: a learned logit a head that takes probability and gives nothing (gpt-oss).
+      sinks: one learned logit per head, added to the softmax denominator only (gpt-oss).
       implementation: a name in `IMPLEMENTATIONS`; None picks the first that can serve, see
         `explain`. A named one is used or an error, never replaced.
 
@@ -296,7 +296,7 @@ def _cannot_serve(
 
 
 def _expected_platform(cache: KVCache) -> str:
-    """Where the cache is; while nobody can know, where programs are run by default."""
+    """The cache's platform; inside jit, where it is not known yet, the default device's."""
     return platform_of(buffer_of(cache)) or default_device().platform
 
 

@@ -25,7 +25,7 @@ class KVCacheConfig:
     Args:
       num_layers: layers of the model that keep keys and values.
       max_context_length: tokens that one sequence may hold, prompt and answer together.
-      num_kv_heads: key/value heads a layer: the query heads for MHA, fewer for GQA, 1 for MQA.
+      num_kv_heads: key/value heads per layer: the query heads for MHA, fewer for GQA, 1 for MQA.
       head_dim: numbers in one head's vector.
       batch_size: sequences, or None for one sequence and arrays without a batch axis.
       codec: how a vector is stored.
@@ -173,7 +173,7 @@ class KVCacheConfig:
 
     @property
     def newest_config(self) -> "KVCacheConfig | None":
-        """Of the cache of the `Newest` tokens, which never reaches beyond what a query sees."""
+        """The config of the cache of `Newest` tokens, which holds no more than a query sees."""
         if self.newest is None:
             return None
         tokens = min(self.newest.tokens, getattr(self.addressing, "window", None) or 1 << 31)
@@ -229,7 +229,7 @@ class KVCacheConfig:
 
     @property
     def codec_name(self) -> str:
-        """Of the codec, for messages and tables."""
+        """The name of the codec, for messages and tables."""
         if self.newest is None:
             return self.codec.name
         return f"{self.codec.name}, newest {self.newest.tokens} {self.newest.codec.name}"

@@ -114,7 +114,7 @@ def _check_axes(device: Any) -> None:
 
 
 def _of_axes(device: Any, axes: Sequence[int]) -> Any:
-    """The same for an array that has only these axes of a buffer."""
+    """The same placement for an array that has only these axes of a buffer."""
     if not isinstance(device, NamedSharding):
         return device
     spec = [device.spec[axis] for axis in axes if axis < len(device.spec)]

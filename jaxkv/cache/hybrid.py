@@ -108,7 +108,7 @@ class HybridConfig:
 
     @property
     def codec_name(self) -> str:
-        """Of the codecs, each once, for messages and tables."""
+        """The names of the codecs, each once, for messages and tables."""
         return " + ".join(dict.fromkeys(group.codec_name for group in self.groups))
 
     def to_dict(self) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def _facts(config: KVCacheConfig) -> str:
 
 
 def _lengths(cache: KVCache) -> tuple[np.ndarray | None, str]:
-    """The tokens of each sequence, or None and why nobody knows."""
+    """The tokens of each sequence; or None, and why they are not known."""
     lengths = cache.lengths
     if not is_concrete(lengths):
         return None, "traced"

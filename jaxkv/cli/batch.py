@@ -51,16 +51,20 @@ class _Line(NamedTuple):
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a prompt a line, as JSON")
+    parser.add_argument("file", metavar="FILE", help="one prompt per line, as JSON")
     add_model_arguments(parser, temperature=0.0)
     add = parser.add_argument
     add("--rows", type=int, default=8, metavar="N", help="requests at once (default: 8)")
     add(
         "--pool", type=argument_type(parse_tokens), metavar="TOKENS",
-        help="that all requests together may hold (default: half of what the rows could)",
+        help="size of the pool that all requests share (default: half of what all rows could hold)",
     )  # fmt: skip
-    add("--page-size", type=int, default=16, metavar="N", help="tokens a page (default: 16)")
-    add("--output", metavar="FILE", help="for the answers, a line each (default: shown)")
+    add("--page-size", type=int, default=16, metavar="N", help="tokens per page (default: 16)")
+    add(
+        "--output",
+        metavar="FILE",
+        help="file for the answers, one per line (default: standard output)",
+    )
     add("--json", action="store_true", help="print the report as JSON")
 
 

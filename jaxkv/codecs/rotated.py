@@ -27,7 +27,7 @@ _FACTORS = np.geomspace(0.75, 1.15, 6)
 
 @dataclasses.dataclass(frozen=True)
 class Rotated:
-    """``bits`` a number and one bfloat16 scale a vector: ``head_dim * bits / 8 + 2`` bytes.
+    """``bits`` per number and one bfloat16 scale per vector: ``head_dim * bits / 8 + 2`` bytes.
 
     A vector's signs are flipped by a fixed pattern and it is turned by a Hadamard matrix, which
     makes its numbers nearly normal whatever they were (QuaRot: Ashkboos et al., 2024; TurboQuant:

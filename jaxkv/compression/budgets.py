@@ -11,7 +11,7 @@ from jaxkv.cache.kv_cache import KVCache
 from jaxkv.compression.scoring import LayerScores, for_all_slots, held_positions
 from jaxkv.devices import is_concrete
 
-# One number, one a layer, or one a layer, sequence and head; a float is a share of tokens.
+# One number, one per layer, or one per layer, sequence and head; a float is a share of tokens.
 Keep = int | float | Sequence[int] | Sequence[float] | np.ndarray
 
 
@@ -66,7 +66,7 @@ def adaptive(
       cache: that was scored.
       scores: as `jaxkv.compress` takes them, comparable between the heads that share, as attention
         weights are.
-      keep: tokens a head, on average.
+      keep: tokens per head, on average.
       least: share of ``keep`` that every head has, and at least one token; give it room for the
         ``sinks`` and ``recent`` tokens of `jaxkv.compress`.
       across_layers: whether the heads of all layers share, and not those of each.
@@ -120,7 +120,7 @@ def pyramid(num_layers: int, mean: int, *, least: int) -> tuple[int, ...]:
 
     Args:
       num_layers: how many.
-      mean: tokens a layer, on average; the memory is that of `mean` in all.
+      mean: tokens per layer, on average; the memory is that of `mean` in all.
       least: tokens of the last layer.
 
     Raises:

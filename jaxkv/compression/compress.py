@@ -60,9 +60,9 @@ def compress(
         ``pages`` are given. Layers with a window in a hybrid cache stay as they are.
       policy: see `jaxkv.policies`, or scores ``[layers, *batch, kv_heads, slots]`` of one's own.
       keep: tokens that each head keeps; a float is a share of each sequence's tokens. One
-        number; or one a layer, such as of `jaxkv.compression.pyramid`, which gives a hybrid cache;
-        or one a head, ints ``[layers, kv_heads]`` or ``[layers, batch, kv_heads]``, such as of
-        `jaxkv.compression.adaptive`, which are packed.
+        number; or one per layer, as `jaxkv.compression.pyramid` gives them, for a hybrid cache; or
+        one per head, ints ``[layers, kv_heads]`` or ``[layers, batch, kv_heads]``, as
+        `jaxkv.compression.adaptive` gives them, which are packed.
       new: tokens that fit beside those kept; as many as before if None.
       queries: of the newest tokens, for policies that look at them; `jaxkv.observed` gives them.
       sinks: first tokens of a sequence, which stay whatever a policy says, infinity included.
@@ -190,7 +190,7 @@ def _like(addressing: Addressing, in_pool: bool) -> Contiguous | Paged:
 
 
 def _checked_pages(cache: KVCache, pages: Array, slots: int) -> Int[Array, "*batch pages"]:
-    """Pages of the cache's pool for so many slots a sequence, none of them its own."""
+    """Pages of the cache's pool for ``slots`` slots per sequence, none of them its own."""
     index = cache.index.within if isinstance(cache.index, KeptIndex) else cache.index
     if not isinstance(index, PagedIndex) or not index.shared:
         raise ValueError(
@@ -201,8 +201,8 @@ def _checked_pages(cache: KVCache, pages: Array, slots: int) -> Int[Array, "*bat
     pages = jnp.asarray(pages, jnp.int32)
     if pages.shape != expected:
         raise ValueError(
-            f"compress: pages must be int32{list(expected)}, for {slots} slots a sequence in pages "
-            f"of {index.page_size}, got {list(pages.shape)}."
+            f"compress: pages must be int32{list(expected)}, for {slots} slots per sequence in "
+            f"pages of {index.page_size}, got {list(pages.shape)}."
         )
     if is_concrete(pages, index.table):
         given, num_pages = np.asarray(pages).ravel(), cache.config.num_slots // index.page_size

@@ -169,7 +169,7 @@ def gathered(
 
 
 def _of_layers(cache: KVCache, layers: Int[Array, " kept_layers"]) -> KVCache:
-    """The same of these layers alone."""
+    """A cache of these layers alone."""
     storage = {name: leaf[layers] for name, leaf in cache.storage.items()}
     means = None if cache.means is None else cache.means[layers]
     config = cache.config.replace(num_layers=len(layers))

@@ -196,7 +196,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     def _need_a_length(self) -> None:
         if self.max_context_length is None:
             raise ValueError(
-                "There is no cache to decode with, and nobody said how long it must be: pass the "
+                "There is no cache to decode with, and its length is not known: pass the "
                 '"cache" that init returned, or set max_context_length.'
             )
 

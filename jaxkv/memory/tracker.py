@@ -1,4 +1,4 @@
-"""Who holds device memory and for what, held against what the devices say themselves."""
+"""What holds device memory and for what purpose, beside what the devices themselves report."""
 
 import collections
 import dataclasses

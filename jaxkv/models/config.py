@@ -32,7 +32,7 @@ class DecoderConfig:
       hidden_size: numbers in a token's vector between layers.
       intermediate_size: numbers in it inside an MLP, or inside an expert.
       num_layers, num_heads: of the decoder, of each layer.
-      num_kv_heads: key/value heads a layer; ``num_heads`` if None.
+      num_kv_heads: key/value heads per layer; ``num_heads`` if None.
       head_dim: numbers in one head's vector; ``hidden_size // num_heads`` if None.
       architecture: a name in `jaxkv.models.families.FAMILIES`, which says what it brings.
       attention_bias, mlp_bias: biases in all projections of attention, of the MLP.
@@ -127,8 +127,8 @@ class DecoderConfig:
         positive = all(isinstance(size, int) and size > 0 for size in sizes)
         if len(self.windows) != self.num_layers or len(sizes) > 1 or not positive:
             raise ConfigError(
-                f"DecoderConfig: windows must be {self.num_layers} entries, one a layer, each None "
-                f"or the one window of at least 1 token, got {self.windows!r}."
+                f"DecoderConfig: windows must be {self.num_layers} entries, one per layer, each "
+                f"None or the one window of at least 1 token, got {self.windows!r}."
             )
         if sizes and not self.family.slides:
             raise ConfigError(f"DecoderConfig: {self.architecture} has no windows, got {sizes}.")

@@ -153,7 +153,7 @@ def _check_layer_types(config: Mapping[str, Any], num_layers: int) -> None:
     unknown = sorted(set(types or ()) - set(known))
     if types and (unknown or len(types) != num_layers):
         raise ConfigError(
-            f"layer_types must be {num_layers} of {', '.join(known)}, one a layer, got "
+            f"layer_types must be {num_layers} of {', '.join(known)}, one per layer, got "
             f"{len(types)}{f' with {unknown[0]}, which no cache here holds' if unknown else ''}."
         )
     reads = BY_MODEL_TYPE[config.get("model_type")].windows.reads

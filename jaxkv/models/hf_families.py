@@ -44,7 +44,7 @@ def _unsaid(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
 
 
 def _all_but_every(count: int | str) -> Callable[[Mapping[str, Any], int], Sequence[bool]]:
-    """All but each so many-th; a number, or the field that has it."""
+    """All layers but every ``count``-th; ``count`` may be the name of the field that has it."""
 
     def slides(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
         every = config[count] if isinstance(count, str) else count

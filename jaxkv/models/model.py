@@ -34,7 +34,7 @@ class Model(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the weights, and of all that is computed but norms, softmax and logits (float32)."""
+        """The dtype of weights and activations; norms, softmax and logits are float32."""
         raise NotImplementedError
 
     def cache_config(
@@ -87,7 +87,7 @@ class Model(nnx.Module):
         )
 
     def for_context(self, max_context_length: int) -> Self:
-        """The model for texts of up to so many tokens: with the same weights, and one rope for all.
+        """The model for texts of up to ``max_context_length`` tokens: same weights, one rope for all.
 
         Only the ropes of two kinds depend on a text's length, once that is beyond the context of
         training: ``longrope`` has two sets of frequencies, ``dynamic`` one for each length. Without

@@ -43,7 +43,7 @@ class Shape(NamedTuple):
     windows: tuple[int | None, ...] = ()
 
     def sliding(self, window: int, full_every: int | None = None) -> "Shape":
-        """The same with windows in all layers, but for every so many-th."""
+        """The same with windows in all layers but every ``full_every``-th."""
         layers = range(1, self.num_layers + 1)
         windows = (None if full_every and layer % full_every == 0 else window for layer in layers)
         return self._replace(windows=tuple(windows))
@@ -75,7 +75,7 @@ class Shape(NamedTuple):
           A `KVCacheConfig`, or a `HybridConfig` where layers differ.
 
         Raises:
-          ConfigError: as `KVCacheConfig`, or codecs that are not one a layer.
+          ConfigError: as `KVCacheConfig`, or a number of codecs that is not that of the layers.
         """
         codecs = (codec,) * self.num_layers if isinstance(codec, Codec) else tuple(codec)
         if len(codecs) != self.num_layers:
@@ -122,7 +122,7 @@ def _windowed(addressing: Addressing, window: int, chunk: int, rows: int) -> Add
 def wide_at_the_ends(
     num_layers: int, inner: Codec, outer: Codec, *, ends: int = 1
 ) -> tuple[Codec, ...]:
-    """A codec a layer: ``outer`` for the first and last layers, which suffer most from few bits.
+    """One codec per layer: ``outer`` for the first and last, which suffer most from few bits.
 
     Args:
       num_layers: of the model.

@@ -22,7 +22,7 @@ class Usage:
 
     Attributes:
       num_pages: of the pools.
-      page_size: tokens a page.
+      page_size: tokens per page.
       held_pages: that requests hold; a shared page counts once.
       shared_pages: of them, that more than one holds.
       cached_pages: free ones whose content can still be found.
@@ -83,8 +83,8 @@ class PageAllocator:
 
     Args:
       groups: of layers, or the number of pages of the only one.
-      page_size: tokens a page.
-      chunk: a hit ends at a multiple of so many tokens, or right before the last token. Give the
+      page_size: tokens per page.
+      chunk: a hit ends at a multiple of this many tokens, or right before the last token. Give the
         tokens of a prefill step, and every cached page was computed by the same step from the
         same tokens; a page if None.
       reserve: free pages that an admission leaves in each group, so that those who run can
@@ -132,7 +132,7 @@ class PageAllocator:
         self.num_prompt_tokens = self.num_hit_tokens = 0
 
     def check_fits(self, length: int) -> None:
-        """Raise `CacheFullError` for so many tokens that even an idle pool has no room for them."""
+        """Raise `CacheFullError` if even an idle pool has no room for this many tokens."""
         check_fits(self.groups, length)
 
     def prompt(
@@ -304,7 +304,7 @@ class PageAllocator:
         return np.array(self._sequence(request).tables[group], np.int32)
 
     def withdraw(self, request: Request) -> None:
-        """Let nobody find the pages of a request any more; who has them keeps them.
+        """Make the pages of a request unfindable for later ones; requests that hold them keep them.
 
         Raises:
           UnknownRequestError: it was not admitted, or released.

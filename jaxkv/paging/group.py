@@ -52,7 +52,7 @@ class GroupPages:
         return ceil_div(length, self.page_size)
 
     def most_held(self, length: int) -> int:
-        """Pages held at once, at most, for a prompt of so many tokens."""
+        """The most pages held at once for a prompt of ``length`` tokens."""
         if self.window is None:
             return self.end(0, length)
         return min(self.end(0, length) + 1, ceil_div(length, self.page_size))

@@ -28,7 +28,7 @@ class Resident:
     Host memory has these tokens as well, so nothing is lost when they are written over.
 
     Attributes:
-      storage: as that of the cache, with a ring of slots a sequence.
+      storage: as that of the cache, with a ring of slots per sequence.
       first: the position of each sequence from which on tokens are here after a rollback.
       bounds: of every block's keys, where queries choose blocks; else None.
       window, sinks: how many newest and first tokens, static.
@@ -78,7 +78,7 @@ class Resident:
         return dataclasses.replace(self, storage=storage)
 
     def select(self, rows: Int[Array, " rows"]) -> Self:
-        """The same of a batch of these sequences."""
+        """The resident tokens of a batch of these sequences."""
         index, slots = self.index(self.first).select(rows)
         storage = {name: jnp.take(leaf, slots, axis=2) for name, leaf in self.storage.items()}
         bounds = self.bounds

@@ -50,7 +50,7 @@ def next_position(positions: Positions) -> Int[Array, ""]:
 
 
 def query_positions(queries: Queries, positions: Positions) -> Int[Array, " window"]:
-    """Those of the newest tokens, the last one's last."""
+    """Positions of the given queries: the last query is the newest token's."""
     window = len(queries)
     return next_position(positions) - window + jnp.arange(window, dtype=jnp.int32)
 

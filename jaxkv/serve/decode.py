@@ -143,7 +143,7 @@ class Program:
         return cls(Weights.of(model), sampling, tuple(int(token) for token in stop_tokens))
 
     def compile(self, chunks: list[Chunk], state: State, cache: AnyCache) -> None:
-        """So that the timings of the steps are not those of XLA."""
+        """Compile first, so that timings of the steps do not include XLA's."""
         if chunks:
             _prefill.lower(self.weights, *chunks[0], cache).compile()
         _decode.lower(self.weights, state, cache, **self._options()).compile()

@@ -114,13 +114,13 @@ def generate(
       prompts: token ids, at least one a prompt.
       max_new_tokens: tokens to add to each prompt, at most.
       sampling: how a token is drawn; greedy unless said.
-      seed: of the draws, an int32, one for all or one a prompt. A sequence's tokens depend on
+      seed: of the draws, an int32: one for all, or one per prompt. A sequence's tokens depend on
         its own seed and prompt, so equal prompts need different seeds to differ. With a `Centred`
         codec they depend on the other prompts too, whose means they share.
       stop_tokens: ids that end a sequence.
-      max_context_length: slots a sequence; the next power of two that holds the longest if
+      max_context_length: slots per sequence; the next power of two that holds the longest if
         None. Keep it the same over calls to compile once.
-      codec: of the cache, one or one a layer; the model's choice if None.
+      codec: of the cache, one or one per layer; the model's choice if None.
       config: the whole cache config, for a model without a ``cache_config`` method; instead of
         ``max_context_length`` and ``codec``.
       prefill_chunk: tokens of each prompt that are computed at once. If None, what suits the device

@@ -109,7 +109,7 @@ class ModelStep:
         if number not in self._known:
             try:
                 weakref.finalize(weights.model, self._known.pop, number, None)
-            except TypeError:  # nobody can tell when it is gone
+            except TypeError:  # it cannot be told when it is gone
                 return {}
         elif self._known[number].watch.sees(weights):
             return self._known[number].steps

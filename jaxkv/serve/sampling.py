@@ -64,12 +64,12 @@ def sample(
     seeds: Int[Array, " batch"],
     positions: Int[Array, " batch"],
 ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
-    """Draw one token a sequence.
+    """Draw one token per sequence.
 
     Args:
       logits: of the next token.
       sampling: how to draw.
-      seeds: one a sequence.
+      seeds: one per sequence.
       positions: of the token being drawn. The randomness of a draw is a function of its
         seed and position, so neither batch nor chunking changes a sequence.
 

@@ -177,7 +177,7 @@ def fills_of(
     rows: Sequence[int],
     tensors: dict[str, np.ndarray],
 ) -> Fills:
-    """Of one group of layers. Made, they have checked all."""
+    """The fills of one group of layers, which have checked everything once they are made."""
     group, own = saved.groups[number], named(tensors, f"{number}.")
     kind = KeptFill if isinstance(cache.index, KeptIndex) else Fill
     fill = kind(file, group, saved.lengths, cache, rows, own)

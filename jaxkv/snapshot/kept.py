@@ -60,7 +60,7 @@ class KeptSource:
         )
 
     def pieces(self, sequence: int, leaf: str) -> Iterator[np.ndarray]:
-        """Of one sequence: what the codec stores under a name, or what the index holds."""
+        """One sequence's leaf of the codec, or its positions or sums from the index."""
         used, index = self.used[:, sequence], index_of(self.cache)
         if leaf in self.cache.storage:
             yield from self._vectors(sequence, leaf)

@@ -185,7 +185,7 @@ def _checked_rows(
 
 
 def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
-    """Refuse a cache whose vectors are not like those of the file, or that differs in more."""
+    """Raise SnapshotError unless codec, heads, layers and the fields in ``also`` are the file's."""
     layers = into.config.group_of_layer
     if saved.group_of_layer != layers:
         raise SnapshotError(

@@ -58,7 +58,7 @@ def means_of_file(file: Path, cache: KVCache, stored: np.ndarray | None) -> Arra
 
 
 def named(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Those tensors of a file whose names begin so, by the rest of their names."""
+    """The tensors whose names begin with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
 

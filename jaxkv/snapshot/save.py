@@ -139,7 +139,7 @@ class _Source:
         return Group(self.cache.config, written, tuple(len(p.slots) for p in self.places))
 
     def pieces(self, sequence: int, leaf: str) -> Iterator[np.ndarray]:
-        """Of one sequence's positions, or of what the codec stores under a name: by layers."""
+        """One sequence's positions, or a leaf of its codec, layer by layer."""
         positions, slots = self.places[sequence]
         if leaf == "positions":
             yield positions
