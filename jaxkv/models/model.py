@@ -87,7 +87,7 @@ class Model(nnx.Module):
         )
 
     def for_context(self, max_context_length: int) -> Self:
-        """The model for texts of up to ``max_context_length`` tokens: same weights, one rope for all.
+        """The model, with its weights, for texts of up to ``max_context_length`` tokens: one rope.
 
         Only the ropes of two kinds depend on a text's length, once that is beyond the context of
         training: ``longrope`` has two sets of frequencies, ``dynamic`` one for each length. Without
