@@ -130,3 +130,15 @@ def test_placement_reaches_every_group():
     config = jaxkv.cache_config("gemma-3-4b", max_context_length=32_768, placement=placement)
     assert [group.placement for group in config.groups] == [placement, placement]
     assert config.host_bytes == 4096 * (5 * 32_768 + 29 * 1152)
+
+
+def test_codecs_by_name():
+    def codecs(named):
+        config = jaxkv.cache_config("gpt2", max_context_length=8, codec=named)
+        return [group.codec for group in config.groups]
+
+    assert codecs("int8") == [jaxkv.Int8()]
+    assert codecs(["rotated4"] + [jaxkv.Int8()] * 11) == [jaxkv.Rotated(4), jaxkv.Int8()]
+    for wrong in ("int7", ["int7"] * 12):
+        with pytest.raises(jaxkv.ConfigError, match=r"codec must be one of .*int8.*, got 'int7'"):
+            codecs(wrong)

@@ -63,7 +63,8 @@ class KVCacheConfig:
             problems.append(self._normalize_count("batch_size", " or None for a single sequence"))
         if isinstance(self.codec, type) or not isinstance(self.codec, Codec):
             problems.append(
-                f'codec must be a codec such as jaxkv.Dense("bfloat16"), got {self.codec!r}'
+                f'codec must be a codec such as jaxkv.Dense("bfloat16") (jaxkv.codecs.CODECS has '
+                f"them by name), got {self.codec!r}"
             )
         if isinstance(self.addressing, type) or not isinstance(self.addressing, Addressing):
             problems.append(

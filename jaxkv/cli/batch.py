@@ -12,7 +12,6 @@ from jaxkv.addressing import Paged
 from jaxkv.cli.command import Command, argument_type
 from jaxkv.cli.model_options import (
     add_model_arguments,
-    codec_of,
     decode_answer,
     encode,
     load_model,
@@ -80,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
     config = model.cache_config(
         max_context_length=context,
         batch_size=options.rows,
-        codec=codec_of(options),
+        codec=options.codec,
         addressing=Paged(options.page_size, max(1, pool // options.page_size)),
     )
     with Engine(model, config, sampling=sampling, stop_tokens=model.config.eos_token_ids) as engine:

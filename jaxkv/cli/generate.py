@@ -9,7 +9,6 @@ from jaxkv.cli.command import Command
 from jaxkv.cli.model_options import (
     INCOMPLETE,
     add_model_arguments,
-    codec_of,
     decode_answer,
     decode_prompt,
     encode,
@@ -73,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
         seed=[options.seed + number for number in range(len(prompts))],
         stop_tokens=model.config.eos_token_ids,
         max_context_length=options.context,
-        codec=codec_of(options),
+        codec=options.codec,
         on_tokens=stream,
         tracker=tracker,
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxkv.cli.command import argument_type
-from jaxkv.codecs import CODECS, Codec
+from jaxkv.codecs import CODECS
 from jaxkv.memory import parse_tokens
 from jaxkv.serve.sampling import Sampling
 
@@ -77,11 +77,6 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
       ValueError: naming each value out of range.
     """
     return Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
-
-
-def codec_of(options: argparse.Namespace) -> Codec | None:
-    """The codec that was named, or None for the model's choice."""
-    return CODECS[options.codec] if options.codec else None
 
 
 def unicode_text(text: str) -> str:

@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace) -> int:
         options.model,
         max_context_length=options.context,
         batch_size=options.batch,
-        codec=CODECS[options.codec],
+        codec=options.codec,
     )
     answer = plan(config, options.device)
     print(answer.to_json() if options.json else answer)

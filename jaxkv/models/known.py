@@ -3,15 +3,14 @@
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Unpack
 
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.hybrid import AnyConfig
-from jaxkv.codecs import Codec, Dense
 from jaxkv.errors import ConfigError
 from jaxkv.models.hf_config import Source, hf_shape, layer_windows, read_hf, text_config
-from jaxkv.models.shape import RING_CHUNK, SameInAllLayers, Shape
+from jaxkv.models.shape import RING_CHUNK, Codecs, SameInAllLayers, Shape
 
 # As in the config.json files on the Hugging Face hub.
 KNOWN_MODELS: dict[str, Shape] = {
@@ -73,7 +72,7 @@ def cache_config(
     *,
     max_context_length: int,
     batch_size: int | None = None,
-    codec: Codec | Sequence[Codec] = Dense("bfloat16"),
+    codec: Codecs = "bfloat16",
     addressing: Addressing = Contiguous(),
     chunk: int | None = RING_CHUNK,
     **fields: Unpack[SameInAllLayers],
@@ -85,7 +84,7 @@ def cache_config(
         or the name of a public model.
       max_context_length: tokens that one sequence may hold.
       batch_size: sequences, or None for one sequence and arrays without a batch axis.
-      codec: how a vector is stored; one codec, or one per layer.
+      codec: how a vector is stored; one codec or one per layer, by value or by name.
       addressing: which slot holds which token, in layers that see all tokens.
       chunk: the most tokens that a step brings. Layers with a window keep ``window - 1 + chunk``
         tokens. None for steps of any size: then all layers keep all tokens.

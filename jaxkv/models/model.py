@@ -1,6 +1,5 @@
 """What all models here share: they know the cache that fits them."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Self, Unpack
 
 import jax.numpy as jnp
@@ -9,10 +8,10 @@ from jaxtyping import Array, Float
 
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.hybrid import AnyConfig
-from jaxkv.codecs import Centred, Codec, Dense, Rope
+from jaxkv.codecs import Centred, Rope
 from jaxkv.models.layers import Embedding, Linear, matmul
 from jaxkv.models.rope import check_room
-from jaxkv.models.shape import RING_CHUNK, SameInAllLayers, Shape
+from jaxkv.models.shape import RING_CHUNK, Codecs, SameInAllLayers, Shape, codec_of_each_layer
 
 
 class Model(nnx.Module):
@@ -42,7 +41,7 @@ class Model(nnx.Module):
         *,
         max_context_length: int,
         batch_size: int | None = None,
-        codec: Codec | Sequence[Codec] | None = None,
+        codec: Codecs | None = None,
         addressing: Addressing = Contiguous(),
         chunk: int | None = RING_CHUNK,
         **fields: Unpack[SameInAllLayers],
@@ -52,8 +51,8 @@ class Model(nnx.Module):
         Args:
           max_context_length: tokens that one sequence may hold.
           batch_size: sequences, or None for one sequence and arrays without a batch axis.
-          codec: how a vector is stored; one codec, or one per layer; `Dense` of the model's dtype
-            if None. A `Centred` one without a rope is given that of its layer.
+          codec: how a vector is stored; one codec or one per layer, by value or by name; `Dense`
+            of the model's dtype if None. A `Centred` one without a rope is given that of its layer.
           addressing: which slot holds which token, in layers that see all tokens.
           chunk: the most tokens that a call brings. Layers with a window keep ``window - 1 +
             chunk`` tokens. None for calls of any size: then all layers keep all tokens, in
@@ -66,8 +65,7 @@ class Model(nnx.Module):
         """
         config = self.config
         windows = getattr(config, "windows", ())
-        codecs = codec or Dense(self.dtype.name)
-        codecs = (codecs,) * config.num_layers if isinstance(codecs, Codec) else tuple(codecs)
+        codecs = codec_of_each_layer(codec or self.dtype.name, config.num_layers)
         if ropes := getattr(config, "ropes", ()):
             check_room(ropes, max_context_length)
             known = {

@@ -8,12 +8,36 @@ from jaxkv.addressing import Addressing, Contiguous, Paged, Ring
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import AnyConfig, HybridConfig
 from jaxkv.cache.newest import Newest
-from jaxkv.codecs import Codec, Dense
+from jaxkv.codecs import CODECS, Codec
 from jaxkv.counts import ceil_div
 from jaxkv.errors import ConfigError
 from jaxkv.placement import HostMemory
 
 RING_CHUNK = 128  # tokens; what `jaxkv.generate` prefills at once
+
+
+# One codec for all layers or one per layer, by value or by its name in `jaxkv.codecs.CODECS`.
+Codecs = Codec | str | Sequence[Codec | str]
+
+
+def codec_of_each_layer(codecs: Codecs, num_layers: int) -> tuple[Codec, ...]:
+    """One codec per layer.
+
+    Raises:
+      ConfigError: an unknown name, or a number of codecs that is not that of the layers.
+
+    >>> codec_of_each_layer("int8", 2)
+    (Int8(), Int8())
+    """
+    if isinstance(codecs, Codec | str):
+        codecs = (codecs,) * num_layers
+    if len(codecs) != num_layers:
+        raise ConfigError(
+            f"codec must be one, or one for each of {num_layers} layers, got {len(codecs)}."
+        )
+    if unknown := [codec for codec in codecs if isinstance(codec, str) and codec not in CODECS]:
+        raise ConfigError(f"codec must be one of {', '.join(CODECS)}, got {unknown[0]!r}.")
+    return tuple(CODECS[codec] if isinstance(codec, str) else codec for codec in codecs)
 
 
 class SameInAllLayers(TypedDict, total=False):
@@ -53,7 +77,7 @@ class Shape(NamedTuple):
         *,
         max_context_length: int,
         batch_size: int | None = None,
-        codec: Codec | Sequence[Codec] = Dense("bfloat16"),
+        codec: Codecs = "bfloat16",
         addressing: Addressing = Contiguous(),
         chunk: int | None = RING_CHUNK,
         **fields: Unpack[SameInAllLayers],
@@ -62,7 +86,7 @@ class Shape(NamedTuple):
 
         Args:
           max_context_length, batch_size: as in `KVCacheConfig`.
-          codec: how a vector is stored; one codec, or one per layer.
+          codec: how a vector is stored; one codec or one per layer, by value or by name.
           addressing: which slot holds which token, in layers that see all tokens.
           chunk: the most tokens that a step brings. Layers with a window keep ``window - 1 +
             chunk`` tokens: in a `Ring`, or in pages of their own where ``addressing`` is a
@@ -77,12 +101,7 @@ class Shape(NamedTuple):
         Raises:
           ConfigError: as `KVCacheConfig`, or a number of codecs that is not that of the layers.
         """
-        codecs = (codec,) * self.num_layers if isinstance(codec, Codec) else tuple(codec)
-        if len(codecs) != self.num_layers:
-            raise ConfigError(
-                f"codec must be one, or one for each of {self.num_layers} layers, got "
-                f"{len(codecs)}."
-            )
+        codecs = codec_of_each_layer(codec, self.num_layers)
         rows = batch_size or 1
         addressings = [
             addressing

@@ -99,7 +99,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop_tokens: Sequence[int] = (),
     max_context_length: int | None = None,
-    codec: Codec | Sequence[Codec] | None = None,
+    codec: Codec | str | Sequence[Codec | str] | None = None,
     config: AnyConfig | None = None,
     prefill_chunk: int | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
@@ -120,7 +120,7 @@ def generate(
       stop_tokens: ids that end a sequence.
       max_context_length: slots per sequence; the next power of two that holds the longest if
         None. Keep it the same over calls to compile once.
-      codec: of the cache, one or one per layer; the model's choice if None.
+      codec: of the cache, one or one per layer, by value or by name; the model's choice if None.
       config: the whole cache config, for a model without a ``cache_config`` method; instead of
         ``max_context_length`` and ``codec``.
       prefill_chunk: tokens of each prompt that are computed at once. If None, what suits the device
@@ -253,7 +253,7 @@ def _cache_config(
     prompts: list[np.ndarray],
     max_new_tokens: int,
     max_context_length: int | None,
-    codec: Codec | Sequence[Codec] | None,
+    codec: Codec | str | Sequence[Codec | str] | None,
     chunk: int,
     config: AnyConfig | None,
 ) -> AnyConfig:
