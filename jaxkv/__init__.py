@@ -37,7 +37,17 @@ from jaxkv.serve.generate import Generation, Timings, generate
 from jaxkv.serve.sampling import Sampling, sample
 
 if TYPE_CHECKING:
-    from jaxkv import models, plots
+    from jaxkv import (  # noqa: F401, for type checkers
+        codecs,
+        compression,
+        integrations,
+        models,
+        paging,
+        plots,
+        policies,
+        serve,
+        snapshot,
+    )
     from jaxkv.compression.compress import compress
     from jaxkv.compression.evict import evict, evicting
     from jaxkv.policies import reconstruction_scores
@@ -150,14 +160,16 @@ _NAMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"jaxkv.{name}")
-    if name not in _NAMES:
-        raise AttributeError(f"module 'jaxkv' has no attribute {name!r}")
-    # Kept, so that it is looked up once.
-    globals()[name] = getattr(importlib.import_module(f"jaxkv.{_NAMES[name]}"), name)
-    return globals()[name]
+if not TYPE_CHECKING:  # a type checker knows all names, and flags any other
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"jaxkv.{name}")
+        if name not in _NAMES:
+            raise AttributeError(f"module 'jaxkv' has no attribute {name!r}")
+        # Kept, so that it is looked up once.
+        globals()[name] = getattr(importlib.import_module(f"jaxkv.{_NAMES[name]}"), name)
+        return globals()[name]
 
 
 def __dir__() -> list[str]:

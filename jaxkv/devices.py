@@ -1,6 +1,6 @@
 """Where arrays are, and what a program of them may be compiled for.
 
-Inside jit nobody knows yet: the platform is chosen when the program is lowered, by where its
+Inside jit that is not known yet: the platform is chosen when the program is lowered, by where its
 arguments are or by who exports it. So nothing here asks for the process's backend.
 """
 
@@ -22,8 +22,13 @@ else:
 PLATFORMS = ("cpu", "gpu", "tpu")  # those on which something differs; any other is as a TPU
 
 
+def is_concrete(*arrays: Any) -> bool:
+    """Whether all of these have values: inside jit traced arrays do not."""
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
 def default_device() -> Device:
-    """Where JAX puts arrays when nobody says where."""
+    """The device on which JAX puts arrays when none is named."""
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
     if default is None or isinstance(default, str):
         return jax.local_devices(backend=default)[0]
@@ -47,7 +52,7 @@ def local_gpu() -> Device | None:
 
 def platform_of(*arrays: Any) -> str | None:
     """The platform that a program of these arrays runs on; None while one of them is traced."""
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+    if not is_concrete(*arrays):
         return None
     held = (array for array in arrays if isinstance(array, jax.Array) and array.committed)
     devices = (next(iter(array.sharding.device_set)) for array in held)
@@ -59,7 +64,7 @@ def num_devices_of(array: Any) -> int:
 
     One inside a `jax.shard_map`, where a kernel is given the shard that its device has.
     """
-    if isinstance(array, jax.core.Tracer):
+    if not is_concrete(array):
         mesh = jax.typeof(array).sharding.mesh
         axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
         return math.prod(size for size, kind in axes if kind != AxisType.Manual)

@@ -12,6 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import numpy as np
 
+from jaxkv.devices import is_concrete
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -51,7 +53,7 @@ def one_program(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @promotes_ranks
         @functools.wraps(work)
         def run(*arrays: P.args, **options: P.kwargs) -> R:
-            if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays)):
+            if not is_concrete(*jax.tree.leaves(arrays)):
                 return work(*arrays, **options)
             return compiled(*jax.tree.map(on_device, arrays), **options)
 

@@ -2,6 +2,7 @@
 
 ``JAXKV_TEST_DEVICES=1 pytest`` runs the tests in a process as most users have it, with one device;
 those that need more, which say so with ``pytest.mark.devices(number)``, are skipped.
+``JAXKV_TEST_TYPES=1 pytest`` checks every annotation of jaxkv in every call, shapes included.
 """
 
 import os
@@ -18,7 +19,13 @@ import re
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
+
+if os.environ.get("JAXKV_TEST_TYPES") == "1":
+    import tests.annotations  # noqa: F401, which jaxtyping looks for among what is imported
+
+    jaxtyping.install_import_hook("jaxkv", "tests.annotations.checked")
 
 # Thousands of examples where a test leaves their number open: --hypothesis-profile=nightly.
 hypothesis.settings.register_profile("nightly", max_examples=5000)

@@ -120,7 +120,7 @@ MISUSES = {
     "a window of nothing": (
         lambda: attend(SINGLE, QUERIES, window=0),
         ValueError,
-        "window must be an int of at least 1 token, got 0",
+        "window must be an int of at least 1, got 0",
     ),
     "a softcap of nothing": (
         lambda: attend(SINGLE, QUERIES, softcap=0.0),

@@ -1,3 +1,5 @@
+import dataclasses
+import inspect
 import json
 
 import pytest
@@ -5,6 +7,7 @@ import pytest
 import jaxkv
 from jaxkv.models.hf_config import layer_windows, text_config
 from jaxkv.models.known import KNOWN_MODELS, known_shape
+from jaxkv.models.shape import SameInAllLayers, Shape
 
 
 @pytest.mark.parametrize(
@@ -166,3 +169,32 @@ def test_windows_by_family(config, windows):
 def test_codecs_that_are_not_one_a_layer():
     with pytest.raises(jaxkv.ConfigError, match="one for each of 12 layers, got 1"):
         jaxkv.cache_config("gpt2", max_context_length=8, codec=[jaxkv.Int8()])
+
+
+@pytest.mark.parametrize(
+    "maker", [jaxkv.cache_config, Shape.cache_config, jaxkv.models.Model.cache_config]
+)
+def test_every_maker_takes_all_that_a_model_does_not_decide(maker):
+    fields = {field.name for field in dataclasses.fields(jaxkv.KVCacheConfig)}
+    named = set(inspect.signature(maker).parameters) - {"self", "model", "fields"}
+    left = fields - {"num_layers", "num_kv_heads", "head_dim"} | {"chunk"}
+    assert named | set(SameInAllLayers.__annotations__) == left
+
+
+def test_placement_reaches_every_group():
+    placement = jaxkv.HostMemory(resident=1024)
+    config = jaxkv.cache_config("gemma-3-4b", max_context_length=32_768, placement=placement)
+    assert [group.placement for group in config.groups] == [placement, placement]
+    assert config.host_bytes == 4096 * (5 * 32_768 + 29 * 1152)
+
+
+def test_codecs_by_name():
+    def codecs(named):
+        config = jaxkv.cache_config("gpt2", max_context_length=8, codec=named)
+        return [group.codec for group in config.groups]
+
+    assert codecs("int8") == [jaxkv.Int8()]
+    assert codecs(["rotated4"] + [jaxkv.Int8()] * 11) == [jaxkv.Rotated(4), jaxkv.Int8()]
+    for wrong in ("int7", ["int7"] * 12):
+        with pytest.raises(jaxkv.ConfigError, match=r"codec must be one of .*int8.*, got 'int7'"):
+            codecs(wrong)

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxkv.addressing.addressing import Index, Layer
 from jaxkv.addressing.contiguous import Contiguous
 from jaxkv.addressing.paged import Paged
+from jaxkv.counts import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Kept:
     sums: bool | tuple[str, ...] = False
     within: Contiguous | Paged = Contiguous()
 
-    def __post_init__(self):
-        check_counts(self, "tokens", "new", "num_layers", "num_kv_heads")
+    def __post_init__(self) -> None:
+        check_fields(self, "tokens", "new", "num_layers", "num_kv_heads")
         within, window = self.within, getattr(self.within, "window", None)
         if self.sums in (("sums",), ()):  # one policy, one name, one config
             object.__setattr__(self, "sums", bool(self.sums))
@@ -104,15 +105,6 @@ class Kept:
             self.new,
             state,
         )
-
-
-def check_counts(addressing: Any, *fields: str) -> None:
-    """Refuse fields that are no counts."""
-    for field in fields:
-        value = getattr(addressing, field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            name = type(addressing).__name__
-            raise ValueError(f"{name}: {field} must be an int of at least 1, got {value!r}.")
 
 
 @functools.partial(

@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing.addressing import Layer
 from jaxkv.addressing.contiguous import Contiguous
-from jaxkv.addressing.kept import KeptIndex, check_counts
+from jaxkv.addressing.kept import KeptIndex
 from jaxkv.addressing.rows import read_rows
 from jaxkv.addressing.runs import first_slots
+from jaxkv.counts import ceil_div, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +48,8 @@ class KeptByHead:
     num_layers: int
     num_kv_heads: int
 
-    def __post_init__(self):
-        check_counts(self, "places", "longest", "new", "num_layers", "num_kv_heads")
+    def __post_init__(self) -> None:
+        check_fields(self, "places", "longest", "new", "num_layers", "num_kv_heads")
 
     state: ClassVar[tuple[str, ...]] = ()  # of a policy: there is none
 
@@ -57,7 +58,7 @@ class KeptByHead:
         return "kept by head"
 
     def num_slots(self, max_context_length: int, batch_size: int | None) -> int:
-        return self.new * (batch_size or 1) + -(-self.places // self.num_kv_heads)
+        return self.new * (batch_size or 1) + ceil_div(self.places, self.num_kv_heads)
 
     def index_bytes(self, max_context_length: int, batch_size: int | None) -> int:
         batch = batch_size or 1
@@ -153,5 +154,5 @@ class KeptByHeadIndex(KeptIndex):
         """
         raise TypeError(
             "select and fork cannot reorder a cache with a number of tokens for each head: its "
-            "sequences differ in size. Fork before jaxkv.compress, or keep one number a layer."
+            "sequences differ in size. Fork before jaxkv.compress, or keep one number per layer."
         )

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxkv.addressing.addressing import Layer
 from jaxkv.addressing.rows import read_rows
+from jaxkv.counts import ceil_div, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +42,8 @@ class Paged:
     num_pages: int | None = None
     window: int | None = None
 
-    def __post_init__(self):
-        for field in ("page_size", "num_pages", "window"):
-            value = getattr(self, field)
-            if field != "page_size" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Paged: {field} must be an int of at least 1, got {value!r}.")
+    def __post_init__(self) -> None:
+        check_fields(self, "page_size", optional=("num_pages", "window"))
 
     @property
     def name(self) -> str:
@@ -55,7 +51,7 @@ class Paged:
 
     def pages_per_sequence(self, max_context_length: int) -> int:
         """Entries of one sequence's row of the page table."""
-        return -(-max_context_length // self.page_size)
+        return ceil_div(max_context_length, self.page_size)
 
     def num_slots(self, max_context_length: int, batch_size: int | None) -> int:
         own = self.pages_per_sequence(max_context_length) * (batch_size or 1)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxkv.addressing.addressing import Layer
 from jaxkv.addressing.runs import first_slots, read_runs, slots_of_runs
+from jaxkv.counts import ceil_div, check_fields
 
 # A GPU copies tiles of slots, which begin at a multiple of 8, and so must each sequence's ring.
 _TILE, _MULTIPLE = 64, 8
@@ -43,13 +44,9 @@ class Ring:
     sinks: int = 0
     chunk: int = 128
 
-    def __post_init__(self):
-        for field, least in (("window", 1), ("sinks", 0), ("chunk", 1)):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f"Ring: {field} must be an int of at least {least}, got {value!r}."
-                )
+    def __post_init__(self) -> None:
+        check_fields(self, "window", "chunk")
+        check_fields(self, "sinks", least=0)
 
     @property
     def name(self) -> str:
@@ -58,7 +55,7 @@ class Ring:
     @property
     def slots_per_sequence(self) -> int:
         slots = self.sinks + self.window - 1 + self.chunk
-        return slots if slots < _TILE else -(-slots // _MULTIPLE) * _MULTIPLE
+        return slots if slots < _TILE else ceil_div(slots, _MULTIPLE) * _MULTIPLE
 
     def num_slots(self, max_context_length: int, batch_size: int | None) -> int:
         return min(self.slots_per_sequence, max_context_length) * (batch_size or 1)

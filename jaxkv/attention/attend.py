@@ -33,6 +33,7 @@ from jaxkv.cache.hybrid import AnyCache, in_its_group
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of
 from jaxkv.cache.shards import in_each_shard, local_shapes
 from jaxkv.cache.verbs import or_nan, real_of
+from jaxkv.counts import check_count
 from jaxkv.devices import PLATFORMS, by_platform, default_device, platform_of
 from jaxkv.programs import one_program
 from jaxkv.show.text import format_bytes
@@ -141,7 +142,7 @@ def attend(
       scale: of the logits; ``head_dim ** -0.5`` if None.
       softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, section 2).
       window: a query sees this many newest tokens, itself included (Mistral 7B, section 2).
-      sinks: a learned logit a head that takes probability and gives nothing (gpt-oss).
+      sinks: one learned logit per head, added to the softmax denominator only (gpt-oss).
       implementation: a name in `IMPLEMENTATIONS`; None picks the first that can serve, see
         `explain`. A named one is used or an error, never replaced.
 
@@ -328,7 +329,7 @@ def _cannot_serve(
 
 
 def _expected_platform(cache: KVCache) -> str:
-    """Where the cache is; while nobody can know, where programs are run by default."""
+    """The cache's platform; inside jit, where it is not known yet, the default device's."""
     if cache.spread is not None:
         return cache.spread.platform
     return platform_of(buffer_of(cache)) or default_device().platform
@@ -365,8 +366,8 @@ def _check_call(
             f"queries must be [{', '.join(axes)}] = [{', '.join(map(str, expected))}], "
             f"got {list(shape)}."
         )
-    if window is not None and (not isinstance(window, int) or window < 1):
-        raise ValueError(f"window must be an int of at least 1 token, got {window!r}.")
+    if window is not None:
+        check_count("window", window)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}.")
     if sinks is not None and sinks.shape != (shape[-2],):

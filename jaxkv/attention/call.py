@@ -44,7 +44,7 @@ class Request:
         Unless the implementation turns them itself: it is given neither, and gives neither.
       positions: of each query, -1 for padding.
       lengths: of each sequence, after these tokens.
-      sinks: a learned logit a query head that takes probability and gives nothing, or None.
+      sinks: None, or one learned logit per query head, added to the softmax denominator only.
       offset_queries: what features of a position are multiplied with, for the share of `offsets`.
       newest: the same call of the cache of `Newest` tokens, which are not read here then; or None.
     """

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens
+from jaxkv.devices import is_concrete
 
 
 class Call(NamedTuple):
@@ -28,7 +29,7 @@ _calls: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("call
 def notify(call: Call) -> None:
     """Add a call to those that are being watched for, if any are."""
     if (calls := _calls.get()) is not None:
-        if isinstance(call.layer, jax.core.Tracer):
+        if not is_concrete(call.layer):
             raise TypeError(
                 "The queries of a model that scans over its layers cannot be observed: attend was "
                 "called with a traced layer. Give the policy its queries yourself, as "

@@ -10,22 +10,21 @@ from jaxtyping import Array, Bool
 
 from jaxkv.addressing import KeptIndex
 from jaxkv.cache.hybrid import AnyCache, check_static_layer
-from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of
+from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, books_of, buffer_of
 from jaxkv.cache.shards import books_of
+from jaxkv.devices import is_concrete
 from jaxkv.errors import CacheClosedError, CacheFullError
 
 
 def check_layer(cache: KVCache, layer: Layer) -> Layer:
     """The layer of a call on a cache that is still alive."""
     check_alive(cache)
-    if isinstance(layer, jax.core.Tracer):
-        return layer
-    return check_static_layer(cache.config, layer)
+    return check_static_layer(cache.config, layer) if is_concrete(layer) else layer
 
 
 def layer_exists(cache: KVCache, layer: Layer) -> Bool[Array, ""] | bool:
     """Whether there is such a layer, of one that is traced."""
-    if not isinstance(layer, jax.core.Tracer):
+    if is_concrete(layer):
         return True
     return (layer >= 0) & (layer < cache.config.num_layers)
 
@@ -42,7 +41,7 @@ def check_counts(
     if shape not in ((), batch_shape) or not jnp.issubdtype(numbers.dtype, jnp.integer):
         got = f"{numbers.dtype}{list(shape)}"
         raise ValueError(f"{what} must be {allowed}, got {got}.")
-    if isinstance(counts, jax.core.Tracer):
+    if not is_concrete(counts):
         return
     # Inside jit, numpy's own functions trace even a constant.
     given = np.asarray(jax.device_get(counts))
@@ -56,7 +55,7 @@ def check_rows(cache: KVCache, rows: Array) -> None:
     count = cache.config.batch_size or 1
     if rows.ndim != 1 or rows.size == 0:
         raise ValueError(f"rows must be int32[rows], at least one, got shape {list(rows.shape)}.")
-    if isinstance(rows, jax.core.Tracer):
+    if not is_concrete(rows):
         return
     given = np.asarray(jax.device_get(rows))
     if given.min() < 0 or given.max() >= count:
@@ -65,7 +64,7 @@ def check_rows(cache: KVCache, rows: Array) -> None:
 
 def rows_exist(cache: KVCache, rows: Array) -> Bool[Array, " rows"] | bool:
     """Whether there are such rows, of some that are traced."""
-    if not isinstance(rows, jax.core.Tracer):
+    if is_concrete(rows):
         return True
     return (rows >= 0) & (rows < (cache.config.batch_size or 1))
 
@@ -90,7 +89,7 @@ def check_vectors(
 def check_alive(cache: AnyCache) -> None:
     leaves = jax.tree.leaves(cache)
     arrays = (leaf for leaf in leaves if isinstance(leaf, jax.Array))
-    if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in arrays):
+    if any(is_concrete(leaf) and leaf.is_deleted() for leaf in arrays):
         raise CacheClosedError(
             "This cache was donated or deleted: its buffers live on in the cache that the jitted "
             "function returned. Rebind it, as in `logits, cache = step(params, tokens, cache)`."
@@ -122,7 +121,7 @@ def check_chunk(cache: KVCache, tokens: int) -> None:
 
 def check_room(cache: KVCache, num_tokens: NumTokens) -> None:
     """Outside jit, refuse tokens that do not fit, before anything changes."""
-    if isinstance(cache.lengths, jax.core.Tracer) or isinstance(num_tokens, jax.core.Tracer):
+    if not is_concrete(cache.lengths, num_tokens):
         return
     lengths, room, _ = books_of(cache)
     after = lengths + np.asarray(jax.device_get(num_tokens))
@@ -144,7 +143,7 @@ def check_room(cache: KVCache, num_tokens: NumTokens) -> None:
 
 def check_intact(cache: KVCache) -> None:
     """Outside jit, refuse a rollback to tokens that the next query would see, and that are lost."""
-    if isinstance(cache.lengths, jax.core.Tracer):
+    if not is_concrete(cache.lengths):
         return
     lengths, _, intact = books_of(cache)
     if intact.all():

@@ -1,7 +1,6 @@
 """The shape of a cache and its exact bytes, known before any device is touched."""
 
 import dataclasses
-import operator
 import os
 import warnings
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any, ClassVar, Self
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.newest import Newest, NewestSlots
 from jaxkv.codecs import Codec, Dense, bytes_per_token, state_bytes, state_specs
+from jaxkv.counts import as_count
 from jaxkv.errors import ConfigError
 from jaxkv.placement import HostMemory
 from jaxkv.show.text import sequences
@@ -24,7 +24,7 @@ class KVCacheConfig:
     Args:
       num_layers: layers of the model that keep keys and values.
       max_context_length: tokens that one sequence may hold, prompt and answer together.
-      num_kv_heads: key/value heads a layer: the query heads for MHA, fewer for GQA, 1 for MQA.
+      num_kv_heads: key/value heads per layer: the query heads for MHA, fewer for GQA, 1 for MQA.
       head_dim: numbers in one head's vector.
       batch_size: sequences, or None for one sequence and arrays without a batch axis.
       codec: how a vector is stored.
@@ -56,7 +56,7 @@ class KVCacheConfig:
     # Of a `HybridConfig`; here all layers are of one group.
     group_of_layer: ClassVar[None] = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = [self._normalize_count(field) for field in _COUNTS]
         if self.batch_size is not None:
             problems.append(self._normalize_count("batch_size", " or None for a single sequence"))
@@ -93,18 +93,18 @@ class KVCacheConfig:
     def _normalize_count(self, field: str, also_allowed: str = "") -> str | None:
         """Store the field as a plain int, or say what is wrong with it."""
         value = getattr(self, field)
-        try:
-            count = -1 if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            count = -1
-        if count < 1:
+        if (count := as_count(value)) is None:
             return f"{field} must be an int of at least 1{also_allowed}, got {value!r}"
         object.__setattr__(self, field, count)
         return None
 
     @classmethod
     def from_hf(
-        cls, source: str | os.PathLike | Mapping[str, Any], *, max_context_length: int, **fields
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        max_context_length: int,
+        **fields: Any,
     ) -> Any:
         """Deprecated: `jaxkv.cache_config` with ``chunk=None``, which this calls.
 
@@ -174,7 +174,7 @@ class KVCacheConfig:
 
     @property
     def newest_config(self) -> "KVCacheConfig | None":
-        """Of the cache of the `Newest` tokens, which never reaches beyond what a query sees."""
+        """The config of the cache of `Newest` tokens, which holds no more than a query sees."""
         if self.newest is None:
             return None
         tokens = min(self.newest.tokens, getattr(self.addressing, "window", None) or 1 << 31)
@@ -230,7 +230,7 @@ class KVCacheConfig:
 
     @property
     def codec_name(self) -> str:
-        """Of the codec, for messages and tables."""
+        """The name of the codec, for messages and tables."""
         if self.newest is None:
             return self.codec.name
         return f"{self.codec.name}, newest {self.newest.tokens} {self.newest.codec.name}"

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,18 @@ from jaxkv.programs import moves_data
 _AXES = ("layers", "2", "slots", "kv_heads", "head_dim")  # of a buffer
 
 
+@overload
+def create(
+    config: KVCacheConfig, *, device: Any = None, mesh: Mesh | None = None, axes: Axes | None = None
+) -> KVCache: ...
+@overload
+def create(
+    config: HybridConfig, *, device: Any = None, mesh: Mesh | None = None, axes: Axes | None = None
+) -> HybridCache: ...
+@overload
+def create(
+    config: AnyConfig, *, device: Any = None, mesh: Mesh | None = None, axes: Axes | None = None
+) -> AnyCache: ...
 @moves_data  # zeros, of which the host has one
 def create(
     config: AnyConfig, *, device: Any = None, mesh: Mesh | None = None, axes: Axes | None = None
@@ -29,12 +41,15 @@ def create(
     """An empty cache: every buffer preallocated and zero.
 
     Args:
-      config: its shape; a `HybridConfig` gives a `HybridCache`.
+      config: its shape.
       device: a `jax.Device` or `jax.sharding.Sharding` for the buffers; JAX's default if None.
         A `NamedSharding` is of the axes ``[layers, 2, slots, kv_heads, head_dim]``; a buffer
         without the last ones, as scales are, is sharded by those that it has.
       mesh: over whose devices it is spread, as ``axes`` says; the one of `jax.set_mesh` if None.
       axes: the mesh axes that split it. The verbs then work on each device, on what it holds.
+
+    Returns:
+      A `KVCache`, or a `HybridCache` for a `HybridConfig`.
 
     Raises:
       ConfigError: 2**30 or more positions, or slots times KV heads; or what the axes cannot split.
@@ -169,7 +184,7 @@ def _check_axes(device: Any) -> None:
 
 
 def _of_axes(device: Any, axes: Sequence[int]) -> Any:
-    """The same for an array that has only these axes of a buffer."""
+    """The same placement for an array that has only these axes of a buffer."""
     if not isinstance(device, NamedSharding):
         return device
     spec = [device.spec[axis] for axis in axes if axis < len(device.spec)]

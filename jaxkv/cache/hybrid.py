@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.kv_cache import KVCache
+from jaxkv.devices import is_concrete
 from jaxkv.errors import ConfigError
 from jaxkv.show.html import occupancy_html
 from jaxkv.show.text import format_bytes
@@ -39,7 +40,7 @@ class HybridConfig:
     groups: tuple[KVCacheConfig, ...]
     group_of_layer: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))
         object.__setattr__(self, "group_of_layer", tuple(map(int, self.group_of_layer)))
         held = [group.num_layers for group in self.groups]
@@ -107,7 +108,7 @@ class HybridConfig:
 
     @property
     def codec_name(self) -> str:
-        """Of the codecs, each once, for messages and tables."""
+        """The names of the codecs, each once, for messages and tables."""
         return " + ".join(dict.fromkeys(group.codec_name for group in self.groups))
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,11 +190,11 @@ class HybridCache:
 # What functions that do not care how layers are kept take and return.
 AnyConfig = KVCacheConfig | HybridConfig
 AnyCache = KVCache | HybridCache
+SameCache = TypeVar("SameCache", bound=AnyCache)  # of the type that was given
 
 
 _Options = ParamSpec("_Options")
 _Result = TypeVar("_Result")
-_Cache = TypeVar("_Cache", bound=AnyCache)
 
 
 def in_its_group(
@@ -213,13 +214,13 @@ def in_its_group(
 
 def changing_its_group(
     verb: Callable[Concatenate[KVCache, _Options], KVCache],
-) -> Callable[Concatenate[_Cache, _Options], _Cache]:
+) -> Callable[Concatenate[SameCache, _Options], SameCache]:
     """Let a verb with ``layer=`` change the group that has the layer."""
 
     @functools.wraps(verb)
     def on_any_cache(
-        cache: _Cache, *arguments: _Options.args, **options: _Options.kwargs
-    ) -> _Cache:
+        cache: SameCache, *arguments: _Options.args, **options: _Options.kwargs
+    ) -> SameCache:
         number, options["layer"] = cache.config.locate(options["layer"])
         groups = list(cache.groups)
         groups[number] = verb(groups[number], *arguments, **options)
@@ -230,13 +231,13 @@ def changing_its_group(
 
 def in_every_group(
     verb: Callable[Concatenate[KVCache, _Options], KVCache],
-) -> Callable[Concatenate[_Cache, _Options], _Cache]:
+) -> Callable[Concatenate[SameCache, _Options], SameCache]:
     """Let a verb that changes a cache change every group."""
 
     @functools.wraps(verb)
     def on_any_cache(
-        cache: _Cache, *arguments: _Options.args, **options: _Options.kwargs
-    ) -> _Cache:
+        cache: SameCache, *arguments: _Options.args, **options: _Options.kwargs
+    ) -> SameCache:
         groups = [verb(group, *arguments, **options) for group in cache.groups]
         return cache.with_groups(groups)  # type: ignore[return-value]
 
@@ -250,7 +251,7 @@ def check_static_layer(config: AnyConfig, layer: Any) -> int:
       IndexError: it does not.
       TypeError: it is traced, and layers of a hybrid cache are arrays of different shapes.
     """
-    if isinstance(layer, jax.core.Tracer):
+    if not is_concrete(layer):
         raise TypeError(
             "the layer of a hybrid cache must be a plain int: its layers have different shapes, so "
             "a scan cannot go over all of them. Scan over the layers of each group instead."

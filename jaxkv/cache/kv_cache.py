@@ -16,6 +16,7 @@ from jaxkv.cache.axes import Spread
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.newest import NewestIndex
 from jaxkv.codecs import Leaves, State
+from jaxkv.devices import is_concrete
 from jaxkv.placement import Resident
 from jaxkv.programs import one_program
 from jaxkv.show.html import Bar, occupancy_html
@@ -257,9 +258,9 @@ def _facts(config: KVCacheConfig) -> str:
 
 
 def _lengths(cache: KVCache) -> tuple[np.ndarray | None, str]:
-    """The tokens of each sequence, or None and why nobody knows."""
+    """The tokens of each sequence; or None, and why they are not known."""
     lengths = cache.lengths
-    if isinstance(lengths, jax.core.Tracer):
+    if not is_concrete(lengths):
         return None, "traced"
     if not isinstance(lengths, jax.Array | np.ndarray):
         return None, "shapes alone"

@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 from jaxkv.addressing import Layer
 from jaxkv.addressing.runs import first_slots, read_runs, slots_of_runs
 from jaxkv.codecs import Codec, Dense
+from jaxkv.counts import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +28,14 @@ class Newest:
     ring holds the last ones, and the earlier queries read what the cache's codec made of theirs.
     After a rollback it holds what was not written over.
 
-    It takes ``tokens`` slots a sequence of that codec, whatever the context, and its means where
+    It takes ``tokens`` slots per sequence of that codec, whatever the context, and its means where
     it is `Centred`, on the device wherever the cache is. `jaxkv.layer` gives what the cache's own
     codec made of every token. In a compressed cache queries read them whatever a policy drops.
 
     In a shared pool they belong to a row, for a page must hold the same bits whoever computes it.
     So an `Engine` computes prompts without them, and answers with those of the answer: a hit
-    equals a miss bit for bit. They move with a row that is forked or swapped. Who keeps the books
-    alone says with `KVCache.with_pages` from where on a row was given its tokens.
+    equals a miss bit for bit. They move with a row that is forked or swapped. If you manage pages
+    yourself, pass ``newest_from`` to `KVCache.with_pages`.
 
     Args:
       tokens: of each sequence.
@@ -56,9 +57,8 @@ class Newest:
     tokens: int = 16
     codec: Codec = Dense("bfloat16")
 
-    def __post_init__(self):
-        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 1:
-            raise ValueError(f"Newest: tokens must be an int of at least 1, got {self.tokens!r}.")
+    def __post_init__(self) -> None:
+        check_fields(self, "tokens")
 
     def codec_beside(self, codec: Codec) -> Codec:
         """Its codec beside the cache's own, whose rope it is under."""
@@ -67,7 +67,7 @@ class Newest:
 
 @dataclasses.dataclass(frozen=True)
 class NewestSlots:
-    """The addressing of `Newest`: a ring of ``tokens`` slots a sequence.
+    """The addressing of `Newest`: a ring of ``tokens`` slots per sequence.
 
     Unlike `Ring` it takes any number of tokens at once, of which it holds the last, and any
     rollback: what it lost is still in the cache that it stands beside.

@@ -11,11 +11,11 @@ from jaxtyping import Array, Int
 from jaxkv.addressing import PagedIndex
 from jaxkv.cache.checks import check_alive, check_rows, rows_exist
 from jaxkv.cache.config import KVCacheConfig
-from jaxkv.cache.hybrid import AnyCache, in_every_group
+from jaxkv.cache.hybrid import SameCache, in_every_group
 from jaxkv.cache.kv_cache import KVCache, buffer_of
 from jaxkv.cache.shards import in_each_shard
 from jaxkv.cache.verbs import where_in_range
-from jaxkv.placement import copy_runs, in_host_memory, take_slots
+from jaxkv.placement import copy_runs, in_host_memory, scatter, take_slots
 from jaxkv.programs import on_device, one_program, promotes_ranks
 
 
@@ -95,7 +95,7 @@ def _selected(cache: KVCache, rows: Int[Array, " rows"]) -> KVCache:
 _select = one_program()(_selected)
 
 
-def fork(cache: AnyCache, num_copies: int) -> AnyCache:
+def fork(cache: SameCache, num_copies: int) -> SameCache:
     """Each sequence ``num_copies`` times, next to each other, as a batch.
 
     For parallel samples of one prompt; see `select` for pages of a shared pool.
@@ -168,7 +168,7 @@ def copied(
         if in_host_memory(leaf):
             return copy_runs(leaf, sources, destinations, page_size_of(cache))
         found = leaf.at[:, :, origins].get(mode="clip")
-        return leaf.at[:, :, targets].set(found, mode="drop", unique_indices=True)
+        return scatter(leaf, targets, found)
 
     storage = {name: with_copies(leaf) for name, leaf in cache.storage.items()}
     return dataclasses.replace(cache, storage=storage)
@@ -181,12 +181,11 @@ def page_size_of(cache: KVCache) -> int:
 
 @promotes_ranks
 def slots_of_pages(cache: KVCache, pages: Int[Array, " pages"]) -> Int[Array, " slots"]:
-    """The ctx slots of pages of a pool; of pages that there are not, slots past the end.
+    """The ctx slots of pages of a pool; -1 for those of pages that there are not.
 
     Of other caches a sequence's slots are its page.
     """
     num_slots = cache.config.num_slots
     page_size = page_size_of(cache)
     slots = (pages[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(-1)
-    past_the_end = num_slots + jnp.arange(slots.size, dtype=jnp.int32)
-    return jnp.where((slots < 0) | (slots >= num_slots), past_the_end, slots)
+    return jnp.where((slots < 0) | (slots >= num_slots), -1, slots)

@@ -6,7 +6,6 @@ copies, as for any immutable array.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
@@ -25,6 +24,7 @@ from jaxkv.cache.checks import (
 from jaxkv.cache.host import append_to_host
 from jaxkv.cache.hybrid import (
     AnyCache,
+    SameCache,
     changing_its_group,
     in_every_group,
     in_its_group,
@@ -33,8 +33,9 @@ from jaxkv.cache.kv_cache import OUT_OF_RANGE, KVCache, Layer, NumTokens, buffer
 from jaxkv.cache.shards import books_of, in_each_shard, resharded
 from jaxkv.cache.vectors import encode, read
 from jaxkv.codecs import bitcast
+from jaxkv.devices import is_concrete
 from jaxkv.errors import CacheFullError
-from jaxkv.placement import in_host_memory
+from jaxkv.placement import in_host_memory, scatter_tokens
 from jaxkv.programs import one_program
 
 _MISUSED = "num_tokens, a length, a layer or a row was out of range inside jit"
@@ -110,16 +111,8 @@ def _append(
     if in_host_memory(buffer_of(cache)):
         return append_to_host(cache, num_layer, encoded, keys, positions)
     slots = cache.index.slots(positions)
-    # Places that do not exist get numbers past the end, each its own: the scatter drops
-    # them, and may still be told that no two writes meet.
-    past_the_end = cache.config.num_slots + jnp.arange(slots.size, dtype=jnp.int32)
-    slots = jnp.where(slots < 0, past_the_end.reshape(slots.shape), slots)
-    storage = {  # a scatter wants slots before sides
-        name: leaf.at[num_layer, :, slots].set(
-            jnp.moveaxis(bitcast(encoded[name], leaf.dtype), 0, slots.ndim),
-            mode="drop",
-            unique_indices=True,
-        )
+    storage = {
+        name: scatter_tokens(leaf, slots, bitcast(encoded[name], leaf.dtype), num_layer)
         for name, leaf in cache.storage.items()
     }
     return dataclasses.replace(cache, storage=storage)
@@ -291,7 +284,7 @@ def _truncate(cache: KVCache, length: NumTokens) -> KVCache:
     return cache.with_lengths(lengths)
 
 
-def reset(cache: AnyCache) -> AnyCache:
+def reset(cache: SameCache) -> SameCache:
     """The same buffers, empty. Old tokens stay in memory until written over, never to be read.
 
     >>> import jaxkv
@@ -321,7 +314,7 @@ def check(cache: KVCache) -> KVCache:
     Traceback (most recent call last):
     jaxkv.errors.CacheFullError: Tokens were dropped: ...
     """
-    if isinstance(cache.lengths, jax.core.Tracer):
+    if not is_concrete(cache.lengths):
         checkify.debug_check(~cache.misused.any(), f"KV cache: {_MISUSED}")
         checkify.debug_check(~cache.overflowed.any(), "KV cache full: tokens were dropped")
         checkify.debug_check(jnp.all(cache.index.intact), "KV cache rolled back to lost tokens")
@@ -367,9 +360,9 @@ def _in_range(
 ) -> Bool[Array, "*batch"] | bool:
     """Whether a traced layer exists, and traced numbers of real tokens are of those given."""
     exists = layer_exists(cache, layer)
-    if not isinstance(num_tokens, jax.core.Tracer):
+    if num_tokens is None or is_concrete(num_tokens):
         return exists
-    counts = num_tokens.astype(jnp.int32)
+    counts = jnp.asarray(num_tokens, jnp.int32)
     return exists & (counts >= 0) & (counts <= tokens)
 
 

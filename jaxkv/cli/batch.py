@@ -12,7 +12,6 @@ from jaxkv.addressing import Paged
 from jaxkv.cli.command import Command, argument_type
 from jaxkv.cli.model_options import (
     add_model_arguments,
-    codec_of,
     decode_answer,
     encode,
     load_model,
@@ -20,6 +19,7 @@ from jaxkv.cli.model_options import (
     sampling_of,
     unicode_text,
 )
+from jaxkv.counts import ceil_div
 from jaxkv.memory import parse_tokens
 from jaxkv.serve import Engine, Request
 from jaxkv.show.progress import progress_bar
@@ -50,16 +50,20 @@ class _Line(NamedTuple):
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a prompt a line, as JSON")
+    parser.add_argument("file", metavar="FILE", help="one prompt per line, as JSON")
     add_model_arguments(parser, temperature=0.0)
     add = parser.add_argument
     add("--rows", type=int, default=8, metavar="N", help="requests at once (default: 8)")
     add(
         "--pool", type=argument_type(parse_tokens), metavar="TOKENS",
-        help="that all requests together may hold (default: half of what the rows could)",
+        help="size of the pool that all requests share (default: half of what all rows could hold)",
     )  # fmt: skip
-    add("--page-size", type=int, default=16, metavar="N", help="tokens a page (default: 16)")
-    add("--output", metavar="FILE", help="for the answers, a line each (default: shown)")
+    add("--page-size", type=int, default=16, metavar="N", help="tokens per page (default: 16)")
+    add(
+        "--output",
+        metavar="FILE",
+        help="file for the answers, one per line (default: standard output)",
+    )
     add("--json", action="store_true", help="print the report as JSON")
 
 
@@ -70,12 +74,12 @@ def _run(options: argparse.Namespace) -> int:
     longest = max(
         (len(line.fields["prompt"]) + line.fields["max_new_tokens"] for line in lines), default=1
     )
-    context = options.context or -(-longest // options.page_size) * options.page_size
+    context = options.context or ceil_div(longest, options.page_size) * options.page_size
     pool = options.pool or max(context, options.rows * context // 2)
     config = model.cache_config(
         max_context_length=context,
         batch_size=options.rows,
-        codec=codec_of(options),
+        codec=options.codec,
         addressing=Paged(options.page_size, max(1, pool // options.page_size)),
     )
     with Engine(model, config, sampling=sampling, stop_tokens=model.config.eos_token_ids) as engine:

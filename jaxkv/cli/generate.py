@@ -9,7 +9,6 @@ from jaxkv.cli.command import Command
 from jaxkv.cli.model_options import (
     INCOMPLETE,
     add_model_arguments,
-    codec_of,
     decode_answer,
     decode_prompt,
     encode,
@@ -27,7 +26,7 @@ examples:
   jaxkv generate
       the model that comes with jaxkv writes some Python
   jaxkv generate --prompt 'class Stack:' --temperature 0.7 --seed 3
-      its own continuation of a prompt
+      a continuation of your own prompt
   jaxkv generate --model ./Qwen2.5-0.5B --prompt 'Hello' --context 4k --dtype bfloat16
       a Hugging Face folder (config.json, *.safetensors, tokenizer.json), or a Hub name
   jaxkv generate --prompt 'def a' --prompt 'def b' --json
@@ -48,7 +47,12 @@ class Point:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, temperature=0.6)
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="more than once for more")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to go on from; give it again for several at once",
+    )
     parser.add_argument("--json", action="store_true", help="print answers and figures as JSON")
 
 
@@ -68,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
         seed=[options.seed + number for number in range(len(prompts))],
         stop_tokens=model.config.eos_token_ids,
         max_context_length=options.context,
-        codec=codec_of(options),
+        codec=options.codec,
         on_tokens=stream,
         tracker=tracker,
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxkv.cli.command import argument_type
-from jaxkv.codecs import CODECS, Codec
+from jaxkv.codecs import CODECS
 from jaxkv.memory import parse_tokens
 from jaxkv.serve.sampling import Sampling
 
@@ -17,16 +17,49 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, temperature: float) 
     """The model, its cache and its draws, with this temperature unless another is given."""
     add = parser.add_argument
     add("--model", metavar="FOLDER", help="a Hugging Face folder or name (default: jaxkv's own)")
-    add("--max-new-tokens", type=int, default=200, metavar="N", help="default: 200")
-    add("--context", type=argument_type(parse_tokens), metavar="TOKENS", help="4096 or 4k")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights")
-    add("--codec", choices=CODECS, help="of the cache (default: the model's dtype)")
-    shown = f"0 for the most likely (default: {temperature:g})"
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=200,
+        metavar="N",
+        help="most new tokens per prompt (default: 200)",
+    )
+    add(
+        "--context",
+        type=argument_type(parse_tokens),
+        metavar="TOKENS",
+        help="most tokens per sequence, such as 4096 or 4k",
+    )
+    add(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights",
+    )
+    add("--codec", choices=CODECS, help="codec of the cache (default: the model's dtype)")
+    shown = f"temperature of the draws; 0 takes the most likely (default: {temperature:g})"
     add("--temperature", type=float, default=temperature, help=shown)
     add("--top-k", type=int, metavar="K", help="keep the K most likely tokens")
-    add("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest that sum to P")
-    add("--min-p", type=float, default=0.0, metavar="P", help="keep those P times the likeliest")
-    add("--seed", type=int, default=0, help="of the first prompt; the next has the next")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="keep the most likely tokens that sum to P",
+    )
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="keep tokens at least P times as likely as the first",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed of the first prompt; prompt i uses seed + i",
+    )
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -44,11 +77,6 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
       ValueError: naming each value out of range.
     """
     return Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
-
-
-def codec_of(options: argparse.Namespace) -> Codec | None:
-    """The codec that was named, or None for the model's choice."""
-    return CODECS[options.codec] if options.codec else None
 
 
 def unicode_text(text: str) -> str:

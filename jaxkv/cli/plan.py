@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
         options.model,
         max_context_length=options.context,
         batch_size=options.batch,
-        codec=CODECS[options.codec],
+        codec=options.codec,
     )
     sizes = {what: getattr(options, what) for what in _SPLITS}
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))

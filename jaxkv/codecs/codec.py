@@ -12,7 +12,7 @@ import abc
 import functools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -252,7 +252,7 @@ def _bitcast(dtype: jnp.dtype, leaf: Array) -> Array:
 
 
 @_bitcast.defjvp
-def _refuse_derivative(dtype, primals, tangents):
+def _refuse_derivative(dtype: jnp.dtype, primals: Any, tangents: Any) -> Any:
     if tangents[0].dtype == jax.dtypes.float0:  # out of a container: there is nothing to pass on
         out = _bitcast(dtype, *primals)
         return out, jnp.zeros_like(out)
@@ -279,7 +279,7 @@ def _to_be_rounded(codec: Codec, vectors: Array) -> Array:
 
 
 @_to_be_rounded.defjvp
-def _refuse_rounding(codec, primals, tangents):
+def _refuse_rounding(codec: Codec, primals: Any, tangents: Any) -> Any:
     raise TypeError(
         f"No gradient flows through keys and values stored as {codec.name}: they are rounded to "
         'codes. Use codec=jaxkv.Dense("float32") to differentiate.'

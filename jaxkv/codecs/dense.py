@@ -26,7 +26,7 @@ class Dense(Codec):
 
     dtype: str = "bfloat16"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             name = jnp.dtype(self.dtype).name
         except TypeError:

@@ -1,4 +1,4 @@
-"""Eight-bit floats (e4m3), one scale a token and head: for caches that others wrote."""
+"""Eight-bit floats (e4m3), one scale per token and head: for caches that others wrote."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ _LARGEST = float(jnp.finfo(_DTYPE).max)  # 448
 
 @dataclasses.dataclass(frozen=True)
 class Float8(Codec):
-    """``scale = bfloat16(max|x| / 448)``, ``codes = e4m3(x / scale)``: head_dim + 2 bytes a vector.
+    """``scale = bfloat16(max|x| / 448)``, ``codes = e4m3(x / scale)``: head_dim + 2 bytes each.
 
     The format of Micikevicius et al., "FP8 formats for deep learning" (2022). Saturating: JAX's
     own conversion turns what is too large into NaN. As many bytes as `Int8` and four times its

@@ -1,4 +1,4 @@
-"""Eight-bit integers, one scale a token and head: half the memory of bfloat16."""
+"""Eight-bit integers, one scale per token and head: half the memory of bfloat16."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ _LARGEST = 127
 
 @dataclasses.dataclass(frozen=True)
 class Int8(Codec):
-    """``scale = bfloat16(max|x| / 127)``, ``code = round(x / scale)``: head_dim + 2 bytes a vector.
+    """``scale = bfloat16(max|x| / 127)``, ``code = round(x / scale)``: head_dim + 2 bytes each.
 
     Symmetric, as int8 caches are per token and head in vLLM and FlashInfer. The relative error
     of a Gaussian vector of 128 numbers is 0.0065.

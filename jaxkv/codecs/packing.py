@@ -3,13 +3,15 @@
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
 
+from jaxkv.counts import ceil_div
+
 # Bits of a code -> the widths that it is cut into, low bits first. Each divides a byte.
 _WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,)}
 
 
 def packed_bytes(head_dim: int, bits: int) -> int:
     """Bytes that ``head_dim`` codes take: ``head_dim * bits / 8``, for head_dim in whole eights."""
-    return -(-head_dim // 8) * bits
+    return ceil_div(head_dim, 8) * bits
 
 
 def pack(codes: UInt8[Array, "*shape head_dim"], bits: int) -> UInt8[Array, "*shape bytes"]:

@@ -58,7 +58,7 @@ class Rope:
     def cos_sin(
         self, positions: Int[Array, "*shape"]
     ) -> tuple[Float[Array, "*shape pairs"], Float[Array, "*shape pairs"]]:
-        """Of the angles, to 12 bits; the same to the bit in every program."""
+        """Cosine and sine of each angle, rounded to 12 bits: the same bits in every program."""
         digits = [
             jnp.maximum(positions, 0) >> number * _BASE_BITS & (1 << _BASE_BITS) - 1
             for number in range(_DIGITS)

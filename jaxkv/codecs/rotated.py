@@ -27,7 +27,7 @@ _FACTORS = np.geomspace(0.75, 1.15, 6)
 
 @dataclasses.dataclass(frozen=True)
 class Rotated(Codec):
-    """``bits`` a number and one bfloat16 scale a vector: ``head_dim * bits / 8 + 2`` bytes.
+    """``bits`` per number and one bfloat16 scale per vector: ``head_dim * bits / 8 + 2`` bytes.
 
     A vector's signs are flipped by a fixed pattern and it is turned by a Hadamard matrix, which
     makes its numbers nearly normal whatever they were (QuaRot: Ashkboos et al., 2024; TurboQuant:
@@ -57,7 +57,7 @@ class Rotated(Codec):
 
     bits: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bits not in _LEVELS:
             raise ValueError(f"Rotated codec: bits must be 4, 3, 2 or 1, got {self.bits!r}.")
 

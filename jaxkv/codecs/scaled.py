@@ -1,7 +1,7 @@
 """What int8 and float8 share: one scale for each token and head, and narrow numbers under it."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 SCALE_DTYPE = "bfloat16"
 
@@ -25,7 +25,7 @@ def scales_and_ratios(
 
 
 def times_scales(
-    codes: Float[Array, "*shape head_dim"], scales: Float[Array, "*shape"], dtype: jnp.dtype
+    codes: Num[Array, "*shape head_dim"], scales: Float[Array, "*shape"], dtype: jnp.dtype
 ) -> Float[Array, "*shape head_dim"]:
     """The numbers that codes and scales stand for."""
     product = codes.astype(jnp.float32) * scales.astype(jnp.float32)[..., None]

@@ -4,14 +4,14 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.compression.scoring import LayerScores, for_all_slots, held_positions
+from jaxkv.devices import is_concrete
 
-# One number, one a layer, or one a layer, sequence and head; a float is a share of tokens.
+# One number, one per layer, or one per layer, sequence and head; a float is a share of tokens.
 Keep = int | float | Sequence[int] | Sequence[float] | np.ndarray
 
 
@@ -66,7 +66,7 @@ def adaptive(
       cache: that was scored.
       scores: as `jaxkv.compress` takes them, comparable between the heads that share, as attention
         weights are.
-      keep: tokens a head, on average.
+      keep: tokens per head, on average.
       least: share of ``keep`` that every head has, and at least one token; give it room for the
         ``sinks`` and ``recent`` tokens of `jaxkv.compress`.
       across_layers: whether the heads of all layers share, and not those of each.
@@ -104,7 +104,7 @@ def host_lengths(cache: KVCache, why: str) -> np.ndarray:
     Raises:
       TypeError: they are traced, and ``why`` needs them.
     """
-    if isinstance(cache.lengths, jax.core.Tracer):
+    if not is_concrete(cache.lengths):
         raise TypeError(
             f"inside jit the lengths are not known, so {why}: give numbers of tokens, or compress "
             "outside jit."
@@ -120,7 +120,7 @@ def pyramid(num_layers: int, mean: int, *, least: int) -> tuple[int, ...]:
 
     Args:
       num_layers: how many.
-      mean: tokens a layer, on average; the memory is that of `mean` in all.
+      mean: tokens per layer, on average; the memory is that of `mean` in all.
       least: tokens of the last layer.
 
     Raises:

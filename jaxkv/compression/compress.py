@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -31,6 +31,8 @@ from jaxkv.compression.scoring import (
     remembered_scores,
     score,
 )
+from jaxkv.counts import ceil_div
+from jaxkv.devices import is_concrete
 from jaxkv.policies import Policy, StatefulPolicy
 from jaxkv.programs import moves_data
 
@@ -59,9 +61,9 @@ def compress(
         ``pages`` are given. Layers with a window in a hybrid cache stay as they are.
       policy: see `jaxkv.policies`, or scores ``[layers, *batch, kv_heads, slots]`` of one's own.
       keep: tokens that each head keeps; a float is a share of each sequence's tokens. One
-        number; or one a layer, such as of `jaxkv.compression.pyramid`, which gives a hybrid cache;
-        or one a head, ints ``[layers, kv_heads]`` or ``[layers, batch, kv_heads]``, such as of
-        `jaxkv.compression.adaptive`, which are packed.
+        number; or one per layer, as `jaxkv.compression.pyramid` gives them, for a hybrid cache; or
+        one per head, ints ``[layers, kv_heads]`` or ``[layers, batch, kv_heads]``, as
+        `jaxkv.compression.adaptive` gives them, which are packed.
       new: tokens that fit beside those kept; as many as before if None.
       queries: of the newest tokens, for policies that look at them; `jaxkv.observed` gives them.
       sinks: first tokens of a sequence, which stay whatever a policy says, infinity included.
@@ -117,7 +119,9 @@ def _has_window(addressing: Addressing) -> bool:
 Part = tuple[np.ndarray, KVCache]
 
 
-def _compressed(cache: KVCache, layers, policy, keep, queries, options) -> list[Part]:
+def _compressed(
+    cache: KVCache, layers: Any, policy: Any, keep: Any, queries: Any, options: dict[str, Any]
+) -> list[Part]:
     """A smaller cache for each number of tokens to keep."""
     config, new = cache.config, options["new"]
     if _has_window(config.addressing):
@@ -191,21 +195,21 @@ def _like(addressing: Addressing, in_pool: bool) -> Contiguous | Paged:
 
 
 def _checked_pages(cache: KVCache, pages: Array, slots: int) -> Int[Array, "*batch pages"]:
-    """Pages of the cache's pool for so many slots a sequence, none of them its own."""
+    """Pages of the cache's pool for ``slots`` slots per sequence, none of them its own."""
     index = cache.index.within if isinstance(cache.index, KeptIndex) else cache.index
     if not isinstance(index, PagedIndex) or not index.shared:
         raise ValueError(
             f"compress: pages are of a shared pool, and this cache is {cache.config.addressing}. "
             "Leave pages= out, and the result has slots of its own."
         )
-    expected = (*cache.config.batch_shape, -(-slots // index.page_size))
+    expected = (*cache.config.batch_shape, ceil_div(slots, index.page_size))
     pages = jnp.asarray(pages, jnp.int32)
     if pages.shape != expected:
         raise ValueError(
-            f"compress: pages must be int32{list(expected)}, for {slots} slots a sequence in pages "
-            f"of {index.page_size}, got {list(pages.shape)}."
+            f"compress: pages must be int32{list(expected)}, for {slots} slots per sequence in "
+            f"pages of {index.page_size}, got {list(pages.shape)}."
         )
-    if not isinstance(pages, jax.core.Tracer) and not isinstance(index.table, jax.core.Tracer):
+    if is_concrete(pages, index.table):
         given, num_pages = np.asarray(pages).ravel(), cache.config.num_slots // index.page_size
         bad = (given < 0) | (given >= num_pages) | np.isin(given, np.asarray(index.table))
         if bad.any() or len(set(given.tolist())) < len(given):

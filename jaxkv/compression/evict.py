@@ -14,7 +14,7 @@ from jaxtyping import Array
 from jaxkv.addressing import KeptIndex
 from jaxkv.attention import observed
 from jaxkv.cache.checks import check_alive
-from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.hybrid import AnyCache, SameCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.shards import check_whole
 from jaxkv.compression.compress import of_layers
@@ -31,7 +31,7 @@ from jaxkv.programs import promotes_ranks
 
 @promotes_ranks
 def evict(
-    cache: AnyCache,
+    cache: SameCache,
     policy: Policy,
     *,
     tokens: int = 1,
@@ -39,7 +39,7 @@ def evict(
     sinks: int = 4,
     recent: int = 0,
     after: Array | None = None,
-) -> AnyCache:
+) -> SameCache:
     """Drop the tokens that score lowest wherever there is no room for the next ones.
 
     For caches of `compress`, or with an addressing `Kept` from the start. Sequences that have
@@ -84,7 +84,7 @@ def evict(
             own = None if queries is None else of_layers(queries, layers)
             group = _evict(group, policy, tokens, own, sinks, recent, after)
         groups.append(group)
-    return cache.with_groups(groups)
+    return cache.with_groups(groups)  # type: ignore[return-value]
 
 
 def evicting(

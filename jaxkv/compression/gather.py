@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Leaves
 from jaxkv.compression.scoring import LayerScores, held_positions, per_sequence
-from jaxkv.placement import in_host_memory, read_slots, to_device, to_host
+from jaxkv.placement import in_host_memory, read_slots, scatter, to_device, to_host
 from jaxkv.policies import select
 from jaxkv.policies.policy import Positions, Scores
 
@@ -52,11 +53,8 @@ def write_heads(
         written = write_heads(whole, jnp.int32(0), targets, vectors)
         return lax.dynamic_update_slice_in_dim(leaf, to_host(written), layer, axis=0)
     layers, sides, ctx, kv_heads, *vector = leaf.shape
-    past_the_end = ctx * kv_heads + jnp.arange(targets.size, dtype=jnp.int32)
-    places = jnp.where(targets.reshape(-1) < 0, past_the_end, targets.reshape(-1))
     flat = leaf.reshape(layers, sides, ctx * kv_heads, *vector)
-    written = flat.at[layer, :, places].set(vectors, mode="drop", unique_indices=True)
-    return written.reshape(leaf.shape)
+    return scatter(flat, targets.reshape(-1), vectors, layer).reshape(leaf.shape)
 
 
 def moves_of(
@@ -139,7 +137,7 @@ def gathered(
     def choose(scores: Array, positions: Array, limit: Array) -> tuple[Array, Array]:
         return select(scores, positions, keep, most=limit, sinks=sinks, recent=recent)
 
-    def one_layer(state, job):
+    def one_layer(state: Any, job: Any) -> Any:
         storage, index = state
         number, layer, limit = job
         source = cache if pool is None else dataclasses.replace(cache, storage=storage)
@@ -175,7 +173,7 @@ def gathered(
 
 
 def _of_layers(cache: KVCache, layers: Int[Array, " kept_layers"]) -> KVCache:
-    """The same of these layers alone."""
+    """A cache of these layers alone."""
     storage = {name: leaf[layers] for name, leaf in cache.storage.items()}
     state = {name: array[layers] for name, array in cache.codec_state.items()}
     config = cache.config.replace(num_layers=len(layers))

@@ -5,7 +5,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,13 @@ from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache, NumTokens
 from jaxkv.cache.verbs import advance, append
 from jaxkv.codecs import Codec, Dense
+from jaxkv.devices import is_concrete
 from jaxkv.programs import promotes_ranks
 
 
 def one_layer(config: KVCacheConfig) -> KVCache:
     """An empty cache of one layer, whatever the config's number of them."""
-    return cast(KVCache, create(dataclasses.replace(config, num_layers=1)))
+    return create(dataclasses.replace(config, num_layers=1))
 
 
 def layer_config(
@@ -103,7 +104,14 @@ def cached_attention(
 
 # Outside jit each operation would be compiled by itself, some sixty for every new shape.
 @functools.partial(jax.jit, static_argnames=("scale", "softcap", "window"))
-def _step(cache, query, key, value, num_tokens, **options):
+def _step(
+    cache: KVCache,
+    query: Array,
+    key: Array,
+    value: Array,
+    num_tokens: NumTokens | None,
+    **options: Any,
+) -> tuple[Array, KVCache]:
     cache = append(cache, key, value, layer=0, num_tokens=num_tokens)
     output = attend(cache, query, layer=0, num_tokens=num_tokens, **options)
     return output, advance(cache, key.shape[-3] if num_tokens is None else num_tokens)
@@ -127,7 +135,7 @@ def _real_tokens(
     )
     needed = (keys <= queries) & (queries < count[..., None, None])
     sound = (seen | ~needed[..., None, :, :]).all((-3, -2, -1))
-    if not isinstance(sound, jax.core.Tracer) and not np.asarray(sound).all():
+    if is_concrete(sound) and not np.asarray(sound).all():
         raise ValueError(
             "A cache attends causally, and pads on the right: this mask hides a token from a "
             "later one, or has padding before a token. Inside jit the output would be NaN."

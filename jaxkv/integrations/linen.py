@@ -164,8 +164,14 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
             return super().__call__(*inputs, **options)
 
         def attention(
-            query, key, value, mask=None, dropout_rate=0.0, deterministic=True, module=None
-        ):
+            query: Array,
+            key: Array,
+            value: Array,
+            mask: Array | None = None,
+            dropout_rate: float = 0.0,
+            deterministic: bool = True,
+            module: nn.Module | None = None,
+        ) -> Array:
             refuse_unserved(None, dropout_rate, deterministic, module is not None)
             if not self.is_initializing() and not self.has_variable("cache", "kv_cache"):
                 self._need_a_length()
@@ -190,7 +196,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     def _need_a_length(self) -> None:
         if self.max_context_length is None:
             raise ValueError(
-                "There is no cache to decode with, and nobody said how long it must be: pass the "
+                "There is no cache to decode with, and its length is not known: pass the "
                 '"cache" that init returned, or set max_context_length.'
             )
 

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.create import config_of_a_device, create
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
+from jaxkv.devices import Device
 from jaxkv.errors import CacheAllocationError
-from jaxkv.memory.device import Device, DeviceMemory, device_memory
+from jaxkv.memory.device import DeviceMemory, device_memory
 from jaxkv.memory.plan import bytes_against, plan_within
 from jaxkv.show.text import format_bytes
 

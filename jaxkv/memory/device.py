@@ -15,7 +15,7 @@ from jaxkv.show.text import format_bytes, parse_bytes
 
 @dataclasses.dataclass(frozen=True)
 class DeviceMemory:
-    """A device's memory at one moment. Every number is in bytes, and None where nobody knows it.
+    """A device's memory at one moment. Every number is in bytes, and None where it is unknown.
 
     Attributes:
       device: its name, such as ``cuda:0``.
@@ -41,7 +41,7 @@ class DeviceMemory:
     def describe_free(self) -> str:
         """For messages: ``412.0 MB free of 24.0 GB``."""
         if self.free_bytes is None or self.limit_bytes is None:
-            return "nobody knows what is free"
+            return "free memory unknown"
         return f"{format_bytes(self.free_bytes)} free of {format_bytes(self.limit_bytes)}"
 
     def describe_use(self) -> str:
@@ -54,7 +54,7 @@ class DeviceMemory:
 
     @property
     def in_use_source(self) -> str:
-        """Who counted `in_use_bytes`."""
+        """What counted `in_use_bytes`."""
         return self.source if self.source in ("memory_stats", "given") else "live arrays"
 
 

@@ -10,8 +10,9 @@ from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.create import config_of_a_device
 from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import CODECS, Codec
+from jaxkv.devices import Device
 from jaxkv.errors import ConfigError
-from jaxkv.memory.device import Device, DeviceMemory, device_memory
+from jaxkv.memory.device import DeviceMemory, device_memory
 from jaxkv.placement import HostMemory
 from jaxkv.show.text import format_bytes, pairs, table
 
@@ -47,9 +48,9 @@ class Plan:
       config: the cache that was asked about.
       memory: the device's memory that it was held against, and who reported it.
       needed_bytes: exact bytes of the cache: keys, values, scales, lengths and tables.
-      fits: whether that is free. True where nobody knows what is free.
+      fits: whether that is free. True where free memory is unknown.
       max_context_length: the largest that would fit, all else as in the config; 0 if not
-        even one token does, None where nobody knows what is free.
+        even one token does, None where free memory is unknown.
       max_batch_size: likewise the most sequences.
       codecs: the same for every codec in `jaxkv.codecs.CODECS`.
       host_bytes: how many of ``needed_bytes`` are in host memory, see `HostMemory`. They count
@@ -203,7 +204,7 @@ def _other_codec_plan(config: AnyConfig, codec: Codec, memory: DeviceMemory) -> 
 
 
 def bytes_against(config: AnyConfig, memory: DeviceMemory) -> int:
-    """Those of `needed_bytes` that a device's memory has to hold: not what the host's does."""
+    """`needed_bytes` less those that are in the host's memory and not the device's."""
     own_memory = memory.source in ("memory_stats", "given", "unknown")
     return needed_bytes(config) - (config.host_bytes if own_memory else 0)
 

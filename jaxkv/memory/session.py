@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import Mesh
 
 from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.create import config_of_a_device
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
+from jaxkv.devices import Device, is_concrete
 from jaxkv.errors import CacheClosedError
 from jaxkv.memory.allocate import allocate, free
 from jaxkv.memory.device import Device, bytes_by_device, device_memory
@@ -101,7 +101,7 @@ class Session:
                 f"session.cache must be a jaxkv.KVCache, got a {type(cache).__name__}. A step "
                 "that returns more is unpacked: `logits, session.cache = step(...)`."
             )
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(cache)):
+        if not is_concrete(*jax.tree.leaves(cache)):
             raise TypeError(
                 "session.cache was set inside a traced function (jit, scan, vmap). Return the "
                 "cache from the function, and set session.cache to it outside."

@@ -1,4 +1,4 @@
-"""Who holds device memory and for what, held against what the devices say themselves."""
+"""What holds device memory and for what purpose, beside what the devices themselves report."""
 
 import collections
 import dataclasses
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxkv.memory.device import Device, bytes_by_device, default_device, device_memory
+from jaxkv.devices import Device, default_device
+from jaxkv.memory.device import bytes_by_device, device_memory
 from jaxkv.show.text import format_bytes, format_or_unknown, table
 
 # Allocations that a report names; the rest it counts.
@@ -103,7 +104,7 @@ class MemoryTracker:
     (0, 1000000)
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._opened = time.monotonic()
         self._allocations: dict[Allocation, None] = {}

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxkv.counts import check_fields
 from jaxkv.errors import CheckpointError, ConfigError
 from jaxkv.models.families import FAMILIES, Family
 from jaxkv.models.hf_config import layer_windows
@@ -11,7 +12,6 @@ from jaxkv.models.hf_families import BY_MODEL_TYPE
 from jaxkv.models.hf_fields import (
     check_all_read,
     check_choice,
-    check_counts,
     check_positive,
     eos_token_ids,
     hf_decoder,
@@ -32,7 +32,7 @@ class DecoderConfig:
       hidden_size: numbers in a token's vector between layers.
       intermediate_size: numbers in it inside an MLP, or inside an expert.
       num_layers, num_heads: of the decoder, of each layer.
-      num_kv_heads: key/value heads a layer; ``num_heads`` if None.
+      num_kv_heads: key/value heads per layer; ``num_heads`` if None.
       head_dim: numbers in one head's vector; ``hidden_size // num_heads`` if None.
       architecture: a name in `jaxkv.models.families.FAMILIES`, which says what it brings.
       attention_bias, mlp_bias: biases in all projections of attention, of the MLP.
@@ -83,18 +83,24 @@ class DecoderConfig:
     swiglu_limit: float = 7.0
     eos_token_ids: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def default(field: str, value: Any) -> None:
             if getattr(self, field) is None:
                 object.__setattr__(self, field, value)
 
-        check_counts(self, "hidden_size", "num_heads")
+        check_fields(self, "hidden_size", "num_heads", error=ConfigError)
         default("num_kv_heads", self.num_heads)
         default("head_dim", self.hidden_size // self.num_heads)
-        check_counts(
-            self, "vocab_size", "intermediate_size", "num_layers", "num_kv_heads", "head_dim"
+        check_fields(
+            self,
+            "vocab_size",
+            "intermediate_size",
+            "num_layers",
+            "num_kv_heads",
+            "head_dim",
+            error=ConfigError,
         )
-        check_counts(self, "num_experts", "experts_per_token")
+        check_fields(self, "num_experts", "experts_per_token", error=ConfigError)
         default("rope", RopeConfig(head_dim=self.head_dim))
         default("local_rope", self.rope)
         default("query_pre_attn_scalar", self.head_dim)
@@ -121,8 +127,8 @@ class DecoderConfig:
         positive = all(isinstance(size, int) and size > 0 for size in sizes)
         if len(self.windows) != self.num_layers or len(sizes) > 1 or not positive:
             raise ConfigError(
-                f"DecoderConfig: windows must be {self.num_layers} entries, one a layer, each None "
-                f"or the one window of at least 1 token, got {self.windows!r}."
+                f"DecoderConfig: windows must be {self.num_layers} entries, one per layer, each "
+                f"None or the one window of at least 1 token, got {self.windows!r}."
             )
         if sizes and not self.family.slides:
             raise ConfigError(f"DecoderConfig: {self.architecture} has no windows, got {sizes}.")

@@ -50,7 +50,9 @@ class Attention(nnx.Module):
             self.sinks = nnx.Param(jnp.zeros(config.num_heads, dtype))
         self.config, self.layer = config, layer
 
-    def __call__(self, x: Hidden, rotation, cache, num_tokens) -> tuple[Hidden, Any]:
+    def __call__(
+        self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
+    ) -> tuple[Hidden, Any]:
         config = self.config
         queries, keys, values = (
             projected.reshape(*x.shape[:-1], -1, config.head_dim)
@@ -109,7 +111,9 @@ class Block(nnx.Module):
             self.post_feedforward_layernorm = _norm(config.hidden_size, config, dtype)
         self.is_gemma = config.family.is_gemma
 
-    def __call__(self, x: Hidden, rotation, cache, num_tokens) -> tuple[Hidden, Any]:
+    def __call__(
+        self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
+    ) -> tuple[Hidden, Any]:
         mixed, cache = self.self_attn(self.input_layernorm(x), rotation, cache, num_tokens)
         if not self.is_gemma:
             x = x + mixed

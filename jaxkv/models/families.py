@@ -18,7 +18,7 @@ class Family:
       qk_norm: queries and keys are normalized a head (Henry et al., 2020).
       is_gemma: embeddings are multiplied by the root of their size, norms by one plus their
         weight, and what a layer adds to the stream is normalized too (Gemma 2, section 2).
-      has_sinks: a learned logit a head takes attention and gives nothing (gpt-oss).
+      has_sinks: one learned logit per head is added to the softmax denominator (gpt-oss).
       has_experts: the MLP is a mixture of experts.
     """
 

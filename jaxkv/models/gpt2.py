@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Int
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.cache.verbs import advance, next_positions
+from jaxkv.counts import check_fields
 from jaxkv.errors import CheckpointError, ConfigError
 from jaxkv.models.hf_fields import (
     check_all_read,
     check_choice,
-    check_counts,
     eos_token_ids,
     hf_decoder,
     read_fields,
@@ -73,11 +73,19 @@ class GPT2Config:
     tie_word_embeddings: bool = True
     eos_token_ids: tuple[int, ...] = ()
 
-    def __post_init__(self):
-        check_counts(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions")
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "max_positions",
+            error=ConfigError,
+        )
         if self.intermediate_size is None:
             object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
-        check_counts(self, "intermediate_size")
+        check_fields(self, "intermediate_size", error=ConfigError)
         check_choice(self, "activation", ACTIVATIONS)
         if self.hidden_size % self.num_heads:
             raise ConfigError(
@@ -141,7 +149,9 @@ class Attention(nnx.Module):
         self.c_proj = Linear(hidden, hidden, std=out_std, **shared)
         self.config = config
 
-    def __call__(self, x: Hidden, cache, layer, num_tokens) -> tuple[Hidden, Any]:
+    def __call__(
+        self, x: Hidden, cache: Any, layer: int, num_tokens: NumTokens | None
+    ) -> tuple[Hidden, Any]:
         config = self.config
         heads = (config.num_heads, config.head_dim)
         queries, keys, values = (
@@ -181,7 +191,9 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(hidden, eps=eps, dtype=dtype)
         self.mlp = MLP(config, rngs=rngs, dtype=dtype, out_std=out_std)
 
-    def __call__(self, x: Hidden, cache, layer, num_tokens) -> tuple[Hidden, Any]:
+    def __call__(
+        self, x: Hidden, cache: Any, layer: int, num_tokens: NumTokens | None
+    ) -> tuple[Hidden, Any]:
         mixed, cache = self.attn(self.ln_1(x), cache, layer, num_tokens)
         x = x + mixed
         return x + self.mlp(self.ln_2(x)), cache

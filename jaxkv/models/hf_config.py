@@ -10,7 +10,7 @@ from jaxkv.errors import ConfigError
 from jaxkv.models.hf_families import BY_MODEL_TYPE, OTHER_KINDS
 
 # A ``config.json``, the folder that holds it, or its contents.
-Source = str | os.PathLike | Mapping[str, Any]
+Source = str | os.PathLike[str] | Mapping[str, Any]
 
 # What a multimodal config.json says of its text decoder beside ``text_config``.
 _BESIDE = ("architectures", "eos_token_id", "quantization_config", "tie_word_embeddings")
@@ -154,7 +154,7 @@ def _check_layer_types(config: Mapping[str, Any], num_layers: int) -> None:
     if types and (unknown or len(types) != num_layers):
         raise ConfigError(
             f"layer_types of {config.get('model_type') or 'a model'} must be {num_layers} of "
-            f"{', '.join(known)}, one a layer, got "
+            f"{', '.join(known)}, one per layer, got "
             f"{len(types)}{f' with {unknown[0]}, which no cache here holds' if unknown else ''}."
         )
     reads = BY_MODEL_TYPE[config.get("model_type")].windows.reads

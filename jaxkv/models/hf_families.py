@@ -7,6 +7,7 @@ window. `tests/models/test_hf_families.py` holds every row to the caches that tr
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxkv.counts import check_count
 from jaxkv.errors import ConfigError
 
 
@@ -43,12 +44,11 @@ def _unsaid(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
 
 
 def _all_but_every(count: int | str) -> Callable[[Mapping[str, Any], int], Sequence[bool]]:
-    """All but each so many-th; a number, or the field that has it."""
+    """All layers but every ``count``-th; ``count`` may be the name of the field that has it."""
 
     def slides(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
         every = config[count] if isinstance(count, str) else count
-        if not isinstance(every, int) or every < 1:
-            raise ConfigError(f"{count} must be an int of at least 1, got {every!r}.")
+        every = check_count(str(count), every, error=ConfigError)
         return [(layer + 1) % every > 0 for layer in range(num_layers)]
 
     return slides

@@ -136,15 +136,6 @@ def eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
 
-def check_counts(config: Any, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(
-                f"{type(config).__name__}: {field} must be an int of at least 1, got {value!r}."
-            )
-
-
 def check_positive(config: Any, *fields: str) -> None:
     """Numbers above zero, or None."""
     for field in fields:

@@ -3,15 +3,14 @@
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Unpack
 
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.hybrid import AnyConfig
-from jaxkv.cache.newest import Newest
-from jaxkv.codecs import Codec, Dense
 from jaxkv.errors import ConfigError
 from jaxkv.models.hf_config import Source, hf_shape, layer_windows, read_hf, text_config
-from jaxkv.models.shape import RING_CHUNK, Shape
+from jaxkv.models.shape import RING_CHUNK, Codecs, SameInAllLayers, Shape
 
 # As in the config.json files on the Hugging Face hub.
 KNOWN_MODELS: dict[str, Shape] = {
@@ -73,10 +72,10 @@ def cache_config(
     *,
     max_context_length: int,
     batch_size: int | None = None,
-    codec: Codec | Sequence[Codec] = Dense("bfloat16"),
+    codec: Codecs = "bfloat16",
     addressing: Addressing = Contiguous(),
     chunk: int | None = RING_CHUNK,
-    newest: Newest | None = None,
+    **fields: Unpack[SameInAllLayers],
 ) -> AnyConfig:
     """The cache that a model needs, layers with windows in rings.
 
@@ -85,11 +84,12 @@ def cache_config(
         or the name of a public model.
       max_context_length: tokens that one sequence may hold.
       batch_size: sequences, or None for one sequence and arrays without a batch axis.
-      codec: how a vector is stored; one, or one a layer.
+      codec: how a vector is stored; one codec or one per layer, by value or by name.
       addressing: which slot holds which token, in layers that see all tokens.
       chunk: the most tokens that a step brings. Layers with a window keep ``window - 1 + chunk``
         tokens. None for steps of any size: then all layers keep all tokens.
-      newest: the newest tokens by a finer codec as well, see `Newest`.
+      **fields: other fields of `KVCacheConfig`, the same in all layers: ``placement``, for
+        contexts that do not fit on the device, and ``newest``.
 
     Returns:
       A `KVCacheConfig`, or a `HybridConfig` where layers differ.
@@ -114,7 +114,7 @@ def cache_config(
         codec=codec,
         addressing=addressing,
         chunk=chunk,
-        newest=newest,
+        **fields,
     )
 
 

@@ -37,7 +37,9 @@ _NO_TEXT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 _TEXT = re.compile(r"^language_model\.(?:model\.)?|^model\.language_model\.")
 
 
-def load(folder: str | os.PathLike | None = None, *, dtype: Any = "float32") -> tuple[Model, Any]:
+def load(
+    folder: str | os.PathLike[str] | None = None, *, dtype: Any = "float32"
+) -> tuple[Model, Any]:
     """A model and its tokenizer from a folder as Hugging Face writes it.
 
     Reads ``config.json``, ``model.safetensors`` (or the shards that its index lists) and
@@ -82,7 +84,7 @@ def load(folder: str | os.PathLike | None = None, *, dtype: Any = "float32") -> 
     return model, _read_tokenizer(path / "tokenizer.json")
 
 
-def save(model: Model, folder: str | os.PathLike) -> None:
+def save(model: Model, folder: str | os.PathLike[str]) -> None:
     """Write ``config.json`` and ``model.safetensors`` so that `load` and transformers read them.
 
     Args:
@@ -150,7 +152,7 @@ def _with_its_head(config: Any, tensors: Tensors, embedding: str, folder: Path) 
     return dataclasses.replace(config, tie_word_embeddings=False)
 
 
-def _params(model: Model) -> Iterator[tuple[tuple, str, nnx.Param, bool]]:
+def _params(model: Model) -> Iterator[tuple[tuple[Any, ...], str, nnx.Param[Any], bool]]:
     """Each parameter's path, name in a checkpoint, itself, and whether it is transposed there."""
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         *_, module, kind = path
@@ -172,7 +174,7 @@ def _fill(model: Model, stored: Tensors, folder: Path) -> None:
 
 
 def _matched(
-    params: list[tuple[tuple, str, nnx.Param, bool]],
+    params: list[tuple[tuple[Any, ...], str, nnx.Param[Any], bool]],
     stored: Tensors,
     prefix: str,
     folder: Path,

@@ -1,7 +1,6 @@
 """What all models here share: they know the cache that fits them."""
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,11 +8,10 @@ from jaxtyping import Array, Float
 
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.hybrid import AnyConfig
-from jaxkv.cache.newest import Newest
-from jaxkv.codecs import Codec, Dense, Rope
+from jaxkv.codecs import Rope
 from jaxkv.models.layers import Embedding, Linear, matmul
 from jaxkv.models.rope import check_room
-from jaxkv.models.shape import RING_CHUNK, Shape
+from jaxkv.models.shape import RING_CHUNK, Codecs, SameInAllLayers, Shape, codec_of_each_layer
 
 
 class Model(nnx.Module):
@@ -35,7 +33,7 @@ class Model(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the weights, and of all that is computed but norms, softmax and logits (float32)."""
+        """The dtype of weights and activations; norms, softmax and logits are float32."""
         raise NotImplementedError
 
     def cache_config(
@@ -43,31 +41,31 @@ class Model(nnx.Module):
         *,
         max_context_length: int,
         batch_size: int | None = None,
-        codec: Codec | Sequence[Codec] | None = None,
+        codec: Codecs | None = None,
         addressing: Addressing = Contiguous(),
         chunk: int | None = RING_CHUNK,
-        newest: Newest | None = None,
+        **fields: Unpack[SameInAllLayers],
     ) -> AnyConfig:
         """The cache that fits this model.
 
         Args:
           max_context_length: tokens that one sequence may hold.
           batch_size: sequences, or None for one sequence and arrays without a batch axis.
-          codec: how a vector is stored, one or one a layer; `Dense` of the model's dtype if None.
-            A `Centred` one without a rope is given that of its layer.
+          codec: how a vector is stored; one codec or one per layer, by value or by name; `Dense`
+            of the model's dtype if None. A `Centred` one without a rope is given that of its layer.
           addressing: which slot holds which token, in layers that see all tokens.
           chunk: the most tokens that a call brings. Layers with a window keep ``window - 1 +
             chunk`` tokens. None for calls of any size: then all layers keep all tokens, in
             ``addressing``.
-          newest: the newest tokens by a finer codec as well, see `jaxkv.Newest`.
+          **fields: other fields of `KVCacheConfig`, the same in all layers: ``placement``, for
+            contexts that do not fit on the device, and ``newest``.
 
         Raises:
           ValueError: texts that fill it have another rope than shorter ones, see `for_context`.
         """
         config = self.config
         windows = getattr(config, "windows", ())
-        codecs = codec or Dense(self.dtype.name)
-        codecs = (codecs,) * config.num_layers if isinstance(codecs, Codec) else tuple(codecs)
+        codecs = codec_of_each_layer(codec or self.dtype.name, config.num_layers)
         if ropes := getattr(config, "ropes", ()):
             check_room(ropes, max_context_length)
             known = {
@@ -82,11 +80,11 @@ class Model(nnx.Module):
             codec=codecs,
             addressing=addressing,
             chunk=chunk,
-            newest=newest,
+            **fields,
         )
 
     def for_context(self, max_context_length: int) -> Self:
-        """The model for texts of up to so many tokens: with the same weights, and one rope for all.
+        """The model, with its weights, for texts of up to ``max_context_length`` tokens: one rope.
 
         Only the ropes of two kinds depend on a text's length, once that is beyond the context of
         training: ``longrope`` has two sets of frequencies, ``dynamic`` one for each length. Without

@@ -174,7 +174,7 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise ConfigError(
                 f"rope type {self.rope_type!r} is not supported; known are {', '.join(ROPE_TYPES)}."

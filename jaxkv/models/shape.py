@@ -2,16 +2,49 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 from jaxkv.addressing import Addressing, Contiguous, Paged, Ring
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import AnyConfig, HybridConfig
 from jaxkv.cache.newest import Newest
-from jaxkv.codecs import Codec, Dense
+from jaxkv.codecs import CODECS, Codec
+from jaxkv.counts import ceil_div
 from jaxkv.errors import ConfigError
+from jaxkv.placement import HostMemory
 
 RING_CHUNK = 128  # tokens; what `jaxkv.generate` prefills at once
+
+
+# One codec for all layers or one per layer, by value or by its name in `jaxkv.codecs.CODECS`.
+Codecs = Codec | str | Sequence[Codec | str]
+
+
+def codec_of_each_layer(codecs: Codecs, num_layers: int) -> tuple[Codec, ...]:
+    """One codec per layer.
+
+    Raises:
+      ConfigError: an unknown name, or a number of codecs that is not that of the layers.
+
+    >>> codec_of_each_layer("int8", 2)
+    (Int8(), Int8())
+    """
+    if isinstance(codecs, Codec | str):
+        codecs = (codecs,) * num_layers
+    if len(codecs) != num_layers:
+        raise ConfigError(
+            f"codec must be one, or one for each of {num_layers} layers, got {len(codecs)}."
+        )
+    if unknown := [codec for codec in codecs if isinstance(codec, str) and codec not in CODECS]:
+        raise ConfigError(f"codec must be one of {', '.join(CODECS)}, got {unknown[0]!r}.")
+    return tuple(CODECS[codec] if isinstance(codec, str) else codec for codec in codecs)
+
+
+class SameInAllLayers(TypedDict, total=False):
+    """Fields of `KVCacheConfig` that are the same in all layers, and left out most times."""
+
+    placement: HostMemory | None
+    newest: Newest | None
 
 
 class Shape(NamedTuple):
@@ -34,7 +67,7 @@ class Shape(NamedTuple):
     windows: tuple[int | None, ...] = ()
 
     def sliding(self, window: int, full_every: int | None = None) -> "Shape":
-        """The same with windows in all layers, but for every so many-th."""
+        """The same with windows in all layers but every ``full_every``-th."""
         layers = range(1, self.num_layers + 1)
         windows = (None if full_every and layer % full_every == 0 else window for layer in layers)
         return self._replace(windows=tuple(windows))
@@ -44,32 +77,31 @@ class Shape(NamedTuple):
         *,
         max_context_length: int,
         batch_size: int | None = None,
-        codec: Codec | Sequence[Codec] = Dense("bfloat16"),
+        codec: Codecs = "bfloat16",
         addressing: Addressing = Contiguous(),
         chunk: int | None = RING_CHUNK,
-        newest: Newest | None = None,
+        **fields: Unpack[SameInAllLayers],
     ) -> AnyConfig:
         """The cache: a `KVCacheConfig`, or a `HybridConfig` where layers differ.
 
         Args:
           max_context_length, batch_size: as in `KVCacheConfig`.
-          codec: how a vector is stored; one, or one a layer.
+          codec: how a vector is stored; one codec or one per layer, by value or by name.
           addressing: which slot holds which token, in layers that see all tokens.
           chunk: the most tokens that a step brings. Layers with a window keep ``window - 1 +
             chunk`` tokens: in a `Ring`, or in pages of their own where ``addressing`` is a
             shared pool. None for steps of any size: they keep all tokens, in ``addressing``,
             and see the newest.
-          newest: in each layer, see `Newest`.
+          **fields: other fields of `KVCacheConfig`, the same in all layers: ``placement`` and
+            ``newest``.
+
+        Returns:
+          A `KVCacheConfig`, or a `HybridConfig` where layers differ.
 
         Raises:
-          ConfigError: as `KVCacheConfig`, or codecs that are not one a layer.
+          ConfigError: as `KVCacheConfig`, or a number of codecs that is not that of the layers.
         """
-        codecs = (codec,) * self.num_layers if isinstance(codec, Codec) else tuple(codec)
-        if len(codecs) != self.num_layers:
-            raise ConfigError(
-                f"codec must be one, or one for each of {self.num_layers} layers, got "
-                f"{len(codecs)}."
-            )
+        codecs = codec_of_each_layer(codec, self.num_layers)
         rows = batch_size or 1
         addressings = [
             addressing
@@ -88,7 +120,7 @@ class Shape(NamedTuple):
                 batch_size=batch_size,
                 addressing=kind[0],
                 codec=kind[1],
-                newest=newest,
+                **fields,
             )
             for kind in kinds
         )
@@ -101,7 +133,7 @@ def _windowed(addressing: Addressing, window: int, chunk: int, rows: int) -> Add
     if not isinstance(addressing, Paged) or addressing.num_pages is None:
         return Ring(window, chunk=chunk)
     # What all rows hold at once, and as much again for the ends of prompts that may come back.
-    held = rows * (-(-(window + chunk) // addressing.page_size) + 1)
+    held = rows * (ceil_div(window + chunk, addressing.page_size) + 1)
     num_pages = min(addressing.num_pages, 2 * held)
     return dataclasses.replace(addressing, num_pages=num_pages, window=window)
 
@@ -109,7 +141,7 @@ def _windowed(addressing: Addressing, window: int, chunk: int, rows: int) -> Add
 def wide_at_the_ends(
     num_layers: int, inner: Codec, outer: Codec, *, ends: int = 1
 ) -> tuple[Codec, ...]:
-    """A codec a layer: ``outer`` for the first and last layers, which suffer most from few bits.
+    """One codec per layer: ``outer`` for the first and last, which suffer most from few bits.
 
     Args:
       num_layers: of the model.

@@ -5,7 +5,8 @@ megabyte (ARCHITECTURE.md, "Reading on a CPU").
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,17 +53,17 @@ def products(
 
 
 @products.defjvp
-def _jvp(axis, primals, tangents):
+def _jvp(axis: int, primals: Any, tangents: Any) -> Any:
     """The kernel has no derivative of its own; XLA's product is the same function."""
     return jax.jvp(functools.partial(_by_xla, axis), primals, tangents)
 
 
 @functools.cache
-def _custom_call(axis: int):
+def _custom_call(axis: int) -> Callable[..., Any]:
     """For each axis one function, which under `vmap` is a product of more rows: XLA's."""
 
     @custom_vmap
-    def call(x, weights):
+    def call(x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
         rows = x.reshape(-1, x.shape[-1])
         results = jax.ffi.ffi_call(
             "jaxkv_products", jax.eval_shape(functools.partial(_by_xla, axis), rows, weights)
@@ -70,7 +71,7 @@ def _custom_call(axis: int):
         return tuple(result.reshape(*x.shape[:-1], -1) for result in results)
 
     @call.def_vmap
-    def vmapped(axis_size, in_batched, x, weights):
+    def vmapped(axis_size: int, in_batched: Any, x: Array, weights: Any) -> Any:
         in_axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
         results = jax.vmap(functools.partial(_by_xla, axis), in_axes=in_axes)(x, weights)
         return results, tuple(True for _ in results)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
+from jaxkv.counts import ceil_div, check_count
 from jaxkv.errors import BookkeepingError, PoolFullError, UnknownRequestError
 from jaxkv.paging.group import Group, GroupPages, check_fits, check_free, how_full
 from jaxkv.paging.prefix_index import Event, PrefixIndex
@@ -21,7 +22,7 @@ class Usage:
 
     Attributes:
       num_pages: of the pools.
-      page_size: tokens a page.
+      page_size: tokens per page.
       held_pages: that requests hold; a shared page counts once.
       shared_pages: of them, that more than one holds.
       cached_pages: free ones whose content can still be found.
@@ -82,8 +83,8 @@ class PageAllocator:
 
     Args:
       groups: of layers, or the number of pages of the only one.
-      page_size: tokens a page.
-      chunk: a hit ends at a multiple of so many tokens, or right before the last token. Give the
+      page_size: tokens per page.
+      chunk: a hit ends at a multiple of this many tokens, or right before the last token. Give the
         tokens of a prefill step, and every cached page was computed by the same step from the
         same tokens; a page if None.
       reserve: free pages that an admission leaves in each group, so that those who run can
@@ -117,11 +118,10 @@ class PageAllocator:
     ):
         groups = [Group(groups)] if isinstance(groups, int) else list(groups)
         chunk = page_size if chunk is None else chunk
-        if not groups or page_size < 1 or chunk < 1 or reserve < 0:
-            raise ValueError(
-                "PageAllocator: groups, page_size and chunk must be at least 1 and reserve at "
-                f"least 0, got {len(groups)}, {page_size}, {chunk} and {reserve}."
-            )
+        check_count("PageAllocator: groups", len(groups))
+        check_count("PageAllocator: page_size", page_size)
+        check_count("PageAllocator: chunk", chunk)
+        check_count("PageAllocator: reserve", reserve, least=0)
         self.page_size, self.chunk, self.reserve = page_size, chunk, reserve
         self.fingerprint, self.sharing = fingerprint, sharing
         self.groups = [
@@ -132,7 +132,7 @@ class PageAllocator:
         self.num_prompt_tokens = self.num_hit_tokens = 0
 
     def check_fits(self, length: int) -> None:
-        """Raise `CacheFullError` for so many tokens that even an idle pool has no room for them."""
+        """Raise `CacheFullError` if even an idle pool has no room for this many tokens."""
         check_fits(self.groups, length)
 
     def prompt(
@@ -225,7 +225,7 @@ class PageAllocator:
           UnknownRequestError: it was not admitted, or released.
         """
         sequence = self._sequence(request)
-        end = -(-length // self.page_size)
+        end = ceil_div(length, self.page_size)
         missing = [max(0, end - len(table)) for table in sequence.tables]
         check_free(self.groups, missing, f"no room for {length} tokens of request {request!r}")
         for group, table, count in zip(self.groups, sequence.tables, missing, strict=True):
@@ -266,7 +266,7 @@ class PageAllocator:
         parent = self._sequence(request)
         self.check_new(child, parent.prompt)
         shared = parent.length // self.page_size
-        known = -(-max(parent.length, len(parent.prompt)) // self.page_size)
+        known = ceil_div(max(parent.length, len(parent.prompt)), self.page_size)
         ends = [min(len(table), known) for table in parent.tables]
         missing = [end - shared for end in ends]
         check_free(self.groups, missing, f"no room for a fork of request {request!r}")
@@ -304,7 +304,7 @@ class PageAllocator:
         return np.array(self._sequence(request).tables[group], np.int32)
 
     def withdraw(self, request: Request) -> None:
-        """Let nobody find the pages of a request any more; who has them keeps them.
+        """Make the pages of a request unfindable for later ones; requests that hold them keep them.
 
         Raises:
           UnknownRequestError: it was not admitted, or released.

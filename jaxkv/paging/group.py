@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from jaxkv.counts import ceil_div, check_fields
 from jaxkv.errors import CacheFullError, PoolFullError
 from jaxkv.paging.pool import PagePool
 from jaxkv.paging.prefix_index import PrefixIndex
@@ -21,11 +22,8 @@ class Group:
     num_pages: int
     window: int | None = None
 
-    def __post_init__(self):
-        if self.num_pages < 1:
-            raise ValueError(f"num_pages must be at least 1, got {self.num_pages}.")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1 token or None, got {self.window}.")
+    def __post_init__(self) -> None:
+        check_fields(self, "num_pages", optional=("window",))
 
 
 class GroupPages:
@@ -51,13 +49,13 @@ class GroupPages:
         """
         if self.window is not None:
             length = min(length, start + self.window + self._chunk)
-        return -(-length // self.page_size)
+        return ceil_div(length, self.page_size)
 
     def most_held(self, length: int) -> int:
-        """Pages held at once, at most, for a prompt of so many tokens."""
+        """The most pages held at once for a prompt of ``length`` tokens."""
         if self.window is None:
             return self.end(0, length)
-        return min(self.end(0, length) + 1, -(-length // self.page_size))
+        return min(self.end(0, length) + 1, ceil_div(length, self.page_size))
 
     def num_with(self, references: int, pages: list[int]) -> int:
         """How many of these are held by so many."""

@@ -9,7 +9,7 @@ from jaxkv.paging.prompt import Content
 class PagePool:
     """Reference counts, and two kinds of free pages. Each operation is O(1).
 
-    A page that nobody holds is *blank*, or *cached* while its content can still be found.
+    A page that no request holds is *blank*, or *cached* while its content can still be found.
     Blank ones are taken first, then the cached one that was let go longest ago.
     """
 
@@ -24,7 +24,7 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds, blank or cached."""
+        """Pages that no request holds, blank or cached."""
         return len(self._blank) + len(self._cached)
 
     @property
@@ -70,7 +70,7 @@ class PagePool:
         """Hold a page once less; the last to let go makes it free.
 
         Raises:
-          ValueError: nobody holds it.
+          ValueError: no request holds it.
         """
         if not self.references[page]:
             raise ValueError(f"page {page} is free already")

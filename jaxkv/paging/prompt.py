@@ -37,7 +37,7 @@ class Prompt:
       root: digest that the first page continues.
       digests: of each full page among all tokens but the last. The last is not shared: its
         logits are wanted, so it is always computed.
-      page_size: tokens a page.
+      page_size: tokens per page.
       reuse: False to compute every token, even those that are in the pool.
     """
 
@@ -61,7 +61,7 @@ class Prompt:
 
         Args:
           tokens: int32 ids, at least one.
-          page_size: tokens a page.
+          page_size: tokens per page.
           salt: who may share; prompts with different salts never do.
           fingerprint: of the model and the codec that make the keys and values.
           reuse: see the class.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jaxkv.counts import ceil_div
 from jaxkv.errors import PoolFullError
 from jaxkv.paging.group import GroupPages, how_full
 from jaxkv.paging.prompt import Prompt
@@ -134,7 +135,7 @@ class HeldSequence:
         return sum(max(0, len(table) * self.prompt.page_size - known) for table in self.tables)
 
     def _last_page(self, length: int) -> int:
-        return -(-length // self.prompt.page_size) - 1
+        return ceil_div(length, self.prompt.page_size) - 1
 
     def _is_shared(self, group: GroupPages, table: list[int], length: int) -> bool:
         """Is the page held by others too that the token after ``length`` is written to?"""

@@ -9,6 +9,7 @@ from jaxkv.placement.host_memory import (
     zeros_in_host_memory,
 )
 from jaxkv.placement.resident import Bounds, Resident
+from jaxkv.placement.scatter import scatter, scatter_tokens
 from jaxkv.placement.slots import (
     copy_runs,
     needed_run,
@@ -28,6 +29,8 @@ __all__ = [
     "needed_run",
     "read_slots",
     "run_of",
+    "scatter",
+    "scatter_tokens",
     "take_slots",
     "to_device",
     "to_host",

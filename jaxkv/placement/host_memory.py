@@ -9,6 +9,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
 from jaxkv.addressing import Addressing, Contiguous, Kept, KeptByHead, Paged
+from jaxkv.counts import ceil_div, check_fields
 
 # Memory that a device can copy from and to by itself comes first.
 _HOST_KINDS = ("pinned_host", "unpinned_host")
@@ -49,20 +50,12 @@ class HostMemory:
     block: int = 1024
     blocks_per_query: int | None = None
 
-    def __post_init__(self):
-        fewest = {"resident": 1, "block": 1, "blocks_per_query": 1}
-        for field, least in fewest.items():
-            value = getattr(self, field)
-            if value is None and field == "blocks_per_query":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f"HostMemory: {field} must be an int of at least {least}, got {value!r}."
-                )
+    def __post_init__(self) -> None:
+        check_fields(self, "resident", "block", optional=("blocks_per_query",))
 
     def num_blocks(self, max_context_length: int) -> int:
         """Blocks of one sequence, the last of them maybe not whole."""
-        return -(-max_context_length // self.block)
+        return ceil_div(max_context_length, self.block)
 
     def reason_against(self, addressing: Addressing) -> str | None:
         """Why a cache of this addressing cannot be created so, or None."""

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int
 from jaxkv.addressing import Layer
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.codecs import Leaves, bitcast
+from jaxkv.counts import ceil_div
+from jaxkv.placement.scatter import scatter_tokens
 
 
 @functools.partial(
@@ -26,7 +28,7 @@ class Resident:
     Host memory has these tokens as well, so nothing is lost when they are written over.
 
     Attributes:
-      storage: as that of the cache, with a ring of slots a sequence.
+      storage: as that of the cache, with a ring of slots per sequence.
       first: the position of each sequence from which on tokens are here after a rollback.
       bounds: of every block's keys, where queries choose blocks; else None.
       window, sinks: how many newest and first tokens, static.
@@ -69,20 +71,14 @@ class Resident:
         kept = (positions > newest - self.window) | (positions < self.sinks)
         kept = jnp.where(kept, positions, -1)
         slots = self.index(self.first).slots(kept)
-        nowhere = self.num_slots + jnp.arange(slots.size, dtype=jnp.int32).reshape(slots.shape)
-        slots = jnp.where(slots < 0, nowhere, slots)
         storage = {
-            name: leaf.at[layer, :, slots].set(
-                jnp.moveaxis(bitcast(encoded[name], leaf.dtype), 0, slots.ndim),
-                mode="drop",
-                unique_indices=True,
-            )
+            name: scatter_tokens(leaf, slots, bitcast(encoded[name], leaf.dtype), layer)
             for name, leaf in self.storage.items()
         }
         return dataclasses.replace(self, storage=storage)
 
     def select(self, rows: Int[Array, " rows"]) -> Self:
-        """The same of a batch of these sequences."""
+        """The resident tokens of a batch of these sequences."""
         index, slots = self.index(self.first).select(rows)
         storage = {name: jnp.take(leaf, slots, axis=2) for name, leaf in self.storage.items()}
         bounds = self.bounds
@@ -104,7 +100,7 @@ class Resident:
         """
         oldest = self.index(lengths).first_position(lengths)
         if self.bounds is not None:
-            oldest = -(-oldest // self.bounds.block) * self.bounds.block
+            oldest = ceil_div(oldest, self.bounds.block) * self.bounds.block
         return jnp.minimum(oldest, lengths)
 
 
@@ -133,14 +129,16 @@ class Bounds:
         """With new tokens. What was known of a block whose first token is among them is dropped."""
         first = jnp.where(positions >= 0, positions, jnp.int32(2**31 - 1)).min(-1, keepdims=True)
         batch, tokens = positions.shape
-        touched = jnp.arange(-(-tokens // self.block) + 1, dtype=jnp.int32)
+        touched = jnp.arange(ceil_div(tokens, self.block) + 1, dtype=jnp.int32)
         blocks = first // self.block + touched  # [batch, touched]
         inside = (positions[:, None] // self.block == blocks[..., None]) & (positions >= 0)[:, None]
         started_before = blocks * self.block < first
         blocks = jnp.where(inside.any(-1), blocks, self.lowest.shape[2])  # else: to be dropped
         row = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
-        def update(leaf: Array, extreme: float, reduce: Callable, merge: Callable) -> Array:
+        def update(
+            leaf: Array, extreme: float, reduce: Callable[..., Any], merge: Callable[..., Any]
+        ) -> Array:
             chosen = jnp.where(inside[..., None, None], keys[:, None], extreme)
             new = reduce(chosen, axis=2)
             old = leaf.at[layer, row, blocks].get(mode="clip")

@@ -13,6 +13,7 @@ from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.addressing.kept_by_head import KeptByHeadIndex
 from jaxkv.addressing.ring import RingIndex
 from jaxkv.addressing.runs import first_slots, place
+from jaxkv.devices import is_concrete
 from jaxkv.placement.host_memory import in_host_memory, to_device, to_host
 
 # Copied in one turn of a loop. On an H100 pages of 64 arrive at 22 GB/s so, one by one at 15.
@@ -50,7 +51,7 @@ def take_slots(leaf: Array, slots: Int[Array, " ctx"]) -> Array:
     """A buffer with these slots of another one, where that is. In host memory outside jit alone."""
     if not in_host_memory(leaf):
         return jnp.take(leaf, slots, axis=2)
-    if isinstance(leaf, jax.core.Tracer) or isinstance(slots, jax.core.Tracer):
+    if not is_concrete(leaf, slots):
         raise ValueError(
             "Sequences of a cache in host memory cannot be rearranged inside jit. Do it outside "
             "jit, or bring the cache back with jaxkv.prefetch first."

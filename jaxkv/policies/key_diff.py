@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxkv.policies.policy import Positions, Queries, Scores, Vectors
 
@@ -26,6 +27,6 @@ class KeyDiff:
         return -jnp.einsum("tkd,kd->kt", directions, _directions(total))
 
 
-def _directions(vectors):
+def _directions(vectors: Array) -> Array:
     norms = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / jnp.maximum(norms, _SMALLEST_NORM)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxkv.counts import ceil_div
+
 Vectors = Float[Array, "tokens kv_heads head_dim"]
 Queries = Float[Array, "window heads head_dim"]
 Positions = Int[Array, "kv_heads tokens"]
@@ -83,7 +85,7 @@ def next_position(positions: Positions) -> Int[Array, ""]:
 
 
 def query_positions(queries: Queries, positions: Positions) -> Int[Array, " window"]:
-    """Those of the newest tokens, the last one's last."""
+    """Positions of the given queries: the last query is the newest token's."""
     window = len(queries)
     return next_position(positions) - window + jnp.arange(window, dtype=jnp.int32)
 
@@ -136,8 +138,8 @@ def fold_queries(
 
     The first block may begin with padding of position -1.
     """
-    blocks = max(1, -(-len(queries) // QUERY_BLOCK))
-    size = -(-len(queries) // blocks)
+    blocks = max(1, ceil_div(len(queries), QUERY_BLOCK))
+    size = ceil_div(len(queries), blocks)
     padding = (blocks * size - len(queries), 0)
     padded = jnp.pad(queries, (padding, (0, 0), (0, 0))).reshape(blocks, size, *queries.shape[1:])
     at = jnp.pad(query_positions, padding, constant_values=-1).reshape(blocks, size)

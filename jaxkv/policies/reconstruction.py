@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxkv.attention.observed import Call, watch
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.vectors import read
+from jaxkv.devices import is_concrete
 from jaxkv.policies.policy import attention_weights, fold_queries
 from jaxkv.programs import moves_data
 
@@ -60,10 +61,7 @@ def reconstruction_scores(
     (1, 1, 8)
     """
     length = tokens.shape[-1]
-    if (
-        not isinstance(cache.lengths, jax.core.Tracer)
-        and (np.asarray(cache.lengths) != length).any()
-    ):
+    if is_concrete(cache.lengths) and (np.asarray(cache.lengths) != length).any():
         raise ValueError(
             f"reconstruction_scores: {length} tokens were given, and the cache holds "
             f"{np.asarray(cache.lengths).tolist()}. Give the whole context, of one length."

@@ -1,4 +1,4 @@
-"""From scores to slots: a static number of tokens a head, with some that are never dropped."""
+"""From scores to slots: a static number of tokens per head, with some that are never dropped."""
 
 import jax.numpy as jnp
 from jax import lax

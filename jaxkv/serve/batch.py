@@ -180,7 +180,7 @@ class Batch:
             self._swap.drop(request)
 
     def prefill(self, num_chunks: int) -> None:
-        """Compute so many chunks of prompts, those admitted first first."""
+        """Compute up to this many chunks of prompts, in order of admission."""
         for request in self.prefilling:
             while num_chunks and request in self.rows and request.is_prefilling:
                 self._prefill_chunk(request)
@@ -273,7 +273,7 @@ class Batch:
         return tuple(tables)
 
     def _make_room(self, request: Request, length: int) -> bool:
-        """Pages for so many tokens, if need be from those admitted last; False if from itself."""
+        """Assign pages for this many tokens, preempting requests admitted last; False if itself."""
         while True:
             try:
                 self.pages.extend(request.number, length)

@@ -4,6 +4,7 @@ import numpy as np
 
 from jaxkv.addressing import Paged
 from jaxkv.cache.hybrid import AnyConfig
+from jaxkv.counts import check_count
 from jaxkv.errors import CacheFullError, ConfigError
 from jaxkv.paging import Group, PageAllocator
 from jaxkv.serve.request import MOST_STOP_TOKENS
@@ -40,8 +41,7 @@ def check_config(
         ("token_budget", token_budget, 1),
         ("swap_space", swap_space, 0),
     ):
-        if number < least:
-            raise ConfigError(f"Engine: {name} must be at least {least}, got {number}.")
+        check_count(f"Engine: {name}", number, least, ConfigError)
     if decode_steps > prefill_chunk:  # what a window's pool has room for beyond its window
         raise ConfigError(
             f"Engine: decode_steps must be at most prefill_chunk, {prefill_chunk}, got "
@@ -62,8 +62,7 @@ def check_request(
     limits = np.iinfo(np.int32)
     if not isinstance(seed, int) or not limits.min <= seed <= limits.max:
         raise ValueError(f"a seed must be an int32, got {seed!r}.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    check_count("max_new_tokens", max_new_tokens)
     if len(stop_tokens) > MOST_STOP_TOKENS:
         raise ValueError(f"at most {MOST_STOP_TOKENS} stop tokens, got {len(stop_tokens)}.")
     needed, context = prompt_length + max_new_tokens, config.max_context_length

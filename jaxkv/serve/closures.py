@@ -33,7 +33,7 @@ class Hoisted:
         return jax.tree.unflatten(self.trees[1], leaves)
 
 
-def hoist(function: Callable, *arguments: Any) -> tuple[Hoisted, list[Array]]:
+def hoist(function: Callable[..., Any], *arguments: Any) -> tuple[Hoisted, list[Array]]:
     """Trace a function, whatever jax remembers of it, and find the arrays that it closes over."""
     traced = jax.jit(lambda *arguments: function(*arguments)).trace(*arguments)
     leaves, tree = jax.tree.flatten(arguments)
@@ -48,7 +48,7 @@ def hoist(function: Callable, *arguments: Any) -> tuple[Hoisted, list[Array]]:
     return Hoisted(name, (tree, jax.tree.structure(traced.out_info)), jaxpr), arrays
 
 
-def inlined(function: Callable) -> Callable:
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, without those calls of jit in it that close over arrays themselves.
 
     `hoist` finds these arrays then. It cannot see into the program of an inner jit.
@@ -96,7 +96,7 @@ def _inner(equation: Any) -> ClosedJaxpr | None:
     return closed if found else None
 
 
-def named_arrays(function: Callable) -> list[Any]:
+def named_arrays(function: Callable[..., Any]) -> list[Any]:
     """The arrays that a function names, so that one can see whether they were exchanged.
 
     Those of its closure, of the object whose method it is and, in its own file, of globals and of

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 from jaxkv.cache.axes import Spread
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.verbs import padded_after
+from jaxkv.counts import ceil_div
 from jaxkv.serve.model_step import Model, ModelStep, Weights
 from jaxkv.serve.sampling import Sampling, sample
 
@@ -48,7 +49,7 @@ def prefill_chunk(longest: int, batch: int, platform: str) -> int:
     sizes = [PREFILL_CHUNK]
     while 2 * sizes[-1] * batch <= _MOST_ROWS:
         sizes.append(2 * sizes[-1])
-    return min(sizes, key=lambda size: -(-longest // size) * (size * batch + _ROWS_TO_READ))
+    return min(sizes, key=lambda size: ceil_div(longest, size) * (size * batch + _ROWS_TO_READ))
 
 
 class State(NamedTuple):
@@ -102,11 +103,11 @@ def _decode(
 ) -> tuple[State, AnyCache, New]:
     """Up to ``num_steps`` tokens of each sequence that has any remaining."""
 
-    def unfinished(carry):
+    def unfinished(carry: Any) -> Any:
         step, state, *_ = carry
         return (step < num_steps) & (state.remaining > 0).any()
 
-    def one_step(carry):
+    def one_step(carry: Any) -> Any:
         step, (last, remaining, seeds), cache, new = carry
         active = remaining > 0
         # A finished sequence goes through the model with the others, as padding.
@@ -151,7 +152,7 @@ class Program:
         return cls(weights, sampling, tuple(int(token) for token in stop_tokens))
 
     def compile(self, chunks: list[Chunk], state: State, cache: AnyCache) -> None:
-        """So that the timings of the steps are not those of XLA."""
+        """Compile first, so that timings of the steps do not include XLA's."""
         if chunks:
             _prefill.lower(self.weights, *chunks[0], cache).compile()
         _decode.lower(self.weights, state, cache, **self._options()).compile()

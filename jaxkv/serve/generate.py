@@ -13,6 +13,7 @@ from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.checks import checked_prompt
 from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import Codec
+from jaxkv.counts import check_count
 from jaxkv.devices import platform_at
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.memory.session import Session
@@ -100,7 +101,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop_tokens: Sequence[int] = (),
     max_context_length: int | None = None,
-    codec: Codec | Sequence[Codec] | None = None,
+    codec: Codec | str | Sequence[Codec | str] | None = None,
     config: AnyConfig | None = None,
     prefill_chunk: int | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
@@ -117,13 +118,13 @@ def generate(
       prompts: token ids, at least one a prompt.
       max_new_tokens: tokens to add to each prompt, at most.
       sampling: how a token is drawn; greedy unless said.
-      seed: of the draws, an int32, one for all or one a prompt. A sequence's tokens depend on
+      seed: of the draws, an int32: one for all, or one per prompt. A sequence's tokens depend on
         its own seed and prompt, so equal prompts need different seeds to differ. With a `Centred`
         codec they depend on the other prompts too, whose means they share.
       stop_tokens: ids that end a sequence.
-      max_context_length: slots a sequence; the next power of two that holds the longest if
+      max_context_length: slots per sequence; the next power of two that holds the longest if
         None. Keep it the same over calls to compile once.
-      codec: of the cache, one or one a layer; the model's choice if None.
+      codec: of the cache, one or one per layer, by value or by name; the model's choice if None.
       config: the whole cache config, for a model without a ``cache_config`` method; instead of
         ``max_context_length`` and ``codec``.
       prefill_chunk: tokens of each prompt that are computed at once. If None, what suits the device
@@ -154,13 +155,11 @@ def generate(
         checked_prompt(prompt, vocabulary, f"generate: prompt {number}")
         for number, prompt in enumerate(prompts)
     ]
-    if max_new_tokens < 1:
-        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}.")
+    check_count("generate: max_new_tokens", max_new_tokens)
     chunk = prefill_chunk
     if chunk is None:
         chunk = _chunk_size(model, checked, config, device, mesh)
-    if chunk < 1:
-        raise ValueError(f"generate: prefill_chunk must be at least 1, got {chunk}.")
+    check_count("generate: prefill_chunk", chunk)
     config = _cache_config(model, checked, max_new_tokens, max_context_length, codec, chunk, config)
     program = Program.of(model, sampling, stop_tokens, on=Spread.of(mesh, axes))
     state = _start(checked, max_new_tokens, seed)
@@ -267,7 +266,7 @@ def _cache_config(
     prompts: list[np.ndarray],
     max_new_tokens: int,
     max_context_length: int | None,
-    codec: Codec | Sequence[Codec] | None,
+    codec: Codec | str | Sequence[Codec | str] | None,
     chunk: int,
     config: AnyConfig | None,
 ) -> AnyConfig:

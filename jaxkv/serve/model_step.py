@@ -81,7 +81,7 @@ class ModelStep:
       donated: numbers of the arguments that are.
     """
 
-    def __init__(self, step: Callable, donated: Sequence[int]):
+    def __init__(self, step: Callable[..., Any], donated: Sequence[int]):
         def run(program: Any, arrays: Sequence[Any], *arguments: Any) -> Any:
             return program(arrays, *arguments)
 
@@ -121,7 +121,7 @@ class ModelStep:
         if number not in self._known:
             try:
                 weakref.finalize(weights.model, self._known.pop, number, None)
-            except TypeError:  # nobody can tell when it is gone
+            except TypeError:  # it cannot be told when it is gone
                 return {}
         elif self._known[number].watch.sees(weights):
             return self._known[number].steps
@@ -141,7 +141,7 @@ def _check_alive(arrays: Sequence[Any]) -> None:
 class _OfPytree(NamedTuple):
     """A step of a model that is a pytree."""
 
-    step: Callable
+    step: Callable[..., Any]
     treedef: Any
     options: tuple[tuple[str, Any], ...]
 

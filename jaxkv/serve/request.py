@@ -16,7 +16,7 @@ class Request:
     Attributes:
       number: of the request, counted from 0 by its engine.
       prompt: with the names of its pages.
-      max_new_tokens: at most so many come.
+      max_new_tokens: the most tokens of the answer.
       seed: of its draws.
       stop_tokens: ids that end it, the engine's included.
       tokens: the answer so far, a stop token included.

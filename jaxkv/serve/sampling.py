@@ -39,7 +39,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = []
         if self.temperature != 0 and not _COLDEST <= self.temperature <= _HOTTEST:
             problems.append(
@@ -64,12 +64,12 @@ def sample(
     seeds: Int[Array, " batch"],
     positions: Int[Array, " batch"],
 ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
-    """Draw one token a sequence.
+    """Draw one token per sequence.
 
     Args:
       logits: of the next token.
       sampling: how to draw.
-      seeds: one a sequence.
+      seeds: one per sequence.
       positions: of the token being drawn. The randomness of a draw is a function of its
         seed and position, so neither batch nor chunking changes a sequence.
 

@@ -7,7 +7,7 @@ depend on the engine alone, so it compiles each once in its life.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.rearrange import copied, select, slots_of_pages
 from jaxkv.cache.verbs import padded_after
 from jaxkv.codecs import Leaves
+from jaxkv.placement import scatter
 from jaxkv.serve.decode import NOT_A_NUMBER, New
 from jaxkv.serve.model_step import Model, ModelStep
 from jaxkv.serve.sampling import Sampling, sample
@@ -80,11 +81,11 @@ def decode(
     """Up to ``num_steps`` tokens of each row that has any remaining."""
     seeds = jnp.asarray(rows.seeds)
 
-    def unfinished(carry):
+    def unfinished(carry: Any) -> Any:
         step, _, remaining, *_ = carry
         return (step < num_steps) & (remaining > 0).any()
 
-    def one_step(carry):
+    def one_step(carry: Any) -> Any:
         step, last, remaining, cache, new = carry
         active = remaining > 0
         # A row that rests goes through the model with the others, as padding.
@@ -145,10 +146,7 @@ def write(
     pools = []
     for pool, own, leaves in zip(pools_of(cache), pages, contents, strict=True):
         slots = slots_of_pages(pool, jnp.asarray(own))
-        storage = {
-            name: leaf.at[:, :, slots].set(leaves[name], mode="drop", unique_indices=True)
-            for name, leaf in pool.storage.items()
-        }
+        storage = {name: scatter(leaf, slots, leaves[name]) for name, leaf in pool.storage.items()}
         pools.append(dataclasses.replace(pool, storage=storage))
     return _with_pools(cache, pools)
 

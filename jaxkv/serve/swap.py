@@ -8,6 +8,7 @@ import numpy as np
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.rearrange import page_size_of
+from jaxkv.counts import ceil_div
 from jaxkv.paging import PageAllocator
 from jaxkv.serve import steps
 from jaxkv.serve.figures import Figures
@@ -80,7 +81,7 @@ class SwapSpace:
 
 def pages_in_use(books: PageAllocator, request: Request, row: int, cache: AnyCache) -> Pages:
     """The pages of a request, in this row, that hold tokens which a later query may see."""
-    end = -(-request.length // books.page_size)
+    end = ceil_div(request.length, books.page_size)
     tables = [books.table(request.number, number)[:end] for number in range(len(books.groups))]
     num_rings = len(steps.pools_of(cache)) - len(tables)
     return [*(table[table >= 0] for table in tables), *[np.array([row])] * num_rings]

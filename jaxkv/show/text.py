@@ -39,7 +39,7 @@ def pairs(facts: Sequence[tuple[str, str]]) -> str:
 
 
 def format_or_unknown(size: int | None) -> str:
-    """`format_bytes`, and a dash for what nobody knows."""
+    """`format_bytes`, and a dash for an unknown number."""
     return "-" if size is None else format_bytes(size)
 
 

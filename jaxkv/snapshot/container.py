@@ -47,7 +47,10 @@ Layout = dict[str, Spec]
 
 
 def write(
-    path: Path, manifest: dict, layout: Layout, pieces: Callable[[str], Iterable[np.ndarray]]
+    path: Path,
+    manifest: dict[str, Any],
+    layout: Layout,
+    pieces: Callable[[str], Iterable[np.ndarray]],
 ) -> None:
     """Write a file that appears under its name only when all of it is on disk.
 
@@ -131,7 +134,7 @@ def opened(
 
 
 class _Mapped:
-    """A memory map that outlives stray references to its arrays, which would forbid to close it."""
+    """A memory map that can be closed although stray references to its arrays are left."""
 
     def __init__(self, file: BinaryIO):
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -233,7 +236,7 @@ def _verify(path: Path, tensors: dict[str, np.ndarray], checksums: dict[str, str
 
 
 def _sync_folder(folder: Path) -> None:
-    """So that the new name, too, outlives a power cut."""
+    """Write the folder to disk, so that the new file's name outlives a power cut."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -19,7 +19,7 @@ from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.newest import NewestIndex
 from jaxkv.codecs import Leaves
 from jaxkv.errors import CacheFullError, SnapshotError
-from jaxkv.placement import in_host_memory, run_of, write_slots
+from jaxkv.placement import in_host_memory, run_of, scatter, write_slots
 from jaxkv.snapshot.group import Group
 from jaxkv.snapshot.kept_fill import KeptFill
 from jaxkv.snapshot.manifest import Manifest
@@ -72,13 +72,10 @@ class Fill:
     def __call__(self) -> KVCache:
         storage, config = self._cache.storage, self._cache.config
         at_once = min(_TOKENS_AT_ONCE, self._index.extent)
-        num_slots = next(iter(storage.values())).shape[2]
-        # Tokens that fill up the last portion go nowhere, each to a place of its own.
-        nowhere = num_slots + np.arange(at_once, dtype=np.int32)
         for leaves, found, slots in self._moves:
             for start in range(0, len(slots), at_once):
                 part = found[start : start + at_once]
-                targets = nowhere.copy()
+                targets = np.full(at_once, -1, np.int32)  # what fills up the last portion
                 targets[: len(part)] = slots[start : start + at_once]
                 portions = {
                     name: _portion(storage[name], leaves[name], part, at_once) for name in leaves
@@ -96,12 +93,11 @@ def _put(
 
 def _written(leaf: Array, slots: Int[Array, " tokens"], portion: Array, run: int | None) -> Array:
     if not in_host_memory(leaf):
-        return leaf.at[:, :, slots].set(portion, mode="drop", unique_indices=True)
+        return scatter(leaf, slots, portion)
     assert run is not None
-    slots = jnp.where(slots < leaf.shape[2], slots, -1)[None]
 
     def one_layer(layer: Array, leaf: Array) -> Array:
-        return write_slots(leaf, layer, portion[layer][:, None], slots, run)
+        return write_slots(leaf, layer, portion[layer][:, None], slots[None], run)
 
     return lax.fori_loop(0, len(leaf), one_layer, leaf)
 
@@ -181,7 +177,7 @@ def fills_of(
     rows: Sequence[int],
     tensors: dict[str, np.ndarray],
 ) -> Fills:
-    """Of one group of layers. Made, they have checked all."""
+    """The fills of one group of layers, which have checked everything once they are made."""
     group, own = saved.groups[number], named(tensors, f"{number}.")
     kind = KeptFill if isinstance(cache.index, KeptIndex) else Fill
     fill = kind(file, group, saved.lengths, cache, rows, own)

@@ -62,7 +62,7 @@ def _is_weight(leaf: Any) -> bool:
 
 
 def _checksum(weights: list[tuple[str, Array]]) -> str:
-    """Of names, shapes, dtypes and bits. Weights are summed where they are, 8 bytes come back."""
+    """A hash of names, shapes, dtypes and bits. Weights are summed on their device."""
     sums = jax.device_get([_weighted_sums(jnp.asarray(leaf)) for _, leaf in weights])
     facts = [
         (name, leaf.dtype.name, tuple(leaf.shape), pair.tolist())

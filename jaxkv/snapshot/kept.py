@@ -20,7 +20,8 @@ from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import leaf_specs
 from jaxkv.compression.scoring import held_positions, map_layers
 from jaxkv.errors import SnapshotError
-from jaxkv.snapshot.manifest import Group, Manifest
+from jaxkv.snapshot.group import Group
+from jaxkv.snapshot.manifest import Manifest
 from jaxkv.snapshot.places import buffer_of_layers
 
 # ``[layers, sequences, kv_heads, slots]``
@@ -59,7 +60,7 @@ class KeptSource:
         )
 
     def pieces(self, sequence: int, leaf: str) -> Iterator[np.ndarray]:
-        """Of one sequence: what the codec stores under a name, or what the index holds."""
+        """One sequence's leaf of the codec, or its positions or sums from the index."""
         used, index = self.used[:, sequence], index_of(self.cache)
         if leaf in self.cache.storage:
             yield from self._vectors(sequence, leaf)

@@ -59,7 +59,9 @@ class KeptFill:
                 f"{file} needs more pages. Load it into= a cache with more pages assigned."
             )
 
-    def _check_room(self, file, lengths, num_new, num_kept) -> None:
+    def _check_room(
+        self, file: Path, lengths: np.ndarray, num_new: np.ndarray, num_kept: np.ndarray
+    ) -> None:
         index, config = index_of(self._cache), self._cache.config
         checks = [
             ("tokens", lengths.max(), index.capacity),
@@ -80,7 +82,9 @@ class KeptFill:
                     "the addressing that it was saved with."
                 )
 
-    def _filled_index(self, lengths, num_new, num_kept) -> KeptIndex:
+    def _filled_index(
+        self, lengths: np.ndarray, num_new: np.ndarray, num_kept: np.ndarray
+    ) -> KeptIndex:
         index, rows = index_of(self._cache), self._rows
 
         def merged(old: Array, new: Any, axis: int = 0) -> Array:

@@ -27,7 +27,10 @@ from jaxkv.snapshot.save import Tokens, token_ids
 
 
 def inspect(
-    path: str | os.PathLike, *, codec: Codec | None = None, addressing: Addressing | None = None
+    path: str | os.PathLike[str],
+    *,
+    codec: Codec | None = None,
+    addressing: Addressing | None = None,
 ) -> Manifest:
     """What a saved cache is: config, lengths, model. Reads the header alone.
 
@@ -45,7 +48,7 @@ def inspect(
 
 @moves_data
 def load(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     tokens: Tokens | None = None,
     model: Any = None,
@@ -182,7 +185,7 @@ def _checked_rows(
 
 
 def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
-    """Refuse a cache whose vectors are not like those of the file, or that differs in more."""
+    """Raise SnapshotError unless codec, heads, layers and the fields in ``also`` are the file's."""
     layers = into.config.group_of_layer
     if saved.group_of_layer != layers:
         raise SnapshotError(

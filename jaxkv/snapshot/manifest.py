@@ -42,7 +42,7 @@ class Manifest:
 
     @property
     def config(self) -> AnyConfig:
-        """Of the cache that was saved."""
+        """The config of the cache that was saved."""
         configs = tuple(group.config for group in self.groups)
         return configs[0] if self.group_of_layer is None else HybridConfig(
             configs, self.group_of_layer
@@ -129,7 +129,7 @@ class _Reader:
         config = self._config(config_json, has_newest)
         counts = [self._counts(*named) for named in zip(names.split()[1:], numbers, strict=True)]
         if any(len(each) != len(lengths) for each in counts):
-            raise ValueError("lengths, written, held and newest must be one a sequence.")
+            raise ValueError("lengths, written, held and newest must have one number per sequence.")
         group = Group(config, *counts)
         for each in filter(None, (group, group.of_newest)):
             self._check_held(each, lengths)
@@ -211,7 +211,7 @@ def _config_json(config: KVCacheConfig) -> dict[str, Any]:
 
 
 def _group_json(group: Group) -> dict[str, Any]:
-    """Without what it has no `Newest` tokens for, as files had it before there were any."""
+    """Omits ``newest`` for a group without `Newest` tokens, so that files stay what they were."""
     counts = {"written": group.written, "held": group.held}
     if group.newest is not None:
         counts["newest"] = group.newest

@@ -61,7 +61,7 @@ def state_of_file(file: Path, cache: KVCache, tensors: dict[str, np.ndarray]) ->
 
 
 def named(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Those tensors of a file whose names begin so, by the rest of their names."""
+    """The tensors whose names begin with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
 

@@ -26,7 +26,7 @@ from jaxkv.snapshot.places import named, state_of_file
 
 @moves_data
 def load_prefix(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     cache: AnyCache,
     pages: PageAllocator,
     *,

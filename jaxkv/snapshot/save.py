@@ -20,8 +20,9 @@ from jaxkv.codecs import leaf_specs
 from jaxkv.programs import moves_data
 from jaxkv.snapshot import container
 from jaxkv.snapshot.fingerprint import fingerprint
+from jaxkv.snapshot.group import Group
 from jaxkv.snapshot.kept import KeptSource
-from jaxkv.snapshot.manifest import Group, Manifest
+from jaxkv.snapshot.manifest import Manifest
 from jaxkv.snapshot.places import Places, buffer_of_layers, places_of, written_of
 
 Tokens = Sequence[int] | Sequence[Sequence[int]] | Int[Array, "*batch tokens"]
@@ -29,7 +30,11 @@ Tokens = Sequence[int] | Sequence[Sequence[int]] | Int[Array, "*batch tokens"]
 
 @moves_data
 def save(
-    cache: AnyCache, path: str | os.PathLike, *, tokens: Tokens | None = None, model: Any = None
+    cache: AnyCache,
+    path: str | os.PathLike[str],
+    *,
+    tokens: Tokens | None = None,
+    model: Any = None,
 ) -> None:
     """Write a cache's tokens to a file that `load` goes on from, bit for bit.
 
@@ -136,7 +141,7 @@ class _Source:
         return Group(self.cache.config, written, tuple(len(p.slots) for p in self.places))
 
     def pieces(self, sequence: int, leaf: str) -> Iterator[np.ndarray]:
-        """Of one sequence's positions, or of what the codec stores under a name: by layers."""
+        """One sequence's positions, or a leaf of its codec, layer by layer."""
         positions, slots = self.places[sequence]
         if leaf == "positions":
             yield positions

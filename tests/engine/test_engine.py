@@ -260,9 +260,9 @@ def test_what_is_no_pool_is_refused(model, fields, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decode_steps": 0}, "decode_steps must be at least 1, got 0"),
+        ({"decode_steps": 0}, "decode_steps must be an int of at least 1, got 0"),
         ({"decode_steps": 17}, "decode_steps must be at most prefill_chunk, 16, got 17"),
-        ({"token_budget": 0}, "token_budget must be at least 1, got 0"),
+        ({"token_budget": 0}, "token_budget must be an int of at least 1, got 0"),
     ],
 )
 def test_bad_options_are_refused(model, options, message):

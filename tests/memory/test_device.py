@@ -25,7 +25,7 @@ def test_every_key_is_optional(fake_stats):
     fake_stats(bytes_in_use=5)
     memory = device_memory()
     assert (memory.source, memory.limit_bytes, memory.free_bytes) == ("unknown", None, None)
-    assert memory.describe_free() == "nobody knows what is free"
+    assert memory.describe_free() == "free memory unknown"
 
 
 def test_more_in_use_than_the_limit_leaves_nothing(fake_stats):

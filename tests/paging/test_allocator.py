@@ -252,9 +252,13 @@ REFUSALS = {
         UnknownRequestError,
         "never admitted, or released already",
     ),
-    "no pages": (lambda p: PageAllocator(0), ValueError, "num_pages must be at least 1, got 0"),
-    "no window": (lambda p: Group(1, window=0), ValueError, "window must be at least 1 token"),
-    "no page size": (lambda p: PageAllocator(1, page_size=0), ValueError, "got 1, 0, 0 and 0"),
+    "no pages": (lambda p: PageAllocator(0), ValueError, "num_pages must be an int of at least"),
+    "no window": (lambda p: Group(1, window=0), ValueError, "window must be an int of at least 1"),
+    "no page size": (
+        lambda p: PageAllocator(1, page_size=0),
+        ValueError,
+        "page_size must be an int",
+    ),
 }
 
 

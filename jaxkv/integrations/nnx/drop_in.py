@@ -63,7 +63,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         batch_size: int | tuple[int, ...] | None = None,
         max_length: int | None = None,
         codec: Codec | None = None,
-    ):
+    ) -> None:
         """What `flax.nnx.view` calls: it allocates a cache where there is none.
 
         Args:

@@ -20,7 +20,7 @@ _SAYS_WHERE = ("pos", "offset", "start", "index", "idx", "step", "length")
 class _OnlyCounts(CachedAttention):
     """In place of attention: each token gets its own query back, so tokens do not mix."""
 
-    def __init__(self, cache: nnx.Cache):
+    def __init__(self, cache: nnx.Cache[Any]) -> None:
         self.cache = cache
 
     def __call__(self, query: Any, key: Any, value: Any, **_: Any) -> Any:
