@@ -30,7 +30,7 @@ class Axes:
     heads: str | None = None
     context: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         named = [name for name in dataclasses.astuple(self) if name is not None]
         if len(set(named)) < len(named):
             raise ConfigError(f"Axes: each must be a mesh axis of its own, got {named}.")
@@ -112,7 +112,8 @@ class Spread:
                 "axes: a cache with HostMemory is not spread over a mesh yet. Leave placement out, "
                 "or spread it by device=, a NamedSharding over KV heads."
             )
-        held, fields = self.held(config), {}
+        held = self.held(config)
+        fields: dict[str, Any] = {}
         if heads > 1:
             _check_divides("num_kv_heads", held.num_kv_heads, heads, self.axes.heads)
             fields["num_kv_heads"] = held.num_kv_heads // heads
@@ -137,9 +138,9 @@ class Spread:
         pages = getattr(config.addressing, "num_pages", None)
         if pages is not None and batch * context > 1:
             _check_divides("num_pages", pages, batch * context, "batch or context")
-            fields["addressing"] = dataclasses.replace(
-                config.addressing, num_pages=pages // (batch * context)
-            )
+            addressing: Any = config.addressing
+            own_pages = pages // (batch * context)
+            fields["addressing"] = dataclasses.replace(addressing, num_pages=own_pages)
         return config.replace(**fields)
 
 

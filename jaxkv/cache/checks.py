@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool
 
 from jaxkv.addressing import KeptIndex
 from jaxkv.cache.hybrid import AnyCache, check_static_layer
-from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, books_of, buffer_of
+from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of
 from jaxkv.cache.shards import books_of
 from jaxkv.devices import is_concrete
 from jaxkv.errors import CacheClosedError, CacheFullError

@@ -82,7 +82,9 @@ def config_of_a_device(config: AnyConfig, spread: Spread | None) -> AnyConfig:
     if spread is None:
         return config
     groups = tuple(spread.local(group) for group in config.groups)
-    return groups[0] if len(groups) == 1 else dataclasses.replace(config, groups=groups)
+    if isinstance(config, HybridConfig):
+        return dataclasses.replace(config, groups=groups)
+    return groups[0]
 
 
 @functools.lru_cache(maxsize=256)
@@ -117,7 +119,7 @@ def _create_spread(config: KVCacheConfig, spread: Spread) -> KVCache:
         out_specs=list(specs_of(config, spread)),
         check_vma=False,
     )
-    cache = jax.tree.structure(shapes_of(config)).unflatten(jax.jit(made)())
+    cache = jax.tree.unflatten(jax.tree.structure(shapes_of(config)), jax.jit(made)())
     return dataclasses.replace(cache, spread=spread)
 
 

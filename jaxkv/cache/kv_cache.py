@@ -170,9 +170,9 @@ class KVCache:
         would have been set from were written without them.
         """
         newest, ours = self.newest, self.config.codec_state.items()
-        if newest is not None and newest.config.codec_state.items() <= ours:
-            found = newest.codec_state
-            is_set = functools.reduce(jnp.logical_or, [a.any() for a in found.values()], False)
+        found = {} if newest is None else newest.codec_state
+        if newest is not None and found and newest.config.codec_state.items() <= ours:
+            is_set = jnp.any(jnp.stack([array.any() for array in found.values()]))
             own = {name: jnp.where(is_set, found[name], state[name]) for name in found}
             newest = dataclasses.replace(newest, codec_state=own)
         return dataclasses.replace(self, codec_state=state, newest=newest)

@@ -44,7 +44,7 @@ def gather(cache: KVCache, *, device: Any = None) -> KVCache:
     config, copies = cache.config, spread.copies(cache.config)
     _check_pages(config, spread)
     whole = _moved(cache, lambda leaf: _in_order(leaf, config, spread)[:, :, :, ::copies])
-    own = jax.tree.structure(shapes_of(config)).unflatten(jax.tree.leaves(whole))
+    own = jax.tree.unflatten(jax.tree.structure(shapes_of(config)), jax.tree.leaves(whole))
     return jax.device_put(_with_numbers(own, spread, 1), device)
 
 
@@ -87,18 +87,18 @@ def _spread(cache: KVCache, spread: Spread) -> KVCache:
     specs = specs_of(config, spread)
     leaves = [
         jax.make_array_from_callback(
-            leaf.shape, NamedSharding(spread.mesh, spec), lambda at, leaf=leaf: leaf[at]
+            leaf.shape, NamedSharding(spread.mesh, spec), np.asarray(leaf).__getitem__
         )
-        for leaf, spec in zip(map(np.asarray, jax.tree.leaves(parts)), specs, strict=True)
+        for leaf, spec in zip(jax.tree.leaves(parts), specs, strict=True)
     ]
-    whole = jax.tree.structure(shapes_of(config)).unflatten(leaves)
+    whole = jax.tree.unflatten(jax.tree.structure(shapes_of(config)), leaves)
     return dataclasses.replace(whole, spread=spread)
 
 
 def _moved(cache: KVCache, move: Callable[[np.ndarray], np.ndarray]) -> KVCache:
     """The cache on the host, with this done to each buffer, those of `Newest` tokens too."""
     cache = jax.device_get(cache)
-    storage = {name: move(np.asarray(leaf)) for name, leaf in cache.storage.items()}
+    storage: Any = {name: move(np.asarray(leaf)) for name, leaf in cache.storage.items()}
     newest = None if cache.newest is None else _moved(cache.newest, move)
     return dataclasses.replace(cache, storage=storage, newest=newest)
 
@@ -143,4 +143,5 @@ def _with_numbers(cache: KVCache, spread: Spread, sign: int) -> KVCache:
     rows = np.arange(len(table), dtype=np.int32)[:, None]
     first = rows // (len(table) // parts) * pages
     table = np.where(table < 0, table, table + np.int32(sign) * first)
-    return dataclasses.replace(cache, index=dataclasses.replace(cache.index, table=table))
+    index: Any = cache.index
+    return dataclasses.replace(cache, index=dataclasses.replace(index, table=table))

@@ -50,7 +50,7 @@ def in_each_shard(
         def run(cache: Any, *arrays: Any, **options: Any) -> Any:
             spread: Spread | None = cache.spread
             if spread is None:
-                return work(cache, *arrays, **options)  # type: ignore[arg-type]
+                return work(cache, *arrays, **options)
             named = list(zip(names, arrays, strict=False))
             after = config_of(cache, *arrays) if config_of else cache.config
 
@@ -72,7 +72,7 @@ def in_each_shard(
             )
             return output if given else _whole_cache(cache, output, after)
 
-        return run
+        return run  # type: ignore[return-value]
 
     return decorate
 
@@ -151,7 +151,9 @@ def _own_part(cache: KVCache, name: str, part: Any) -> Any:
     return part
 
 
-def _shard_map(spread: Spread, work: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def _shard_map(
+    spread: Spread, work: Callable[..., Any], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
     mapped = jax.shard_map(
         work, mesh=spread.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )

@@ -87,7 +87,7 @@ def append(
 
 def where_in_range(cache: KVCache, in_range: Bool[Array, "#*batch"] | bool) -> KVCache:
     """A sequence whose arguments are out of range is `misused`, and takes no tokens."""
-    return cache if in_range is True else _where_in_range(cache, in_range)
+    return cache if isinstance(in_range, bool) else _where_in_range(cache, in_range)
 
 
 @one_program()

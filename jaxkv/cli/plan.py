@@ -72,8 +72,7 @@ def _run(options: argparse.Namespace) -> int:
     sizes = {what: getattr(options, what) for what in _SPLITS}
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     axes = Axes(batch="data", heads="tensor", context="sequence")
-    split = {"mesh": mesh, "axes": axes} if mesh.size > 1 else {}
-    answer = plan(config, options.device, **split)
+    answer = plan(config, options.device, mesh=mesh, axes=axes if mesh.size > 1 else None)
     print(answer.to_json() if options.json else answer)
     if options.quality:
         print(f"\n{_quality(config)}", file=sys.stderr if options.json else sys.stdout)

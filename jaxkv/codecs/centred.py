@@ -62,7 +62,7 @@ class Centred(Codec):
     codec: Codec
     rope: Rope | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         refuse_state("Centred", self.codec)
 
     @property

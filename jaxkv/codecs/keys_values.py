@@ -29,7 +29,7 @@ class KeysValues(Codec):
     keys: Codec
     values: Codec
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         refuse_state("KeysValues", self.keys, self.values)
 
     @property

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Iterator
 
 import jax
@@ -14,7 +15,7 @@ from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.devices import Device, is_concrete
 from jaxkv.errors import CacheClosedError
 from jaxkv.memory.allocate import allocate, free
-from jaxkv.memory.device import Device, bytes_by_device, device_memory
+from jaxkv.memory.device import bytes_by_device, device_memory
 from jaxkv.memory.plan import needed_bytes
 from jaxkv.memory.tracker import MemoryTracker, Purpose
 from jaxkv.show.text import format_bytes, pairs, sequences
@@ -36,7 +37,7 @@ class Session:
         self.tracker = tracker
         self._cache: AnyCache | None = cache
         self._devices = sorted(
-            cache.lengths.sharding.addressable_devices, key=lambda device: device.id
+            cache.lengths.sharding.addressable_devices, key=operator.attrgetter("id")
         )
 
     @property
@@ -83,7 +84,7 @@ class Session:
             ("tokens", self._tokens()),
             ("device", f"{memory.device}: {memory.describe_use()}"),
         ]
-        if len(self._devices) > 1:
+        if self._spread is not None:
             facts[1:3] = [(f"{word} on each", size) for word, size in facts[1:3]]
             facts.insert(1, ("spread over", f"{len(self._devices)} devices by {self._spread.axes}"))
         if memory.process_bytes is not None and memory.process_peak_bytes is not None:

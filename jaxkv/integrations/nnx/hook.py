@@ -1,12 +1,12 @@
 """The hook: what `flax.nnx.MultiHeadAttention` takes as its ``attention_fn``."""
 
-from typing import Any, cast
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxkv.cache.config import KVCacheConfig
-from jaxkv.cache.kv_cache import KVCache, NumTokens
+from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.integrations.attention import cached_attention, one_layer, refuse_unserved
 
 
@@ -86,7 +86,7 @@ class CachedAttention(nnx.Module):
         """
         refuse_unserved(bias, dropout_rate, deterministic, module is not None)
         output, cache = cached_attention(
-            cast(KVCache, self.cache.get_value()), query, key, value,
+            self.cache.get_value(), query, key, value,
             mask=mask, num_tokens=num_tokens,
             scale=self.scale, softcap=self.softcap, window=self.window,
         )  # fmt: skip

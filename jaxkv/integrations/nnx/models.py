@@ -1,13 +1,12 @@
 """All caches of a model at once."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from flax import nnx
 
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.hybrid import AnyCache
-from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Codec
 from jaxkv.integrations.attention import in_each_layer, layer_config, stacked
 from jaxkv.integrations.nnx.hook import CachedAttention
@@ -78,7 +77,7 @@ def add_caches(
             addressing=addressing,
         )  # fmt: skip
         hook = CachedAttention(config, **options)
-        hook.cache.set_value(stacked(cast(KVCache, hook.cache.get_value()), stack))
+        hook.cache.set_value(stacked(hook.cache.get_value(), stack))
         each.attention_fn = nnx.data(hook)
         each.decode = False
     warn_if_positions_restart(model, batch_size)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.verbs import advance
 from jaxkv.integrations.nnx.hook import CachedAttention
 
@@ -24,7 +23,7 @@ class _OnlyCounts(CachedAttention):
         self.cache = cache
 
     def __call__(self, query: Any, key: Any, value: Any, **_: Any) -> Any:
-        cache = cast(KVCache, self.cache.get_value())
+        cache = self.cache.get_value()
         self.cache.set_value(advance(cache, query.shape[-3]))
         return query
 
