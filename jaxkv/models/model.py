@@ -34,6 +34,11 @@ class Model(nnx.Module):
         return self.config.vocab_size
 
     @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """What ends a text of the model, for `jaxkv.generate` and `jaxkv.Engine`."""
+        return self.config.eos_token_ids
+
+    @property
     def dtype(self) -> jnp.dtype:
         """Of the weights, and of all that is computed but norms, softmax and logits (float32)."""
         raise NotImplementedError
