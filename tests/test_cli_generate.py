@@ -11,8 +11,8 @@ import tokenizers
 from flax import nnx
 
 from jaxkv.cli.main import main
-from jaxkv.cli.model_options import decode_answer
 from jaxkv.models import Decoder, DecoderConfig, byte_tokenizer, load, save
+from jaxkv.show.tokens import decode_answer
 
 FIGURES = {
     "prefill_tokens",
@@ -134,7 +134,7 @@ def test_logits_that_are_no_numbers_are_told_of(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "FOLDER", "--prompt", "hello"], "no tokenizer.json, so --prompt takes token"),
+        (["--model", "FOLDER", "--prompt", "hello"], "no tokenizer, so --prompt takes token"),
         (["--model", "FOLDER", "--prompt", "41"], "token 41, outside the vocabulary of 40 tokens"),
         (["--model", "FOLDER", "--prompt", "1", "--context", "8"], "and the context holds 8"),
         (["--temperature", "-1"], "temperature must be 0, or from 1.2e-38 to 8.5e+37, got -1.0"),

@@ -70,6 +70,7 @@ def test_import_is_light():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(run.stdout.split())
     heavy = {"flax", "transformers", "torch", "matplotlib", "tokenizers", "rich", "psutil"}
+    heavy |= {"gguf", "jinja2"}
     assert not heavy & loaded
 
 

@@ -1,19 +1,20 @@
 """``jaxkv batch``: a file of prompts through the engine, all over one pool of pages."""
 
 import argparse
+import functools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxkv.addressing import Paged
 from jaxkv.cli.command import Command, argument_type
 from jaxkv.cli.model_options import (
     add_model_arguments,
-    decode_answer,
     encode,
+    load_chat,
     load_model,
     nan_message,
     sampling_of,
@@ -24,6 +25,7 @@ from jaxkv.memory import parse_tokens
 from jaxkv.serve import Engine, Request
 from jaxkv.show.progress import progress_bar
 from jaxkv.show.text import format_bytes
+from jaxkv.show.tokens import decode_answer
 
 _EXAMPLES = """\
 examples:
@@ -34,14 +36,15 @@ examples:
   jaxkv batch prompts.jsonl --output answers.jsonl --json
       the report as JSON
 
-A line is a text in quotes, or an object: {"prompt": TEXT or [token ids]}, and if wanted
+A line is a text in quotes, or an object: {"prompt": TEXT or [token ids]}, or {"messages":
+[{"role": "user", "content": TEXT}, ...]} for a model with a chat template; and if wanted
 "max_new_tokens", "seed", "stop_tokens" (ids) and "salt" (only equal ones share pages). Lines
 that start alike are computed once.
 
 exit status: 0 done, 1 some lines could not be run or their logits are no numbers, and are named,
 2 none could be run
 """
-_FIELDS = {"prompt", "max_new_tokens", "seed", "stop_tokens", "salt"}
+_FIELDS = {"prompt", "messages", "max_new_tokens", "seed", "stop_tokens", "salt"}
 
 
 class _Line(NamedTuple):
@@ -82,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
         codec=options.codec,
         addressing=Paged(options.page_size, max(1, pool // options.page_size)),
     )
-    with Engine(model, config, sampling=sampling, stop_tokens=model.config.eos_token_ids) as engine:
+    with Engine(model, config, sampling=sampling) as engine:
         requests: list[tuple[int, Request]] = []
         for number, fields in lines:
             try:
@@ -109,12 +112,13 @@ def _run(options: argparse.Namespace) -> int:
 def _read(options: argparse.Namespace, tokenizer: Any) -> tuple[list[_Line], list[tuple[int, str]]]:
     """The lines that say something, and what is wrong with the others."""
     lines, bad = [], []
+    chat = functools.cache(lambda: load_chat(options, tokenizer))
     with open(options.file, encoding="utf-8") as file:
         for number, text in enumerate(file, 1):
             if not text.strip():
                 continue
             try:
-                fields = _parsed(text, tokenizer)
+                fields = _parsed(text, tokenizer, chat)
             except (ValueError, TypeError) as error:
                 bad.append((number, str(error)))
                 continue
@@ -126,18 +130,20 @@ def _read(options: argparse.Namespace, tokenizer: Any) -> tuple[list[_Line], lis
     return lines, bad
 
 
-def _parsed(text: str, tokenizer: Any) -> dict[str, Any]:
+def _parsed(text: str, tokenizer: Any, chat: Callable[[], Any]) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
     fields = {"prompt": fields} if isinstance(fields, str) else fields
-    if not isinstance(fields, dict) or "prompt" not in fields:
-        raise ValueError('expected a text in quotes or an object with a "prompt"')
+    if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
+        raise ValueError('expected a text in quotes or an object with a "prompt" or "messages"')
     if unknown := sorted(fields.keys() - _FIELDS):
         raise ValueError(f"unknown {', '.join(unknown)}; there are {', '.join(sorted(_FIELDS))}")
     if not isinstance(fields.get("max_new_tokens", 1), int):
         raise ValueError(f"max_new_tokens must be an int, got {fields['max_new_tokens']!r}")
+    if "messages" in fields:
+        fields["prompt"] = chat().encode(fields.pop("messages"))
     if isinstance(fields["prompt"], str):
         fields["prompt"] = encode(tokenizer, unicode_text(fields["prompt"]))
     if not isinstance(fields["prompt"], list):

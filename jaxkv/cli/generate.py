@@ -7,10 +7,7 @@ from typing import Any
 
 from jaxkv.cli.command import Command
 from jaxkv.cli.model_options import (
-    INCOMPLETE,
     add_model_arguments,
-    decode_answer,
-    decode_prompt,
     encode,
     load_model,
     nan_message,
@@ -20,6 +17,7 @@ from jaxkv.cli.model_options import (
 from jaxkv.memory import MemoryTracker, Purpose, device_memory
 from jaxkv.serve.generate import Generation, generate
 from jaxkv.show.text import format_bytes
+from jaxkv.show.tokens import TextStream, decode_answer, decode_prompt
 
 _EXAMPLES = """\
 examples:
@@ -29,6 +27,8 @@ examples:
       a continuation of your own prompt
   jaxkv generate --model ./Qwen2.5-0.5B --prompt 'Hello' --context 4k --dtype bfloat16
       a Hugging Face folder (config.json, *.safetensors, tokenizer.json), or a Hub name
+  jaxkv generate --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'Hello'
+      a GGUF file
   jaxkv generate --prompt 'def a' --prompt 'def b' --json
       several prompts at once, the answers and figures as JSON
 
@@ -70,7 +70,6 @@ def _run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
         seed=[options.seed + number for number in range(len(prompts))],
-        stop_tokens=model.config.eos_token_ids,
         max_context_length=options.context,
         codec=options.codec,
         on_tokens=stream,
@@ -106,16 +105,11 @@ class _Stream:
     """Prints a text as its tokens arrive, prompt first, whole characters only."""
 
     def __init__(self, tokenizer: Any, prompt: list[int]):
-        self._tokenizer, self._prompt = tokenizer, prompt
-        self._answer: list[int] = []
-        self._printed = 0
+        self._stream = TextStream(tokenizer, prompt)
         print(decode_prompt(tokenizer, prompt), end="", flush=True)
 
     def __call__(self, number: int, new: list[int]) -> None:
-        self._answer += new
-        text = decode_answer(self._tokenizer, self._prompt, self._answer).rstrip(INCOMPLETE)
-        print(text[self._printed :], end="", flush=True)
-        self._printed = len(text)
+        print(self._stream(new), end="", flush=True)
 
 
 def _figures(result: Generation, tracker: MemoryTracker) -> dict[str, Any]:
@@ -149,7 +143,7 @@ def _summary(result: Generation, figures: dict[str, Any]) -> str:
 
 
 GENERATE = Command(
-    "Continue a prompt with a model from a Hugging Face folder, or with the one that comes along.",
+    "Continue a prompt: a model of a folder or a GGUF file, or the one that comes along.",
     _EXAMPLES,
     _add_arguments,
     _run,

@@ -8,12 +8,18 @@ from typing import NoReturn
 
 from jaxkv import __version__
 from jaxkv.cli.batch import BATCH
+from jaxkv.cli.chat import CHAT
 from jaxkv.cli.command import Command
 from jaxkv.cli.generate import GENERATE
 from jaxkv.cli.plan import PLAN
 from jaxkv.errors import JaxkvError
 
-COMMANDS: dict[str, Command] = {"plan": PLAN, "generate": GENERATE, "batch": BATCH}
+COMMANDS: dict[str, Command] = {
+    "plan": PLAN,
+    "generate": GENERATE,
+    "chat": CHAT,
+    "batch": BATCH,
+}
 
 _EXAMPLES = """\
 examples:

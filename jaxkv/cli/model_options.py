@@ -1,7 +1,7 @@
 """What subcommands that run a model share: which model, how tokens are drawn, its texts."""
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 from jaxkv.cli.command import argument_type
@@ -9,20 +9,23 @@ from jaxkv.codecs import CODECS
 from jaxkv.memory import parse_tokens
 from jaxkv.serve.sampling import Sampling
 
-# What a decoded text ends with while a character's last bytes are still to come.
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
-
-def add_model_arguments(parser: argparse.ArgumentParser, *, temperature: float) -> None:
-    """The model, its cache and its draws, with this temperature unless another is given."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int = 200
+) -> None:
+    """The model, its cache and its draws, with these numbers unless others are given."""
     add = parser.add_argument
-    add("--model", metavar="FOLDER", help="a Hugging Face folder or name (default: jaxkv's own)")
+    add(
+        "--model",
+        metavar="FOLDER",
+        help="a Hugging Face folder or name, or a GGUF file (default: jaxkv's own)",
+    )
     add(
         "--max-new-tokens",
         type=int,
-        default=200,
+        default=max_new_tokens,
         metavar="N",
-        help="most new tokens per prompt (default: 200)",
+        help=f"most new tokens per prompt (default: {max_new_tokens})",
     )
     add(
         "--context",
@@ -37,20 +40,20 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, temperature: float) 
         help="dtype of the weights",
     )
     add("--codec", choices=CODECS, help="codec of the cache (default: the model's dtype)")
-    shown = f"temperature of the draws; 0 takes the most likely (default: {temperature:g})"
-    add("--temperature", type=float, default=temperature, help=shown)
+    own = f"generation_config.json's, else {temperature:g}"
+    shown = f"temperature of the draws; 0 takes the most likely (default: {own})"
+    add("--temperature", type=float, help=shown)
+    parser.set_defaults(own_temperature=temperature)
     add("--top-k", type=int, metavar="K", help="keep the K most likely tokens")
     add(
         "--top-p",
         type=float,
-        default=1.0,
         metavar="P",
         help="keep the most likely tokens that sum to P",
     )
     add(
         "--min-p",
         type=float,
-        default=0.0,
         metavar="P",
         help="keep tokens at least P times as likely as the first",
     )
@@ -70,13 +73,26 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     return model.for_context(options.context) if options.context else model, tokenizer
 
 
+def load_chat(options: argparse.Namespace, tokenizer: Any) -> Any:
+    """The chat template of the model that was named."""
+    from jaxkv import models
+
+    return models.load_chat(options.model, tokenizer)
+
+
 def sampling_of(options: argparse.Namespace) -> Sampling:
-    """How tokens are drawn.
+    """How tokens are drawn: as was said, as the model's files say, or as the command does.
 
     Raises:
       ValueError: naming each value out of range.
     """
-    return Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    names = ("temperature", "top_k", "top_p", "min_p")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    Sampling(**given)  # what is out of range is named before a model is looked for
+    from jaxkv import models
+
+    own = models.load_sampling(options.model) or Sampling(options.own_temperature)
+    return dataclasses.replace(own, **given)
 
 
 def unicode_text(text: str) -> str:
@@ -103,26 +119,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
         return [int(token) for token in text.split()]
     except ValueError:
         raise ValueError(
-            "this model has no tokenizer.json, so --prompt takes token ids such as '1 15043 29892'"
+            "this model has no tokenizer, so --prompt takes token ids such as '1 15043 29892'"
         ) from None
-
-
-def decode_prompt(tokenizer: Any, prompt: Sequence[int]) -> str:
-    """The text of token ids, whole characters only; the ids themselves without a tokenizer."""
-    return _decode(tokenizer, prompt).rstrip(INCOMPLETE)
-
-
-def decode_answer(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """What the tokens of an answer add to the text of its prompt.
-
-    Not the text of these tokens alone, for it may depend on those before: SentencePiece's has no
-    space at its start, and a character may take several tokens.
-    """
-    return _decode(tokenizer, [*prompt, *tokens])[len(decode_prompt(tokenizer, prompt)) :]
-
-
-def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return tokenizer.decode(tokens) if tokenizer else "".join(f" {token}" for token in tokens)
 
 
 def nan_message(num_tokens: int) -> str:

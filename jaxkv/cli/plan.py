@@ -21,7 +21,7 @@ examples:
   jaxkv plan Llama-3-8B --context 32k --batch 8 --device 24GB
       for a device that is not here
   jaxkv plan ./my-model --context 128k --device 80GiB --codec float16 --json
-      for a folder (or file) with a Hugging Face config.json
+      for a folder (or file) with a Hugging Face config.json, or a GGUF file
   jaxkv plan Llama-3-70B --context 32k --batch 64 --device 80GB --tensor 8
       for each of eight devices that share its KV heads
   jaxkv plan Llama-3-8B --context 128k --device 24GB --quality
@@ -39,7 +39,9 @@ _SPLITS = {
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a config.json, a folder that holds one, or a model's name")
+    parser.add_argument(
+        "model", help="a config.json, a folder that holds one, a GGUF file, or a model's name"
+    )
     parser.add_argument(
         "--context", type=argument_type(parse_tokens), default=4096, metavar="TOKENS",
         help="tokens of one sequence, prompt and answer: 4096 or 32k (default: 4096)",

@@ -1,4 +1,4 @@
-"""Flax NNX decoders that generate with a jaxkv cache, and Hugging Face checkpoints for them.
+"""Flax NNX decoders that generate with a jaxkv cache, and checkpoints for them.
 
 >>> import jaxkv
 >>> model, tokenizer = jaxkv.models.load()  # the one that comes along
@@ -9,7 +9,10 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxkv.show.tokens import TextStream
+
 if TYPE_CHECKING:
+    from jaxkv.models.chat import Chat, load_chat, load_sampling
     from jaxkv.models.config import DecoderConfig
     from jaxkv.models.decoder import Decoder
     from jaxkv.models.gpt2 import GPT2, GPT2Config
@@ -19,24 +22,31 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GPT2",
+    "Chat",
     "Decoder",
     "DecoderConfig",
     "GPT2Config",
     "RopeConfig",
+    "TextStream",
     "byte_tokenizer",
     "load",
+    "load_chat",
+    "load_sampling",
     "save",
 ]
 
 # The models need flax; the shapes of caches, which `import jaxkv` brings, do not.
 _HOMES = {
     "GPT2": "gpt2",
+    "Chat": "chat",
     "Decoder": "decoder",
     "DecoderConfig": "config",
     "GPT2Config": "gpt2",
     "RopeConfig": "rope",
     "byte_tokenizer": "tokenizer",
     "load": "loading",
+    "load_chat": "chat",
+    "load_sampling": "chat",
     "save": "loading",
 }
 

@@ -146,8 +146,9 @@ def _tensors_of(file: Path) -> dict[str, StoredTensor]:
 
 
 def _no_weights(folder: Path) -> str:
-    others = sorted(
-        file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".gguf")
-    )
+    names = sorted(file.name for file in folder.iterdir())
+    others = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     found = f" Convert {', '.join(others)} to safetensors first." if others else ""
+    if whole := [name for name in names if name.endswith(".gguf")]:
+        found = f" Give the file itself: {folder / whole[0]}."
     return f"{folder} has no weights: expected {SINGLE_FILE} or {INDEX_FILE}.{found}"

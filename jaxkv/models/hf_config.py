@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxkv.errors import ConfigError
+from jaxkv.gguf import hf_config, is_gguf, read_header
 from jaxkv.models.hf_families import BY_MODEL_TYPE, OTHER_KINDS
 
-# A ``config.json``, the folder that holds it, or its contents.
+# A ``config.json``, the folder that holds it, a GGUF file, or the contents.
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
 # What a multimodal config.json says of its text decoder beside ``text_config``.
@@ -66,9 +67,10 @@ def layer_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
 
 
 def read_hf(source: Source) -> Mapping[str, Any]:
-    """The contents of a ``config.json``: given as such, by its path, or by its folder.
+    """The contents of a ``config.json``: given as such, by its path, its folder, or a GGUF file.
 
     Raises:
+      CheckpointError: a GGUF file that is damaged or not supported.
       ConfigError: no JSON object.
       FileNotFoundError: no such file.
     """
@@ -77,6 +79,8 @@ def read_hf(source: Source) -> Mapping[str, Any]:
     path = os.fspath(source)
     if os.path.isdir(path):
         path = os.path.join(path, "config.json")
+    if is_gguf(path):
+        return hf_config(read_header(path))
     with open(path, encoding="utf-8") as file:
         try:
             contents = json.load(file)

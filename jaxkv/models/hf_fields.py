@@ -9,6 +9,7 @@ from typing import Any
 from jaxkv.errors import CheckpointError, ConfigError
 from jaxkv.models.families import FAMILIES
 from jaxkv.models.hf_config import decoder_fields, text_config
+from jaxkv.models.quantized import method_of, quantized
 
 # Architecture -> model_type.
 _MODEL_TYPES = {name: family.model_type for name, family in FAMILIES.items()} | {
@@ -67,10 +68,9 @@ def hf_decoder(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             f"config.json: architecture {named or own.get('model_type')!r} is not supported; "
             f"known are {', '.join((*_MODEL_TYPES, *_NESTED))}."
         )
-    packed = own.get("quantization_config") or {}
-    can_unpack = FAMILIES[named].quantization if named in FAMILIES else None
-    if packed and (can_unpack is None or packed.get("quant_method") != can_unpack):
-        raise _unsupported(named, "quantization_config", packed)
+    method = method_of(own)
+    if method not in (None, FAMILIES[named].quantization if named in FAMILIES else None):
+        raise CheckpointError(f"config.json: quantization_config: {quantized(method)}")
     return named, text_config(own | {"model_type": _MODEL_TYPES[named]})
 
 
@@ -131,9 +131,18 @@ def write_fields(config: Any, names: Mapping[str, str], architecture: str) -> di
 
 
 def eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens that end a text: a ``config.json`` has none, one or a list."""
+    """The tokens that end a text: a ``config.json`` has none, one or a list.
+
+    Raises:
+      CheckpointError: something else.
+    """
     ends = config.get("eos_token_id")
-    return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+    found = () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+    if not all(isinstance(end, int) and end >= 0 for end in found):
+        raise CheckpointError(
+            f"eos_token_id must be a token id or a list of them, got {ends!r:.60}."
+        )
+    return found
 
 
 def check_positive(config: Any, *fields: str) -> None:

@@ -7,7 +7,11 @@ from pathlib import Path
 from jaxkv.errors import CheckpointError
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
-_WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+_WANTED = [
+    *("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"),
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json"),
+]
 
 
 def local_folder(name: str) -> Path:

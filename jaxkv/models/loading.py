@@ -1,4 +1,4 @@
-"""A Hugging Face folder into a model and its tokenizer, and a model into such a folder."""
+"""A Hugging Face folder or a GGUF file into a model and its tokenizer; a model into a folder."""
 
 import dataclasses
 import json
@@ -15,54 +15,49 @@ import numpy as np
 from flax import nnx
 
 from jaxkv.errors import CheckpointError
-from jaxkv.models.checkpoint import SINGLE_FILE, StoredTensor, read_json, stored_tensors
+from jaxkv.models.checkpoint import SINGLE_FILE, StoredTensor
 from jaxkv.models.config import DecoderConfig
 from jaxkv.models.decoder import Decoder
 from jaxkv.models.gpt2 import GPT2, GPT2Config
-from jaxkv.models.hf_fields import hf_decoder
-from jaxkv.models.hub import local_folder
+from jaxkv.models.hf_fields import eos_token_ids, hf_decoder
 from jaxkv.models.model import Model
-from jaxkv.models.mxfp4 import PackedTensor, with_packed
+from jaxkv.models.source import Source, Tensors, source_of
 from jaxkv.show.progress import progress_bar
 
-Tensors = dict[str, StoredTensor | PackedTensor]
-
-EMBEDDED = Path(__file__).parent / "embedded"
 DTYPES = ("float32", "float16", "bfloat16")
 # Tensors that are no weights of their own: tables that follow from the config.
 _NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 _HEAD = "lm_head.weight"
-# What multimodal models have beside their text decoder, and what stands before its names.
-_NO_TEXT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
-_TEXT = re.compile(r"^language_model\.(?:model\.)?|^model\.language_model\.")
 
 
 def load(
     folder: str | os.PathLike[str] | None = None, *, dtype: Any = "float32"
 ) -> tuple[Model, Any]:
-    """A model and its tokenizer from a folder as Hugging Face writes it.
+    """A model and its tokenizer from a folder as Hugging Face writes it, or from a GGUF file.
 
     Reads ``config.json``, ``model.safetensors`` (or the shards that its index lists) and
-    ``tokenizer.json``. Tensors go to the device one at a time: beside the model, memory holds
-    one tensor. Experts in MXFP4, as gpt-oss is released, are read as floats; of a multimodal
-    Gemma 3 the text decoder.
+    ``tokenizer.json``; of ``generation_config.json`` the tokens that end a text, which come before
+    those of ``config.json``. Tensors go to the device one at a time: beside the model, memory
+    holds one tensor. Experts in MXFP4, as gpt-oss is released, are read as floats; of a multimodal
+    Gemma 3 the text decoder. The numbers of a GGUF file are those that its package ``gguf`` makes.
 
     Args:
-      folder: the folder, or a name such as ``Qwen/Qwen2.5-0.5B`` that is fetched from the
-        Hugging Face Hub. None for the small model that comes with jaxkv: bytes as tokens,
-        trained on Python's standard library.
+      folder: the folder, the GGUF file, or a name such as ``Qwen/Qwen2.5-0.5B`` that is fetched
+        from the Hugging Face Hub. None for the small model that comes with jaxkv: bytes as
+        tokens, trained on Python's standard library.
       dtype: of the weights and of what is computed: ``float32``, ``bfloat16`` or ``float16``.
         The file's own dtype may be another.
 
     Returns:
-      The model, a `Decoder` or a `GPT2`, and a `tokenizers.Tokenizer`, or None where the folder
-      has none.
+      The model, a `Decoder` or a `GPT2`, and a `tokenizers.Tokenizer`, or None where there is
+      none. The model's ``stop_tokens`` end what `jaxkv.generate` and `jaxkv.Engine` write.
 
     Raises:
       CheckpointError: an architecture or feature that is not supported; a file that is missing,
         damaged or not JSON; a tensor that is missing, mis-shaped or unknown. It names it.
-      FileNotFoundError: no such folder.
-      ImportError: a name of the Hub without the package ``huggingface_hub``.
+      FileNotFoundError: no such folder or file.
+      ImportError: a name of the Hub without the package ``huggingface_hub``, or a GGUF file
+        without the package ``gguf``.
       ValueError: another dtype.
 
     >>> model, tokenizer = load()
@@ -73,15 +68,15 @@ def load(
     name = jnp.dtype(dtype).name
     if name not in DTYPES:
         raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {name}.")
-    path = EMBEDDED if folder is None else local_folder(os.fspath(folder))
-    config = _read_config(path)
+    source = source_of(folder)
+    config, path = _read_config(source), source.path
     kind: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
-    tensors = _by_short_name(with_packed(stored_tensors(path)), kind.checkpoint_prefix, path)
+    tensors = source.tensors(kind.checkpoint_prefix)
     if config.tie_word_embeddings and _HEAD in tensors:
         config = _with_its_head(config, tensors, f"{kind.checkpoint_embedding}.weight", path)
     model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=name))
     _fill(model, tensors, path)
-    return model, _read_tokenizer(path / "tokenizer.json")
+    return model, source.tokenizer()
 
 
 def save(model: Model, folder: str | os.PathLike[str]) -> None:
@@ -110,29 +105,15 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_config(folder: Path) -> GPT2Config | DecoderConfig:
-    config = read_json(folder / "config.json")
-    is_gpt2 = hf_decoder(config)[0] == "GPT2LMHeadModel"
-    return GPT2Config.from_hf(config) if is_gpt2 else DecoderConfig.from_hf(config)
-
-
-def _by_short_name(stored: Tensors, prefix: str, folder: Path) -> Tensors:
-    """The tensors of the text decoder, without what stands before their names.
-
-    Files of a model without its head leave the prefix out.
-
-    Raises:
-      CheckpointError: two tensors of one name.
-    """
-    named: Tensors = {}
-    for name, tensor in stored.items():
-        if _NO_TEXT.match(name):
-            continue
-        short = _TEXT.sub("", name).removeprefix(prefix)
-        if short in named:
-            raise CheckpointError(f"{folder}: {named[short].name} and {name} are the same tensor.")
-        named[short] = tensor
-    return named
+def _read_config(source: Source) -> GPT2Config | DecoderConfig:
+    fields = source.config
+    try:
+        is_gpt2 = hf_decoder(fields)[0] == "GPT2LMHeadModel"
+        kind: Any = GPT2Config if is_gpt2 else DecoderConfig
+        config, ends = kind.from_hf(fields), eos_token_ids(source.generation)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path}: {error}") from error
+    return dataclasses.replace(config, eos_token_ids=ends) if ends else config
 
 
 def _with_its_head(config: Any, tensors: Tensors, embedding: str, folder: Path) -> Any:
@@ -201,14 +182,3 @@ def _matched(
             "config.json describes has no place for it."
         )
     return matched
-
-
-def _read_tokenizer(file: Path) -> Any:
-    if not file.exists():
-        return None
-    import tokenizers
-
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{file} is not a tokenizer: {error}") from error

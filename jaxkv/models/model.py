@@ -32,6 +32,11 @@ class Model(nnx.Module):
         return self.config.vocab_size
 
     @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """What ends a text of the model, for `jaxkv.generate` and `jaxkv.Engine`."""
+        return self.config.eos_token_ids
+
+    @property
     def dtype(self) -> jnp.dtype:
         """The dtype of weights and activations; norms, softmax and logits are float32."""
         raise NotImplementedError

@@ -39,7 +39,8 @@ class Engine:
       config: of the cache: ``batch_size`` is how many requests run at once, ``addressing`` a
         `Paged` with ``num_pages``.
       sampling: how tokens are drawn; greedy unless said.
-      stop_tokens: ids that end any request.
+      stop_tokens: ids that end any request; the model's own ``stop_tokens`` if None, which those
+        of `jaxkv.models` have.
       prefill_chunk: tokens of a prompt that a step takes, and pages are found again in multiples of
         it. If None, 128 on a CPU and 256 elsewhere, where a step takes hardly longer for it.
       decode_steps: tokens of an answer between two looks of the host.
@@ -78,7 +79,7 @@ class Engine:
         config: AnyConfig,
         *,
         sampling: Sampling = Sampling(),
-        stop_tokens: Sequence[int] = (),
+        stop_tokens: Sequence[int] | None = None,
         prefill_chunk: int | None = None,
         decode_steps: int = 8,
         token_budget: int | None = None,
@@ -98,7 +99,8 @@ class Engine:
         )
         self.config = config
         self._vocabulary = getattr(model, "vocab_size", None)
-        self._stop_tokens, self._budget = tuple(stop_tokens), token_budget
+        stops = getattr(model, "stop_tokens", ()) if stop_tokens is None else stop_tokens
+        self._stop_tokens, self._budget = tuple(stops), token_budget
         self._chunk, self._decode_steps = prefill_chunk, decode_steps
         self._num_submitted = 0
         self.pages = PageAllocator(

@@ -99,7 +99,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     seed: int | Sequence[int] = 0,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[int] | None = None,
     max_context_length: int | None = None,
     codec: Codec | str | Sequence[Codec | str] | None = None,
     config: AnyConfig | None = None,
@@ -121,7 +121,8 @@ def generate(
       seed: of the draws, an int32: one for all, or one per prompt. A sequence's tokens depend on
         its own seed and prompt, so equal prompts need different seeds to differ. With a `Centred`
         codec they depend on the other prompts too, whose means they share.
-      stop_tokens: ids that end a sequence.
+      stop_tokens: ids that end a sequence; the model's own ``stop_tokens`` if None, which those of
+        `jaxkv.models` have.
       max_context_length: slots per sequence; the next power of two that holds the longest if
         None. Keep it the same over calls to compile once.
       codec: of the cache, one or one per layer, by value or by name; the model's choice if None.
@@ -161,7 +162,8 @@ def generate(
         chunk = _chunk_size(model, checked, config, device, mesh)
     check_count("generate: prefill_chunk", chunk)
     config = _cache_config(model, checked, max_new_tokens, max_context_length, codec, chunk, config)
-    program = Program.of(model, sampling, stop_tokens, on=Spread.of(mesh, axes))
+    stops = getattr(model, "stop_tokens", ()) if stop_tokens is None else stop_tokens
+    program = Program.of(model, sampling, stops, on=Spread.of(mesh, axes))
     state = _start(checked, max_new_tokens, seed)
     chunks = list(_chunks(checked, chunk))
     answers = [_Answer() for _ in checked]

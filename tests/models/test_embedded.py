@@ -8,7 +8,7 @@ import pytest
 import jaxkv
 from benchmarks import corpus
 from jaxkv.models import load
-from jaxkv.models.loading import EMBEDDED
+from jaxkv.models.source import EMBEDDED
 
 
 @pytest.fixture(scope="module")

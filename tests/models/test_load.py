@@ -154,6 +154,36 @@ def test_mxfp4_that_does_not_go_together(tmp_path, changes, words):
     refused(tmp_path, *words)
 
 
+@pytest.mark.parametrize(
+    ("method", "extra", "config"),
+    [
+        (
+            "GPTQ",
+            {"qweight": np.int32, "qzeros": np.int32, "scales": np.float16, "g_idx": np.int32},
+            {},
+        ),
+        ("AWQ or GPTQ", {"qweight": np.int32, "qzeros": np.int32, "scales": np.float16}, {}),
+        ("bitsandbytes", {"weight": np.int8, "SCB": np.float32}, {}),
+        ("bitsandbytes", {"weight": np.uint8, "weight.absmax": np.uint8}, {}),
+        ("fp8 with scales", {"weight": jnp.float8_e4m3fn, "weight_scale_inv": np.float32}, {}),
+        ("compressed-tensors", {"weight_packed": np.int32, "weight_scale": np.float16}, {}),
+        ("compressed-tensors", {}, {"compression_config": {"format": "pack-quantized"}}),
+        ("GPTQ", {}, {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+        ("fp8 with scales", {}, {"quantization_config": {"quant_method": "fp8"}}),
+    ],
+)
+def test_quantized_weights_are_refused_by_name(folder, method, extra, config):
+    """By what config.json says; and by their tensors, where it says nothing."""
+    write_config(folder, **config)
+    tensors = weights("llama")
+    module = "model.layers.1.mlp.up_proj"
+    if extra:
+        del tensors[f"{module}.weight"]
+    tensors |= {f"{module}.{name}": np.zeros((4, 4), dtype) for name, dtype in extra.items()}
+    save_file(tensors, folder / "model.safetensors")
+    refused(folder, f"its weights are quantized ({method}), which is not supported", "GGUF")
+
+
 def test_tokenizer_comes_with_the_folder(folder):
     assert load(folder)[1] is None
     byte_tokenizer().save(str(folder / "tokenizer.json"))
