@@ -184,7 +184,7 @@ def test_a_file_goes_on_bit_for_bit(codec, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     if codec.state(16):
         other, _ = filled(config_of(codec), 4, seed=1)
-        with pytest.raises(jaxkv.SnapshotError, match="saved with other scale"):
+        with pytest.raises(jaxkv.SnapshotError, match="saved with other mean"):
             jaxkv.load(tmp_path / "file", codec=codec, into=other)
 
 
