@@ -50,10 +50,20 @@ class Manifest:
 
     def layout(self) -> Layout:
         """The tensors that such a file has: ``group.sequence.leaf``, and ``sequence.tokens``."""
-        layout = dict(self._vectors())
+        tensors = [*self._vectors()]
         if self.has_tokens:
-            for sequence, length in enumerate(self.lengths):
-                layout[f"{sequence}.tokens"] = Spec("int32", (length,))
+            tensors += [
+                (f"{sequence}.tokens", Spec("int32", (length,)))
+                for sequence, length in enumerate(self.lengths)
+            ]
+        layout = dict(tensors)
+        if len(layout) < len(tensors):
+            names = [name for name, _ in tensors]
+            twice = {name for name in names if names.count(name) > 1}
+            raise SnapshotError(
+                f"Two tensors of the file would be called {', '.join(sorted(twice))}. Give the "
+                "state of the codec or policy another name."
+            )
         return layout
 
     def _vectors(self) -> Iterator[tuple[str, Spec]]:

@@ -184,8 +184,16 @@ def test_a_file_goes_on_bit_for_bit(codec, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     if codec.state(16):
         other, _ = filled(config_of(codec), 4, seed=1)
-        with pytest.raises(jaxkv.SnapshotError, match="saved with other scale"):
+        with pytest.raises(jaxkv.SnapshotError, match="saved with other mean"):
             jaxkv.load(tmp_path / "file", codec=codec, into=other)
+
+
+def test_a_name_that_a_file_has_already_is_refused(tmp_path):
+    numbers = jaxkv.Kept(4, 2, num_layers=2, num_kv_heads=2, sums=("whole",))
+    cache = jaxkv.create(config_of(PowersOfTwo(), addressing=numbers))
+    with pytest.raises(jaxkv.SnapshotError, match=r"called 0\.0\.whole.*another name"):
+        jaxkv.save(cache, tmp_path / "file")
+    assert not list(tmp_path.iterdir())
 
 
 def attend_and_look_up(tokens, cache):
