@@ -69,13 +69,13 @@ class Header:
     places: dict[str, Place]
 
 
-def is_gguf(path: str | os.PathLike) -> bool:
+def is_gguf(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as GGUF files do."""
     with open(path, "rb") as file:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-def read_header(path: str | os.PathLike) -> Header:
+def read_header(path: str | os.PathLike[str]) -> Header:
     """The header of a GGUF file of version 2 or 3.
 
     Raises:

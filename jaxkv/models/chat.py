@@ -61,7 +61,7 @@ class Chat:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def load_chat(folder: str | os.PathLike | None, tokenizer: Any) -> Chat:
+def load_chat(folder: str | os.PathLike[str] | None, tokenizer: Any) -> Chat:
     """The chat template of a checkpoint.
 
     That of ``chat_template.jinja`` or ``tokenizer_config.json``, or of the GGUF file.
@@ -84,7 +84,7 @@ def load_chat(folder: str | os.PathLike | None, tokenizer: Any) -> Chat:
     return Chat(template, tokenizer, source.special_tokens)
 
 
-def load_sampling(folder: str | os.PathLike | None) -> Sampling | None:
+def load_sampling(folder: str | os.PathLike[str] | None) -> Sampling | None:
     """How a checkpoint's ``generation_config.json`` or GGUF metadata says that tokens are drawn.
 
     Args:

@@ -58,7 +58,7 @@ class Source(Protocol):
         """A `tokenizers.Tokenizer`, or None."""
 
 
-def source_of(name: str | os.PathLike | None) -> Source:
+def source_of(name: str | os.PathLike[str] | None) -> Source:
     """The checkpoint of that name, see `jaxkv.models.load`."""
     if name is None:
         return Folder(EMBEDDED)
