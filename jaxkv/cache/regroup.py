@@ -141,6 +141,6 @@ def _with_numbers(cache: KVCache, spread: Spread, sign: int) -> KVCache:
     table, pages = paged.table, cache.config.num_slots // paged.page_size // parts
     rows = np.arange(len(table), dtype=np.int32)[:, None]
     first = rows // (len(table) // parts) * pages
-    table = np.where(table < 0, table, table + np.int32(sign) * first)
+    table = np.where(table < 0, table, table + np.int32(sign) * first)  # type: ignore[assignment]
     index: Any = cache.index
     return dataclasses.replace(cache, index=dataclasses.replace(index, table=table))
