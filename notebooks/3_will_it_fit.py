@@ -14,7 +14,6 @@
 # ---
 
 # %% [markdown]
-# # Bring your own Flax model
 # # Will it fit?
 #
 # A cache can take more memory than the model. jaxkv knows its exact bytes before a device is

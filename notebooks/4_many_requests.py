@@ -14,7 +14,6 @@
 # ---
 
 # %% [markdown]
-# # Bring your own Flax model
 # # Many requests
 #
 # Requests of different lengths come and go. Reserving the longest context for each wastes most

@@ -14,7 +14,6 @@
 # ---
 
 # %% [markdown]
-# # Bring your own Flax model
 # # How much is lost
 #
 # A codec stores a number in fewer bits and loses something. How much, and does the model notice?

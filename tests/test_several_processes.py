@@ -6,25 +6,38 @@ import sys
 
 import pytest
 
-ONE_DEVICE = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_a_cache_over_several_processes_is_written_and_read_outside_jit():
+def run(module, *arguments, processes=2, devices=1):
+    """Start processes that find each other, and wait until each has said that it is right."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    started = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.several_processes", str(port), str(number)],
+            [sys.executable, "-m", module, str(port), str(number), *arguments],
             cwd=pathlib.Path(__file__).parents[1],
-            env=os.environ | ONE_DEVICE,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for number in range(2)
+        for number in range(processes)
     ]
-    outputs = [process.communicate()[0] for process in processes]
-    for number, output in enumerate(outputs):
+    for number, process in enumerate(started):
+        output = process.communicate()[0]
         assert f"right {number}" in output, output[-2000:]
+
+
+def test_a_cache_over_several_processes_is_written_and_read_outside_jit():
+    run("tests.several_processes")
+
+
+@pytest.mark.parametrize(
+    ("axis", "processes", "devices"),
+    [("heads", 2, 1), ("batch", 2, 1), ("context", 2, 4), ("context", 4, 2)],
+)
+def test_a_mesh_over_several_processes_answers_as_one_device(axis, processes, devices):
+    run("tests.mesh_process", str(processes), axis, processes=processes, devices=devices)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from jaxkv.cache.hybrid import AnyCache, check_static_layer
-from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of
+from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of, is_readable
 from jaxkv.cache.shards import books_of
 from jaxkv.devices import is_concrete
 from jaxkv.errors import CacheClosedError, CacheFullError
@@ -98,7 +98,7 @@ def check_alive(cache: AnyCache) -> None:
 def check_here(cache: KVCache) -> None:
     """Refuse a cache of which this process holds a part, where all of it is to be read."""
     leaf = buffer_of(cache)
-    here = isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated
+    here = is_readable(leaf)
     if not here:
         raise ValueError(
             "This cache is spread over several processes, and each holds a part of it. Gather it "

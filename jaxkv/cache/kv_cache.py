@@ -249,6 +249,12 @@ def _books(index: Index) -> tuple[Any, Any, Any]:
     return index.lengths, index.room, index.intact
 
 
+def is_readable(array: Array | np.ndarray) -> bool:
+    """Whether this process has all of an array."""
+    known = not isinstance(array, jax.Array)
+    return known or array.is_fully_addressable or array.is_fully_replicated
+
+
 def _fill(bar: Bar) -> float:
     return bar.used / max(bar.size, 1)
 
@@ -270,4 +276,6 @@ def _lengths(cache: KVCache) -> tuple[np.ndarray | None, str]:
         return None, "shapes alone"
     if isinstance(lengths, jax.Array) and lengths.is_deleted():
         return None, "donated"
+    if not is_readable(lengths):
+        return None, "partly in other processes"
     return np.asarray(jax.device_get(lengths)), ""

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.create import config_of_a_device
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
+from jaxkv.cache.kv_cache import is_readable
 from jaxkv.devices import Device, is_concrete
 from jaxkv.errors import CacheClosedError
 from jaxkv.memory.allocate import allocate, free
@@ -125,6 +126,8 @@ class Session:
         lengths = self._cache.lengths
         if lengths.is_deleted():
             return "unknown: the cache was donated, and session.cache not set to the result"
+        if not is_readable(lengths):
+            return "unknown here: other processes hold some sequences"
         held, each = np.asarray(lengths), self.config.max_context_length
         if held.ndim == 0:
             return f"{int(held):,} of {each:,}"
