@@ -162,7 +162,7 @@ class KVCache:
             first = lengths if newest_from is None else newest_from
             own = newest.index.ring.holding_from(first, lengths)
             newest = dataclasses.replace(newest, index=own)
-        if self.spread is not None and not isinstance(table, jax.core.Tracer):  # as a step has it
+        if self.spread is not None and is_concrete(table):  # as a step has it
             table = jax.device_put(table, self.pages.table.sharding)
         index = self.pages.with_table(table).with_lengths(lengths)
         return dataclasses.replace(self, index=index, newest=newest)

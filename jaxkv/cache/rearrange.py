@@ -14,6 +14,7 @@ from jaxkv.cache.hybrid import SameCache, in_every_group
 from jaxkv.cache.kv_cache import KVCache, buffer_of
 from jaxkv.cache.shards import in_each_shard
 from jaxkv.cache.verbs import where_in_range
+from jaxkv.devices import is_concrete
 from jaxkv.placement import copy_runs, in_host_memory, scatter, take_slots
 from jaxkv.programs import on_device, one_program, promotes_ranks
 
@@ -63,7 +64,7 @@ def _within_devices(cache: KVCache, rows: Int[Array, " rows"]) -> Int[Array, " r
         f"Each of {parts} devices has {each} sequences, in their order, and gives the new batch its"
         " part from them. Choose rows outside jit that stay on their devices, as fork does."
     )
-    if isinstance(rows, jax.core.Tracer):
+    if not is_concrete(rows):
         raise ValueError(
             f"rows of a cache whose batch is split must be known while tracing. {cure}"
         )

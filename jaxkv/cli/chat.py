@@ -14,6 +14,7 @@ from jaxkv.cli.model_options import (
     sampling_of,
     unicode_text,
 )
+from jaxkv.counts import ceil_div
 from jaxkv.serve import Engine, Request
 from jaxkv.show.tokens import TextStream
 
@@ -51,7 +52,7 @@ def _run(options: argparse.Namespace) -> int:
         max_context_length=context,
         batch_size=1,
         codec=options.codec,
-        addressing=Paged(_PAGE_SIZE, -(-context // _PAGE_SIZE)),
+        addressing=Paged(_PAGE_SIZE, ceil_div(context, _PAGE_SIZE)),
     )
     messages = []
     if options.system is not None:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxkv.counts import ceil_div
 from jaxkv.errors import CheckpointError
 
 _MAGIC = b"GGUF"
@@ -106,7 +107,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             if place.name in places:
                 raise CheckpointError(f"{file}: its header has tensor {place.name} twice.")
             places[place.name] = place
-        start = -(-opened.tell() // alignment) * alignment
+        start = ceil_div(opened.tell(), alignment) * alignment
     parts = metadata.get("split.count", 1)
     if parts != 1:
         raise CheckpointError(
