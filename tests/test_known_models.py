@@ -7,6 +7,7 @@ import pytest
 import jaxkv
 from jaxkv.models.hf_config import layer_windows, text_config
 from jaxkv.models.known import KNOWN_MODELS, known_shape
+from jaxkv.models.model import Model
 from jaxkv.models.shape import SameInAllLayers, Shape
 
 
@@ -171,9 +172,7 @@ def test_codecs_that_are_not_one_a_layer():
         jaxkv.cache_config("gpt2", max_context_length=8, codec=[jaxkv.Int8()])
 
 
-@pytest.mark.parametrize(
-    "maker", [jaxkv.cache_config, Shape.cache_config, jaxkv.models.Model.cache_config]
-)
+@pytest.mark.parametrize("maker", [jaxkv.cache_config, Shape.cache_config, Model.cache_config])
 def test_every_maker_takes_all_that_a_model_does_not_decide(maker):
     fields = {field.name for field in dataclasses.fields(jaxkv.KVCacheConfig)}
     named = set(inspect.signature(maker).parameters) - {"self", "model", "fields"}

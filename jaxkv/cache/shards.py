@@ -188,10 +188,7 @@ def books_of(cache: KVCache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @one_program()
 def _books(cache: KVCache) -> Any:
-    assert cache.spread is not None
-    everywhere = NamedSharding(cache.spread.mesh, PartitionSpec())  # other processes' rows too
-    reshard = jax.sharding.reshard if cache.spread.is_explicit else lax.with_sharding_constraint
-    return [reshard(each, everywhere) for each in _own_books(cache)]
+    return everywhere(cache, _own_books(cache))
 
 
 @in_each_shard(("batch",), ("batch",), ("batch",))
@@ -199,6 +196,16 @@ def _own_books(cache: KVCache) -> tuple[Array, Array, Array]:
     shape, index = cache.lengths.shape, cache.index
     room, intact = (jnp.broadcast_to(each, shape) for each in (index.room, index.intact))
     return index.lengths, room, intact
+
+
+def everywhere(cache: Any, arrays: R) -> R:
+    """The arrays, whole on every device where the cache is spread: a process reads no other's."""
+    spread = cache.groups[0].spread
+    if spread is None:
+        return arrays
+    place = jax.sharding.reshard if spread.is_explicit else lax.with_sharding_constraint
+    whole = NamedSharding(spread.mesh, PartitionSpec())
+    return jax.tree.map(lambda array: place(array, whole), arrays)
 
 
 def check_whole(cache: Any, verb: str) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.cache.axes import Spread
 from jaxkv.cache.hybrid import AnyCache
+from jaxkv.cache.shards import everywhere
 from jaxkv.cache.verbs import padded_after
 from jaxkv.counts import ceil_div
 from jaxkv.serve.model_step import Model, ModelStep, Weights
@@ -128,6 +129,7 @@ def _decode(
     shape = (num_steps, len(state.last))
     new = New(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     _, state, cache, new = lax.while_loop(unfinished, one_step, (0, state, cache, new))
+    state, new = everywhere(cache, (state, new))
     return state, cache, new
 
 
