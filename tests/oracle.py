@@ -59,13 +59,18 @@ def update(codec, state, vectors, positions, starts):
 
 
 @functools.partial(jit, static_argnums=0)
-def encode(codec, vectors, state, positions):
+def encode(codec, vectors, state=None, positions=None):
+    if state is None:
+        return codec.encode(vectors)
     return codec.encode_tokens(vectors, state, positions)
 
 
 @functools.partial(jit, static_argnums=(0, 2))
-def decode(codec, leaves, head_dim, state, positions):
-    return codec.decode_tokens(leaves, head_dim, jnp.dtype("float32"), state, positions)
+def decode(codec, leaves, head_dim, state=None, positions=None):
+    wide = jnp.dtype("float32")
+    if state is None:
+        return codec.decode(leaves, head_dim, wide)
+    return codec.decode_tokens(leaves, head_dim, wide, state, positions)
 
 
 class Oracle:

@@ -100,8 +100,7 @@ class Request:
 
         Zero probability times NaN is NaN, so what an empty slot holds must not be read at all.
         """
-        lengths = self.lengths.reshape(self.cache.lengths.shape)
-        both = read_stored(self.cache, self.layer, start, size, lengths)
+        both = read_stored(self.cache, self.layer, start, size, self.lengths)
         keys, values = both.reshape(2, len(self.lengths), *both.shape[-3:])
         if (offsets := self.offsets) is not None:
             values += self.cache.config.codec.rotate_values(offsets.values)

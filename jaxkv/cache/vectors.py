@@ -43,18 +43,19 @@ def read(
     size: int,
     dtype: Any,
     *,
-    lengths: Int[Array, "*batch"] | None = None,
+    lengths: Int[Array, " batch"] | None = None,
     rotated: bool = False,
 ) -> Float[Array, "2 *batch size kv_heads head_dim"]:
     """Decode ``size`` logical slots of one layer, of sequences that have these lengths by now."""
-    codec, lengths = cache.config.codec, cache.lengths if lengths is None else lengths
+    codec, shape = cache.config.codec, cache.lengths.shape
     leaves, head_dim = _leaves(cache, layer, start, size), cache.config.head_dim
     if not cache.codec_state:  # which is all that asks for positions
         return (codec.decode_rotated if rotated else codec.decode)(leaves, head_dim, dtype)
     slots = start + jnp.arange(size, dtype=jnp.int32)
+    lengths = cache.lengths if lengths is None else lengths.reshape(shape)
     positions = cache.index.key_positions(layer, lengths, start, size)
     positions = jnp.where(positions < 0, slots, positions)  # tokens that are not counted yet
-    positions = positions.reshape(*lengths.shape, -1, size).swapaxes(-1, -2)
+    positions = positions.reshape(*shape, -1, size).swapaxes(-1, -2)
     state = state_of(cache, layer)
     return codec.decode_tokens(leaves, head_dim, dtype, state, positions, rotated=rotated)
 
@@ -64,7 +65,7 @@ def read_stored(
     layer: Layer,
     start: Int[Array, ""] | int,
     size: int,
-    lengths: Int[Array, "*batch"],
+    lengths: Int[Array, " batch"],
 ) -> Float[Array, "2 *batch size kv_heads head_dim"]:
     """The same for attention, float32: rotated by the codec, and less their `offsets_of`."""
     wide = jnp.dtype("float32")

@@ -127,7 +127,7 @@ def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
       ValueError: a bad shape of ``num_tokens`` or, outside jit, a negative number (inside jit,
         `check` says so after).
 
-    >>> import jaxkv
+    >>> import jax, jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4, batch_size=2))
     >>> cache = jaxkv.advance(jaxkv.advance(cache, 3), jax.numpy.array([1, 0]))
     >>> cache.lengths.tolist()
@@ -307,7 +307,7 @@ def check(cache: KVCache) -> KVCache:
       ValueError: inside jit a cache was rolled back to tokens that it had lost, or a verb was given
         ``num_tokens``, a length, a layer or a row out of range.
 
-    >>> import jaxkv
+    >>> import jax, jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4))
     >>> full = jax.jit(jaxkv.advance)(jaxkv.check(cache), 9)  # inside jit nothing can be raised
     >>> jaxkv.check(full)  # doctest: +ELLIPSIS
