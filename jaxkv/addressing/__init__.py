@@ -1,6 +1,14 @@
 """Which slot holds which token: one file an addressing, one row in `ADDRESSINGS`."""
 
-from jaxkv.addressing.addressing import Addressing, Index, Layer
+from jaxkv.addressing.addressing import (
+    Addressing,
+    Index,
+    Layer,
+    PageTable,
+    Plain,
+    PlainIndex,
+    RingSlots,
+)
 from jaxkv.addressing.contiguous import Contiguous
 from jaxkv.addressing.kept import Kept, KeptIndex, PolicyState
 from jaxkv.addressing.kept_by_head import KeptByHead
@@ -23,8 +31,12 @@ __all__ = [
     "KeptByHead",
     "KeptIndex",
     "Layer",
+    "PageTable",
     "Paged",
     "PagedIndex",
+    "Plain",
+    "PlainIndex",
     "PolicyState",
     "Ring",
+    "RingSlots",
 ]

@@ -2,24 +2,26 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxkv.addressing.addressing import Layer
+from jaxkv.addressing.addressing import Layer, Plain, PlainIndex
 from jaxkv.addressing.runs import first_slots, read_runs, slots_of_runs
 
 
 @dataclasses.dataclass(frozen=True)
-class Contiguous:
+class Contiguous(Plain):
     """Sequence ``b`` owns slots ``b * max_context_length`` and up; position p is slot p of them.
 
     >>> import jaxkv
     >>> jaxkv.Contiguous().num_slots(max_context_length=1024, batch_size=4)
     4096
     """
+
+    by_position = True
 
     @property
     def name(self) -> str:
@@ -40,19 +42,20 @@ class Contiguous:
     jax.tree_util.register_dataclass, data_fields=["lengths"], meta_fields=["capacity"]
 )
 @dataclasses.dataclass(frozen=True)
-class ContiguousIndex:
+class ContiguousIndex(PlainIndex):
     """The length of each sequence is all there is to know."""
 
     lengths: Int[Array, "*batch"]
     capacity: int
 
-    chunk: ClassVar[None] = None
-    window: ClassVar[None] = None
-    sinks: ClassVar[int] = 0
-    intact: ClassVar[bool] = True
+    by_position = True
 
     @property
     def extent(self) -> int:
+        return self.capacity
+
+    @property
+    def run(self) -> int:
         return self.capacity
 
     @property

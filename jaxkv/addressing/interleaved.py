@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxkv.addressing.addressing import Layer
+from jaxkv.addressing.addressing import Layer, PageTable, PlainIndex
 
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["inner", "rank"], meta_fields=["axis", "size"]
 )
 @dataclasses.dataclass(frozen=True)
-class Interleaved:
+class Interleaved(PlainIndex):
     """Position p of a sequence is position ``p // size`` of the device whose rank is ``p % size``.
 
     So all devices are equally full, whatever a sequence's length.
@@ -32,10 +32,17 @@ class Interleaved:
     axis: str
     size: int
 
-    chunk = None
-    window = None
-    sinks = 0
-    intact = True
+    @property
+    def share(self) -> Self:
+        return self
+
+    @property
+    def run(self) -> int | None:
+        return self.inner.run
+
+    @property
+    def pages(self) -> PageTable | None:
+        return self.inner.pages
 
     @property
     def lengths(self) -> Int[Array, "*batch"]:

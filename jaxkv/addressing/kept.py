@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxkv.addressing.addressing import Index, Layer
+from jaxkv.addressing.addressing import Index, Layer, PageTable, Plain, PlainIndex
 from jaxkv.addressing.contiguous import Contiguous
 from jaxkv.addressing.paged import Paged
 from jaxkv.counts import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class Kept(Plain):
     """Each KV head holds ``tokens`` tokens of its own choice, and ``new`` that came since.
 
     Made by `jaxkv.compress`, or given to a config for a cache that evicts from its first token
@@ -51,14 +51,17 @@ class Kept:
     sums: bool | tuple[str, ...] = False
     within: Contiguous | Paged = Contiguous()
 
+    per_head = True
+
     def __post_init__(self) -> None:
         check_fields(self, "tokens", "new", "num_layers", "num_kv_heads")
-        within, window = self.within, getattr(self.within, "window", None)
+        within = self.within
         if self.sums in (("sums",), ()):  # one policy, one name, one config
             object.__setattr__(self, "sums", bool(self.sums))
         named = isinstance(self.sums, tuple) and all(isinstance(name, str) for name in self.sums)
         sums = named or isinstance(self.sums, bool)
-        if not sums or not isinstance(within, Contiguous | Paged) or window:
+        allowed = isinstance(within, Contiguous | Paged) and within.window is None
+        if not sums or not allowed:
             raise ValueError(
                 f"Kept: sums must be True, False or names and within Contiguous() or Paged() "
                 f"without a window, got {self.sums!r} and {within!r}."
@@ -128,7 +131,7 @@ class PolicyState:
 
 
 @dataclasses.dataclass(frozen=True)
-class KeptIndex(abc.ABC):
+class KeptIndex(PlainIndex, abc.ABC):
     """What the indices of compressed caches share: heads hold tokens of their own choice.
 
     Attributes:
@@ -145,11 +148,7 @@ class KeptIndex(abc.ABC):
     capacity: int
     new: int
 
-    chunk: ClassVar[None] = None
-    window: ClassVar[None] = None
-    sinks: ClassVar[int] = 0
-    intact: ClassVar[bool] = True
-
+    per_head = True
     state: ClassVar[PolicyState | None] = None
 
     @property
@@ -184,6 +183,11 @@ class KeptIndex(abc.ABC):
     @abc.abstractmethod
     def with_runs(self, counts: Int[Array, "layers *batch kv_heads"]) -> Self:
         """The same index, where each head may keep so many tokens."""
+
+    @property
+    @abc.abstractmethod
+    def run_lengths(self) -> Int[Array, "layers *batch kv_heads"] | None:
+        """Tokens that each head may keep, where they differ and stay; None elsewhere."""
 
     @abc.abstractmethod
     def limits(self, layer: Layer) -> Int[Array, "*batch kv_heads"]:
@@ -243,6 +247,14 @@ class KeptEvenlyIndex(KeptIndex):
     state: PolicyState | None = None  # type: ignore[misc]
 
     @property
+    def run(self) -> int | None:
+        return self.within.run
+
+    @property
+    def pages(self) -> PageTable | None:
+        return self.within.pages
+
+    @property
     def extent(self) -> int:
         return self.new + self.positions.shape[-1]
 
@@ -267,6 +279,10 @@ class KeptEvenlyIndex(KeptIndex):
 
     def with_runs(self, counts: Int[Array, "layers *batch kv_heads"]) -> Self:
         return self  # all heads have the same places
+
+    @property
+    def run_lengths(self) -> None:
+        return None
 
     def limits(self, layer: Layer) -> Int[Array, "*batch kv_heads"]:
         return jnp.full(self.positions.shape[1:-1], self.positions.shape[-1], jnp.int32)

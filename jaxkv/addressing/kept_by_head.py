@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxkv.addressing.addressing import Layer
+from jaxkv.addressing.addressing import Layer, Plain
 from jaxkv.addressing.contiguous import Contiguous
 from jaxkv.addressing.kept import KeptIndex
 from jaxkv.addressing.rows import read_rows
@@ -18,7 +18,7 @@ from jaxkv.counts import ceil_div, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
-class KeptByHead:
+class KeptByHead(Plain):
     """As `Kept`, with a number of tokens of its own for each layer, sequence and KV head.
 
     The slots of new tokens come first, ``new`` a sequence. Behind them the ctx and KV head axes
@@ -47,6 +47,8 @@ class KeptByHead:
     new: int
     num_layers: int
     num_kv_heads: int
+
+    per_head = True
 
     def __post_init__(self) -> None:
         check_fields(self, "places", "longest", "new", "num_layers", "num_kv_heads")
@@ -108,6 +110,10 @@ class KeptByHeadIndex(KeptIndex):
         flat = counts.reshape(len(counts), -1)
         firsts = (jnp.cumsum(flat, axis=1) - flat).reshape(counts.shape)
         return dataclasses.replace(self, firsts=firsts.astype(jnp.int32), counts=counts)
+
+    @property
+    def run_lengths(self) -> Int[Array, "layers *batch kv_heads"]:
+        return self.counts
 
     def limits(self, layer: Layer) -> Int[Array, "*batch kv_heads"]:
         return self.counts[layer]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from jaxkv.addressing.addressing import Layer
+from jaxkv.addressing.addressing import Layer, Plain, PlainIndex
 from jaxkv.addressing.rows import read_rows
 from jaxkv.counts import ceil_div, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
-class Paged:
+class Paged(Plain):
     """Each ``page_size`` tokens of a sequence stand in one page of a pool; a table says which.
 
     Kwon et al., "Efficient memory management for LLM serving with PagedAttention" (2023),
@@ -41,6 +41,8 @@ class Paged:
     page_size: int = 16
     num_pages: int | None = None
     window: int | None = None
+
+    by_position = True
 
     def __post_init__(self) -> None:
         check_fields(self, "page_size", optional=("num_pages", "window"))
@@ -78,7 +80,7 @@ class Paged:
     meta_fields=["page_size", "capacity", "shared", "window"],
 )
 @dataclasses.dataclass(frozen=True)
-class PagedIndex:
+class PagedIndex(PlainIndex):
     """Lengths, and the page of the pool that holds each page of each sequence; -1 for none.
 
     ``shared`` says that the pages come from an allocator, and may stand in several rows.
@@ -91,8 +93,15 @@ class PagedIndex:
     shared: bool
     window: int | None = None
 
-    chunk: ClassVar[None] = None
-    sinks: ClassVar[int] = 0
+    by_position = True
+
+    @property
+    def pages(self) -> Self:
+        return self
+
+    @property
+    def run(self) -> int:
+        return self.page_size
 
     @property
     def intact(self) -> Bool[Array, "*batch"] | bool:

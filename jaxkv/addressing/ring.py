@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxkv.addressing.addressing import Layer
+from jaxkv.addressing.addressing import Layer, Plain, PlainIndex
 from jaxkv.addressing.runs import first_slots, read_runs, slots_of_runs
 from jaxkv.counts import ceil_div, check_fields
 
@@ -17,7 +17,7 @@ _TILE, _MULTIPLE = 64, 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
+class Ring(Plain):
     """A query sees the ``window`` newest tokens, itself included, and the ``sinks`` first ones.
 
     Sliding windows as in Mistral 7B (Jiang et al., 2023, section 2), and attention sinks as in
@@ -76,7 +76,7 @@ class Ring:
     meta_fields=["capacity", "window", "sinks", "chunk"],
 )
 @dataclasses.dataclass(frozen=True)
-class RingIndex:
+class RingIndex(PlainIndex):
     """Lengths, and the position from which on the ring holds tokens after a rollback.
 
     The slots of tokens that were taken back hold nothing: what they held before is lost.
@@ -90,6 +90,10 @@ class RingIndex:
     chunk: int
 
     @property
+    def ring(self) -> Self:
+        return self
+
+    @property
     def ring_slots(self) -> int:
         """Beside those of the sinks, if the context is longer."""
         return self.window - 1 + self.chunk
@@ -99,9 +103,8 @@ class RingIndex:
         return min(self.sinks + self.ring_slots, self.capacity)
 
     @property
-    def written(self) -> Int[Array, "*batch"]:
-        """For its file: tokens from ``ring_slots`` before this position on are held."""
-        return jnp.maximum(self.lengths, self.first + self.ring_slots)
+    def run(self) -> int:
+        return self.extent
 
     @property
     def room(self) -> int:
@@ -118,7 +121,9 @@ class RingIndex:
         return jnp.maximum(self.first, end - self.ring_slots)
 
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
-        first = jnp.minimum(self.first_position(self.lengths), lengths)
+        return self.holding_from(jnp.minimum(self.first_position(self.lengths), lengths), lengths)
+
+    def holding_from(self, first: Int[Array, "*batch"], lengths: Int[Array, "*batch"]) -> Self:
         return dataclasses.replace(self, lengths=lengths, first=first)
 
     def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:

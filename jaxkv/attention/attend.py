@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxkv.addressing.interleaved import Interleaved
 from jaxkv.attention.blockwise import KEY_BLOCK, blockwise, blockwise_part
 from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request, request_of
 from jaxkv.attention.cudnn.attend import cannot_serve as cudnn_cannot_serve
@@ -199,9 +198,7 @@ def _serve(
     options: dict[str, Any] = {"softcap": softcap, "window": window, "sinks": sinks}
     turn = not chosen.turns
     request = request_of(cache, queries, layer, num_tokens, scale=scale, turn=turn, **options)
-    output = (
-        _merged(request, chosen) if isinstance(cache.index, Interleaved) else chosen.run(request)
-    )
+    output = chosen.run(request) if cache.index.share is None else _merged(request, chosen)
     if turn:
         output = cache.config.codec.unrotate(output)
     return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
@@ -209,9 +206,9 @@ def _serve(
 
 def _merged(request: Request, chosen: Implementation) -> Grouped:
     """Over all devices that have a share of the context."""
-    share = request.cache.index
+    share = request.cache.index.share
     assert chosen.part is not None
-    assert isinstance(share, Interleaved)
+    assert share is not None
     if request.sinks is not None:  # once
         sinks = jnp.where(share.rank == 0, request.sinks, LOWEST)
         request = dataclasses.replace(request, sinks=sinks)
@@ -321,7 +318,7 @@ def _cannot_serve(
         return "the newest tokens are in a cache of their own"
     if reason := IMPLEMENTATIONS[name].cannot_serve(cache, tokens, platform):
         return reason
-    if isinstance(cache.index, Interleaved) and IMPLEMENTATIONS[name].part is None:
+    if cache.index.share is not None and IMPLEMENTATIONS[name].part is None:
         return "it gives no parts to merge, and the context is on several devices"
     if softcap is not None and not IMPLEMENTATIONS[name].caps:
         return "it has no softcap"

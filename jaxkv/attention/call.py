@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxkv.attention.masks import visible
 from jaxkv.cache.checks import check_layer
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens
-from jaxkv.cache.newest import NewestIndex
 from jaxkv.cache.vectors import offsets_of, read_stored
 from jaxkv.cache.verbs import token_positions
 from jaxkv.codecs import Offsets
@@ -126,8 +125,8 @@ class Request:
     ) -> Bool[Array, "batch #kv_heads tokens slots"]:
         """Which of these tokens each query reads from the cache of `Newest` ones."""
         assert self.newest is not None
-        index = self.newest.cache.index
-        assert isinstance(index, NewestIndex)
+        index = self.newest.cache.index.ring
+        assert index is not None
         first = index.first_position(self.lengths.reshape(index.lengths.shape)).reshape(-1)
         near = visible(self.positions[:, None], positions, index.window)
         return near & (positions >= first[:, None, None])[:, :, None]

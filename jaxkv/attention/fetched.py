@@ -3,8 +3,6 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxkv.addressing import PagedIndex
-from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.attention.call import request_of
 from jaxkv.attention.older import chosen_blocks, first_on_device
 from jaxkv.attention.streamed import cannot_serve
@@ -49,7 +47,7 @@ def fetched_blocks(
     check_whole(cache, "fetched_blocks")
     if reason := cannot_serve(cache, queries.shape[-3]):
         raise ValueError(f"fetched_blocks: {reason}.")
-    if not isinstance(cache.index, ContiguousIndex | PagedIndex):
+    if not cache.index.by_position:
         raise ValueError(
             f"fetched_blocks: blocks of this {cache.config.addressing.name} cache are not of "
             "positions; all that a query may see are fetched."

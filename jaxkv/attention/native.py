@@ -10,20 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxkv.addressing import Index, PagedIndex
-from jaxkv.addressing.contiguous import ContiguousIndex
-from jaxkv.addressing.interleaved import Interleaved, whole
-from jaxkv.addressing.kept import KeptEvenlyIndex, KeptIndex
-from jaxkv.addressing.ring import RingIndex
+from jaxkv.addressing import Index
 from jaxkv.attention.blockwise import blockwise_part
 from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request
 from jaxkv.cache.kv_cache import KVCache, buffer_of
-from jaxkv.cache.newest import NewestIndex
 from jaxkv.codecs import Codec
 from jaxkv.devices import num_devices_of
 from jaxkv.native import unavailable
 
-_INDICES = (ContiguousIndex, PagedIndex, RingIndex, KeptEvenlyIndex, NewestIndex, Interleaved)
 _LANES = 16
 _COUNTS = (2, 4, 8, 16)  # of the levels of packed codes
 _INT8 = tuple(range(-128, 128))
@@ -39,7 +33,7 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
     floats = keys == values and (keys.dtype or keys.scaled_dtype)
     if not floats and not (_bits(keys) and _bits(values)):
         return f"it cannot read {config.codec.name}"
-    if type(cache.index) not in _INDICES:  # a number of tokens for each head is another layout
+    if cache.index.run is None:
         return f"it cannot read {config.addressing.name} caches"
     if config.head_dim % _LANES:
         return f"head_dim {config.head_dim} is not a multiple of {_LANES}"
@@ -135,8 +129,8 @@ def _hidden_from(request: Request) -> Int[Array, " batch"]:
     """Tokens from this position on are read from the cache of newest ones."""
     if request.newest is None:
         return request.lengths
-    index = request.newest.cache.index
-    assert isinstance(index, NewestIndex)
+    index = request.newest.cache.index.ring
+    assert index is not None
     first = index.first_position(request.lengths.reshape(index.lengths.shape)).reshape(-1)
     return jnp.maximum(first, request.positions[:, 0] + 1 - index.window)
 
@@ -178,16 +172,14 @@ def _leaves(cache: KVCache, side: int) -> tuple[Array, Array]:
 
 def _pages(index: Index) -> tuple[Int[Array, "*batch pages"], int]:
     """The page table and the size of a page; an empty one where a sequence's slots are a run."""
-    place = index.within if isinstance(index, KeptIndex) else whole(index)
-    if isinstance(place, PagedIndex):
-        return place.table, place.page_size
-    return jnp.zeros(0, jnp.int32), index.extent
+    table = jnp.zeros(0, jnp.int32) if index.pages is None else index.pages.table
+    return table, index.run or 0
 
 
 def _key_positions(request: Request, hidden_from: Int[Array, " batch"]) -> Int[Array, " positions"]:
     """What each logical slot holds; empty where slot p holds position p, if that is written."""
     index = request.cache.index
-    if isinstance(index, ContiguousIndex | PagedIndex):
+    if index.by_position:
         return jnp.zeros(0, jnp.int32)
     positions = request.key_positions(0, index.extent)
     return jnp.where(positions < hidden_from[:, None, None], positions, -1).reshape(-1)

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import KeptIndex
-from jaxkv.addressing.ring import RingIndex
+from jaxkv.addressing import RingSlots
 from jaxkv.attention.call import Request
 from jaxkv.placement import HostMemory
 
@@ -75,13 +74,13 @@ def turns_of(request: Request, end: Int[Array, " batch"]) -> Turns:
     if chosen is not None:
         stop = jnp.minimum(-(-end.max() // size), chosen.shape[1])
         return Turns(zero, stop, lambda turn: chosen[:, turn])
-    if isinstance(index, KeptIndex):  # whose tokens stand in no order
+    if not index.by_position and index.ring is None:  # its tokens stand in no order
         return Turns(zero, jnp.int32(count), lambda turn: turn[None])
     oldest = _oldest_seen(request)
-    if isinstance(index, RingIndex) and request.cache.resident is not None:
-        return _round_the_ring(index, size, jnp.clip(oldest, index.sinks, end), end)
+    if index.ring is not None and request.cache.resident is not None:
+        return _round_the_ring(index.ring, size, jnp.clip(oldest, index.sinks, end), end)
     stop = jnp.minimum(-(-end.max() // size), count)
-    first = zero if isinstance(index, RingIndex) else jnp.minimum(oldest.min() // size, stop)
+    first = jnp.minimum(oldest.min() // size, stop) if index.by_position else zero
     return Turns(first, stop, lambda turn: turn[None])
 
 
@@ -96,7 +95,7 @@ def _oldest_seen(request: Request) -> Int[Array, " batch"]:
 
 
 def _round_the_ring(
-    index: RingIndex, size: int, oldest: Int[Array, " batch"], end: Int[Array, " batch"]
+    index: RingSlots, size: int, oldest: Int[Array, " batch"], end: Int[Array, " batch"]
 ) -> Turns:
     """From the slot of each sequence's oldest token on, to that of the one before ``end``."""
     lowest = index.sinks // size

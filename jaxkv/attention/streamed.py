@@ -18,14 +18,14 @@ from jaxkv.attention.online import Online
 from jaxkv.cache.host import on_the_device
 from jaxkv.cache.kv_cache import KVCache, Layer, buffer_of
 from jaxkv.codecs import Leaves
-from jaxkv.placement import in_host_memory, read_slots, run_of
+from jaxkv.placement import in_host_memory, read_slots
 
 
 def cannot_serve(cache: KVCache, tokens: int) -> str | None:
     """Why this call is not for streaming, or None."""
     if not is_streamed(cache):
         return "the cache is on the device"
-    if run_of(cache.index) is None:
+    if cache.index.run is None:
         return f"it cannot fetch from {cache.config.addressing.name} caches; prefetch this one"
     return None
 

@@ -132,10 +132,10 @@ class Spread:
             fields["batch_size"] = config.batch_size // batch
         if context > 1:
             _check_context(config)
-            unit = context * getattr(config.addressing, "page_size", 1)
+            unit = context * (config.addressing.page_size or 1)
             _check_divides("max_context_length", config.max_context_length, unit, self.axes.context)
             fields["max_context_length"] = config.max_context_length // context
-        pages = getattr(config.addressing, "num_pages", None)
+        pages = config.addressing.num_pages
         if pages is not None and batch * context > 1:
             _check_divides("num_pages", pages, batch * context, "batch or context")
             addressing: Any = config.addressing
@@ -154,7 +154,7 @@ def _check_divides(field: str, value: int, parts: int, axis: str | None) -> None
 def _check_context(config: KVCacheConfig) -> None:
     """Refuse what is not split by context: what forgets tokens, or keeps some twice."""
     whole: dict[str, Any] = {
-        "a window": getattr(config.addressing, "window", None),
+        "a window": config.addressing.window,
         "HostMemory": config.placement,
         "newest tokens": config.newest,
     }
@@ -164,7 +164,7 @@ def _check_context(config: KVCacheConfig) -> None:
                 f"axes: a cache with {what} is not split by context. Leave context out of its "
                 "axes; batch and heads split it."
             )
-    if config.addressing.name not in ("contiguous", "paged"):
+    if not config.addressing.by_position:
         raise ConfigError(
             f"axes: a {config.addressing.name} cache is not split by context. Leave context out "
             "of its axes; batch and heads split it."

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from jaxkv.addressing import KeptIndex
 from jaxkv.cache.hybrid import AnyCache, check_static_layer
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of
 from jaxkv.cache.shards import books_of
@@ -132,7 +131,7 @@ def check_room(cache: KVCache, num_tokens: NumTokens) -> None:
         cure = "create one with a larger max_context_length"
         if most < cache.index.capacity:
             cure = "assign it more pages"
-            if isinstance(cache.index, KeptIndex):
+            if cache.index.per_head:
                 cure = "make room with jaxkv.evict, or compress with a larger new"
         raise CacheFullError(
             f"KV cache full: {sequence}holds {held} of {most} tokens, and "

@@ -177,7 +177,7 @@ class KVCacheConfig:
         """The config of the cache of `Newest` tokens, which holds no more than a query sees."""
         if self.newest is None:
             return None
-        tokens = min(self.newest.tokens, getattr(self.addressing, "window", None) or 1 << 31)
+        tokens = min(self.newest.tokens, self.addressing.window or 1 << 31)
         codec = self.newest.codec_beside(self.codec)
         slots = NewestSlots(tokens)
         return self.replace(codec=codec, addressing=slots, placement=None, newest=None)
@@ -195,13 +195,12 @@ class KVCacheConfig:
         if not self.in_host_memory or self._shared:
             return 0
         assert self.placement is not None
-        sinks = getattr(self.addressing, "sinks", 0)
-        each = min(self.placement.resident + sinks, self.max_context_length)
+        each = min(self.placement.resident + self.addressing.sinks, self.max_context_length)
         return min(each * (self.batch_size or 1), self.num_slots)
 
     @property
     def _shared(self) -> bool:
-        return getattr(self.addressing, "num_pages", None) is not None
+        return self.addressing.num_pages is not None
 
     @property
     def host_bytes(self) -> int:
@@ -254,5 +253,5 @@ class KVCacheConfig:
         return (
             f"{batch}{self.max_context_length} tokens x {self.num_layers} layers x "
             f"{self.num_kv_heads} KV heads x {self.head_dim}, {self.codec_name}"
-            f"{'' if isinstance(self.addressing, Contiguous) else f', {self.addressing.name}'}"
+            f"{'' if self.addressing == Contiguous() else f', {self.addressing.name}'}"
         )

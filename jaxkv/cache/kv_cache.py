@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from jaxkv.addressing import Index, Layer, PagedIndex
+from jaxkv.addressing import Index, Layer, PageTable
 from jaxkv.cache.axes import Spread
 from jaxkv.cache.config import KVCacheConfig
-from jaxkv.cache.newest import NewestIndex
 from jaxkv.codecs import Leaves, State
 from jaxkv.devices import is_concrete
 from jaxkv.placement import Resident
@@ -115,6 +114,11 @@ class KVCache:
         newest = 0 if self.newest is None else self.newest.size_bytes
         return sum(leaf.nbytes for leaf in jax.tree.leaves(held)) + newest
 
+    @property
+    def pages(self) -> PageTable | None:
+        """The page table of a cache whose pages hold tokens, all their heads; None for none."""
+        return None if self.index.per_head else self.index.pages
+
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> "KVCache":
         """The same buffers with other lengths: for those who write verbs."""
         resident = self.resident
@@ -147,20 +151,20 @@ class KVCache:
         >>> int(cache.with_pages(jnp.array([3, 1]), jnp.array(20)).lengths)
         20
         """
-        if not isinstance(self.index, PagedIndex):
+        if self.pages is None:
             raise TypeError(
                 f"with_pages: expected a paged cache, got a {self.config.addressing.name} one. "
                 "Create it with addressing=jaxkv.Paged(page_size, num_pages)."
             )
         newest = self.newest
         if newest is not None:
-            assert isinstance(newest.index, NewestIndex)
+            assert newest.index.ring is not None
             first = lengths if newest_from is None else newest_from
-            own = newest.index.holding_from(first, lengths)
+            own = newest.index.ring.holding_from(first, lengths)
             newest = dataclasses.replace(newest, index=own)
         if self.spread is not None and not isinstance(table, jax.core.Tracer):  # as a step has it
-            table = jax.device_put(table, self.index.table.sharding)
-        index = self.index.with_table(table).with_lengths(lengths)
+            table = jax.device_put(table, self.pages.table.sharding)
+        index = self.pages.with_table(table).with_lengths(lengths)
         return dataclasses.replace(self, index=index, newest=newest)
 
     def with_codec_state(self, state: State) -> "KVCache":

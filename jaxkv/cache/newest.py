@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import Layer
+from jaxkv.addressing import Layer, Plain, PlainIndex
 from jaxkv.addressing.runs import first_slots, read_runs, slots_of_runs
 from jaxkv.codecs import Codec, Dense
 from jaxkv.counts import check_fields
@@ -66,7 +66,7 @@ class Newest:
 
 
 @dataclasses.dataclass(frozen=True)
-class NewestSlots:
+class NewestSlots(Plain):
     """The addressing of `Newest`: a ring of ``tokens`` slots per sequence.
 
     Unlike `Ring` it takes any number of tokens at once, of which it holds the last, and any
@@ -97,7 +97,7 @@ class NewestSlots:
     meta_fields=["capacity", "window"],
 )
 @dataclasses.dataclass(frozen=True)
-class NewestIndex:
+class NewestIndex(PlainIndex):
     """Lengths, and where what is held begins after a rollback.
 
     Position p is in slot ``p % window``, as long as it is among the ``window`` newest.
@@ -108,9 +108,17 @@ class NewestIndex:
     capacity: int
     window: int
 
-    chunk: ClassVar[None] = None
-    sinks: ClassVar[int] = 0
-    intact: ClassVar[bool] = True
+    @property
+    def ring(self) -> Self:
+        return self
+
+    @property
+    def ring_slots(self) -> int:
+        return self.window
+
+    @property
+    def run(self) -> int:
+        return self.extent
 
     @property
     def extent(self) -> int:
@@ -141,7 +149,10 @@ class NewestIndex:
         newest = jnp.where(kept, positions, -1).max(axis=-1, keepdims=True)
         kept &= positions > newest - self.window
         first = first_slots(self.lengths.shape, self.extent)
-        return jnp.where(kept, first + positions % self.window, -1)
+        return jnp.where(kept, first + self.logical_slots(positions), -1)
+
+    def logical_slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
+        return positions % self.window
 
     def key_positions(
         self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import PagedIndex
 from jaxkv.cache.checks import check_alive, check_rows, rows_exist
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import SameCache, in_every_group
@@ -142,7 +141,7 @@ def copy_pages(
             "copy_pages: a page is one of a pool, and this cache has a pool for each group. Copy "
             "in each of cache.groups, and put them back with cache.with_groups."
         )
-    if not isinstance(cache.index, PagedIndex):
+    if cache.pages is None:
         raise TypeError(
             f"copy_pages needs a paged cache, got a {cache.config.addressing.name} one. Create it "
             "with addressing=jaxkv.Paged(page_size)."
@@ -176,7 +175,7 @@ def copied(
 
 def page_size_of(cache: KVCache) -> int:
     """Slots of a page, or of a sequence where it has no pages."""
-    return cache.index.page_size if isinstance(cache.index, PagedIndex) else cache.index.extent
+    return cache.index.extent if cache.pages is None else cache.pages.page_size
 
 
 @promotes_ranks

@@ -77,7 +77,7 @@ def _spread(cache: KVCache, spread: Spread) -> KVCache:
     config, copies = cache.config, spread.copies(cache.config)
     spread.local(config)  # or an error that says what cannot be split
     _check_pages(config, spread)
-    if getattr(cache.index, "shared", False) and spread.size("batch") > 1:
+    if cache.index.pages is not None and cache.index.pages.shared and spread.size("batch") > 1:
         raise ConfigError(
             "spread: the pages of a shared pool are of no device. Give each part of the batch a "
             "pool of its own with jaxkv.create, or split it by heads alone."
@@ -126,7 +126,7 @@ def _dealt(leaf: np.ndarray, config: KVCacheConfig, spread: Spread) -> np.ndarra
 
 
 def _check_pages(config: KVCacheConfig, spread: Spread) -> None:
-    if getattr(config.addressing, "page_size", None) and spread.size("context") > 1:
+    if config.addressing.page_size is not None and spread.size("context") > 1:
         raise ConfigError(
             "the pages of a cache that is split by context hold other tokens than pages of one "
             "device. Gather a contiguous one, or go on where it is."
@@ -135,11 +135,10 @@ def _check_pages(config: KVCacheConfig, spread: Spread) -> None:
 
 def _with_numbers(cache: KVCache, spread: Spread, sign: int) -> KVCache:
     """Pages, which each device counts from 0, counted over all devices; or the other way round."""
-    table, parts = getattr(cache.index, "table", None), spread.size("batch")
-    if table is None or parts == 1:
+    paged, parts = cache.pages, spread.size("batch")
+    if paged is None or parts == 1:
         return cache
-    config = cache.config
-    pages = config.num_slots // config.addressing.page_size // parts  # type: ignore[attr-defined]
+    table, pages = paged.table, cache.config.num_slots // paged.page_size // parts
     rows = np.arange(len(table), dtype=np.int32)[:, None]
     first = rows // (len(table) // parts) * pages
     table = np.where(table < 0, table, table + np.int32(sign) * first)

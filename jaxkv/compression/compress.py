@@ -13,9 +13,7 @@ from jaxkv.addressing import (
     Contiguous,
     Kept,
     KeptByHead,
-    KeptIndex,
     Paged,
-    PagedIndex,
 )
 from jaxkv.cache.checks import check_alive
 from jaxkv.cache.hybrid import AnyCache, HybridCache, HybridConfig
@@ -101,7 +99,7 @@ def compress(
     parts: list[Part] = []
     for number, group in enumerate(cache.groups):
         layers = np.asarray(cache.config.layers_of(number))
-        if _has_window(group.config.addressing) and len(cache.groups) > 1:
+        if group.config.addressing.window is not None and len(cache.groups) > 1:
             parts.append((layers, group))
             continue
         own_policy = policy if callable(policy) else of_layers(policy, layers)
@@ -109,10 +107,6 @@ def compress(
         own_queries = None if queries is None else of_layers(queries, layers)
         parts += _compressed(group, layers, own_policy, own_keep, own_queries, options)
     return _joined(parts)
-
-
-def _has_window(addressing: Addressing) -> bool:
-    return getattr(addressing, "window", None) is not None
 
 
 # Numbers of layers, and a cache of them.
@@ -124,9 +118,9 @@ def _compressed(
 ) -> list[Part]:
     """A smaller cache for each number of tokens to keep."""
     config, new = cache.config, options["new"]
-    if _has_window(config.addressing):
+    if config.addressing.window is not None:
         raise TypeError(
-            f"compress: queries see the {config.addressing.window} newest tokens of this "  # type: ignore[attr-defined]
+            f"compress: queries see the {config.addressing.window} newest tokens of this "
             f"{config.addressing.name} cache alone, so there is nothing to choose from. "
             "Create the cache with addressing=jaxkv.Contiguous() to choose among all tokens."
         )
@@ -188,16 +182,15 @@ def _joined(parts: list[Part]) -> AnyCache:
 
 def _like(addressing: Addressing, in_pool: bool) -> Contiguous | Paged:
     """Where a compressed cache has its slots: pages for a paged one, of its own or of the pool."""
-    within = addressing.within if isinstance(addressing, Kept) else addressing
-    if not isinstance(within, Paged):
+    if addressing.page_size is None:
         return Contiguous()
-    return Paged(within.page_size, within.num_pages if in_pool else None)
+    return Paged(addressing.page_size, addressing.num_pages if in_pool else None)
 
 
 def _checked_pages(cache: KVCache, pages: Array, slots: int) -> Int[Array, "*batch pages"]:
     """Pages of the cache's pool for ``slots`` slots per sequence, none of them its own."""
-    index = cache.index.within if isinstance(cache.index, KeptIndex) else cache.index
-    if not isinstance(index, PagedIndex) or not index.shared:
+    index = cache.index.pages
+    if index is None or not index.shared:
         raise ValueError(
             f"compress: pages are of a shared pool, and this cache is {cache.config.addressing}. "
             "Leave pages= out, and the result has slots of its own."

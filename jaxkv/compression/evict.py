@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def evict(
     check_alive(cache)
     groups = []
     for number, group in enumerate(cache.groups):
-        if isinstance(group.index, KeptIndex) or len(cache.groups) == 1:
+        if group.index.per_head or len(cache.groups) == 1:
             layers = np.asarray(cache.config.layers_of(number))
             own = None if queries is None else of_layers(queries, layers)
             group = _evict(group, policy, tokens, own, sinks, recent, after)
@@ -153,12 +153,12 @@ def _evict(
 
 
 def _index_of(cache: KVCache) -> KeptIndex:
-    if not isinstance(cache.index, KeptIndex):
+    if not cache.index.per_head:
         raise TypeError(
             f"evict needs a cache of jaxkv.compress, or one with addressing=jaxkv.Kept(...); this "
             f"one is {cache.config.addressing.name}."
         )
-    return cache.index
+    return cast(KeptIndex, cache.index)
 
 
 def _observed(cache: KVCache, policy: StatefulPolicy, queries: LayerQueries | None) -> KeptIndex:

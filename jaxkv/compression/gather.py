@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import Kept, KeptByHead, KeptIndex, PagedIndex, PolicyState
+from jaxkv.addressing import Kept, KeptByHead, KeptIndex, PolicyState
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Leaves
@@ -129,9 +129,9 @@ def gathered(
             for name, leaf in cache.storage.items()
         }
     else:
-        assert isinstance(index.within, PagedIndex)
+        assert index.pages is not None
         assert pages is not None
-        index = dataclasses.replace(index, within=index.within.with_table(pages))
+        index = dataclasses.replace(index, within=index.pages.with_table(pages))
         storage = pool
 
     def choose(scores: Array, positions: Array, limit: Array) -> tuple[Array, Array]:

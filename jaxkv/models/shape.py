@@ -1,6 +1,5 @@
 """From what a model is to the cache that fits it, layers with windows in rings."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict, Unpack
 
@@ -130,12 +129,12 @@ class Shape(NamedTuple):
 
 
 def _windowed(addressing: Addressing, window: int, chunk: int, rows: int) -> Addressing:
-    if not isinstance(addressing, Paged) or addressing.num_pages is None:
+    if addressing.per_head or addressing.num_pages is None or addressing.page_size is None:
         return Ring(window, chunk=chunk)
     # What all rows hold at once, and as much again for the ends of prompts that may come back.
     held = rows * (ceil_div(window + chunk, addressing.page_size) + 1)
     num_pages = min(addressing.num_pages, 2 * held)
-    return dataclasses.replace(addressing, num_pages=num_pages, window=window)
+    return Paged(addressing.page_size, num_pages, window)
 
 
 def wide_at_the_ends(

@@ -14,7 +14,6 @@ from jaxkv.placement.slots import (
     copy_runs,
     needed_run,
     read_slots,
-    run_of,
     take_slots,
     write_slots,
 )
@@ -28,7 +27,6 @@ __all__ = [
     "in_host_memory",
     "needed_run",
     "read_slots",
-    "run_of",
     "scatter",
     "scatter_tokens",
     "take_slots",

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
-from jaxkv.addressing import Addressing, Contiguous, Kept, KeptByHead, Paged
+from jaxkv.addressing import Addressing
 from jaxkv.counts import ceil_div, check_fields
 
 # Memory that a device can copy from and to by itself comes first.
@@ -59,15 +59,14 @@ class HostMemory:
 
     def reason_against(self, addressing: Addressing) -> str | None:
         """Why a cache of this addressing cannot be created so, or None."""
-        if isinstance(addressing, Kept | KeptByHead):
+        if addressing.per_head:
             return (
                 "a compressed cache cannot have a placement in host memory, for its newest tokens "
                 "stand in no ring; create it without one and jaxkv.offload the result, got "
                 f"{addressing!r}"
             )
-        own_pages = isinstance(addressing, Paged) and addressing.num_pages is None
-        by_position = isinstance(addressing, Contiguous) or own_pages
-        if self.blocks_per_query is None or by_position:
+        stay = addressing.by_position and addressing.num_pages is None
+        if self.blocks_per_query is None or stay:
             return None
         return (
             "blocks_per_query needs blocks that stay what they are, of a contiguous cache or of "

@@ -53,7 +53,7 @@ class Resident:
             lowest, highest = (jnp.zeros(shape, jnp.float32) for _ in range(2))
             bounds = Bounds(lowest=lowest, highest=highest, block=config.placement.block)
         first = jnp.zeros(config.batch_shape, jnp.int32)
-        sinks = getattr(config.addressing, "sinks", 0)
+        sinks = config.addressing.sinks
         window = max(config.num_resident_slots // batch - sinks, 1)
         return cls(storage, first, bounds, window, sinks, context)
 

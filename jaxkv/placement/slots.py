@@ -8,10 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import Index, Layer, PagedIndex
-from jaxkv.addressing.contiguous import ContiguousIndex
-from jaxkv.addressing.kept_by_head import KeptByHeadIndex
-from jaxkv.addressing.ring import RingIndex
+from jaxkv.addressing import Index, Layer, PageTable
 from jaxkv.addressing.runs import first_slots, place
 from jaxkv.devices import is_concrete
 from jaxkv.placement.host_memory import in_host_memory, to_device, to_host
@@ -20,29 +17,17 @@ from jaxkv.placement.host_memory import in_host_memory, to_device, to_host
 _PIECES_AT_ONCE = 8
 
 
-def run_of(index: Index) -> int | None:
-    """Slots that stand next to each other, from each multiple of their number on.
-
-    A page, or all that a sequence owns. None for an index that has no such runs.
-    """
-    within = getattr(index, "within", index)
-    if isinstance(index, KeptByHeadIndex):
-        return None
-    if isinstance(within, PagedIndex):
-        return within.page_size
-    return within.extent if isinstance(within, ContiguousIndex | RingIndex) else None
-
-
 def needed_run(index: Index) -> int:
-    """`run_of` an index whose buffers are in host memory.
+    """`Index.run` of one whose buffers are in host memory.
 
     Raises:
       ValueError: it has no runs.
     """
-    if (run := run_of(index)) is None:
+    if (run := index.run) is None:
         raise ValueError(
-            "This cache with a number of tokens for each head is in host memory, where its tokens "
-            "stand in no order to be read or written in. Bring it back with jaxkv.prefetch first."
+            "The slots of this cache in host memory stand in no runs that could be read or written "
+            "(those of a cache with a number of tokens for each head do not). Bring it back with "
+            "jaxkv.prefetch first."
         )
     return run
 
@@ -101,18 +86,18 @@ def read_slots(
     """
     if not in_host_memory(leaf):
         return index.read(leaf, layer, start, size)
-    run, within = needed_run(index), getattr(index, "within", index)
-    if isinstance(within, PagedIndex):
-        fits = size % within.page_size == 0 or within.page_size % size == 0
+    run = needed_run(index)
+    if index.pages is not None:
+        fits = size % run == 0 or run % size == 0
         read = _pages if whole_pages and fits else _parts_of_pages
-        return read(within, leaf, layer, start, size)
+        return read(index.pages, leaf, layer, start, size)
     if jnp.ndim(start) == 0:
         return to_device(index.read(leaf, layer, start, size))
     return _joined(leaf, layer, first_slots(index.lengths.shape, run) + start, size)
 
 
 def _pages(
-    index: PagedIndex, leaf: Array, layer: Layer, start: Int[Array, "..."] | int, size: int
+    index: PageTable, leaf: Array, layer: Layer, start: Int[Array, "..."] | int, size: int
 ) -> Array:
     piece = min(size, index.page_size)
     logical = start + piece * jnp.arange(size // piece, dtype=jnp.int32)
@@ -120,7 +105,7 @@ def _pages(
 
 
 def _parts_of_pages(
-    index: PagedIndex, leaf: Array, layer: Layer, start: Int[Array, "..."] | int, size: int
+    index: PageTable, leaf: Array, layer: Layer, start: Int[Array, "..."] | int, size: int
 ) -> Array:
     """From anywhere on: all pages that are touched, and of these what was asked for."""
     page_size = index.page_size
@@ -158,30 +143,32 @@ def write_slots(
 ) -> Array:
     """Each sequence's new tokens, in one layer of a leaf in host memory.
 
-    Run by run, as far as tokens stand next to each other: a piece is read, what is new in it is
-    put in, and it is written back. For a scatter into host memory crashes XLA (openxla/xla
+    As far as tokens stand next to each other in a run: a piece is read, what is new in it is put
+    in, and it is written back. For a scatter into host memory crashes XLA (openxla/xla
     34565), and a slice update clamps.
 
     Args:
       new: ``[sides, batch, tokens, ...]``.
-      slots: the ctx slot of each token, -1 for none. Neighbours within a run of ``run`` slots.
+      slots: the ctx slot of each token, -1 for none.
     """
     batch, tokens = slots.shape
     size = min(tokens, run)
     sizes = (1, leaf.shape[1], size, *leaf.shape[3:])
 
     def one_piece(row: Array | int, token: Array | int, leaf: Array) -> tuple[Array, Array]:
-        """From a token on; with the number of the first one that is not in the same run."""
+        """From a token on; with the number of the first one that is not in the slot after."""
         slot = jnp.maximum(slots[row, token], 0)
         end = (slot // run + 1) * run
         start = jnp.minimum(slot, end - size)
         places = start + jnp.arange(size, dtype=jnp.int32)
         numbers = jnp.clip(token + places - slot, 0, tokens - 1)
-        is_new = (slots[row, numbers] == places).reshape(-1, *(1 for _ in leaf.shape[3:]))
+        is_new = slots[row, numbers] == places
+        in_order = jnp.cumprod(is_new | (places < slot), dtype=jnp.int32).sum()
         begin = place(layer, 0, start, *(0 for _ in leaf.shape[3:]))
         old = to_device(lax.dynamic_slice(leaf, begin, sizes))
+        is_new = is_new.reshape(-1, *(1 for _ in leaf.shape[3:]))
         piece = jnp.where(is_new, new[:, row, numbers][None], old)
-        following = jnp.where(slots[row, token] < 0, token + 1, token + end - slot)
+        following = jnp.maximum(token + 1, token + start + in_order - slot)
         return following, lax.dynamic_update_slice(leaf, to_host(piece), begin)
 
     def one_sequence(row: Array | int, leaf: Array) -> Array:

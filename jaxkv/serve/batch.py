@@ -264,7 +264,8 @@ class Batch:
         """The page tables of these rows, a table a group; rows that rest have no pages."""
         tables = []
         for number, group in enumerate(self._session.cache.groups):
-            table = np.full((len(rows), steps.paged_index(group).table.shape[-1]), -1, np.int32)
+            assert group.pages is not None, "check_config saw it"
+            table = np.full((len(rows), group.pages.table.shape[-1]), -1, np.int32)
             for row, request in zip(table, rows, strict=True):
                 if request is not None:
                     pages = self.pages.table(request.number, number)

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from jaxkv.addressing import Paged
 from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.counts import check_count
 from jaxkv.errors import CacheFullError, ConfigError
@@ -18,7 +17,7 @@ def check_config(
     groups = [
         Group(paged.num_pages, paged.window)
         for paged in addressings
-        if isinstance(paged, Paged) and paged.num_pages is not None
+        if paged.num_pages is not None and not paged.per_head
     ]
     if len(groups) < len(addressings) or config.batch_size is None:
         raise ConfigError(
@@ -32,7 +31,7 @@ def check_config(
             "Engine: its pool must be on the device, got placement in host memory. swap_space "
             "keeps pages of waiting requests there."
         )
-    sizes = {paged.page_size for paged in addressings if isinstance(paged, Paged)}
+    sizes = {paged.page_size for paged in addressings if paged.page_size is not None}
     if len(sizes) > 1:
         raise ConfigError(f"Engine: all groups need the same page_size, got {sorted(sizes)}.")
     for name, number, least in (

@@ -231,8 +231,7 @@ def _chunk_size(
     platform = platform_at(device) if mesh is None else mesh.devices.flat[0].platform
     size = best_chunk(longest, len(prompts), platform)
     if config is not None:
-        kept = (getattr(group.addressing, "chunk", size) for group in config.groups)
-        return min(size, *kept)
+        return min(size, *(group.addressing.chunk or size for group in config.groups))
     windows = getattr(getattr(model, "config", None), "windows", None) or (None,)
     seen = min(window or size for window in windows)
     return min(size, max(seen, _MOST_BESIDE_A_WINDOW))

@@ -15,7 +15,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import PagedIndex
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.rearrange import copied, select, slots_of_pages
@@ -160,12 +159,6 @@ def without_codec_state(cache: AnyCache) -> AnyCache:
         return dataclasses.replace(group, codec_state=state, newest=newest)
 
     return cache.with_groups([unset(group) for group in cache.groups])
-
-
-def paged_index(group: KVCache) -> PagedIndex:
-    """The index of a group of an engine's cache, which `check_config` saw to be paged."""
-    assert isinstance(group.index, PagedIndex)
-    return group.index
 
 
 def pools_of(cache: AnyCache) -> tuple[KVCache, ...]:

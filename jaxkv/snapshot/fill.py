@@ -12,14 +12,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import Index, KeptIndex
-from jaxkv.addressing.ring import RingIndex
+from jaxkv.addressing import Index
 from jaxkv.cache.host import bounds_of, on_the_device
 from jaxkv.cache.kv_cache import KVCache
-from jaxkv.cache.newest import NewestIndex
 from jaxkv.codecs import Leaves
 from jaxkv.errors import CacheFullError, SnapshotError
-from jaxkv.placement import in_host_memory, run_of, scatter, write_slots
+from jaxkv.placement import in_host_memory, scatter, write_slots
 from jaxkv.snapshot.group import Group
 from jaxkv.snapshot.kept_fill import KeptFill
 from jaxkv.snapshot.manifest import Manifest
@@ -40,9 +38,10 @@ class Fill:
         cache: KVCache,
         rows: Sequence[int],
         tensors: dict[str, np.ndarray],
+        first: np.ndarray | None = None,
     ):
         self._cache = cache
-        self._index = _index(cache.index, group, lengths, rows)
+        self._index = _index(cache.index, group, lengths, rows, first)
         places = places_of(self._index)
         room = np.broadcast_to(self._index.room, self._index.lengths.shape).reshape(-1)
         self._state = state_of_file(file, cache, tensors)
@@ -80,7 +79,7 @@ class Fill:
                 portions = {
                     name: _portion(storage[name], leaves[name], part, at_once) for name in leaves
                 }
-                storage = _put(storage, targets, portions, run_of(self._index))
+                storage = _put(storage, targets, portions, self._index.run)
         return KVCache(storage, self._index, config, self._state)
 
 
@@ -115,24 +114,33 @@ def _portion(leaf: Array, stored: np.ndarray, found: np.ndarray, size: int) -> A
     return jax.device_put(portion, leaf.sharding)
 
 
-def _index(index: Index, group: Group, lengths: Sequence[int], rows: Sequence[int]) -> Index:
-    """The index of a cache whose ``rows`` are as long, and as far written, as they were."""
+def _index(
+    index: Index,
+    group: Group,
+    lengths: Sequence[int],
+    rows: Sequence[int],
+    first: np.ndarray | None,
+) -> Index:
+    """The index of a cache whose ``rows`` are as long, and as far written, as they were.
+
+    Args:
+      first: the positions from which on a ring held tokens; None for those that a ring of this
+        size had not written over yet.
+    """
 
     def with_rows(old: Array, values: Any) -> Array:
         new = np.array(old).reshape(-1)
         new[list(rows)] = values
         return jax.device_put(new.reshape(old.shape), old.sharding)
 
-    if isinstance(index, NewestIndex):
-        first = with_rows(index.first, np.subtract(lengths, group.held))
-        return index.holding_from(first, with_rows(index.lengths, lengths))
     for values in (0, lengths):
         index = index.with_lengths(with_rows(index.lengths, values))
-    if isinstance(index, RingIndex):
-        lost = np.maximum(np.subtract(group.written, index.ring_slots), 0)
-        first = with_rows(index.first, np.minimum(lost, lengths))
-        index = dataclasses.replace(index, first=first)
-    return index
+    if index.ring is None:
+        return index
+    if first is None:
+        first = np.clip(np.subtract(group.written, index.ring.ring_slots), 0, lengths)
+    all_first = with_rows(index.ring.first_position(index.lengths), first)
+    return index.ring.holding_from(all_first, index.lengths)
 
 
 def _holds(stored: np.ndarray, found: np.ndarray, positions: np.ndarray) -> bool:
@@ -159,10 +167,9 @@ class Fills(NamedTuple):
         if self.resident is None or self.cache.resident is None:
             return filled
         tokens = self.resident()
-        assert isinstance(tokens.index, RingIndex)
-        resident = dataclasses.replace(
-            self.cache.resident, storage=tokens.storage, first=tokens.index.first
-        )
+        assert tokens.index.ring is not None
+        first = tokens.index.ring.first_position(tokens.lengths)
+        resident = dataclasses.replace(self.cache.resident, storage=tokens.storage, first=first)
         if resident.bounds is not None:
             bounds = bounds_of(filled, resident.bounds, jnp.array(self.rows, jnp.int32))
             resident = dataclasses.replace(resident, bounds=bounds)
@@ -179,12 +186,14 @@ def fills_of(
 ) -> Fills:
     """The fills of one group of layers, which have checked everything once they are made."""
     group, own = saved.groups[number], named(tensors, f"{number}.")
-    kind = KeptFill if isinstance(cache.index, KeptIndex) else Fill
+    kind = KeptFill if cache.index.per_head else Fill
     fill = kind(file, group, saved.lengths, cache, rows, own)
     newest = resident = None
     if group.of_newest is not None and cache.newest is not None:
-        of_newest = named(own, "newest.")
-        newest = Fill(file, group.of_newest, saved.lengths, cache.newest, rows, of_newest)
+        of_newest, first = named(own, "newest."), np.subtract(saved.lengths, group.of_newest.held)
+        newest = Fill(
+            file, group.of_newest, saved.lengths, cache.newest, rows, of_newest, first=first
+        )
     if cache.resident is not None:
         resident = Fill(file, group, saved.lengths, on_the_device(cache), rows, own)
     return Fills(fill, newest, resident, cache, rows)

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator
 
-from jaxkv.addressing import Kept, KeptByHead
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.codecs import leaf_specs
 from jaxkv.snapshot.container import Spec
@@ -36,7 +35,7 @@ class Group:
     @property
     def is_compressed(self) -> bool:
         """Whether heads keep tokens of their own."""
-        return isinstance(self.config.addressing, Kept | KeptByHead)
+        return self.config.addressing.per_head
 
     def layout(self, lengths: tuple[int, ...]) -> Iterator[tuple[str, Spec]]:
         """The tensors of each sequence, ``sequence.leaf``, and ``newest.`` those of the newest."""

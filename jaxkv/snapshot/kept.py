@@ -8,6 +8,7 @@ and sums over slots are the same to the bit.
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxkv.addressing import KeptIndex
-from jaxkv.addressing.kept_by_head import KeptByHeadIndex
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import leaf_specs
 from jaxkv.compression.scoring import held_positions, map_layers
@@ -47,8 +47,8 @@ class KeptSource:
         positions = positions_of_heads(cache)
         in_kept = np.arange(1, index.extent - index.new + 1)
         num_kept = (in_kept * (positions[..., index.new :] >= 0)).max(axis=-1)
-        if isinstance(index, KeptByHeadIndex):  # whose runs have their lengths for good
-            num_kept = np.asarray(index.counts).reshape(num_kept.shape)
+        if index.run_lengths is not None:
+            num_kept = np.asarray(index.run_lengths).reshape(num_kept.shape)
         num_new = np.asarray(index.within.lengths).reshape(-1)
         return cls(cache, positions, used_slots(index, num_new[:, None], num_kept))
 
@@ -149,5 +149,5 @@ def _by_sequence(array: Array) -> BySlot:
 
 
 def index_of(cache: KVCache) -> KeptIndex:
-    assert isinstance(cache.index, KeptIndex)
-    return cache.index
+    assert cache.index.per_head
+    return cast(KeptIndex, cache.index)

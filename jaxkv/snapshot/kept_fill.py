@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxkv.addressing import KeptIndex, PolicyState
-from jaxkv.addressing.kept_by_head import KeptByHeadIndex
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Leaves
 from jaxkv.compression.gather import write_heads
@@ -68,7 +67,7 @@ class KeptFill:
             ("new tokens of one sequence", num_new.max(), index.new),
             ("kept tokens of one head", num_kept.max(), index.extent - index.new),
         ]
-        if isinstance(index, KeptByHeadIndex):
+        if index.run_lengths is not None:
             if self._rows != list(range(config.batch_size or 1)):
                 raise SnapshotError(
                     f"{file} has a number of tokens for each head: it is loaded whole, not by rows."
@@ -98,8 +97,8 @@ class KeptFill:
         kept = positions[..., index.new :]
         kept = kept.reshape(len(kept), *index.lengths.shape, *kept.shape[2:])
         runs = None
-        if isinstance(index, KeptByHeadIndex):
-            runs = merged(index.counts, num_kept, axis=1)
+        if index.run_lengths is not None:
+            runs = merged(index.run_lengths, num_kept, axis=1)
         if index.state is not None:
             since = merged(index.state.since, [int(each["since"]) for each in self._sequences])
             tokens = {

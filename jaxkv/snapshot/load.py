@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxkv.addressing import Addressing, Kept, KeptByHead
+from jaxkv.addressing import Addressing
 from jaxkv.cache.create import create
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.cache.newest import Newest
@@ -207,7 +207,7 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
 def _check_compressed(file: Path, saved: Manifest, config: AnyConfig) -> None:
     """Chosen tokens of each head go to a cache of such, and others to others."""
     for group, wanted in zip(saved.groups, config.groups, strict=True):
-        if group.is_compressed != isinstance(wanted.addressing, Kept | KeptByHead):
+        if group.is_compressed != wanted.addressing.per_head:
             raise SnapshotError(
                 f"{file} was saved {'after' if group.is_compressed else 'before'} jaxkv.compress, "
                 f"with {group.config.addressing.name} addressing, and cannot be loaded with "

@@ -67,7 +67,10 @@ def named(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
 
 def written_of(index: Index) -> np.ndarray:
     """How far each sequence was ever written, ``[sequences]``: a ring has lost what was there."""
-    return np.asarray(getattr(index, "written", index.lengths)).reshape(-1)
+    lengths = index.lengths
+    if index.ring is not None:
+        lengths = jnp.maximum(lengths, index.ring.first_position(lengths) + index.ring.ring_slots)
+    return np.asarray(lengths).reshape(-1)
 
 
 def _rows(array: Array) -> np.ndarray:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from jaxkv.addressing import PagedIndex
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.rearrange import select
@@ -120,9 +119,9 @@ def load_prefix(
 def _check_pool(groups: tuple[KVCache, ...], pages: PageAllocator) -> None:
     pools = [group.pool.num_pages for group in pages.groups]
     sizes = [
-        group.config.num_slots // group.index.page_size
+        group.config.num_slots // group.pages.page_size
         for group in groups
-        if isinstance(group.index, PagedIndex) and group.index.shared
+        if group.pages is not None and group.pages.shared
     ]
     if sizes != pools or len(sizes) != len(groups):
         raise TypeError(
@@ -136,7 +135,7 @@ def _check_pool(groups: tuple[KVCache, ...], pages: PageAllocator) -> None:
 def _row(group: KVCache, table: Int[np.ndarray, " pages"]) -> KVCache:
     """One sequence of a pool, empty, with these pages."""
     row = select(group, [0])
-    assert isinstance(row.index, PagedIndex)
-    padded = np.full(row.index.table.shape, -1, np.int32)
+    assert row.pages is not None
+    padded = np.full(row.pages.table.shape, -1, np.int32)
     padded[0, : len(table)] = table
     return row.with_pages(jnp.asarray(padded), row.lengths)

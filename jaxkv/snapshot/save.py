@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import KeptIndex
 from jaxkv.cache.checks import check_here
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
@@ -115,7 +114,7 @@ def token_ids(tokens: Tokens, batch_size: int | None, lengths: Sequence[int]) ->
 
 def _sources_of(cache: KVCache) -> tuple["KeptSource | _Source", "_Source | None"]:
     """A cache and, where it has one, that of its newest tokens."""
-    own = KeptSource.of(cache) if isinstance(cache.index, KeptIndex) else _Source.of(cache)
+    own = KeptSource.of(cache) if cache.index.per_head else _Source.of(cache)
     return own, None if cache.newest is None else _Source.of(cache.newest)
 
 

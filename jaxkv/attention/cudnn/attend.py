@@ -21,9 +21,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxkv.addressing import PagedIndex
-from jaxkv.addressing.contiguous import ContiguousIndex
-from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.blockwise import unturned_blockwise
 from jaxkv.attention.call import Grouped, Request
 from jaxkv.attention.cudnn.slots import number_type, piece_size, pieces_of, tokens_at
@@ -83,7 +80,7 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
     config = cache.config
     if "float32" in (side.dtype for side in config.codec.sides):
         return "it multiplies numbers of 16 bits, and this cache keeps float32"
-    if type(cache.index) not in (ContiguousIndex, PagedIndex, RingIndex):
+    if cache.index.per_head or cache.index.share is not None:
         return f"it cannot read {config.addressing.name} caches"
     if config.head_dim % 8 or config.head_dim > _MOST_HEAD_DIM:
         return f"head_dim is {config.head_dim}, and it takes multiples of 8 up to {_MOST_HEAD_DIM}"
@@ -157,8 +154,8 @@ def _window(cache: KVCache, asked: int | None) -> int | None:
     """Newest tokens that a query sees; None if that is all there can be."""
     index = cache.index
     windows = [window for window in (asked, index.window) if window is not None]
-    if isinstance(index, RingIndex):  # whose slots are not in the order of positions
-        return min(*windows, index.capacity)
+    if not index.by_position:
+        return min([*windows, index.capacity])
     return min(windows) if windows and min(windows) < index.capacity else None
 
 
@@ -178,11 +175,10 @@ def _end(request: Request) -> Int[Array, " batch"]:
 
 def _first_held(request: Request) -> Int[Array, " batch"] | int:
     """The first position that was not written over."""
-    index = request.cache.index
-    if not isinstance(index, RingIndex):
+    ring = request.cache.index.ring
+    if ring is None:
         return 0
-    written = jnp.maximum(index.written.reshape(-1), request.lengths)
-    return jnp.maximum(written - index.ring_slots, 0)
+    return ring.first_position(request.lengths.reshape(ring.lengths.shape)).reshape(-1)
 
 
 def _queries(request: Request) -> Queries:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxkv.addressing import Index, PagedIndex
+from jaxkv.addressing import Index
 from jaxkv.addressing.rows import read_rows
 from jaxkv.cache.kv_cache import KVCache, Layer
 from jaxkv.cache.vectors import state_of
@@ -104,13 +104,13 @@ def _decoded(
 
 def _table(index: Index, batch: int, size: int) -> Int[Array, "batch runs"]:
     """The piece of the ctx axis that each ``size`` slots of a sequence stand in."""
-    if not isinstance(index, PagedIndex):
+    if index.pages is None:
         return jnp.arange(batch * index.extent // size, dtype=jnp.int32).reshape(batch, -1)
-    per_page = index.page_size // size
-    pages = jnp.maximum(index.table.reshape(batch, -1, 1), 0)
+    per_page = index.pages.page_size // size
+    pages = jnp.maximum(index.pages.table.reshape(batch, -1, 1), 0)
     return (pages * per_page + jnp.arange(per_page, dtype=jnp.int32)).reshape(batch, -1)
 
 
 def _power_of_two(index: Index) -> int:
-    run = index.page_size if isinstance(index, PagedIndex) else index.extent
+    run = index.run or 1
     return min(run & -run, _LARGEST)

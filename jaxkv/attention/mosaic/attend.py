@@ -14,9 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxkv.addressing.contiguous import ContiguousIndex
-from jaxkv.addressing.paged import PagedIndex
-from jaxkv.addressing.ring import RingIndex
+from jaxkv.addressing import RingSlots
 from jaxkv.attention.blockwise import unturned_blockwise
 from jaxkv.attention.call import Grouped, Request
 from jaxkv.attention.mosaic.plan import TILE, plan
@@ -64,11 +62,11 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
         return f"scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
     if config.num_slots < TILE:
         return f"it reads {TILE} slots at once, and the cache has {config.num_slots}"
-    if isinstance(index, PagedIndex):
-        if index.page_size % TILE and (TILE % index.page_size or index.page_size < 8):
-            return f"page_size {index.page_size} is not 8, 16, 32 or a multiple of {TILE}"
-    elif not isinstance(index, ContiguousIndex | RingIndex):
+    if index.run is None or not (index.by_position or index.ring):
         return f"it cannot read {config.addressing.name} caches"
+    if index.pages is not None:
+        if index.run % TILE and (TILE % index.run or index.run < 8):
+            return f"page_size {index.run} is not 8, 16, 32 or a multiple of {TILE}"
     elif index.extent % 8:
         return f"each sequence has {index.extent} slots, which is not a multiple of 8"
     return None
@@ -150,8 +148,8 @@ def _decode(request: Request, interpret: object) -> Grouped:
 def visible_slots(request: Request) -> tuple[Slots, Slots, Slots, Slots]:
     """The first slot that is seen and the one after the last; and of a gap between, likewise."""
     index, position = request.cache.index, request.positions[:, 0]
-    if isinstance(index, RingIndex):
-        return _visible_slots_of_a_ring(request, index)
+    if index.ring is not None:
+        return _visible_slots_of_a_ring(request, index.ring)
     # Slot p holds position p.
     last = jnp.minimum(position + 1, index.capacity)
     windows = [window for window in (request.window, index.window) if window is not None]
@@ -160,7 +158,7 @@ def visible_slots(request: Request) -> tuple[Slots, Slots, Slots, Slots]:
 
 
 def _visible_slots_of_a_ring(
-    request: Request, index: RingIndex
+    request: Request, index: RingSlots
 ) -> tuple[Slots, Slots, Slots, Slots]:
     """The gap is between sinks and oldest token or, once it has turned, newest and oldest."""
     position, sinks, ring = request.positions[:, 0], index.sinks, index.ring_slots
@@ -183,9 +181,9 @@ def _visible_slots_of_a_ring(
 
 def _page_table(cache: KVCache) -> Array:
     """``[batch, pages]``; anything where there is none."""
-    if not isinstance(cache.index, PagedIndex):
+    if cache.index.pages is None:
         return jnp.zeros((1, 1), jnp.int32)
-    return cache.index.table.reshape(cache.config.batch_size or 1, -1)
+    return cache.index.pages.table.reshape(cache.config.batch_size or 1, -1)
 
 
 def _added(request: Request, rows: int) -> tuple[Float[Array, "batch kv_heads slots rows"], ...]:
@@ -195,7 +193,7 @@ def _added(request: Request, rows: int) -> tuple[Float[Array, "batch kv_heads sl
         return ()
     queries = request.offset_queries[:, :, 0]
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - queries.shape[2]), (0, 0)))
-    if isinstance(index, RingIndex):
+    if not index.by_position:
         positions = request.key_positions(0, index.extent)
     else:  # behind a barrier, or XLA would compute the table while it compiles
         slots = jnp.arange(index.extent, dtype=jnp.int32)

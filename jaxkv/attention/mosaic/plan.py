@@ -5,8 +5,6 @@ import math
 
 import jax.numpy as jnp
 
-from jaxkv.addressing.paged import PagedIndex
-from jaxkv.addressing.ring import RingIndex
 from jaxkv.attention.call import Request
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.devices import local_gpu
@@ -57,13 +55,12 @@ class Plan:
 def plan(request: Request, rows: int) -> Plan:
     """For this call, with so many queries a KV head, high parts and low parts."""
     cache, index = request.cache, request.cache.index
-    pages = index if isinstance(index, PagedIndex) else None
     splits, stages = parts(cache, rows)
     return Plan(
-        page_size=index.extent if pages is None else pages.page_size,
-        paged=pages is not None,
-        holes=pages is not None and pages.shared,
-        gap=isinstance(index, RingIndex),
+        page_size=index.run or index.extent,
+        paged=index.pages is not None,
+        holes=index.pages is not None and index.pages.shared,
+        gap=index.ring is not None,
         splits=splits,
         stages=stages,
         softcap=request.softcap,
