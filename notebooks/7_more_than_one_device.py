@@ -70,7 +70,7 @@ def spread_over(**sizes):
 
 
 figure, plots = plt.subplots(1, len(SPLITS), figsize=(12, 3), sharey=True)
-for plot, (name, sizes) in zip(plots, SPLITS.items()):
+for plot, (name, sizes) in zip(plots, SPLITS.items(), strict=True):
     cache = jaxkv.create(CONFIG, **spread_over(**sizes))
     owner = np.zeros((8, 8))  # of the first tokens of each sequence, or of each of its heads
     for shard in cache.storage["data"].addressable_shards:

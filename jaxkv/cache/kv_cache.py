@@ -251,8 +251,9 @@ def _books(index: Index) -> tuple[Any, Any, Any]:
 
 def is_readable(array: Array | np.ndarray) -> bool:
     """Whether this process has all of an array."""
-    known = not isinstance(array, jax.Array)
-    return known or array.is_fully_addressable or array.is_fully_replicated
+    if not isinstance(array, jax.Array):
+        return True
+    return bool(array.is_fully_addressable or array.is_fully_replicated)
 
 
 def _fill(bar: Bar) -> float:
