@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
 import jaxkv
@@ -243,3 +244,40 @@ def test_what_works_on_one_device_says_so():
     config = many.config.replace(batch_size=6)
     with pytest.raises(jaxkv.ConfigError, match="batch_size must be a multiple of 8"):
         jaxkv.create(config, mesh=many.spread.mesh, axes=jaxkv.Axes(batch="heads"))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+def test_a_model_is_split_as_its_cache_is(axis_type):
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
+    place = {"mesh": mesh, "axes": jaxkv.Axes(batch="data", heads="tensor")}
+    whole, tokenizer = jaxkv.models.load()
+    model, _ = jaxkv.models.load(**place)
+    for param, same in zip(
+        *(jax.tree.leaves(nnx.state(each)) for each in (model, whole)), strict=True
+    ):
+        share = param.sharding.shard_shape(param.shape)
+        assert math.prod(share) * (2 if param.ndim == 2 else 1) == same.size, share
+    prompts = [tokenizer.encode(text).ids for text in ("def area(width", "class Stack:\n")]
+    run = functools.partial(jaxkv.generate, prompts=prompts, max_new_tokens=24)
+    assert run(model, **place).tokens == run(whole).tokens
+
+
+def test_a_decode_step_of_a_split_model_sums_twice_per_layer():
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
+    place = {"mesh": mesh, "axes": jaxkv.Axes(heads="tensor")}
+    model, _ = jaxkv.models.load(**place)
+    config = model.cache_config(max_context_length=256, batch_size=2)
+    graph, state = nnx.split(model)
+
+    def decode(cache, state, tokens):
+        logits, cache = nnx.merge(graph, state)(tokens, cache)
+        return cache, logits
+
+    tokens = jnp.zeros((2, 1), jnp.int32)
+    run = jax.jit(decode, donate_argnums=0)
+    text = run.lower(jaxkv.create(config, **place), state, tokens).compile().as_text()
+    hidden = model.config.hidden_size
+    sums = [results for results in COLLECTIVE.findall(text) if f"[2,1,{hidden}]" in results]
+    assert len(sums) <= 2 * model.config.num_layers + 1  # and one of embeddings
+    kv_bytes = config.size_bytes // 4
+    assert collective_bytes(text) < kv_bytes / 4

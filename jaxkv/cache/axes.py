@@ -79,6 +79,11 @@ class Spread:
         return self.mesh.local_devices[0]
 
     @property
+    def automatic(self) -> "Spread":
+        """The same with axes for XLA to reckon with: a model's products name no shardings."""
+        return Spread(Mesh(self.mesh.devices, self.mesh.axis_names), self.axes)
+
+    @property
     def is_explicit(self) -> bool:
         return AxisType.Explicit in self.mesh.axis_types
 

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from jaxkv.cache.axes import Axes, Spread
 from jaxkv.errors import CheckpointError
 from jaxkv.models.checkpoint import SINGLE_FILE, StoredTensor
 from jaxkv.models.config import DecoderConfig
@@ -21,6 +23,7 @@ from jaxkv.models.decoder import Decoder
 from jaxkv.models.gpt2 import GPT2, GPT2Config
 from jaxkv.models.hf_fields import eos_token_ids, hf_decoder
 from jaxkv.models.model import Model
+from jaxkv.models.sharding import sharding_of
 from jaxkv.models.source import Source, Tensors, source_of
 from jaxkv.show.progress import progress_bar
 
@@ -31,7 +34,11 @@ _HEAD = "lm_head.weight"
 
 
 def load(
-    folder: str | os.PathLike[str] | None = None, *, dtype: Any = "float32"
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    dtype: Any = "float32",
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
 ) -> tuple[Model, Any]:
     """A model and its tokenizer from a folder as Hugging Face writes it, or from a GGUF file.
 
@@ -47,6 +54,9 @@ def load(
         tokens, trained on Python's standard library.
       dtype: of the weights and of what is computed: ``float32``, ``bfloat16`` or ``float16``.
         The file's own dtype may be another.
+      mesh, axes: the devices that share the model and how, as in `jaxkv.create`. Heads, inner
+        features and the vocabulary are split over the devices that ``axes.heads`` names, each of
+        which is given its part of a tensor alone; what cannot be split is on all of them.
 
     Returns:
       The model, a `Decoder` or a `GPT2`, and a `tokenizers.Tokenizer`, or None where there is
@@ -75,7 +85,8 @@ def load(
     if config.tie_word_embeddings and _HEAD in tensors:
         config = _with_its_head(config, tensors, f"{kind.checkpoint_embedding}.weight", path)
     model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=name))
-    _fill(model, tensors, path)
+    spread = Spread.of(mesh, axes)
+    _fill(model, tensors, path, None if spread is None else spread.automatic)
     return model, source.tokenizer()
 
 
@@ -142,14 +153,16 @@ def _params(model: Model) -> Iterator[tuple[tuple[Any, ...], str, nnx.Param[Any]
         yield path, prefix + ".".join(map(str, path)), param, transposed
 
 
-def _fill(model: Model, stored: Tensors, folder: Path) -> None:
+def _fill(model: Model, stored: Tensors, folder: Path, spread: Spread | None) -> None:
     """Put every tensor of a checkpoint in its place in an abstract model."""
     params = list(_params(model))
     tensors = _matched(params, stored, model.checkpoint_prefix, folder)
     with progress_bar("Loading weights", sum(param.size for _, _, param, _ in params)) as advance:
-        for _, name, param, transposed in params:
+        for at, name, param, transposed in params:
             array = tensors[name].read().astype(param.dtype, copy=False)
-            param.set_value(jax.device_put(np.ascontiguousarray(array.T if transposed else array)))
+            array = np.ascontiguousarray(array.T if transposed else array)
+            place = None if spread is None else sharding_of(model, at, param, spread)
+            param.set_value(jax.device_put(array, place))
             advance(param.size)
     nnx.update(model, nnx.from_flat_state([(path, param) for path, _, param, _ in params]))
 

@@ -114,7 +114,7 @@ class Engine:
         )
         self._stack = contextlib.ExitStack()
         self._held = self._stack.enter_context(
-            session(config, tracker=tracker, device=device, mesh=mesh, axes=axes)
+            session(config, tracker=tracker, device=device, mesh=spread and spread.mesh, axes=axes)
         )
         self._batch = Batch(
             model,
@@ -323,4 +323,4 @@ def _checked_spread(mesh: Mesh | None, axes: Axes | None) -> Spread | None:
             f"Engine: axes must name heads alone, got {axes}: there is one pool of pages, and all "
             "devices have each. Run an Engine for each part of the batch."
         )
-    return spread
+    return None if spread is None else spread.automatic

@@ -163,7 +163,10 @@ def generate(
     check_count("generate: prefill_chunk", chunk)
     config = _cache_config(model, checked, max_new_tokens, max_context_length, codec, chunk, config)
     stops = getattr(model, "stop_tokens", ()) if stop_tokens is None else stop_tokens
-    program = Program.of(model, sampling, stops, on=Spread.of(mesh, axes))
+    spread = Spread.of(mesh, axes)
+    if spread is not None:
+        mesh = spread.automatic.mesh
+    program = Program.of(model, sampling, stops, on=spread and spread.automatic)
     state = _start(checked, max_new_tokens, seed)
     chunks = list(_chunks(checked, chunk))
     answers = [_Answer() for _ in checked]

@@ -45,8 +45,10 @@ class Weights(NamedTuple):
         everywhere = NamedSharding(mesh, PartitionSpec())
 
         def place(leaf: Any) -> Any:
-            if not isinstance(leaf, jax.Array) or leaf.sharding.num_devices > 1:
+            if not isinstance(leaf, jax.Array) or leaf.sharding == everywhere:
                 return leaf
+            if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.num_devices > 1:
+                return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
             return jax.device_put(leaf, everywhere)
 
         return self._replace(arrays=[place(leaf) for leaf in self.arrays])
