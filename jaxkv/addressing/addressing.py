@@ -172,6 +172,13 @@ class Share(Index, Protocol):
     def size(self) -> int:
         """Devices along it."""
 
+    @property
+    def inner(self) -> Index:
+        """Where this device's tokens are, by their order on it."""
+
+    def own(self, lengths: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+        """How many of the positions below these are this device's."""
+
 
 class _Defaults:
     """What an addressing and its index are where they do not say otherwise."""

@@ -63,6 +63,10 @@ class Interleaved(PlainIndex):
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
         return dataclasses.replace(self, inner=self.inner.with_lengths(lengths))
 
+    def own(self, lengths: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+        """How many of the positions below these are this device's."""
+        return (lengths - self.rank + self.size - 1) // self.size
+
     def slots(self, positions: Int[Array, "*batch tokens"]) -> Int[Array, "*batch tokens"]:
         mine = (positions >= 0) & (positions % self.size == self.rank)
         return self.inner.slots(jnp.where(mine, positions // self.size, -1))
@@ -70,8 +74,7 @@ class Interleaved(PlainIndex):
     def key_positions(
         self, layer: Layer, lengths: Int[Array, "*batch"], start: Int[Array, ""] | int, size: int
     ) -> Int[Array, "*batch size"]:
-        own = (lengths - self.rank + self.size - 1) // self.size  # of the positions below lengths
-        positions = self.inner.key_positions(layer, own, start, size)
+        positions = self.inner.key_positions(layer, self.own(lengths), start, size)
         return jnp.where(positions < 0, -1, positions * self.size + self.rank)
 
     def read(self, leaf: Array, layer: Layer, start: Int[Array, ""] | int, size: int) -> Array:

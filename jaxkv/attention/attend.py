@@ -17,7 +17,7 @@ from jaxkv.attention.cudnn.attend import cannot_serve as cudnn_cannot_serve
 from jaxkv.attention.cudnn.attend import cudnn
 from jaxkv.attention.cudnn.attend import should_not_serve as cudnn_should_not_serve
 from jaxkv.attention.mosaic.attend import cannot_serve as mosaic_cannot_serve
-from jaxkv.attention.mosaic.attend import mosaic
+from jaxkv.attention.mosaic.attend import mosaic, mosaic_part
 from jaxkv.attention.mosaic.attend import should_not_serve as mosaic_should_not_serve
 from jaxkv.attention.native import cannot_serve as native_cannot_serve
 from jaxkv.attention.native import native, native_part
@@ -100,7 +100,12 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         part=native_part,
     ),
     "mosaic": Implementation(
-        mosaic, mosaic_cannot_serve, mosaic_should_not_serve, "gpu", turns=True
+        mosaic,
+        mosaic_cannot_serve,
+        mosaic_should_not_serve,
+        "gpu",
+        turns=True,
+        part=mosaic_part,
     ),
     "cudnn": Implementation(
         cudnn, cudnn_cannot_serve, cudnn_should_not_serve, "gpu", turns=True, caps=False
@@ -163,6 +168,11 @@ def attend(
     *_, tokens, heads, _ = queries.shape
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
     num_tokens = real_of(cache, tokens, num_tokens)
+    if window is not None and cache.spread is not None and cache.spread.size("context") > 1:
+        raise ValueError(
+            "attend: window= is not served where the context is split over devices, which keep "
+            "every token. Leave context out of the cache's axes, or window= out of the call."
+        )
     platform = platform_of(buffer_of(cache), queries)
     if cache.spread is not None:
         platform = cache.spread.platform
@@ -212,6 +222,10 @@ def _merged(request: Request, chosen: Implementation) -> Grouped:
     if request.sinks is not None:  # once
         sinks = jnp.where(share.rank == 0, request.sinks, LOWEST)
         request = dataclasses.replace(request, sinks=sinks)
+    if request.offsets is None:  # nobody asks for positions but the mask, which asks for order
+        own = share.inner, share.own(request.positions + 1) - 1, share.own(request.lengths)
+        cache = dataclasses.replace(request.cache, index=own[0])
+        request = dataclasses.replace(request, cache=cache, positions=own[1], lengths=own[2])
     output, log_total = chosen.part(request)
     weights = jnp.exp(log_total - lax.pmax(log_total, share.axis))
     total, mix = lax.psum((weights, output * weights[..., None]), share.axis)

@@ -44,9 +44,15 @@ def blockwise_part(request: Request) -> tuple[Grouped, LogTotal]:
 
 def unturned_blockwise(request: Request) -> Grouped:
     """The same where neither queries nor outputs are turned as the codec turns keys and values."""
+    return unturned_blockwise_part(request)[0]
+
+
+def unturned_blockwise_part(request: Request) -> tuple[Grouped, LogTotal]:
+    """The same with the log of its total."""
     codec = request.cache.config.codec
     queries = codec.rotate(request.queries)
-    return codec.unrotate(blockwise(dataclasses.replace(request, queries=queries)))
+    output, log_total = blockwise_part(dataclasses.replace(request, queries=queries))
+    return codec.unrotate(output), log_total
 
 
 def _one_query_block(request: Request) -> tuple[Grouped, LogTotal]:

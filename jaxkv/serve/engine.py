@@ -114,7 +114,13 @@ class Engine:
         )
         self._stack = contextlib.ExitStack()
         self._held = self._stack.enter_context(
-            session(config, tracker=tracker, device=device, mesh=spread and spread.mesh, axes=axes)
+            session(
+                config,
+                tracker=tracker,
+                device=device,
+                mesh=None if spread is None else spread.mesh,
+                axes=axes,
+            )
         )
         self._batch = Batch(
             model,

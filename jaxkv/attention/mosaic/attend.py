@@ -15,8 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing import RingSlots
-from jaxkv.attention.blockwise import unturned_blockwise
-from jaxkv.attention.call import Grouped, Request
+from jaxkv.attention.blockwise import unturned_blockwise_part
+from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request
 from jaxkv.attention.mosaic.plan import TILE, plan
 from jaxkv.cache.kv_cache import KVCache, buffer_of
 from jaxkv.codecs import Int8, Rotated, bitcast
@@ -62,7 +62,10 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
         return f"scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
     if config.num_slots < TILE:
         return f"it reads {TILE} slots at once, and the cache has {config.num_slots}"
-    if index.run is None or not (index.by_position or index.ring):
+    if index.share is not None and config.codec_state:
+        return f"it cannot read {codec.name} where the context is on several devices"
+    ordered = index.by_position or index.ring or index.share
+    if index.run is None or not ordered:
         return f"it cannot read {config.addressing.name} caches"
     if index.pages is not None:
         if index.run % TILE and (TILE % index.run or index.run < 8):
@@ -77,7 +80,12 @@ def _too_many(group: int) -> str:
 
 
 def mosaic(request: Request) -> Grouped:
-    """Attend with one query a sequence; queries and outputs are not turned."""
+    """Attend with one query per sequence; queries and outputs are not turned."""
+    return _attend(request, None)[0]
+
+
+def mosaic_part(request: Request) -> tuple[Grouped, LogTotal]:
+    """The same with the log of its total, by which parts of a context are merged."""
     return _attend(request, None)
 
 
@@ -95,7 +103,7 @@ def _wrong_device() -> str | None:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _attend(request: Request, interpret: object) -> Grouped:
+def _attend(request: Request, interpret: object) -> tuple[Grouped, LogTotal]:
     # One kernel a cache under vmap: Pallas cannot batch this one.
     decode = functools.partial(_decode, interpret=interpret)
     return jax.custom_batching.sequential_vmap(decode)(request)
@@ -104,12 +112,12 @@ def _attend(request: Request, interpret: object) -> Grouped:
 @_attend.defjvp
 def _attend_jvp(interpret, primals, tangents):
     """The kernel has no derivative of its own; the blockwise form's is the same function's."""
-    return jax.jvp(unturned_blockwise, primals, tangents)
+    return jax.jvp(unturned_blockwise_part, primals, tangents)
 
 
 # Lowered once for all layers of a model: that takes longer than to compile it.
 @functools.partial(jax.jit, static_argnames="interpret")
-def _decode(request: Request, interpret: object) -> Grouped:
+def _decode(request: Request, interpret: object) -> tuple[Grouped, LogTotal]:
     kernel = importlib.import_module("jaxkv.attention.mosaic.kernel")
     cache = request.cache
     queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
@@ -137,12 +145,12 @@ def _decode(request: Request, interpret: object) -> Grouped:
     coarse, fine = (
         part[:, :, :, :group] for part in jnp.split(mixes.astype(jnp.float32), 2, axis=3)
     )
-    mix, share = _combined(coarse + fine, highest, totals, request.sinks)
+    mix, share, log_total = _combined(coarse + fine, highest, totals, request.sinks)
     if turns:
         mix *= half_turn(head_dim)
     if (offsets := request.offsets) is not None:
         mix += share[..., None] * offsets.values[:, None]
-    return mix[:, :, None]
+    return mix[:, :, None], log_total[:, :, None]
 
 
 def visible_slots(request: Request) -> tuple[Slots, Slots, Slots, Slots]:
@@ -209,10 +217,15 @@ def _combined(
     highest: Float[Array, "splits batch kv_heads group"],
     totals: Float[Array, "splits batch kv_heads group"],
     sinks: Float[Array, "kv_heads group"] | None,
-) -> tuple[Float[Array, "batch kv_heads group head_dim"], Float[Array, "batch kv_heads group"]]:
+) -> tuple[
+    Float[Array, "batch kv_heads group head_dim"],
+    Float[Array, "batch kv_heads group"],
+    Float[Array, "batch kv_heads group"],
+]:
     """What the parts of each sequence's context add up to, unrolled into one loop of XLA's.
 
-    And what share of the probability is theirs, which is less than 1 beside sinks.
+    And what share of the probability is theirs, which is less than 1 beside sinks, and the log of
+    the total.
     """
     peak = functools.reduce(jnp.maximum, highest)
     if sinks is not None:  # as a part of its own that gave nothing
@@ -221,6 +234,8 @@ def _combined(
     total = own = sum(part * weight for part, weight in zip(totals, weights, strict=True))
     if sinks is not None:
         total += jnp.exp2(sinks * _LOG2_E - peak)
-    total = jnp.where(total == 0, 1, total)
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    log_total = jnp.where(seen, (peak + jnp.log2(total)) / _LOG2_E, LOWEST)
     mix = sum(part * weight[..., None] for part, weight in zip(mixes, weights, strict=True))
-    return mix / total[..., None], own / total
+    return mix / total[..., None], own / total, log_total
