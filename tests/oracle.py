@@ -65,12 +65,11 @@ def encode(codec, vectors, state=None, positions=None):
     return codec.encode_tokens(vectors, state, positions)
 
 
-@functools.partial(jit, static_argnums=(0, 2))
-def decode(codec, leaves, head_dim, state=None, positions=None):
-    wide = jnp.dtype("float32")
+@functools.partial(jit, static_argnums=(0, 2, 3))
+def decode(codec, leaves, head_dim, dtype, state=None, positions=None):
     if state is None:
-        return codec.decode(leaves, head_dim, wide)
-    return codec.decode_tokens(leaves, head_dim, wide, state, positions)
+        return codec.decode(leaves, head_dim, dtype)
+    return codec.decode_tokens(leaves, head_dim, dtype, state, positions)
 
 
 class Oracle:
@@ -130,7 +129,8 @@ class Oracle:
         state = update(codec, self.state[layer], vectors, positions, jnp.int32(starts))
         self.state[layer] = state
         leaves = encode(codec, vectors, state, positions)
-        decoded = decode(codec, leaves, vectors.shape[-1], state, positions[..., None])
+        wide = jnp.dtype("float32")
+        decoded = decode(codec, leaves, vectors.shape[-1], wide, state, positions[..., None])
         return np.asarray(decoded, np.float64)
 
 
