@@ -142,9 +142,10 @@ def _num_bytes(place: Place) -> int:
     Raises:
       CheckpointError: as `_type`, or rows that are no whole blocks.
     """
+    kind = _type(place)
     from gguf import GGML_QUANT_SIZES
 
-    block, size = GGML_QUANT_SIZES[_type(place)]
+    block, size = GGML_QUANT_SIZES[kind]
     *_, row = place.shape
     if row % block or 0 in place.shape:
         raise CheckpointError(

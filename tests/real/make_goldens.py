@@ -17,19 +17,17 @@ QUESTIONS = [
     "What is the capital of France?",
     "What is the capital of Italy?",
     "What is the capital of Japan?",
-    "What is the largest planet in the solar system?",
-    "Who wrote Romeo and Juliet?",
+    "What is the capital of Germany?",
+    "What is the capital of Spain?",
     "What is the chemical symbol for water?",
     "How many days are there in a week?",
-    "What color is the sky on a clear day?",
-    "What is the opposite of hot?",
-    "Which animal is known as man's best friend?",
     "What is the freezing point of water in Celsius?",
-    "Who painted the Mona Lisa?",
     "In which continent is Egypt?",
     "What is the currency of Japan?",
-    "How many legs does a spider have?",
-    "What do bees make?",
+    "What is the largest planet in the solar system?",
+    "What is the capital of Egypt?",
+    "What is the chemical symbol for gold?",
+    "What is the currency of India?",
 ]
 # Texts whose ids do not depend on how digits beside spaces are cut, which transformers (5.2) does
 # not read of a GGUF file.
@@ -65,13 +63,16 @@ def main() -> None:
         print(repr(tokenizer.decode(answer)), flush=True)
         if answer[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>"):
             answers.append({"question": question, "prompt": prompt, "answer": answer})
-    assert len(answers) >= NUM_ANSWERS
+        if len(answers) == NUM_ANSWERS:
+            break
+    else:
+        raise SystemExit(f"only {len(answers)} answers end; ask more")
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, NUM_TOKENS)
     with torch.inference_mode():
         logits = model(torch.tensor(ids[None])).logits[0, ::EVERY_POSITION]
     goldens = {
         "made by": f"transformers {transformers.__version__}, torch {torch.__version__}",
-        "answers": answers[:NUM_ANSWERS],
+        "answers": answers,
         "texts": {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS},
         "logits": logits[:, ::EVERY_TOKEN].double().numpy().round(6).tolist(),
         "logsumexp": logits.double().logsumexp(-1).numpy().round(6).tolist(),
