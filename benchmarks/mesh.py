@@ -1,0 +1,256 @@
+"""A cache over several devices of one host: what each holds, what moves, and what it gains.
+
+``XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m benchmarks mesh`` runs it, at small
+sizes, on a CPU.
+"""
+
+import functools
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxkv
+from benchmarks.report import Row, Table, target
+from jaxkv.cache.axes import Spread
+from jaxkv.models import Decoder, DecoderConfig
+from jaxkv.models.sharding import sharding_of
+
+_LAYERS = 2  # of attention alone
+_SHAPES = {  # hidden, inner, layers, heads, KV heads
+    "Llama-3-8B": (4096, 14336, 32, 32, 8),
+    "Llama-3-70B, 8 of 80 layers": (8192, 28672, 8, 64, 8),
+}
+_SMALL = {"small": (256, 512, 2, 8, 8)}
+_COLLECTIVE = re.compile(r"= (.*?) (all-[a-z-]+|collective-permute|reduce-scatter)(?:-start)?\(")
+_BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1}
+
+
+def run(quick: bool) -> Iterator[Table]:
+    """All splits over as many devices as there are."""
+    small = quick or jax.devices()[0].platform == "cpu"
+    rates = {"read": _read_rate(small), "link": _link_rate(small)}
+    yield _limits(rates)
+    for context in (16_384,) if small else (131_072, 1_048_576):
+        yield _split_context(context, rates)
+    for name, shape in (_SMALL if small else _SHAPES).items():
+        yield _decode(name, shape, 8, 256 if small else 8192, rates)
+
+
+def _counts() -> list[int]:
+    return [count for count in (1, 2, 4, 8) if count <= len(jax.devices())]
+
+
+def _mesh(**sizes: int) -> dict[str, Any]:
+    devices = jax.devices()[: math.prod(sizes.values())]
+    auto = (AxisType.Auto,) * len(sizes)
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+    return {"mesh": mesh, "axes": jaxkv.Axes(**{what: what for what in sizes})}
+
+
+def _seconds(call: Callable[[], Any], passes: int = 10) -> float:
+    """The least of three means: others only slow it down."""
+    jax.block_until_ready(call())
+    means = []
+    for _ in range(3):
+        started = time.perf_counter()
+        for _ in range(passes):
+            result = call()
+        jax.block_until_ready(result)
+        means.append((time.perf_counter() - started) / passes)
+    return min(means)
+
+
+def _read_rate(small: bool) -> float:
+    """Bytes per second that a sum reads on one device."""
+    numbers = jnp.ones((1 << (24 if small else 31),), jnp.bfloat16)
+    total = jax.jit(lambda each: each.sum(dtype=jnp.float32))
+    return numbers.nbytes / _seconds(functools.partial(total, numbers))
+
+
+def _link_rate(small: bool) -> float | None:
+    """Bytes per second of an all-reduce over all devices: of the result, on each."""
+    count = len(jax.devices())
+    if count == 1:
+        return None
+    mesh = jax.make_mesh((count,), ("all",), axis_types=(AxisType.Auto,))
+    numbers = jnp.ones((count, 1 << (18 if small else 26)), jnp.bfloat16)
+    numbers = jax.device_put(numbers, NamedSharding(mesh, PartitionSpec("all")))
+
+    def add(part: jax.Array) -> jax.Array:
+        return jax.lax.psum(part, "all")
+
+    split = PartitionSpec("all")
+    summed = jax.jit(jax.shard_map(add, mesh=mesh, in_specs=split, out_specs=PartitionSpec(None)))
+    return numbers.nbytes / count / _seconds(functools.partial(summed, numbers))
+
+
+def _limits(rates: dict[str, Any]) -> Table:
+    rows: list[Row] = [{"what": "a sum reads, one device, GB/s", "rate": rates["read"] / 1e9}]
+    if rates["link"]:
+        what = f"an all-reduce over {len(jax.devices())} devices, GB/s of its result"
+        rows.append({"what": what, "rate": rates["link"] / 1e9})
+    missing = [count for count in (2, 4, 8) if count > len(jax.devices())]
+    notes = [f"not run: {missing} devices; there are {len(jax.devices())}"] if missing else []
+    return Table("Limits of this machine", rows, notes)
+
+
+def _split_context(context: int, rates: dict[str, Any]) -> Table:
+    """A layer's decode attention of one sequence whose tokens are dealt out over devices."""
+    config = jaxkv.KVCacheConfig(_LAYERS, context, 8, 128, batch_size=1)
+    rows: list[Row] = []
+    for count in _counts():
+        place = _mesh(context=count)
+        cache = _filled(config, place, context - 1)
+        run = jax.jit(_attend_layers)
+        queries = jnp.ones((1, 1, 32, 128), jnp.bfloat16)
+        seconds = _seconds(functools.partial(run, cache, queries)) / _LAYERS
+        limit = config.size_bytes / _LAYERS / count / rates["read"]
+        rows.append(
+            {
+                "devices": count,
+                "us a layer": seconds * 1e6,
+                "share of the limit": limit / seconds,
+                "times one device": rows[0]["us a layer"] / seconds / 1e6 if rows else 1.0,
+                "bytes on each": _held(cache),
+                "by plan": jaxkv.plan(config, 1, **place).needed_bytes,
+            }
+        )
+        print(f"  1 x {context}:", *rows[-1].values(), file=sys.stderr, flush=True)
+        del cache
+    notes = _gains(rows, {8: 6.0} if context > 1_000_000 else {})
+    return Table(f"Context split, decode attention of 1 x {context:,} bfloat16", rows, notes)
+
+
+def _attend_layers(cache: jaxkv.KVCache, queries: jax.Array) -> jax.Array:
+    for layer in range(_LAYERS):  # each waits for the one before
+        queries = queries + jaxkv.attend(cache, queries, layer=layer)
+    return queries
+
+
+def _filled(config: jaxkv.KVCacheConfig, place: dict[str, Any], tokens: int) -> Any:
+    """A cache whose lengths say that it is full; what it holds is zeros, which read as fast."""
+    return jaxkv.advance(jaxkv.create(config, **place), tokens)
+
+
+def _decode(
+    name: str, shape: tuple[int, ...], rows_of: int, context: int, rates: dict[str, Any]
+) -> Table:
+    """Steps of a whole model, its heads, inner features and vocabulary over devices."""
+    rows: list[Row] = []
+    for count in _counts():
+        place = _mesh(heads=count)
+        model = _random_model(shape, place)
+        config = model.cache_config(max_context_length=context, batch_size=rows_of)
+        cache = _filled(config, place, context - 64)
+        graph, state = nnx.split(model)
+
+        def step(cache: Any, state: Any, tokens: jax.Array, graph: Any = graph) -> Any:
+            logits, cache = nnx.merge(graph, state)(tokens, cache)
+            return jaxkv.truncate(cache, context - 64), logits[:, -1:].argmax(-1).astype(jnp.int32)
+
+        tokens = jax.device_put(
+            jnp.zeros((rows_of, 1), jnp.int32), NamedSharding(place["mesh"], PartitionSpec())
+        )
+        compiled = jax.jit(step, donate_argnums=0).lower(cache, state, tokens).compile()
+        number, moved = _collectives(compiled.as_text())
+        holder = [cache]
+
+        del cache
+        seconds = _seconds(functools.partial(_stepped, compiled, holder, state, tokens))
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        limit = (weights + config.size_bytes) / count / rates["read"]
+        if count > 1:
+            limit += moved / rates["link"]
+        rows.append(
+            {
+                "devices": count,
+                "ms a step": seconds * 1e3,
+                "share of the limit": limit / seconds,
+                "times one device": rows[0]["ms a step"] / seconds / 1e3 if rows else 1.0,
+                "collectives": number,
+                "bytes moved": moved,
+                "cache on each": _held(holder[0]),
+                "by plan": jaxkv.plan(config, 1, **place).needed_bytes,
+            }
+        )
+        print(f"  {name}:", *rows[-1].values(), file=sys.stderr, flush=True)
+        del holder, model, state, compiled
+    title = f"Tensor parallel decode, {name} shapes, bfloat16, {rows_of} x {context:,}"
+    return Table(title, rows, _gains(rows, {2: 1.7, 8: 5.0}))
+
+
+def _stepped(compiled: Any, holder: list[Any], state: Any, tokens: jax.Array) -> jax.Array:
+    """One step; the cache that it returns takes the place of the one that it was given."""
+    holder[0], found = compiled(holder[0], state, tokens)
+    return found
+
+
+def _random_model(shape: tuple[int, ...], place: dict[str, Any]) -> Any:
+    """With each array made where it is going to be, in its parts."""
+    hidden, inner, layers, heads, kv_heads = shape
+    config = DecoderConfig(
+        128_256 if hidden > 1024 else 512, hidden, inner,
+        num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
+    )  # fmt: skip
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    spread = Spread.of(place["mesh"], place["axes"])
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    for path, param in params:
+        where = sharding_of(model, path, param, spread)
+        param.set_value(_normal(param.shape, param.dtype, where))
+    nnx.update(model, nnx.from_flat_state(params))
+    return model
+
+
+@functools.lru_cache(maxsize=64)
+def _normal_program(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:
+    def draw() -> jax.Array:
+        return jax.random.normal(jax.random.key(0), shape, dtype) * jnp.asarray(0.02, dtype)
+
+    return jax.jit(draw, out_shardings=where)
+
+
+def _normal(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> jax.Array:
+    return _normal_program(shape, dtype, where)()
+
+
+def _held(cache: Any) -> int:
+    """Bytes of a cache on the first device."""
+    device = jax.devices()[0]
+    shards = (
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(cache)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    )
+    return sum(shards)
+
+
+def _collectives(text: str) -> tuple[int, int]:
+    """Their number in a program, and the bytes of their results on one device."""
+    found = _COLLECTIVE.findall(text)
+    shapes = [each for results, _ in found for each in re.findall(r"(\w+)\[([\d,]*)\]", results)]
+    sizes = (
+        _BYTES.get(kind, 4) * math.prod(int(size) for size in dims.split(",") if size)
+        for kind, dims in shapes
+    )
+    return len(found), sum(sizes)
+
+
+def _gains(rows: list[Row], goals: dict[int, float]) -> list[str]:
+    notes = [
+        target(f"{row['devices']} devices over one", row["times one device"], goals[row["devices"]])
+        for row in rows
+        if row["devices"] in goals
+    ]
+    keys = ("bytes on each", "cache on each")
+    planned = all(row[key] == row["by plan"] for row in rows for key in keys if key in row)
+    return [*notes, f"bytes held on a device are those of the plan: {planned}"]
