@@ -181,10 +181,10 @@ def test_on_a_gpu_a_window_is_not_dwarfed_by_the_chunk(model, monkeypatch):
     """Who would prefill 8,192 tokens at once takes no more than the window, or 1,024."""
     monkeypatch.setattr(generation, "platform_at", lambda device: "gpu")
     prompt = [np.zeros(8193, np.int32)]
-    assert generation._chunk_size(model, prompt, None, None) == 8192
+    assert generation._chunk_size(model, prompt, None, None, None) == 8192
     for window, size in ((128, 1024), (4096, 4096)):
         windowed = sharp_decoder(architecture="MistralForCausalLM", windows=(None, window))
-        assert generation._chunk_size(windowed, prompt, None, None) == size
+        assert generation._chunk_size(windowed, prompt, None, None, None) == size
 
 
 def test_decode_is_in_place(model):

@@ -126,7 +126,7 @@ REFUSALS = {
     "a page of its own": ({"pages": [[0, 21, 22]]}, r"do not have yet, got \[0, 21, 22\]"),
     "a page twice": ({"pages": [[21, 21, 22]]}, "different ones of 24"),
     "no such page": ({"pages": [[21, 22, 24]]}, "different ones of 24"),
-    "too few": ({"pages": [[21, 22]]}, r"int32\[1, 3\], for 11 slots a sequence in pages of 4"),
+    "too few": ({"pages": [[21, 22]]}, r"int32\[1, 3\], for 11 slots per sequence in pages of 4"),
     "a number a layer": ({"keep": (6, 5)}, "keep one number of tokens"),
     "a number a head": ({"keep": [[6, 5], [5, 6]]}, "keep one number of tokens"),
     "no pool": ({"addressing": jaxkv.Paged(PAGE)}, "pages are of a shared pool"),

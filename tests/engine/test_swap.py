@@ -60,5 +60,5 @@ def test_host_memory_is_given_back_by_those_who_leave():
 
 
 def test_what_is_no_number_of_bytes_is_refused():
-    with pytest.raises(jaxkv.ConfigError, match="swap_space must be at least 0, got -1"):
+    with pytest.raises(jaxkv.ConfigError, match="swap_space must be an int of at least 0, got -1"):
         engine(POOLS[KIND], swap_space=-1)

@@ -174,7 +174,7 @@ def test_parameters_load_both_ways_and_a_cache_needs_no_init():
     actual, _ = ours.apply({"params": from_theirs}, x, mutable=["cache"])
     np.testing.assert_allclose(actual, expected, atol=1e-6)
     nobody_said = MultiHeadDotProductAttention(HEADS, decode=True)
-    with pytest.raises(ValueError, match="nobody said how long"):
+    with pytest.raises(ValueError, match="its length is not known"):
         nobody_said.apply({"params": from_theirs}, x, mutable=["cache"])
 
 
