@@ -38,7 +38,7 @@ def run(quick: bool) -> Iterator[Table]:
     rates = {"read": _read_rate(small), "link": _link_rate(small)}
     yield _limits(rates)
     # In one program, so many that the host's call of it is not what is measured.
-    for context, layers in ((16_384, 2),) if small else ((131_072, 32), (1_048_576, 16)):
+    for context, layers in ((16_384, 2),) if small else ((131_072, 32), (1_048_576, 4)):
         yield _split_context(context, layers, rates)
     for name, shape in (_SMALL if small else _SHAPES).items():
         yield _decode(name, shape, 8, 256 if small else 8192, rates)
