@@ -47,7 +47,7 @@ def test_full_outside_jit_raises_before_anything_changes(verb, batch_size):
         assert jaxkv.check(jaxkv.advance(cache, room)).lengths.tolist() == [4, 8, 7]
 
 
-@pytest.mark.slow_cases(r"float16|float8")
+@pytest.mark.slow_cases(r"float16|float8|int8-")
 @pytest.mark.parametrize(
     ("codec", "addressing"), [kind for kind in EACH_ONCE if kind[0] not in ROTATED]
 )

@@ -67,6 +67,7 @@ def by_engine(model):
 
 
 @pytest.mark.parametrize("answer", [by_generate, by_engine])
+@pytest.mark.slow
 def test_other_weights_are_no_other_program_and_the_old_ones_are_let_go(answer, compilations):
     for kind, made in MODELS.items():
         left = []

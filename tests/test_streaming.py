@@ -218,7 +218,7 @@ def test_a_donated_step_keeps_its_buffers_where_they_are(program, addressing):
     assert in_host_memory(cache)
 
 
-@pytest.mark.slow_cases(r"contiguous|ring")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["contiguous", "paged", "ring"])
 def test_the_memory_of_a_step_is_two_blocks_whatever_the_context(kind):
     temps = {}
@@ -420,7 +420,7 @@ def test_select_and_fork_work_in_host_memory(kind):
         assert back.storage[name].sharding.memory_kind == "device"
 
 
-@pytest.mark.parametrize("kind", ["ring", "own pages", *slow("contiguous", "shared pages")])
+@pytest.mark.parametrize("kind", ["ring", *slow("own pages", "contiguous", "shared pages")])
 def test_load_fills_a_cache_in_host_memory(kind, tmp_path):
     """With the sequences changed about, into slots full of garbage."""
     cache, given = of_18_tokens(kind)

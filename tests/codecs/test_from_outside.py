@@ -115,7 +115,7 @@ def pairs():
             yield addressing, implementation, 3 if number else None
 
 
-@pytest.mark.slow_cases("ring-reference|ring-streamed|paged-reference|contiguous-streamed")
+@pytest.mark.slow_cases("ring|reference|streamed|with state-paged")
 @pytest.mark.parametrize(("addressing", "implementation", "batch_size"), list(pairs()))
 @codecs
 def test_it_equals_the_oracle(codec, addressing, implementation, batch_size):

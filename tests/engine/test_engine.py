@@ -284,6 +284,7 @@ def test_it_leaves_nothing_behind(model):
         _ = running.cache
 
 
+@pytest.mark.slow
 def test_layers_with_windows_have_pools_of_their_own():
     """The first layer sees 20 tokens: of a prompt it keeps, and a hit needs, its end alone."""
     rng = np.random.default_rng(0)

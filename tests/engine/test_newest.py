@@ -43,6 +43,7 @@ def test_an_answer_is_that_of_a_ring_which_begins_with_it():
         np.testing.assert_allclose(logprobs[token], logprob, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_fork_takes_them_along_and_a_late_one_finds_them_again():
     with engine(CONFIG) as running:
         parent = running.submit(PROMPTS[6], max_new_tokens=30, seed=1)

@@ -101,6 +101,7 @@ def test_an_exception_frees_too_and_passes_through():
     assert tracker.total_usage() == 0
 
 
+@pytest.mark.slow
 def test_a_thousand_sessions_leave_nothing(live_arrays):
     tracker = MemoryTracker()
     model = tracker.track(1000, purpose="weights")

@@ -20,6 +20,7 @@ def test_it_is_small():
     assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) <= 8 * 10**6
 
 
+@pytest.mark.slow
 def test_it_reaches_its_recorded_bits_per_byte_on_held_out_files(embedded):
     model, _ = embedded
     recorded = json.loads((EMBEDDED / "training.json").read_text())["held_out_bits_per_byte"]

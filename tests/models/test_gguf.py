@@ -142,6 +142,7 @@ def test_a_file_is_the_folder_that_it_was_made_of(tmp_path, variant, changes):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 if "gemma" in variant else 0)
 
 
+@pytest.mark.slow
 def test_divisors_of_a_rope_are_those_of_llama_3(tmp_path):
     """llama.cpp writes what Llama 3.1 does to its wavelengths as a tensor; transformers' logits."""
     variant = "llama llama3"

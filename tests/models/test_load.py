@@ -333,6 +333,7 @@ def test_unknown_dtype(folder):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.slow
 def test_loading_holds_the_weights_once(tmp_path):
     config = DecoderConfig(512, 1024, 4096, num_layers=4, num_heads=8)
     model = Decoder(config, rngs=nnx.Rngs(0))

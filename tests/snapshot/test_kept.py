@@ -97,6 +97,7 @@ def test_rows_of_a_batch_and_more_room(tmp_path):
         np.testing.assert_array_equal(each[0][[3, 1], 9:], each[1][:, 3:])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(tmp_path):
     uneven = CONFIG.replace(addressing=KeptByHead(4, 4, 3, num_layers=1, num_kv_heads=2))
     plain = CONFIG.replace(addressing=jaxkv.Contiguous())
