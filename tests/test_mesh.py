@@ -285,3 +285,18 @@ def test_a_decode_step_of_a_split_model_sums_twice_per_layer():
     assert len(sums) <= 2 * model.config.num_layers + 1  # and one of embeddings
     kv_bytes = config.size_bytes // 4
     assert collective_bytes(text) < kv_bytes / 4
+
+
+def test_what_a_mesh_cannot_share_is_refused_by_name():
+    heads = jaxkv.create(config_of("heads 8", "float32", "contiguous"), **spread_over("heads 8"))
+    config = heads.config.replace(num_kv_heads=4)
+    few = jaxkv.create(config, mesh=heads.spread.mesh, axes=heads.spread.axes)
+    with pytest.raises(ValueError, match="12 query heads cannot be split over the 8 devices"):
+        jaxkv.attend(few, jnp.ones((BATCH, 1, 12, HEAD_DIM)), layer=0)
+    split = jaxkv.create(config, **spread_over("context 8"))
+    with pytest.raises(ValueError, match="window= is not served where the context is split"):
+        jaxkv.attend(split, jnp.ones((BATCH, 1, 16, HEAD_DIM)), layer=0, window=3)
+    with pytest.raises(jaxkv.ConfigError, match="a cache with HostMemory is not spread"):
+        jaxkv.create(config.replace(placement=jaxkv.HostMemory(4, 4)), **spread_over("heads 8"))
+    with pytest.raises(jaxkv.ConfigError, match="Engine: axes must name heads alone"):
+        jaxkv.Engine(lambda tokens, cache: None, config, **spread_over("batch 8"))

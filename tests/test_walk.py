@@ -1,8 +1,7 @@
 """Any sequence of verbs on every kind of cache, beside a float64 oracle.
 
-Some tens of verbs of each kind by default and 100,000 with ``--hypothesis-profile=nightly``, in the devices that
-the tests have; ``python -m tests.walk`` and ``python -m tests.walk.pairs`` run in a process of
-their own, with one.
+Some tens of verbs of each kind, and 100,000 with ``--hypothesis-profile=nightly``, in the devices
+that the tests have; ``python -m tests.walk`` runs in a process of its own, with one.
 """
 
 import hypothesis

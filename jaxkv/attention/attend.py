@@ -377,6 +377,12 @@ def _check_call(
             f"queries must be [{', '.join(axes)}] = [{', '.join(map(str, expected))}], "
             f"got {list(shape)}."
         )
+    if cache.spread is not None and shape[-2] % cache.spread.size("heads"):
+        raise ValueError(
+            f"attend: {shape[-2]} query heads cannot be split over the "
+            f"{cache.spread.size('heads')} devices that share the heads of this cache. Let as many "
+            "devices share them as divide their number, and others the batch or the context."
+        )
     if window is not None:
         check_count("window", window)
     if softcap is not None and softcap <= 0:
