@@ -283,7 +283,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         windows=Windows(("sliding_window", "use_sliding_window"), _all_layers),
         sliding_window=4096,
     ),
-    "qwen3_vl_moe_text": _plain(24, 16, 2048, 16),
+    "qwen3_vl_moe_text": _plain(24, 16, 2048, 16, windows=_ALL),
     "qwen3_vl_text": _plain(32, 32, 4096, 32, 128),
     "sarvam_moe": _plain(19, 64, 4096, 4, 64),
     "seed_oss": _plain(64, 80, 4096, 8, 128),
