@@ -91,7 +91,7 @@ def pairs():
 
 
 @pytest.mark.slow_cases(
-    r"float16|rotated|float8-(ring|paged)|float8.*native|(float(32|8)|contiguous|(paged|ring)-None).*streamed"
+    r"float16|rotated|float8-(ring|paged)|float8.*native|streamed|bfloat16-(ring|paged)"
 )
 @pytest.mark.parametrize(
     ("codec", "addressing", "batch_size", "heads", "implementation"), list(pairs())
@@ -176,6 +176,7 @@ def gradients(attention, queries, keys, values):
     return gradient(queries, keys, values, jnp.asarray(SINKS))
 
 
+@pytest.mark.slow_cases("blockwise|streamed|native")
 @implementations
 def test_gradient_equals_plain_attention_whatever_is_unused(implementation):
     """A ragged chunk of 3 tokens, then one token, in a cache full of NaN."""

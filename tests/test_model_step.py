@@ -132,6 +132,7 @@ def test_generate_answers_with_the_weights_of_now(kind):
 PROMPT = [3, 7, 2, 9, 11, 5, 1]
 
 
+@pytest.mark.slow_cases("^(?!nnx$)")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_idle_engine_answers_with_the_weights_of_now_and_keeps_no_others(kind):
     model, exchange = exchanging(kind)

@@ -150,6 +150,7 @@ class MirroredIndex(PlainIndex):
         return first + self.page_size - 1 - slots % self.page_size
 
 
+@pytest.mark.slow_cases("float32|streamed")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("codec", "batch_size"), [("int8", 3), ("float32", None)])
 def test_its_attention_equals_the_oracle(codec, batch_size, implementation):
