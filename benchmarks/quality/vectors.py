@@ -29,7 +29,7 @@ def run(quick: bool) -> Iterator[Table]:
     notes = [
         f"{tokens:,} tokens, head_dim {_HEAD_DIM}, means of {len(seeds)} seeds. Relative errors of "
         f"keys, and of attention's output for {_QUERIES} queries that each look for one token. "
-        "Outliers: jaxkv.measure.sample_vectors. Limit: the least error that any code of as many "
+        "Outliers: jaxkv.quality.sample_vectors. Limit: the least error that any code of as many "
         "bits can have on Gaussian keys, 2 ** -bits (Shannon)."
     ]
     errors = {row["store"]: row for row in rows}
