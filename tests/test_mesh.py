@@ -132,8 +132,10 @@ def test_it_gives_what_one_device_gives(split, codec, kind, axis_type):
         one, expected = step(one, *given, num_tokens)
         many, output = step(many, *given, num_tokens)
         # XLA's products of other shapes differ in their last bits, and so do merged parts.
-        exact = tokens == 1 and unavailable() is None and not by_context
-        np.testing.assert_allclose(output, expected, rtol=0, atol=0 if exact else 2e-6)
+        exact = tokens == 1 and unavailable() is None and not by_context and codec != "centred"
+        np.testing.assert_allclose(
+            output, expected, rtol=0, atol=0 if exact else 1e-3 if codec == "centred" else 2e-6
+        )
         return one, many
 
     for tokens, num_tokens in ((5, ragged), (1, every), (1, every)):
@@ -146,7 +148,8 @@ def test_it_gives_what_one_device_gives(split, codec, kind, axis_type):
         one, many = both(one, many, 2, np.full(2 * BATCH, 2, np.int32))
     if kind != "pool":  # whose slots are others
         for ours, right in zip(jaxkv.layer(many, 1), jaxkv.layer(one, 1), strict=True):
-            np.testing.assert_array_equal(np.asarray(ours), np.asarray(right))
+            # Means of fewer heads at once may differ in their last bit.
+            np.testing.assert_allclose(ours, right, rtol=0, atol=1e-3 if codec == "centred" else 0)
     specs = specs_of(many.config, many.spread)
     for leaf, spec in zip(jax.tree.leaves(many), specs, strict=True):
         assert leaf.sharding.is_equivalent_to(NamedSharding(place["mesh"], spec), leaf.ndim)
