@@ -315,3 +315,14 @@ def test_selected_sequences_go_on_alone_inside_jit(addressing):
     np.testing.assert_allclose(outputs, wide.step(*arrays), rtol=1e-5, atol=1e-5)
     assert grown.config == wide_config
     assert jax.jit(lambda cache: jaxkv.fork(cache, 3))(cache).lengths.tolist() == [5] * 6
+
+
+def test_verbs_that_change_no_buffer_leave_it_where_it_is():
+    cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4, batch_size=2))
+    pool = jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4, addressing=jaxkv.Paged(4, num_pages=3)))
+    for before, after in (
+        (cache, jaxkv.advance(cache, 3)),
+        (cache, jaxkv.truncate(cache, 0)),
+        (pool, jaxkv.select(pool, [0, 0])),
+    ):
+        assert after.storage["data"] is before.storage["data"]

@@ -12,7 +12,7 @@ from jaxkv.cache.checks import check_alive, check_rows, rows_exist
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import SameCache, in_every_group
 from jaxkv.cache.kv_cache import KVCache, buffer_of
-from jaxkv.cache.shards import in_each_shard
+from jaxkv.cache.shards import beside_storage, in_each_shard
 from jaxkv.cache.verbs import where_in_range
 from jaxkv.devices import is_concrete
 from jaxkv.placement import copy_runs, in_host_memory, scatter, take_slots
@@ -44,8 +44,11 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     chosen = rows if isinstance(rows, jax.Array) else on_device(np.asarray(rows, np.int32))
     check_rows(cache, chosen)
     own = _within_devices(cache, chosen)
-    # No compiled program gathers from host memory.
-    select_rows = _selected if in_host_memory(buffer_of(cache)) else _select
+    select_rows = _select
+    if cache.pages is not None and cache.pages.shared:  # rows go on in the pages that they had
+        select_rows = beside_storage(_select)
+    elif in_host_memory(buffer_of(cache)):  # which no compiled program gathers from
+        select_rows = _selected
     selected = select_rows(cache, own)
     return where_in_range(selected, rows_exist(cache, chosen))
 

@@ -77,6 +77,19 @@ def in_each_shard(
     return decorate
 
 
+def beside_storage(work: Callable[P, R]) -> Callable[P, R]:
+    """Let a function that changes no buffer leave them where they are; a program would copy."""
+
+    @functools.wraps(work)
+    def run(cache: Any, *arrays: Any) -> Any:
+        if cache.spread is not None:  # whose parts a program is told of together
+            return work(cache, *arrays)  # type: ignore[call-arg]
+        changed: Any = work(dataclasses.replace(cache, storage={}), *arrays)  # type: ignore[call-arg]
+        return dataclasses.replace(changed, storage=cache.storage)
+
+    return run  # type: ignore[return-value]
+
+
 def _local_cache(cache: KVCache, leaves: list[Any], rank: Array) -> KVCache:
     """The cache of one device, from its parts of all arrays."""
     spread, config = cache.spread, cache.config

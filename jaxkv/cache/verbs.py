@@ -30,7 +30,7 @@ from jaxkv.cache.hybrid import (
     in_its_group,
 )
 from jaxkv.cache.kv_cache import OUT_OF_RANGE, KVCache, Layer, NumTokens, buffer_of
-from jaxkv.cache.shards import books_of, in_each_shard, resharded
+from jaxkv.cache.shards import beside_storage, books_of, in_each_shard, resharded
 from jaxkv.cache.vectors import encode, read
 from jaxkv.codecs import bitcast
 from jaxkv.devices import is_concrete
@@ -90,6 +90,7 @@ def where_in_range(cache: KVCache, in_range: Bool[Array, "#*batch"] | bool) -> K
     return cache if isinstance(in_range, bool) else _where_in_range(cache, in_range)
 
 
+@beside_storage
 @one_program()
 @in_each_shard()
 def _where_in_range(cache: KVCache, in_range: Array) -> KVCache:
@@ -139,6 +140,7 @@ def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
     return _advance(cache, num_tokens)
 
 
+@beside_storage
 @one_program()
 @in_each_shard()
 def _advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
@@ -276,6 +278,7 @@ def truncate(cache: KVCache, length: NumTokens) -> KVCache:
     return rolled_back
 
 
+@beside_storage
 @one_program()
 @in_each_shard()
 def _truncate(cache: KVCache, length: NumTokens) -> KVCache:
