@@ -163,7 +163,7 @@ def write_slots(
         places = start + jnp.arange(size, dtype=jnp.int32)
         numbers = jnp.clip(token + places - slot, 0, tokens - 1)
         is_new = slots[row, numbers] == places
-        in_order = jnp.cumprod(is_new | (places < slot), dtype=jnp.int32).sum()
+        in_order = jnp.cumprod(is_new | (places < slot), dtype=jnp.int32).sum(dtype=jnp.int32)
         begin = place(layer, 0, start, *(0 for _ in leaf.shape[3:]))
         old = to_device(lax.dynamic_slice(leaf, begin, sizes))
         is_new = is_new.reshape(-1, *(1 for _ in leaf.shape[3:]))
