@@ -123,7 +123,10 @@ def check_room(cache: KVCache, num_tokens: NumTokens) -> None:
     if not is_concrete(cache.lengths, num_tokens):
         return
     lengths, room, _ = books_of(cache)
-    after = lengths + np.asarray(jax.device_get(num_tokens))
+    given = np.asarray(jax.device_get(num_tokens))
+    if cache.real_tokens is not None:  # the rest of a padded step takes no room
+        given = np.minimum(given, jax.device_get(cache.real_tokens))
+    after = lengths + given
     if (after > room).any():
         worst = int(np.argmax(after - room))
         sequence = "" if after.ndim == 0 else f"sequence {worst} "

@@ -136,7 +136,7 @@ def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
     """
     check_counts(cache, "num_tokens", num_tokens)
     check_alive(cache)
-    check_room(cache, num_tokens if cache.real_tokens is None else real_of(cache, 0, num_tokens))
+    check_room(cache, num_tokens)
     return _advance(cache, num_tokens)
 
 
