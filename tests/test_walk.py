@@ -19,7 +19,7 @@ KINDS = kinds()
 def test_walks(name):
     steps = walk(
         KINDS[name],
-        examples=100 if NIGHTLY else 2,
+        examples=100 if NIGHTLY else 1,
         verbs=50 if NIGHTLY else 20,
         derandomize=not NIGHTLY,
     )
