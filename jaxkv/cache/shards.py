@@ -154,7 +154,7 @@ def _spec_of(cache: KVCache, name: str, value: Any) -> Any:
 
 
 def _own_part(cache: KVCache, name: str, part: Any) -> Any:
-    """Of new vectors, the one head that several devices have copies of; of learned sinks, once."""
+    """Of new vectors, the one head that several devices have copies of; anything else as it is."""
     spread = cache.spread
     assert spread is not None
     copies = spread.copies(cache.config)
