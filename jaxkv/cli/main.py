@@ -28,7 +28,7 @@ examples:
   jaxkv generate --prompt 'class Stack:'
       the model that comes along writes some Python
   jaxkv COMMAND --help
-      more of each, by example; every command takes --json
+      more of each, by example; all but chat take --json
 
 exit status: 0 done or yes, 1 no, 2 the question was not understood, 130 interrupted
 """
