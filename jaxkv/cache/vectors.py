@@ -52,6 +52,8 @@ def read(
     if not cache.codec_state:  # which is all that asks for positions
         return (codec.decode_rotated if rotated else codec.decode)(leaves, head_dim, dtype)
     slots = start + jnp.arange(size, dtype=jnp.int32)
+    if (share := cache.index.share) is not None:
+        slots = slots * share.size + share.rank
     lengths = cache.lengths if lengths is None else lengths.reshape(shape)
     positions = cache.index.key_positions(layer, lengths, start, size)
     positions = jnp.where(positions < 0, slots, positions)  # tokens that are not counted yet
