@@ -6,11 +6,17 @@ those that need more, which say so with ``pytest.mark.devices(number)``, are ski
 """
 
 import os
+import pathlib
+from importlib import metadata
 
 os.environ.setdefault("JAXKV_TEST_DEVICES", "8")
+# There are thousands of small programs in these tests, which run a few times each: what matters is
+# how long XLA takes over one. Of its two ways to compile a fusion, jaxlib 0.10 can be told which.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count={os.environ['JAXKV_TEST_DEVICES']}"
+    + " --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false" * metadata.version("jaxlib").startswith("0.10.")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,7 +37,6 @@ if os.environ.get("JAXKV_TEST_TYPES") == "1":
 hypothesis.settings.register_profile("nightly", max_examples=5000)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# There are thousands of small programs in these tests, which run a few times each.
 jax.config.update("jax_disable_most_optimizations", True)
 
 # Examples of these modules take long to run; tests carry marks of their own.
@@ -69,6 +74,15 @@ def compiled_as_users_do(request):
     jax.config.update("jax_disable_most_optimizations", not proof)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True)
+def fewer_mappings_than_a_process_may_have():
+    """Let go of compiled programs in time: Linux allows 65,530 mappings, each program has some."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
