@@ -7,16 +7,14 @@ those that need more, which say so with ``pytest.mark.devices(number)``, are ski
 
 import os
 import pathlib
-from importlib import metadata
+
+from tests.haste import FLAGS
 
 os.environ.setdefault("JAXKV_TEST_DEVICES", "8")
-# There are thousands of small programs in these tests, which run a few times each: what matters is
-# how long XLA takes over one. Of its two ways to compile a fusion, jaxlib 0.10 can be told which.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count={os.environ['JAXKV_TEST_DEVICES']}"
-    + " --xla_cpu_parallel_codegen_split_count=1"
-    + " --xla_cpu_use_fusion_emitters=false" * metadata.version("jaxlib").startswith("0.10.")
+    + FLAGS
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"

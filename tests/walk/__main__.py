@@ -1,7 +1,12 @@
 """Random walks in a process of its own, with one CPU device: ``python -m tests.walk 100000``."""
 
+import os
 import sys
 import time
+
+from tests.haste import FLAGS
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 
 import jax
 

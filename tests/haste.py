@@ -1,0 +1,7 @@
+"""How XLA compiles in tests: thousands of small programs, which run a few times each."""
+
+from importlib import metadata
+
+FLAGS = " --xla_cpu_parallel_codegen_split_count=1"
+if metadata.version("jaxlib").startswith("0.10."):  # which has two ways to compile a fusion
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
