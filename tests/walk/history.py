@@ -69,8 +69,9 @@ class Row:
             return positions
         return {p for p in positions if p >= self.chosen_from or p in self.kept[head]}
 
-    def truncate(self, length, num_fine):
-        lost = max(self.fine_from, len(self.tokens) - num_fine)
+    def truncate(self, length, num_fine, room):
+        """``room`` tokens were written at most; more of them were dropped."""
+        lost = max(self.fine_from, min(len(self.tokens), room) - num_fine)
         self.fine_from = min(lost, length, len(self.tokens))
         del self.tokens[length:]
         self.chosen_from = min(self.chosen_from, len(self.tokens))
@@ -178,7 +179,7 @@ class History:
     def truncate(self, lengths):
         for config, rows in zip(self.configs, self.rows, strict=True):
             for row, length in zip(rows, lengths, strict=True):
-                row.truncate(length, num_fine(config))
+                row.truncate(length, num_fine(config), config.max_context_length)
 
     def can_roll_back(self, row, length):
         """Surely: all that the next query would see is still there, or nothing is left to see.
