@@ -357,6 +357,8 @@ class Walk:
             self.cache = jaxkv.load(f"{folder}/cache", **options)
         if into:
             self.history.select(np.argsort(order))
+        elif is_pool(self.cache):  # it was empty, and a new pool has no pages yet
+            self._assign(free_pages(self.cache, self.rng, self.cache.index.table.shape))
 
     def _other(self, order):
         """A cache of the same kind, with pages for what this one holds in another order."""
