@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from jaxkv.addressing.addressing import PlainIndex
 from jaxkv.attention.blockwise import KEY_BLOCK, with_newest
 from jaxkv.attention.call import Grouped, Request
 from jaxkv.attention.older import block_size, first_on_device, turns_of
@@ -65,7 +66,7 @@ def _with_newest(request: Request, state: Online, end: Int[Array, " batch"]) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fetched:
+class _Fetched(PlainIndex):
     """The index of leaves that were read already: what stands in them, -1 for nothing to see."""
 
     positions: Int[Array, "batch #kv_heads slots"]
