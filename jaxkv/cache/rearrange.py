@@ -41,9 +41,10 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     [5, 5, 5]
     """
     check_alive(cache)
-    chosen = rows if isinstance(rows, jax.Array) else on_device(np.asarray(rows, np.int32))
+    given = rows if isinstance(rows, jax.Array) else np.asarray(rows, np.int32)
+    chosen = on_device(given)
     check_rows(cache, chosen)
-    own = _within_devices(cache, rows if isinstance(rows, jax.Array) else np.asarray(rows, np.int32))
+    own = _within_devices(cache, given)
     select_rows = _select
     if cache.pages is not None and cache.pages.shared:  # rows go on in the pages that they had
         select_rows = beside_storage(_select)

@@ -212,7 +212,7 @@ class PageAllocator:
         self.sequences[request] = sequence
 
     def check_restore(self, request: Request, prompt: Prompt, length: int) -> list[range]:
-        """Raise what `restore` would; else the numbers of the pages that it would take, by group."""
+        """Raise what `restore` would, or say which pages of a sequence it would take, by group."""
         self.check_new(request, prompt)
         total = max(length, len(prompt))
         check_fits(self.groups, total)

@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 
 from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.checks import checked_prompt
+from jaxkv.cache.create import config_of_a_device
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.devices import platform_at
-from jaxkv.cache.create import config_of_a_device
 from jaxkv.errors import ConfigError, ModelChangedError, PoolFullError, UnknownRequestError
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.paging import PageAllocator, Pools, Prompt

@@ -61,8 +61,9 @@ def prefill(
     neither reads nor writes `Newest` tokens, which stand in no page.
     """
     tokens, num_tokens, start = by_row(cache, tuple(map(jnp.asarray, (tokens, num_tokens, start))))
-    rows = range(0, cache.config.batch_size or 1, (cache.config.batch_size or 1) // len(tokens))
-    sequences = _placed(_plain(select(cache, list(rows))), tables, start, start)
+    batch = cache.config.batch_size or 1
+    first_rows = list(range(0, batch, batch // len(tokens)))  # which stand for their ranks
+    sequences = _placed(_plain(select(cache, first_rows)), tables, start, start)
     _, sequences = model(tokens, padded_after(sequences, num_tokens))
     groups = [
         dataclasses.replace(group, storage=written.storage).with_codec_state(written.codec_state)
@@ -173,9 +174,12 @@ def without_codec_state(cache: AnyCache) -> AnyCache:
 
 def pools_of(cache: AnyCache) -> tuple[KVCache, ...]:
     """The pool of each group, and then their `Newest` tokens, where a page is that of a row."""
-    groups = cache.groups
-    newest = ((group.newest, group.spread) for group in groups)
-    return *groups, *(dataclasses.replace(each, spread=on) for each, on in newest if each is not None)
+    newest = [
+        dataclasses.replace(group.newest, spread=group.spread)
+        for group in cache.groups
+        if group.newest is not None
+    ]
+    return *cache.groups, *newest
 
 
 def _with_pools(cache: AnyCache, pools: Sequence[KVCache]) -> AnyCache:

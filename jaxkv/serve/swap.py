@@ -61,7 +61,7 @@ class SwapSpace:
         return True
 
     def put_back(self, request: Request, rank: Rank, cache: AnyCache) -> AnyCache:
-        """The cache, donated, with what was kept of a request in the pages that it has there now."""
+        """The cache, donated, with what was kept of a request in the pages that it has now."""
         pages = pages_in_use(rank, request, cache)
         for numbers, contents in zip(_portions(pages), self._kept[request], strict=True):
             padded = tuple(
@@ -77,7 +77,6 @@ class SwapSpace:
         """Forget what was kept of a request, if anything was."""
         for contents in self._kept.pop(request, []):
             self._figures.swapped_bytes -= sum(leaf.nbytes for leaf in jax.tree.leaves(contents))
-
 
     def _padded(self, pages: Pages, rank: Rank) -> tuple[np.ndarray, ...]:
         """As a program takes them: a part for each rank."""

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import numpy as np
 import pytest
 from jax.sharding import AxisType
 
@@ -67,3 +66,109 @@ def test_tokens_are_those_of_each_request_alone(model, alone, split, axis_type, 
         expected = [alone(number, number, sampling) for number in range(len(PROMPTS))]
         assert [request.tokens for request in requests] == expected
         assert {request.rank for request in requests} == set(range(len(running.pages)))
+
+
+def answers(requests):
+    return [(request.tokens, request.logprobs) for request in requests]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_hit_equals_a_miss_and_a_prompt_is_computed_once_per_rank(model, split):
+    """Bit for bit, whichever rank computed it."""
+
+    def run_all(running):
+        requests = [running.submit(PROMPTS[1], max_new_tokens=3, seed=n) for n in range(12)]
+        run(running)
+        return requests
+
+    with engine(model, split, sampling=HOT, sharing=False) as fresh:
+        misses = run_all(fresh)
+        assert fresh.figures.prefilled_tokens == 12 * 42
+    with engine(model, split, sampling=HOT) as used:
+        hits = run_all(used)
+        assert answers(hits) == answers(misses)
+        num_ranks = len(used.pages)
+        for rank in range(num_ranks):
+            cached = [request.num_cached for request in hits if request.rank == rank]
+            assert cached == [0] + [42] * (len(cached) - 1)
+        assert used.figures.prefilled_tokens == num_ranks * 42
+        assert used.pages.usage().hit_tokens == (12 - num_ranks) * 42
+
+
+def test_a_request_goes_to_the_longest_hit_and_then_to_the_emptiest_rank(model):
+    with engine(model, "batch 2 x heads 4", num_rows=4) as running:
+
+        def rank_of(number, new=NEW):
+            request = running.submit(PROMPTS[number], max_new_tokens=new)
+            running.step()
+            return request.rank
+
+        long = running.submit(PROMPTS[4], max_new_tokens=60)
+        running.step()
+        assert long.rank == 0
+        assert rank_of(1) == 1  # where more pages are free
+        running.run()
+        assert [rank_of(number, new=1) for number in (4, 3, 5)] == [0, 1, 1]
+        stay = [running.submit(PROMPTS[1], max_new_tokens=60) for _ in range(3)]
+        running.step()
+        running.step()
+        assert [request.rank for request in stay] == [1, 1, 0]  # its rows are taken
+        running.pages.check()
+
+
+@pytest.mark.parametrize("swap_space", [0, 1 << 20])
+def test_preemption_forks_cancelling_and_stops_are_those_of_one_device(model, alone, swap_space):
+    expected = [alone(number, 0, jaxkv.Sampling()) for number in range(len(PROMPTS))]
+    with engine(
+        model, "batch 2 x heads 4", num_rows=6, num_pages=11, swap_space=swap_space
+    ) as running:
+        requests = [running.submit(prompt, max_new_tokens=NEW) for prompt in PROMPTS]
+        stopped = running.submit(PROMPTS[2], max_new_tokens=NEW, stop_tokens=[expected[2][4]])
+        cancelled, streamed = requests[7], requests[6]
+        running.step()
+        running.cancel(cancelled)
+        assert list(running.stream(streamed)) == expected[6]
+        run(running)
+        for number, request in enumerate(requests):
+            assert request.tokens == expected[number][: len(request.tokens)]
+            assert (request is cancelled) or len(request.tokens) == NEW
+        end = expected[2].index(expected[2][4]) + 1
+        assert (stopped.tokens, stopped.finish_reason) == (expected[2][:end], "stop")
+        figures = running.figures
+        assert figures.preemptions > 0
+        assert (figures.swaps > 0) == bool(swap_space)
+        assert figures.swapped_bytes == 0
+        parent = running.submit(PROMPTS[1], max_new_tokens=NEW)
+        while len(parent.tokens) < 4:
+            running.step()
+        fork = running.fork(parent, seed=0)
+        assert fork.rank == parent.rank
+        run(running)
+        assert fork.tokens == parent.tokens == expected[1]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_saved_prompt_is_found_on_every_rank(model, alone, split, tmp_path):
+    config = model.cache_config(max_context_length=CONTEXT, codec=jaxkv.Dense("float32"))
+    saved, prompt = PROMPTS[1][:-1], jaxkv.create(config)
+    _, prompt = model(jax.numpy.array(saved), prompt)
+    jaxkv.save(prompt, tmp_path / "file", tokens=saved, model="mine")
+    with engine(model, split) as running:
+        old = running.submit(PROMPTS[4], max_new_tokens=NEW)
+        running.step()
+        shardings = [leaf.sharding for leaf in jax.tree.leaves(running.cache)]
+        for _ in range(2):  # the second time it is there
+            running.cache = jaxkv.load_prefix(
+                tmp_path / "file", running.cache, running.pages, model="mine"
+            )
+            running.pages.check()
+        for leaf, sharding in zip(jax.tree.leaves(running.cache), shardings, strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        requests = [running.submit(PROMPTS[1], max_new_tokens=NEW) for _ in range(8)]
+        run(running)
+        assert old.tokens == alone(4, 0, jaxkv.Sampling())
+        assert [request.num_cached for request in requests] == [42] * 8
+        assert {tuple(request.tokens) for request in requests} == {
+            tuple(alone(1, 0, jaxkv.Sampling()))
+        }
+        assert running.figures.prefilled_tokens == 32
