@@ -3,16 +3,20 @@
 import functools
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 import jaxkv
+from jaxkv.serve import steps
+from jaxkv.serve.model_step import Weights
 from tests.decoders import sharp_decoder
 from tests.engine.requests import CHUNK, CONTEXT, HOT, PAGE, PAGES, PROMPTS, run
+from tests.test_mesh import collective_bytes
 
 pytestmark = pytest.mark.devices(8)
 
-NEW = 10
+NEW, MOST = 10, 24  # tokens of most answers, and of those that take pages from others
 # Axis sizes by what they split; 4 KV heads, so 8 devices hold each twice.
 SPLITS = {
     "batch 2 x heads 4": {"batch": 2, "heads": 4},
@@ -31,9 +35,12 @@ def alone(model):
     """Tokens of each prompt by `generate`, one at a time, on one device."""
 
     @functools.cache
-    def tokens(number, seed, sampling):
-        options = {"max_new_tokens": NEW, "max_context_length": CONTEXT, "sampling": sampling}
+    def generated(number, seed, sampling):
+        options = {"max_new_tokens": MOST, "max_context_length": CONTEXT, "sampling": sampling}
         return jaxkv.generate(model, [PROMPTS[number]], seed=seed, **options).tokens[0]
+
+    def tokens(number, seed, sampling, new=NEW):
+        return generated(number, seed, sampling)[:new]
 
     return tokens
 
@@ -118,12 +125,12 @@ def test_a_request_goes_to_the_longest_hit_and_then_to_the_emptiest_rank(model):
 
 @pytest.mark.parametrize("swap_space", [0, 1 << 20])
 def test_preemption_forks_cancelling_and_stops_are_those_of_one_device(model, alone, swap_space):
-    expected = [alone(number, 0, jaxkv.Sampling()) for number in range(len(PROMPTS))]
+    expected = [alone(number, 0, jaxkv.Sampling(), MOST) for number in range(len(PROMPTS))]
     with engine(
-        model, "batch 2 x heads 4", num_rows=6, num_pages=11, swap_space=swap_space
+        model, "batch 2 x heads 4", num_rows=6, num_pages=12, swap_space=swap_space
     ) as running:
-        requests = [running.submit(prompt, max_new_tokens=NEW) for prompt in PROMPTS]
-        stopped = running.submit(PROMPTS[2], max_new_tokens=NEW, stop_tokens=[expected[2][4]])
+        requests = [running.submit(prompt, max_new_tokens=MOST) for prompt in PROMPTS]
+        stopped = running.submit(PROMPTS[2], max_new_tokens=MOST, stop_tokens=[expected[2][4]])
         cancelled, streamed = requests[7], requests[6]
         running.step()
         running.cancel(cancelled)
@@ -131,14 +138,14 @@ def test_preemption_forks_cancelling_and_stops_are_those_of_one_device(model, al
         run(running)
         for number, request in enumerate(requests):
             assert request.tokens == expected[number][: len(request.tokens)]
-            assert (request is cancelled) or len(request.tokens) == NEW
+            assert (request is cancelled) or len(request.tokens) == MOST
         end = expected[2].index(expected[2][4]) + 1
         assert (stopped.tokens, stopped.finish_reason) == (expected[2][:end], "stop")
         figures = running.figures
         assert figures.preemptions > 0
         assert (figures.swaps > 0) == bool(swap_space)
         assert figures.swapped_bytes == 0
-        parent = running.submit(PROMPTS[1], max_new_tokens=NEW)
+        parent = running.submit(PROMPTS[1], max_new_tokens=MOST)
         while len(parent.tokens) < 4:
             running.step()
         fork = running.fork(parent, seed=0)
@@ -172,3 +179,27 @@ def test_a_saved_prompt_is_found_on_every_rank(model, alone, split, tmp_path):
             tuple(alone(1, 0, jaxkv.Sampling()))
         }
         assert running.figures.prefilled_tokens == 32
+
+
+def test_steps_are_in_place_and_move_no_pages(model):
+    mesh = jax.make_mesh((2, 4), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
+    place = {"mesh": mesh, "axes": jaxkv.Axes(batch="batch", heads="heads")}
+    pool = jaxkv.Paged(16, num_pages=4096)
+    config = model.cache_config(max_context_length=1024, batch_size=4, addressing=pool)
+    cache, weights = jaxkv.create(config, **place), Weights.of(model).spread_over(mesh)
+    two, four = np.ones(2, np.int32), np.ones(4, np.int32)
+    tables = (np.full((4, 64), -1, np.int32),)
+    known = np.full((4, 4), -1, np.int32)
+    rows = steps.Rows(four, four, four, four, four, four[:, None], known, tables)
+    tokens, starts = np.zeros((2, 32), np.int32), (two, two, (tables[0][:2],))
+    lowered = [
+        steps.prefill.lower(weights, tokens, *starts, cache),
+        steps.decode.lower(weights, rows, cache, sampling=HOT, num_steps=4),
+        steps.copy.lower((two,), (two,), cache),
+    ]
+    for step in lowered:
+        compiled = step.compile({"xla_backend_optimization_level": 0})
+        memory, share = compiled.memory_analysis(), config.size_bytes / 8
+        assert memory.alias_size_in_bytes >= share
+        assert memory.temp_size_in_bytes < 0.2 * share
+        assert collective_bytes(compiled.as_text()) < 0.05 * share
