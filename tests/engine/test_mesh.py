@@ -60,8 +60,12 @@ def engine(model, split, axis_type=AxisType.Auto, num_rows=8, num_pages=PAGES, *
     return jaxkv.Engine(model, config, mesh=mesh, axes=axes, **options)
 
 
-@pytest.mark.parametrize("sampling", [jaxkv.Sampling(), HOT], ids=["greedy", "seeded"])
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+@pytest.mark.slow_cases("heads 8|heads 4-Auto|batch 8-Explicit")
+@pytest.mark.parametrize(
+    ("axis_type", "sampling"),
+    [(AxisType.Auto, HOT), (AxisType.Explicit, jaxkv.Sampling())],
+    ids=["Auto, seeded", "Explicit, greedy"],
+)
 @pytest.mark.parametrize("split", SPLITS)
 def test_tokens_are_those_of_each_request_alone(model, alone, split, axis_type, sampling):
     with engine(model, split, axis_type, sampling=sampling) as running:
@@ -79,6 +83,7 @@ def answers(requests):
     return [(request.tokens, request.logprobs) for request in requests]
 
 
+@pytest.mark.slow_cases("batch 8|heads 8")
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_hit_equals_a_miss_and_a_prompt_is_computed_once_per_rank(model, split):
     """Bit for bit, whichever rank computed it."""
@@ -123,7 +128,9 @@ def test_a_request_goes_to_the_longest_hit_and_then_to_the_emptiest_rank(model):
         running.pages.check()
 
 
-@pytest.mark.parametrize("swap_space", [0, 1 << 20])
+@pytest.mark.parametrize(
+    "swap_space", [pytest.param(0, marks=pytest.mark.slow), 1 << 20], ids=["again", "swapped"]
+)
 def test_preemption_forks_cancelling_and_stops_are_those_of_one_device(model, alone, swap_space):
     expected = [alone(number, 0, jaxkv.Sampling(), MOST) for number in range(len(PROMPTS))]
     with engine(
@@ -154,6 +161,7 @@ def test_preemption_forks_cancelling_and_stops_are_those_of_one_device(model, al
         assert fork.tokens == parent.tokens == expected[1]
 
 
+@pytest.mark.slow_cases("batch 8|heads 8")
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_saved_prompt_is_found_on_every_rank(model, alone, split, tmp_path):
     config = model.cache_config(max_context_length=CONTEXT, codec=jaxkv.Dense("float32"))
