@@ -168,7 +168,7 @@ def test_a_saved_prompt_is_found_on_every_rank(model, alone, split, tmp_path):
     saved, prompt = PROMPTS[1][:-1], jaxkv.create(config)
     _, prompt = model(jax.numpy.array(saved), prompt)
     jaxkv.save(prompt, tmp_path / "file", tokens=saved, model="mine")
-    with engine(model, split) as running:
+    with engine(model, split, num_pages=64) as running:  # so many that none is taken again
         old = running.submit(PROMPTS[4], max_new_tokens=NEW)
         running.step()
         shardings = [leaf.sharding for leaf in jax.tree.leaves(running.cache)]
