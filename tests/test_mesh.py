@@ -301,5 +301,13 @@ def test_what_a_mesh_cannot_share_is_refused_by_name():
         jaxkv.attend(split, jnp.ones((BATCH, 1, 16, HEAD_DIM)), layer=0, window=3)
     with pytest.raises(jaxkv.ConfigError, match="a cache with HostMemory is not spread"):
         jaxkv.create(config.replace(placement=jaxkv.HostMemory(4, 4)), **spread_over("heads 8"))
-    with pytest.raises(jaxkv.ConfigError, match="Engine: axes must name heads alone"):
-        jaxkv.Engine(lambda tokens, cache: None, config, **spread_over("batch 8"))
+    with pytest.raises(jaxkv.ConfigError, match="Engine: axes must name batch and heads alone"):
+        jaxkv.Engine(lambda tokens, cache: None, config, **spread_over("context 8"))
+    pool = config.replace(addressing=jaxkv.Paged(4, num_pages=20), batch_size=8)
+    with pytest.raises(jaxkv.ConfigError, match="num_pages must be a multiple of 8"):
+        jaxkv.Engine(lambda tokens, cache: None, pool, **spread_over("batch 8"))
+    pool = pool.replace(addressing=jaxkv.Paged(4, num_pages=16))
+    split = jaxkv.create(pool, **spread_over("context 8"))
+    pages = jaxkv.paging.PageAllocator(2, page_size=4)
+    with pytest.raises(ValueError, match="load_prefix: pages of a cache that is split by context"):
+        jaxkv.load_prefix("a file", split, pages, model="mine")

@@ -41,9 +41,10 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     [5, 5, 5]
     """
     check_alive(cache)
-    chosen = rows if isinstance(rows, jax.Array) else on_device(np.asarray(rows, np.int32))
+    given = rows if isinstance(rows, jax.Array) else np.asarray(rows, np.int32)
+    chosen = on_device(given)
     check_rows(cache, chosen)
-    own = _within_devices(cache, chosen)
+    own = _within_devices(cache, given)
     select_rows = _select
     if cache.pages is not None and cache.pages.shared:  # rows go on in the pages that they had
         select_rows = beside_storage(_select)
@@ -53,7 +54,7 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     return where_in_range(selected, rows_exist(cache, chosen))
 
 
-def _within_devices(cache: KVCache, rows: Int[Array, " rows"]) -> Int[Array, " rows"]:
+def _within_devices(cache: KVCache, rows: Int[Array | np.ndarray, " rows"]) -> Int[Array, " rows"]:
     """The numbers of these rows on their devices, where the batch is split over some.
 
     Raises:
@@ -61,7 +62,7 @@ def _within_devices(cache: KVCache, rows: Int[Array, " rows"]) -> Int[Array, " r
     """
     parts = 1 if cache.spread is None else cache.spread.size("batch")
     if parts == 1:
-        return rows
+        return on_device(rows)
     each = cache.config.batch_size // parts  # type: ignore[operator]
     cure = (
         f"Each of {parts} devices has {each} sequences, in their order, and gives the new batch its"
@@ -123,7 +124,8 @@ def copy_pages(
     In place under donation: only the pages' own bytes move.
 
     Args:
-      sources: pages of the pool, ``int32[pages]``.
+      sources: pages of the pool, ``int32[pages]``; where the batch is split over devices, whose
+        pages are counted from 0 on each, a part for each.
       destinations: as many pages, each named once; one below 0 or past the pool is skipped, so
         that calls can be padded to one shape.
 

@@ -28,6 +28,8 @@ What = tuple[str | None, ...]  # what each axis of an array is: "batch", "heads"
 _ARGUMENTS: dict[str, What] = {
     **dict.fromkeys(("keys", "values", "queries"), ("batch", None, "heads", None)),
     **dict.fromkeys(("num_tokens", "length", "in_range", "rows"), ("batch",)),
+    **dict.fromkeys(("pages", "sources", "destinations"), ("batch",)),
+    "contents": (None, None, None, "heads"),
     "sinks": ("heads",),
 }
 
@@ -213,12 +215,21 @@ def _own_books(cache: KVCache) -> tuple[Array, Array, Array]:
 
 def everywhere(cache: Any, arrays: R) -> R:
     """The arrays, whole on every device where the cache is spread: a process reads no other's."""
+    return _placed(cache, arrays)
+
+
+def by_row(cache: Any, arrays: R) -> R:
+    """Arrays of something per sequence, where the cache is spread on the devices of each."""
+    return _placed(cache, arrays, "batch")
+
+
+def _placed(cache: Any, arrays: R, *what: str) -> R:
     spread = cache.groups[0].spread
     if spread is None:
         return arrays
     place = jax.sharding.reshard if spread.is_explicit else lax.with_sharding_constraint
-    whole = NamedSharding(spread.mesh, PartitionSpec())
-    return jax.tree.map(lambda array: place(array, whole), arrays)
+    sharding = NamedSharding(spread.mesh, spread.spec(*what))
+    return jax.tree.map(lambda array: place(array, sharding), arrays)
 
 
 def check_whole(cache: Any, verb: str) -> None:

@@ -26,6 +26,8 @@ class Request:
       num_cached: prompt tokens that were in the pool when it first ran.
       num_preemptions: times that its pages were taken from it, to be computed again later.
       submitted, first_token: times by `time.perf_counter`, the second None until it came.
+      rank: the part of the batch that it runs on, or ran on last, where the batch is split over
+        devices (0 where not); None before it first ran.
     """
 
     number: int
@@ -40,6 +42,7 @@ class Request:
     num_preemptions: int = 0
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     first_token: float | None = None
+    rank: int | None = None
     # Tokens whose keys and values are in its pages; those of the answer follow the prompt's.
     length: int = 0
     # Did others compute some of them?
