@@ -11,11 +11,12 @@ from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.cli.command import Command, argument_type
 from jaxkv.codecs import CODECS
 from jaxkv.counts import ceil_div
-from jaxkv.memory import CARDS, parse_device, parse_size, parse_tokens, plan
+from jaxkv.memory import parse_tokens, plan
+from jaxkv.memory.cards import CARDS, parse_device
 from jaxkv.models.known import cache_config
 from jaxkv.models.parameters import weight_bytes
 from jaxkv.quality import sample_error
-from jaxkv.show.text import format_bytes, table
+from jaxkv.show.text import format_bytes, parse_size, table
 
 _EXAMPLES = """\
 examples:

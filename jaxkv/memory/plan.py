@@ -291,7 +291,9 @@ def _streamed_plan(config: AnyConfig, memory: DeviceMemory) -> StreamedPlan | No
 def _codec_plan(config: AnyConfig, memory: DeviceMemory, spread: Spread | None) -> CodecPlan:
     """Of the config of one device; tokens and sequences are those of all together."""
     free = memory.free_bytes
-    context, batch = (_largest(config, f, memory) for f in ("max_context_length", "batch_size"))
+    context, batch = (
+        _largest(config, field, memory) for field in ("max_context_length", "batch_size")
+    )
     return CodecPlan(
         codec=config.codec_name,
         needed_bytes=needed_bytes(config),

@@ -69,6 +69,9 @@ def parse_size(text: str) -> int:
 
     Raises:
       ValueError: likewise, and for a plain number.
+
+    >>> parse_size("16GB")
+    16000000000
     """
     if is_number(text):
         raise ValueError(f"A size needs a unit, got {text!r}. Write {text.strip()}GB.")

@@ -49,9 +49,11 @@ class Parts:
     files: tuple[tuple[Share, ...], ...]
 
     @classmethod
-    def of(cls, spread: Spread, config: AnyConfig) -> "Parts":
-        """A file per process, with the shares that its devices have first."""
+    def of(cls, spread: Spread, config: AnyConfig) -> "Parts | None":
+        """A file per process, with the shares that its devices have first; None for one process."""
         processes = processes_of(spread)
+        if len(processes) == 1:
+            return None
         id = told(spread, secrets.token_hex(8))[processes[0]]
         split, shares = shares_of(spread, config)
         first: dict[Share, int] = {}

@@ -76,13 +76,12 @@ def save(
         cache = gather(cache)  # a number of tokens per head is not written by parts
     lengths = tuple(books_of(cache.groups[0])[0].reshape(-1).tolist())
     ids = None if tokens is None else token_ids(tokens, cache.config.batch_size, lengths)
-    spread, shares, parts = cache.groups[0].spread, {}, None
+    spread, shares = cache.groups[0].spread, sources_of_shares(cache)
     if spread is None:
-        sources = [Sources.of(group) for group in cache.groups]
+        sources, parts = [Sources.of(group) for group in cache.groups], None
     else:
-        shares = sources_of_shares(cache)
         sources = sources_of_all(cache, shares_of(spread, cache.config)[0], shares)
-        parts = Parts.of(spread, cache.config) if len(processes_of(spread)) > 1 else None
+        parts = Parts.of(spread, cache.config)
     manifest = Manifest(
         saved_by=f"jaxkv {__version__}",
         lengths=lengths,
@@ -102,7 +101,7 @@ def save(
     def write() -> None:
         container.write(Path(path), manifest.to_json(), manifest.layout(), pieces)
 
-    if parts is None or spread is None:
+    if spread is None or parts is None:
         before = parts_named_by(Path(path))
         write()
         remove(before)

@@ -45,7 +45,7 @@ class Sources(NamedTuple):
     @classmethod
     def of(cls, cache: KVCache) -> "Sources":
         """All on one device."""
-        own = KeptSource.of(cache) if cache.index.per_head else OneSource.of(cache)
+        own: Source = KeptSource.of(cache) if cache.index.per_head else OneSource.of(cache)
         return cls(own, None if cache.newest is None else OneSource.of(cache.newest))
 
     @property
@@ -55,9 +55,9 @@ class Sources(NamedTuple):
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
         """A tensor of the file by its name in `Group.layout`."""
-        of_newest = self.newest is not None and name.startswith("newest.")
-        source = self.newest if of_newest and self.newest is not None else self.own
-        name = name.removeprefix("newest.") if of_newest else name
+        source = self.own
+        if self.newest is not None and name.startswith("newest."):
+            source, name = self.newest, name.removeprefix("newest.")
         if name in source.described.config.codec_state:
             return iter([source.state(name)])
         sequence, leaf = name.split(".", 1)
@@ -108,12 +108,11 @@ class SharedSource:
             yield self.places[sequence].positions
             return
         held, config = self.described.held[sequence], self.described.config
-        row, parts = sequence, []
+        parts = []
         for share, source in self.sources.items():
             rows = self.split.sequences(share, len(self.described.held))
             if sequence in rows:
-                row = sequence - rows.start
-                parts.append((share, source.pieces(row, leaf)))
+                parts.append((share, source.pieces(sequence - rows.start, leaf)))
         for _ in range(config.num_layers):
             pieces = [(share, next(layers)) for share, layers in parts]
             sides, _, _, *vector = pieces[0][1].shape
@@ -138,9 +137,10 @@ Shares = Mapping[Share, list[Sources]]  # what is held of each kind of layer
 
 
 def sources_of_shares(cache: AnyCache) -> Shares:
-    """What devices of this process hold of a cache, each share once."""
+    """What devices of this process hold of a cache that is spread, each share once."""
     spread = cache.groups[0].spread
-    assert spread is not None
+    if spread is None:
+        return {}
     _, shares = shares_of(spread, cache.config)
     found: dict[Share, list[Sources]] = {}
     for group in cache.groups:

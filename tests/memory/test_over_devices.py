@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import jaxkv
-from jaxkv.memory import CARDS, MemoryTracker, plan
+from jaxkv.memory import MemoryTracker, plan
+from jaxkv.memory.cards import CARDS
 from jaxkv.memory.device import live_array_bytes
 from jaxkv.models import Decoder, DecoderConfig, loading
 from jaxkv.models.parameters import PARAMETERS, weight_bytes
