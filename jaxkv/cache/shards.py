@@ -59,7 +59,7 @@ def in_each_shard(
                     _own_part(cache, name, part)
                     for (name, _), part in zip(named, parts, strict=True)
                 )
-                result = work(local_cache(cache, leaves, ranks[0]), *own, **options)  # type: ignore[arg-type]
+                result = work(_local_cache(cache, leaves, ranks[0]), *own, **options)  # type: ignore[arg-type]
                 return result if given else jax.tree.leaves(_as_stored(result))
 
             ranks = np.arange(spread.size("context"), dtype=np.int32)
@@ -90,7 +90,7 @@ def beside_storage(work: Callable[P, R]) -> Callable[P, R]:
     return run  # type: ignore[return-value]
 
 
-def local_cache(cache: KVCache, leaves: list[Any], rank: Array) -> KVCache:
+def _local_cache(cache: KVCache, leaves: list[Any], rank: Array) -> KVCache:
     """The cache of one device, from its parts of all arrays."""
     spread, config = cache.spread, cache.config
     assert spread is not None

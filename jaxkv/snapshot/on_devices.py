@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxkv.addressing.interleaved import whole
+from jaxkv.addressing.interleaved import Interleaved, whole
+from jaxkv.cache.axes import Spread
+from jaxkv.cache.create import shapes_of
 from jaxkv.cache.kv_cache import KVCache
-from jaxkv.cache.shards import local_cache
 from jaxkv.devices import Device, default_device
+from jaxkv.snapshot.split import Share, shares_of
 
 
 def parts_of(cache: KVCache) -> dict[Device, KVCache]:
@@ -25,14 +26,12 @@ def parts_of(cache: KVCache) -> dict[Device, KVCache]:
     for leaf in jax.tree.leaves(cache):
         for shard in leaf.addressable_shards:
             leaves.setdefault(shard.device, []).append(shard.data)
-    names, context = spread.mesh.axis_names, spread.axes.context
-    parts = {}
-    for place, device in np.ndenumerate(spread.mesh.devices):
-        if device in leaves:
-            rank = 0 if context is None else place[names.index(context)]
-            part = local_cache(cache, leaves[device], jnp.int32(rank))
-            parts[device] = _with_index_on(part, default_device())
-    return parts
+    structure = jax.tree.structure(shapes_of(spread.local(cache.config)))
+    _, shares = shares_of(spread, cache.config)
+    return {
+        device: _with_index_on(_numbered(structure.unflatten(own), spread, shares[device]))
+        for device, own in leaves.items()
+    }
 
 
 def joined(cache: KVCache, parts: Mapping[Device, KVCache]) -> KVCache:
@@ -50,7 +49,17 @@ def joined(cache: KVCache, parts: Mapping[Device, KVCache]) -> KVCache:
     return jax.tree.unflatten(jax.tree.structure(cache), together)
 
 
-def _with_index_on(cache: KVCache, device: Device) -> KVCache:
+def _numbered(cache: KVCache, spread: Spread, share: Share) -> KVCache:
+    """With an index that knows which of the positions are its own."""
+    axis = spread.axes.context
+    if axis is None:
+        return cache
+    index = Interleaved(cache.index, jnp.int32(share.context), axis, spread.size("context"))
+    return dataclasses.replace(cache, index=index)
+
+
+def _with_index_on(cache: KVCache, device: Device | None = None) -> KVCache:
+    device = device or default_device()
     newest = None if cache.newest is None else _with_index_on(cache.newest, device)
     index = jax.device_put(cache.index, device)
     return dataclasses.replace(cache, index=index, newest=newest)

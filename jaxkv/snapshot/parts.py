@@ -212,36 +212,25 @@ def together(
     for share, parts in shares.items():
         for name, array in parts.items():
             number, rest = name.split(".", 1)
-            _put(tensors, f"{number}.", split, share, groups[int(number)], rest, array)
+            group, prefix = groups[int(number)], f"{number}."
+            if group.of_newest is not None and rest.startswith("newest."):
+                group, prefix, rest = group.of_newest, f"{prefix}newest.", rest[len("newest.") :]
+            heads = split.kv_heads(share, group.config.num_kv_heads)
+            if rest in group.config.codec_state:
+                shape = group.config.codec_state[rest][0]
+                whole = tensors.setdefault(prefix + rest, np.zeros(shape, array.dtype))
+                whole[:, :, heads.start : heads.stop] = array
+                continue
+            sequence, leaf = rest.split(".", 1)
+            row = split.sequences(share, len(group.held))[int(sequence)]
+            whole_name = f"{prefix}{row}.{leaf}"
+            if group.is_compressed or leaf == "positions":
+                tensors[whole_name] = array
+                continue
+            every = range(group.config.num_kv_heads)
+            vectors = tensors.setdefault(whole_name, Vectors({}, split.context, every))
+            vectors.arrays[heads.start, share.context] = array
     return tensors
-
-
-def _put(
-    tensors: Tensors,
-    prefix: str,
-    split: Split,
-    share: Share,
-    group: Group,
-    name: str,
-    array: np.ndarray,
-) -> None:
-    if group.of_newest is not None and name.startswith("newest."):
-        prefix, name, group = f"{prefix}newest.", name.removeprefix("newest."), group.of_newest
-    heads = split.kv_heads(share, group.config.num_kv_heads)
-    if name in group.config.codec_state:
-        shape = group.config.codec_state[name][0]
-        whole = tensors.setdefault(prefix + name, np.zeros(shape, array.dtype))
-        whole[:, :, heads.start : heads.stop] = array
-        return
-    sequence, leaf = name.split(".", 1)
-    rows = split.sequences(share, len(group.held))
-    name = f"{prefix}{rows[int(sequence)]}.{leaf}"
-    if group.is_compressed or leaf == "positions":
-        tensors[name] = array
-        return
-    every = range(group.config.num_kv_heads)
-    vectors = tensors.setdefault(name, Vectors({}, split.context, every))
-    vectors.arrays[heads.start, share.context] = array
 
 
 def _prefix(share: Share) -> str:

@@ -126,19 +126,20 @@ def _save_parts(
         kind, rest = rest.split(".", 1)
         return shares[share][int(kind)].pieces(rest)
 
-    layout = parts.layout(number, manifest.groups, manifest.lengths)
+    layout, before = parts.layout(number, manifest.groups, manifest.lengths), parts_named_by(file)
     try:
         with all_or_none(spread):
             container.write(own, parts.to_json(number), layout, pieces)
         with all_or_none(spread):
             if number == 0:
                 parts.check_here(file)
-                before = parts_named_by(file)
                 write()
-                remove(before)
     except BaseException:
-        remove([own])
+        if own not in parts_named_by(file):
+            remove([own])
         raise
+    if number == 0:
+        remove(before)
 
 
 def token_ids(tokens: Tokens, batch_size: int | None, lengths: Sequence[int]) -> list[np.ndarray]:

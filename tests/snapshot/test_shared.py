@@ -41,13 +41,13 @@ def config_of(codec="int8", addressing="contiguous", **fields):
     return small_config(codec, addressing, **{"num_kv_heads": 8, "batch_size": 4, **fields})
 
 
-@pytest.mark.slow_cases("paged|centred|4-heads")
+@pytest.mark.slow_cases("kind3|centred")
 @pytest.mark.parametrize(
     ("way", "kv_heads", "codec", "kind"),
     [
         ("context", 8, "int8", {}),
         ("batch", 8, "bfloat16", {"addressing": ADDRESSINGS["ring"]}),
-        ("heads", 2, "float32", {"newest": NEWEST}),
+        ("heads", 2, "bfloat16", {"newest": NEWEST}),
         ("context", 8, "float32", {"addressing": ADDRESSINGS["paged"], "max_context_length": 32}),
         ("heads", 4, "int8-centred", {}),
     ],
