@@ -49,7 +49,7 @@ def config_of(codec="int8", addressing="contiguous", **fields):
         ("batch", 8, "bfloat16", {"addressing": ADDRESSINGS["ring"]}),
         ("heads", 2, "bfloat16", {"newest": NEWEST}),
         ("context", 8, "float32", {"addressing": ADDRESSINGS["paged"], "max_context_length": 32}),
-        ("heads", 4, "int8-centred", {}),
+        ("heads", 4, "rotated4-centred", {}),
     ],
 )
 def test_from_mesh_to_mesh_the_file_stays_what_one_device_wrote(
@@ -121,7 +121,7 @@ def test_what_a_mesh_cannot_load_is_refused_and_nothing_is_changed(tmp_path):
 def in_parts(tmp_path):
     """A snapshot in three files, as three processes would write it, and in one."""
     one = tmp_path / "one"
-    cache = with_random_bits(jaxkv.create(config_of("int8-centred")), LENGTHS, None)
+    cache = with_random_bits(jaxkv.create(config_of("rotated4-centred")), LENGTHS, None)
     jaxkv.save(cache, one, tokens=[list(range(length)) for length in LENGTHS], model="mine")
     split = Split(heads=4, context=2)
     shares = list(split.shares)
@@ -211,7 +211,7 @@ def test_a_part_that_is_not_right_is_named_and_nothing_is_changed(in_parts, what
     else:
         other = dataclasses.replace(inspect(in_parts).parts, id="f" * 16)
         container.write(part, other.to_json(1), {}, lambda name: [])
-    cache = jaxkv.create(config_of("int8-centred"))
+    cache = jaxkv.create(config_of("rotated4-centred"))
     with pytest.raises(jaxkv.SnapshotError, match=reason):
         jaxkv.load(in_parts, into=cache)
     assert not cache.storage["data"].is_deleted()
