@@ -42,10 +42,11 @@ def test_ledger_and_report_count_on_each_device_what_it_holds():
         usage = [tracker.total_usage("kv_cache", device) for device in jax.devices()]
         assert usage == [EACH] * 8
         assert tracker.total_usage() == 8 * EACH
+        facts = dict(line.split("  ", 1) for line in session.report().splitlines())
         for words in ("planned on each", "held on each"):
-            assert f"{words}  16.4 kB ({EACH:,} bytes)" in " ".join(session.report().split("  "))
+            assert facts[words].strip() == f"65.6 kB ({EACH:,} bytes)"
         rows = [line.split()[:3] for line in tracker.report().splitlines() if "cpu:" in line]
-        assert rows == [[f"cpu:{number}", "16.4", "kB"] for number in range(8)]
+        assert rows == [[f"cpu:{number}", "65.6", "kB"] for number in range(8)]
     assert [tracker.total_usage(device=device) for device in jax.devices()] == [0] * 8
 
 
@@ -57,7 +58,7 @@ def test_the_device_with_least_room_decides():
     limit = live_array_bytes(jax.devices()[5]) + EACH - 100
     with (
         pytest.raises(
-            jaxkv.CacheAllocationError, match=r"16.4 kB on each of 8 devices.*CPU_5|cpu:5"
+            jaxkv.CacheAllocationError, match=r"65.5 kB on each of 8 .* on cpu:5 with a limit"
         ),
         jaxkv.session(CONFIG, limit=limit, **place),
     ):
@@ -87,8 +88,8 @@ def test_copies_of_kv_heads_are_named_with_their_cost():
     place = over(heads=8)
     # A device holds one head of two, where an eighth of both would do.
     own = 2 * 2 * 64 * 8 * 16 * 2
-    words = "each KV head is on 4 devices, so that 98.3 kB of what each holds are copies"
-    assert own - own // 4 == 98_304
+    words = "each KV head is on 4 devices, so that 49.2 kB of what each holds are copies"
+    assert own - own // 4 == 49_152
     assert f"copies       {words}" in str(plan(config, "1GB", **place))
     cache = jaxkv.create(config, **place)
     assert jaxkv.explain(cache, heads=8).startswith(f"copies: {words}")
