@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import jaxkv
-from jaxkv.memory import MemoryTracker, plan
+from jaxkv.memory import MemoryTracker, device_memory, plan
 from jaxkv.memory.cards import CARDS
 from jaxkv.memory.device import live_array_bytes
 from jaxkv.models import Decoder, DecoderConfig, loading
@@ -182,7 +182,7 @@ def test_parameters_of_public_models(
 
 def test_every_public_model_and_card_is_there():
     assert PARAMETERS.keys() == jaxkv.models.known.KNOWN_MODELS.keys()
-    sizes = {card: plan(CONFIG, card.lower()).memory.limit_bytes for card in CARDS}
+    sizes = {card: device_memory(card.lower()).free_bytes for card in CARDS}
     named = ("T4", 16), ("L4", 24), ("A100-80", 80), ("H100", 80), ("H200", 141), ("v6e", 32)
     for card, gigabytes in (*named, ("v5e", 16)):
         assert sizes[card] == gigabytes * 10**9

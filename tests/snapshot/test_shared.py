@@ -105,7 +105,7 @@ def test_what_a_mesh_cannot_load_is_refused_and_nothing_is_changed(tmp_path):
     full = jaxkv.create(config_of(max_context_length=8), **place)
     with pytest.raises(jaxkv.CacheFullError, match="holds 16 tokens, and the cache has room for 8"):
         jaxkv.load(tmp_path / "file", into=full)
-    assert not full.storage["data"].is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(full))
     with pytest.raises(jaxkv.ConfigError, match="batch_size must be a multiple of 8"):
         jaxkv.load(tmp_path / "file", **over({"batch": 8}))
     few = assign_pages(jaxkv.create(config_of("float32", batch_size=None)))
@@ -178,7 +178,7 @@ def test_of_the_parts_only_those_are_opened_that_a_process_needs(in_parts):
     wanted = Share(0, 3, 1)  # of the second file
     arguments = in_parts, saved.parts, saved.groups, saved.lengths
     with parts.opened(*arguments, lambda split, share: share == wanted) as tensors:
-        assert list(tensors["0.2.data"].arrays) == [(6, 1)]
+        assert list(tensors["0.2.codes"].arrays) == [(6, 1)]
     with (
         pytest.raises(jaxkv.SnapshotError, match=r"0-of-3 is missing: .*file is in 3 parts"),
         parts.opened(*arguments, lambda split, share: share.context == 0),
@@ -214,7 +214,7 @@ def test_a_part_that_is_not_right_is_named_and_nothing_is_changed(in_parts, what
     cache = jaxkv.create(config_of("rotated4-centred"))
     with pytest.raises(jaxkv.SnapshotError, match=reason):
         jaxkv.load(in_parts, into=cache)
-    assert not cache.storage["data"].is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     assert not cache.lengths.any()
 
 
