@@ -148,9 +148,10 @@ def parts_named_by(file: Path) -> list[Path]:
 
 
 def remove(files: list[Path]) -> None:
-    """Of those, all that are there."""
+    """Of those, all that are there and can be removed: what is left of them harms nobody."""
     for file in files:
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def share_of(name: str) -> tuple[Share, str]:

@@ -134,12 +134,11 @@ def _save_parts(
             if number == 0:
                 parts.check_here(file)
                 write()
+                remove(before)
     except BaseException:
         if own not in parts_named_by(file):
             remove([own])
         raise
-    if number == 0:
-        remove(before)
 
 
 def token_ids(tokens: Tokens, batch_size: int | None, lengths: Sequence[int]) -> list[np.ndarray]:
