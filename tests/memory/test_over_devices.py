@@ -150,6 +150,7 @@ def test_a_model_and_its_cache_that_no_device_can_hold(tmp_path, monkeypatch):
     watch(None)
 
 
+@pytest.mark.slow_cases("[14]")
 @pytest.mark.parametrize("devices", [1, 4, 8])
 def test_weights_of_a_folder_are_what_loading_puts_on_a_device(tmp_path, devices):
     config = DecoderConfig(60, 16, 32, num_layers=1, num_heads=8, num_kv_heads=4, head_dim=4)

@@ -41,7 +41,7 @@ def config_of(codec="int8", addressing="contiguous", **fields):
     return small_config(codec, addressing, **{"num_kv_heads": 8, "batch_size": 4, **fields})
 
 
-@pytest.mark.slow_cases("kind3|centred")
+@pytest.mark.slow_cases(r"kind[1-4]")
 @pytest.mark.parametrize(
     ("way", "kv_heads", "codec", "kind"),
     [
@@ -71,6 +71,7 @@ def test_from_mesh_to_mesh_the_file_stays_what_one_device_wrote(
     assert (tmp_path / "file").read_bytes() == written
 
 
+@pytest.mark.slow
 def test_a_hybrid_cache_and_rows_of_a_batch(tmp_path):
     ring = config_of(addressing="ring", num_kv_heads=2)
     config = jaxkv.HybridConfig((ring, dataclasses.replace(config_of(), num_layers=1)), (0, 1, 0))
