@@ -72,9 +72,8 @@ def _fullest(device: Device | None, spread: Spread | None, limit: int | str | No
     """The memory of the device, or of that which has least free: each holds as much of a cache."""
     devices = [device or default_device()] if spread is None else spread.mesh.local_devices
     memories = [memory_within(each, limit) for each in devices]
-    return min(
-        memories, key=lambda memory: math.inf if memory.free_bytes is None else memory.free_bytes
-    )
+    known = [memory for memory in memories if memory.free_bytes is not None]
+    return min(known or memories, key=lambda memory: memory.free_bytes or 0)
 
 
 def free(tree: object) -> None:

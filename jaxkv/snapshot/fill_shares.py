@@ -29,7 +29,7 @@ def fill_of_group(
     """What fills one group of layers, and has checked everything once it is made."""
     group, tensors = saved.groups[number], named(tensors, f"{number}.")
     if cache.spread is None:
-        return fills_of(file, group, saved.lengths, cache, rows, tensors)
+        return fills_of(file, group, saved.lengths, cache, rows, tensors).__call__
     split, shares = shares_of(cache.spread, cache.config)
     fills = {}
     for device, part in parts_of(cache).items():

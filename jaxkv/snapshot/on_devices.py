@@ -26,7 +26,7 @@ def parts_of(cache: KVCache) -> dict[Device, KVCache]:
     for leaf in jax.tree.leaves(cache):
         for shard in leaf.addressable_shards:
             leaves.setdefault(shard.device, []).append(shard.data)
-    structure = jax.tree.structure(shapes_of(spread.local(cache.config)))
+    structure: Any = jax.tree.structure(shapes_of(spread.local(cache.config)))
     _, shares = shares_of(spread, cache.config)
     return {
         device: _with_index_on(_numbered(structure.unflatten(own), spread, shares[device]))
