@@ -111,7 +111,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_the_readmes_python_runs(number, capsys):
+def test_the_readmes_python_runs(number, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"):
         exec(compile(BLOCKS[number], f"README block {number}", "exec"), {})
     printed = capsys.readouterr().out

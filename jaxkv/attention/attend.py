@@ -27,6 +27,7 @@ from jaxkv.attention.products import sums_in_place
 from jaxkv.attention.reference import reference, reference_part
 from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
 from jaxkv.attention.streamed import is_streamed, streamed
+from jaxkv.cache.axes import words_of_copies
 from jaxkv.cache.checks import check_counts, check_layer, layer_exists
 from jaxkv.cache.hybrid import AnyCache, in_its_group
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of
@@ -261,9 +262,11 @@ def explain(
     (cache,) = cache.groups
     heads = heads or cache.config.num_kv_heads
     platform = _expected_platform(cache)
+    lines, spread = [], cache.spread
+    if spread is not None and (copies := spread.copies(cache.config)) > 1:
+        lines.append(f"copies: {words_of_copies(copies, spread.copied_bytes(cache.config))}")
     cache = local_shapes(cache)
     chosen = _first_choice(cache, tokens, heads, softcap, platform)
-    lines = []
     for name in IMPLEMENTATIONS:
         if name == chosen:
             verdict = "used"

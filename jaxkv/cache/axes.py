@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.errors import ConfigError
+from jaxkv.show.text import format_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +75,6 @@ class Spread:
         return self.mesh.devices.flat[0].platform
 
     @property
-    def local_device(self) -> Any:
-        """One of this process's devices in the mesh, which stands for all: they hold as much."""
-        return self.mesh.local_devices[0]
-
-    @property
     def automatic(self) -> "Spread":
         """The same with axes for XLA to reckon with: a model's products name no shardings."""
         return Spread(Mesh(self.mesh.devices, self.mesh.axis_names), self.axes)
@@ -94,6 +90,11 @@ class Spread:
     def copies(self, config: KVCacheConfig) -> int:
         """Devices that hold the same KV head, where there are more devices than heads."""
         return max(self.size("heads") // config.num_kv_heads, 1)
+
+    def copied_bytes(self, config: KVCacheConfig) -> int:
+        """How many bytes of what one device holds would not be there without copies of KV heads."""
+        copies = self.copies(config)
+        return self.local(config).size_bytes * (copies - 1) // copies
 
     def held(self, config: KVCacheConfig) -> KVCacheConfig:
         """Of all arrays together: copies of a KV head count as heads."""
@@ -147,6 +148,14 @@ class Spread:
             own_pages = pages // (batch * context)
             fields["addressing"] = dataclasses.replace(addressing, num_pages=own_pages)
         return config.replace(**fields)
+
+
+def words_of_copies(copies: int, copied_bytes: int) -> str:
+    """What copies of KV heads cost, for plans and explanations."""
+    return (
+        f"each KV head is on {copies} devices, so that {format_bytes(copied_bytes)} of what each "
+        f"holds are copies; a context split over {copies} of them needs none"
+    )
 
 
 def _check_divides(field: str, value: int, parts: int, axis: str | None) -> None:

@@ -23,7 +23,7 @@ COMMANDS: dict[str, Command] = {
 
 _EXAMPLES = """\
 examples:
-  jaxkv plan Llama-3-8B --context 32k --batch 8 --device 24GB
+  jaxkv plan Llama-3-8B --context 32k --batch 8 --device H100
       will its cache fit, and what would?
   jaxkv generate --prompt 'class Stack:'
       the model that comes along writes some Python
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 after Ctrl-C, as shells have it. Given no arguments it takes the shell's, and writes UTF-8
     to it whatever the locale.
 
-    >>> main(["plan", "gpt2", "--context", "1", "--device", "1MB"])  # doctest: +ELLIPSIS
+    >>> main(["plan", "gpt2", "--context", "1", "--device", "T4"])  # doctest: +ELLIPSIS
     KV cache  1 tokens x 12 layers x 12 KV heads x 64, bfloat16
     ...
     0

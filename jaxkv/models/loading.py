@@ -23,7 +23,7 @@ from jaxkv.models.decoder import Decoder
 from jaxkv.models.gpt2 import GPT2, GPT2Config
 from jaxkv.models.hf_fields import eos_token_ids, hf_decoder
 from jaxkv.models.model import Model
-from jaxkv.models.sharding import sharding_of
+from jaxkv.models.sharding import sharding_of, split_axis
 from jaxkv.models.source import Source, Tensors, source_of
 from jaxkv.show.progress import progress_bar
 
@@ -88,6 +88,21 @@ def load(
     spread = Spread.of(mesh, axes)
     _fill(model, tensors, path, None if spread is None else spread.automatic)
     return model, source.tokenizer()
+
+
+def num_parameters(folder: str | os.PathLike[str], devices: int = 1) -> int:
+    """Numbers of a folder's or GGUF file's model on one of the devices that share its heads.
+
+    Raises:
+      CheckpointError: a config that `load` refuses.
+    """
+    config = _read_config(source_of(folder))
+    kind: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
+    model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
+    return sum(
+        param.size // (1 if split_axis(model, path, param, devices) is None else devices)
+        for path, _, param, _ in _params(model)
+    )
 
 
 def save(model: Model, folder: str | os.PathLike[str]) -> None:
