@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import os
+import sys
 from typing import Any
 
 from jaxkv.cli.command import argument_type
@@ -63,14 +65,52 @@ def add_model_arguments(
         default=0,
         help="random seed of the first prompt; prompt i uses seed + i",
     )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end an answer before this text; give it again for several",
+    )
+    add(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile anew, and keep nothing (default: in ~/.cache/jaxkv/xla, or where "
+        "JAX_COMPILATION_CACHE_DIR says)",
+    )
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The model that was named, for texts of the context that was, and its tokenizer."""
+    """The model that was named, for texts of the context that was, and its tokenizer.
+
+    Raises:
+      ValueError: it has no tokenizer, and texts are to end answers.
+    """
     from jaxkv import models
 
+    options.stop = [unicode_text(text) for text in options.stop]
     model, tokenizer = models.load(options.model, dtype=options.dtype)
+    if options.stop and tokenizer is None:
+        raise ValueError(
+            "this model has no tokenizer, so no --stop text can be found in its tokens"
+        )
+    say_if_the_kernel_is_missing(options.command)
     return model.for_context(options.context) if options.context else model, tokenizer
+
+
+def say_if_the_kernel_is_missing(command: str) -> None:
+    """On stderr, why decode is slower than it could be on this CPU; it is built on first use."""
+    import jax
+
+    from jaxkv.native import unavailable
+
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return
+    if (reason := unavailable()) and os.environ.get("JAXKV_NATIVE") != "0":
+        print(
+            f"jaxkv {command}: decode is slower than it could be, without the CPU kernel: {reason}",
+            file=sys.stderr,
+        )
 
 
 def load_chat(options: argparse.Namespace, tokenizer: Any) -> Any:
