@@ -19,6 +19,7 @@ from jaxkv.cli.model_options import (
     load_model,
     nan_message,
     sampling_of,
+    stop_strings_of,
     unicode_text,
 )
 from jaxkv.counts import ceil_div
@@ -78,6 +79,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     sampling = sampling_of(options)
     model, tokenizer = load_model(options)
+    stop_strings = stop_strings_of(options, tokenizer)
     lines, bad = _read(options, tokenizer)
     longest = max(
         (len(line.fields["prompt"]) + line.fields["max_new_tokens"] for line in lines), default=1
@@ -91,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
         addressing=Paged(options.page_size, max(1, pool // options.page_size)),
     )
     with Engine(
-        model, config, sampling=sampling, tokenizer=tokenizer, stop_strings=options.stop
+        model, config, sampling=sampling, tokenizer=tokenizer, stop_strings=stop_strings
     ) as engine:
         requests: list[tuple[int, Request]] = []
         for number, fields in lines:

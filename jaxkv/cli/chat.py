@@ -12,6 +12,7 @@ from jaxkv.cli.model_options import (
     load_model,
     nan_message,
     sampling_of,
+    stop_strings_of,
     unicode_text,
 )
 from jaxkv.counts import ceil_div
@@ -46,6 +47,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     sampling = sampling_of(options)
     model, tokenizer = load_model(options)
+    stop_strings = stop_strings_of(options, tokenizer)
     chat = load_chat(options, tokenizer)
     trained = getattr(getattr(model.config, "rope", None), "max_position_embeddings", _CONTEXT)
     context = options.context or min(_CONTEXT, trained)
@@ -65,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
         prefill_chunk=_PREFILL_CHUNK,
         decode_steps=_DECODE_STEPS,
         tokenizer=tokenizer,
-        stop_strings=options.stop,
+        stop_strings=stop_strings,
     ) as engine:
         asked = options.text if options.prompt is None else options.prompt
         for number, question in enumerate(_questions(asked)):
@@ -73,7 +75,7 @@ def _run(options: argparse.Namespace) -> int:
             prompt = chat.encode(messages)
             room = min(options.max_new_tokens, max(1, context - len(prompt)))
             request = engine.submit(prompt, max_new_tokens=room, seed=options.seed + number)
-            text = _shown(engine, request, TextStream(tokenizer, prompt, options.stop))
+            text = _shown(engine, request, TextStream(tokenizer, prompt, stop_strings))
             messages.append({"role": "assistant", "content": text})
             if request.finish_reason == "nan":
                 print(f"jaxkv chat: {nan_message(len(request.tokens))}", file=sys.stderr)

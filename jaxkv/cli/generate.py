@@ -7,11 +7,13 @@ from typing import Any
 
 from jaxkv.cli.command import Command
 from jaxkv.cli.model_options import (
+    POLICY_NAMES,
     add_model_arguments,
     encode,
     load_model,
     nan_message,
     sampling_of,
+    stop_strings_of,
     unicode_text,
 )
 from jaxkv.memory import MemoryTracker, Purpose, device_memory
@@ -48,8 +50,6 @@ class Point:
 
     def __repr__(self):
 """
-# All that a name says enough of.
-_POLICIES = ("streaming_llm", "snapkv", "tova", "keydiff", "h2o", "random")
 
 
 def _tokens_or_share(text: str) -> int | float:
@@ -65,7 +65,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("texts", nargs="*", metavar="PROMPT", help="text to go on from; - reads standard input")
     add("--prompt", action="append", default=[], metavar="TEXT", help="likewise")
-    add("--policy", choices=_POLICIES, help="which tokens of the prompts stay; needs --keep")
+    add("--policy", choices=POLICY_NAMES, help="which tokens of the prompts stay; needs --keep")
     add(
         "--keep", type=_tokens_or_share, metavar="N",
         help="how many: a number of tokens, or a share of them such as 0.5",
@@ -80,13 +80,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     sampling = sampling_of(options)
     model, tokenizer = load_model(options)
+    stop_strings = stop_strings_of(options, tokenizer)
     tracker = MemoryTracker()
     tracker.track(model, purpose=Purpose.WEIGHTS, name=options.model or "embedded model")
     asked = [*options.texts, *options.prompt] or [_DEFAULT_PROMPT]
     texts = [unicode_text(sys.stdin.read() if text == "-" else text) for text in asked]
     prompts = [encode(tokenizer, text) for text in texts]
     stream = (
-        None if options.json or len(texts) > 1 else _Stream(tokenizer, prompts[0], options.stop)
+        None if options.json or len(texts) > 1 else _Stream(tokenizer, prompts[0], stop_strings)
     )
     result = generate(
         model,
@@ -97,7 +98,7 @@ def _run(options: argparse.Namespace) -> int:
         max_context_length=options.context,
         codec=options.codec,
         tokenizer=tokenizer,
-        stop_strings=options.stop,
+        stop_strings=stop_strings,
         policy=options.policy,
         keep=options.keep,
         on_tokens=stream,

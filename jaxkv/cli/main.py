@@ -12,6 +12,7 @@ from jaxkv.cli.batch import BATCH
 from jaxkv.cli.chat import CHAT
 from jaxkv.cli.command import Command
 from jaxkv.cli.compiled import keep_compiled
+from jaxkv.cli.evaluate import EVAL
 from jaxkv.cli.generate import GENERATE
 from jaxkv.cli.plan import PLAN
 from jaxkv.errors import JaxkvError
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Command] = {
     "generate": GENERATE,
     "chat": CHAT,
     "batch": BATCH,
+    "eval": EVAL,
 }
 
 _EXAMPLES = """\

@@ -11,23 +11,17 @@ from jaxkv.codecs import CODECS
 from jaxkv.memory import parse_tokens
 from jaxkv.serve.sampling import Sampling
 
+# Policies of which the name says enough.
+POLICY_NAMES = ("streaming_llm", "snapkv", "tova", "keydiff", "h2o", "random")
 
-def add_model_arguments(
-    parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int = 200
-) -> None:
-    """The model, its cache and its draws, with these numbers unless others are given."""
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model and its cache."""
     add = parser.add_argument
     add(
         "--model",
         metavar="FOLDER",
         help="a Hugging Face folder or name, or a GGUF file (default: jaxkv's own)",
-    )
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=max_new_tokens,
-        metavar="N",
-        help=f"most new tokens per prompt (default: {max_new_tokens})",
     )
     add(
         "--context",
@@ -42,6 +36,27 @@ def add_model_arguments(
         help="dtype of the weights",
     )
     add("--codec", choices=CODECS, help="codec of the cache (default: the model's dtype)")
+    add(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile anew, and keep nothing (default: in ~/.cache/jaxkv/xla, or where "
+        "JAX_COMPILATION_CACHE_DIR says)",
+    )
+
+
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int = 200
+) -> None:
+    """The model, its cache and its draws, with these numbers unless others are given."""
+    add_checkpoint_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"most new tokens per prompt (default: {max_new_tokens})",
+    )
     own = f"generation_config.json's, else {temperature:g}"
     shown = f"temperature of the draws; 0 takes the most likely (default: {own})"
     add("--temperature", type=float, help=shown)
@@ -71,12 +86,6 @@ def add_model_arguments(
         default=[],
         metavar="TEXT",
         help="end an answer before this text; give it again for several",
-    )
-    add(
-        "--no-compilation-cache",
-        action="store_true",
-        help="compile anew, and keep nothing (default: in ~/.cache/jaxkv/xla, or where "
-        "JAX_COMPILATION_CACHE_DIR says)",
     )
 
 
@@ -111,6 +120,17 @@ def say_if_the_kernel_is_missing(command: str) -> None:
             f"jaxkv {command}: decode is slower than it could be, without the CPU kernel: {reason}",
             file=sys.stderr,
         )
+
+
+def stop_strings_of(options: argparse.Namespace, tokenizer: Any) -> list[str]:
+    """The texts that end an answer.
+
+    Raises:
+      ValueError: there is no tokenizer, or one is no text.
+    """
+    if options.stop and tokenizer is None:
+        raise ValueError("this model has no tokenizer, so its answers have no text for --stop")
+    return [unicode_text(text) for text in options.stop]
 
 
 def load_chat(options: argparse.Namespace, tokenizer: Any) -> Any:

