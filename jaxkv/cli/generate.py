@@ -5,7 +5,7 @@ import json
 import sys
 from typing import Any
 
-from jaxkv.cli.command import Command
+from jaxkv.cli.command import Command, argument_type
 from jaxkv.cli.model_options import (
     POLICY_NAMES,
     add_model_arguments,
@@ -53,11 +53,10 @@ class Point:
 
 
 def _tokens_or_share(text: str) -> int | float:
-    """A number of tokens, or a share of them."""
     try:
-        return int(text)
+        return float(text) if "." in text else int(text)
     except ValueError:
-        return float(text)
+        raise ValueError(f"Not a number of tokens or a share of them: {text!r}") from None
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,14 +66,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", action="append", default=[], metavar="TEXT", help="likewise")
     add("--policy", choices=POLICY_NAMES, help="which tokens of the prompts stay; needs --keep")
     add(
-        "--keep", type=_tokens_or_share, metavar="N",
+        "--keep", type=argument_type(_tokens_or_share), metavar="N",
         help="how many: a number of tokens, or a share of them such as 0.5",
     )  # fmt: skip
     add(
         "--stream-every", type=int, default=TOKENS_PER_DISPATCH, metavar="N",
         help=f"tokens that are shown at once (default: {TOKENS_PER_DISPATCH})",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print answers and figures as JSON")
+    add("--json", action="store_true", help="print answers and figures as JSON")
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -77,8 +77,10 @@ class Compression:
         return jnp.zeros((*leading, tokens, heads, head_dim), queries.dtype)
 
     def apply(self, cache: AnyCache, *, new: int) -> AnyCache:
-        """The smaller cache, with room for so many new tokens."""
-        return compress(cache, self._policy, keep=self._keep, new=new, queries=self._queries)
+        """The smaller cache, with room for so many new tokens and with buffers of its own."""
+        small = compress(cache, self._policy, keep=self._keep, new=new, queries=self._queries)
+        shared = set(map(id, jax.tree.leaves(cache)))  # rings, or what jit hands through
+        return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in shared else leaf, small)
 
 
 @jax.jit
