@@ -125,10 +125,13 @@ def test_what_is_compiled_is_kept_where_the_user_has_not_said(monkeypatch, tmp_p
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     try:
-        for said, expected in ((None, str(tmp_path / "jaxkv" / "xla")), ("/mine", "/mine")):
-            jax.config.update("jax_compilation_cache_dir", said)
-            keep_compiled()
-            assert jax.config.jax_compilation_cache_dir == expected
+        jax.config.update(names[0], "/mine")
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
+        keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == "/mine"
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxkv" / "xla")
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

@@ -15,7 +15,7 @@ def keep_compiled() -> None:
     Keys of the cache are the program, jax's version and the device, so what is found is what would
     be compiled.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(root) / "jaxkv" / "xla"))

@@ -1,6 +1,5 @@
 """A module that holds its caches, as a model of `jaxkv.generate` and `jaxkv.Engine`."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +8,8 @@ from jaxtyping import Array
 
 from jaxkv.cache.hybrid import AnyCache, HybridConfig
 from jaxkv.cache.verbs import next_positions
-from jaxkv.codecs import Codec
 from jaxkv.integrations.nnx.hook import CachedAttention
+from jaxkv.models.shape import Codecs, codec_of_each_layer
 
 
 def _tokens_alone(model: Any, tokens: Array, positions: Array) -> Array:
@@ -54,7 +53,7 @@ class AsModel(nnx.Module):
         self, model: nnx.Module, call: Callable[[Any, Array, Array], Array] = _tokens_alone
     ):
         self.model, self.call = model, call
-        hooks = self._hooks()
+        hooks = _hooks(model)
         if not hooks:
             raise ValueError(f"AsModel: no CachedAttention in this {type(model).__name__}.")
         if any(hook.cache.get_value().lengths.ndim > 1 for hook in hooks):
@@ -68,33 +67,27 @@ class AsModel(nnx.Module):
         *,
         max_context_length: int,
         batch_size: int | None = None,
-        codec: Codec | None = None,
+        codec: Codecs | None = None,
         **fields: Any,
     ) -> HybridConfig:
         """A cache for each attention module, as its own but for what is said here."""
         fields.pop("chunk", None)  # of windows, which these have not
         fields |= {"max_context_length": max_context_length, "batch_size": batch_size}
+        groups = [hook.cache.get_value().config.replace(**fields) for hook in _hooks(self.model)]
         if codec is not None:
-            fields["codec"] = codec
-        groups = tuple(
-            dataclasses.replace(hook.cache.get_value().config, **fields) for hook in self._hooks()
-        )
-        return HybridConfig(groups, tuple(range(len(groups))))
+            codecs = codec_of_each_layer(codec, len(groups))
+            groups = [group.replace(codec=own) for group, own in zip(groups, codecs, strict=True)]
+        return HybridConfig(tuple(groups), tuple(range(len(groups))))
 
     def __call__(self, tokens: Array, cache: AnyCache) -> tuple[Array, AnyCache]:
-        hooks = self._hooks()
-        own = [hook.cache.get_value() for hook in hooks]
-        positions = next_positions(cache, tokens.shape[-1])
-        try:
-            for hook, group in zip(hooks, cache.groups, strict=True):
-                hook.cache.set_value(group)
-            logits = self.call(self.model, tokens, positions)
-            return logits, cache.with_groups([hook.cache.get_value() for hook in hooks])
-        finally:
-            for hook, before in zip(hooks, own, strict=True):
-                hook.cache.set_value(before)
+        model = nnx.merge(*nnx.split(self.model))  # of the trace at hand, where it may change
+        hooks = _hooks(model)
+        for hook, group in zip(hooks, cache.groups, strict=True):
+            hook.cache.set_value(group)
+        logits = self.call(model, tokens, next_positions(cache, tokens.shape[-1]))
+        return logits, cache.with_groups([hook.cache.get_value() for hook in hooks])
 
-    def _hooks(self) -> list[CachedAttention]:
-        """Those that hold caches, in the order in which nnx finds them."""
-        modules = (module for _, module in nnx.iter_modules(self.model))
-        return [module for module in modules if isinstance(module, CachedAttention)]
+
+def _hooks(model: nnx.Module) -> list[CachedAttention]:
+    """Those that hold caches, in the order in which nnx finds them."""
+    return [module for _, module in nnx.iter_modules(model) if isinstance(module, CachedAttention)]
