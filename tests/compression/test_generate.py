@@ -32,12 +32,13 @@ def by_hand(model, prompt, policy, keep):
     cache = jaxkv.create(model.cache_config(max_context_length=CONTEXT))
     _, cache, queries = jax.jit(jaxkv.observed(model))(jnp.array(start, jnp.int32), cache)
     cache = jaxkv.compress(cache, policy, keep=keep, new=NEW, queries=queries)
-    step, tokens = jax.jit(model), []
+    step, tokens, logprobs = jax.jit(model), [], []
     while len(tokens) < NEW:
         logits, cache = step(jnp.array([last], jnp.int32), cache)
         last = int(logits[-1].argmax())
         tokens.append(last)
-    return tokens
+        logprobs.append(float(jax.nn.log_softmax(logits[-1])[last]))
+    return tokens, logprobs
 
 
 # SnapKV's own window is longer than these prompts.
@@ -59,8 +60,11 @@ def test_it_is_the_loop_of_prefill_compress_decode(model, policy):
         tracker=tracker,
     )
     plain = jaxkv.generate(model, PROMPTS[:3], max_new_tokens=NEW, max_context_length=CONTEXT)
-    assert result.tokens[:2] == [by_hand(model, prompt, own, 0.5) for prompt in PROMPTS[:2]]
-    assert result.tokens[:2] != plain.tokens[:2]
+    for number, prompt in enumerate(PROMPTS[:2]):
+        tokens, logprobs = by_hand(model, prompt, own, 0.5)
+        assert result.tokens[number] == tokens
+        np.testing.assert_allclose(result.logprobs[number], logprobs, atol=1e-4)
+    assert np.abs(np.subtract(result.logprobs[0], plain.logprobs[0])).max() > 1e-3
     assert result.tokens[2] == plain.tokens[2]  # of a prompt of one token, nothing can go
     assert result.config.num_slots == 3 * (20 + NEW)
     assert tracker.total_usage() == 0

@@ -80,7 +80,7 @@ class AsModel(nnx.Module):
         return HybridConfig(tuple(groups), tuple(range(len(groups))))
 
     def __call__(self, tokens: Array, cache: AnyCache) -> tuple[Array, AnyCache]:
-        model = nnx.merge(*nnx.split(self.model))  # of the trace at hand, where it may change
+        model = nnx.clone(self.model)  # of the trace at hand, where it may change
         hooks = _hooks(model)
         for hook, group in zip(hooks, cache.groups, strict=True):
             hook.cache.set_value(group)
