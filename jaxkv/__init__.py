@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from jaxkv import (  # noqa: F401, for type checkers
         codecs,
         compression,
+        evaluation,
         integrations,
         models,
         paging,
@@ -139,6 +140,7 @@ __all__ = [
 _MODULES = (
     "codecs",
     "compression",
+    "evaluation",
     "integrations",
     "models",
     "paging",
