@@ -152,6 +152,9 @@ def generate(
         codec they depend on the other prompts too, whose means they share.
       stop_tokens: ids that end a sequence; the model's own ``stop_tokens`` if None, which those of
         `jaxkv.models` have.
+      tokenizer: a `tokenizers.Tokenizer`, for stop strings and the answers' texts.
+      stop_strings: texts that end a sequence, also where they begin or end within a token. The
+        answer's text ends before them.
       max_context_length: slots per sequence; the next power of two that holds the longest if
         None. Keep it the same over calls to compile once.
       codec: of the cache, one or one per layer, by value or by name; the model's choice if None.
