@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.attention import observed
+from jaxkv.attention.observed import observed
 from jaxkv.cache.create import create
 from jaxkv.cache.hybrid import AnyCache
-from jaxkv.compression import compress
+from jaxkv.compression.compress import compress
 from jaxkv.counts import check_count
 from jaxkv.policies import Policy, named_policy
 

@@ -11,8 +11,8 @@ from jaxtyping import Array, Int
 
 from jaxkv.cache.axes import Spread
 from jaxkv.cache.hybrid import AnyCache
-from jaxkv.compression import compress
 from jaxkv.compression.budgets import Keep
+from jaxkv.compression.compress import compress
 from jaxkv.policies import Policy, named_policy
 
 

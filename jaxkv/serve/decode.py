@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxkv.attention import observed
+from jaxkv.attention.observed import observed
 from jaxkv.cache.axes import Spread
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.shards import everywhere
