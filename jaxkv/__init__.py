@@ -8,7 +8,6 @@ from jaxkv.addressing import Addressing, Contiguous, Kept, Paged, Ring
 from jaxkv.attention import attend, explain, fetched_blocks, observed
 from jaxkv.cache.axes import Axes
 from jaxkv.cache.config import KVCacheConfig
-from jaxkv.cache.create import create
 from jaxkv.cache.host import offload, prefetch
 from jaxkv.cache.hybrid import HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import KVCache
@@ -30,6 +29,7 @@ from jaxkv.errors import (
     UnknownRequestError,
 )
 from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
+from jaxkv.memory.create import create
 from jaxkv.models.known import cache_config
 from jaxkv.models.shape import wide_at_the_ends
 from jaxkv.placement import HostMemory
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from jaxkv import (  # noqa: F401, for type checkers
         codecs,
         compression,
+        evaluation,
         integrations,
         models,
         paging,
@@ -139,6 +140,7 @@ __all__ = [
 _MODULES = (
     "codecs",
     "compression",
+    "evaluation",
     "integrations",
     "models",
     "paging",

@@ -3,8 +3,10 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from jaxkv.cli.compiled import keep_compiled
 from jaxkv.cli.main import COMMANDS, main
 
 
@@ -150,6 +152,32 @@ def test_an_interruption_is_no_traceback(run, monkeypatch):
 
     monkeypatch.setitem(COMMANDS, "plan", COMMANDS["plan"]._replace(run=interrupt))
     assert run("plan gpt2") == (130, "", "")
+
+
+def test_a_pipe_that_nobody_reads_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    line = [sys.executable, "-m", "jaxkv", "plan", "gpt2", "--context", "1", "--device", "1MB"]
+    done = subprocess.run(line, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_what_is_compiled_is_kept_where_the_user_has_not_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        jax.config.update(names[0], "/mine")
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
+        keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == "/mine"
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxkv" / "xla")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"chat"}))  # which is for people

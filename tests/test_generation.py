@@ -87,7 +87,7 @@ def test_padding_leaves_no_trace(config):
     chunk = np.zeros((1, decode.PREFILL_CHUNK), np.int32)
     chunk[0, :5] = prompt
     program = decode.Program.of(look_up, jaxkv.Sampling(), ())
-    padded, _ = program.prefill((chunk, np.array([5], np.int32)), jaxkv.create(config))
+    padded, *_ = program.prefill((chunk, np.array([5], np.int32)), jaxkv.create(config))
     _, alone = jax.jit(look_up)(jnp.array([prompt]), jaxkv.create(config))
     for mine, other in zip(jax.tree.leaves(padded), jax.tree.leaves(alone), strict=True):
         np.testing.assert_array_equal(mine, other)

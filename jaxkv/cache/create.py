@@ -52,6 +52,7 @@ def create(
       A `KVCache`, or a `HybridCache` for a `HybridConfig`.
 
     Raises:
+      CacheAllocationError: it does not fit; the message says what would.
       ConfigError: 2**30 or more positions, or slots times KV heads; or what the axes cannot split.
       ValueError: a sharding of more axes than that, or both a device and axes.
 

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxkv.addressing import KeptIndex
-from jaxkv.attention import observed
+from jaxkv.attention.observed import observed
 from jaxkv.cache.checks import check_alive
 from jaxkv.cache.hybrid import AnyCache, SameCache
 from jaxkv.cache.kv_cache import KVCache

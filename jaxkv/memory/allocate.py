@@ -1,6 +1,9 @@
 """Allocating a cache, or an error that says what would fit, with nothing left behind."""
 
+import functools
 import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 from jax.errors import JaxRuntimeError
@@ -14,6 +17,8 @@ from jaxkv.errors import CacheAllocationError
 from jaxkv.memory.device import DeviceMemory, memory_within
 from jaxkv.memory.plan import bytes_against, plan_within
 from jaxkv.show.text import format_bytes
+
+_Create = TypeVar("_Create", bound=Callable[..., AnyCache])
 
 
 def allocate(
@@ -74,6 +79,33 @@ def _fullest(device: Device | None, spread: Spread | None, limit: int | str | No
     memories = [memory_within(each, limit) for each in devices]
     known = [memory for memory in memories if memory.free_bytes is not None]
     return min(known or memories, key=lambda memory: memory.free_bytes or 0)
+
+
+def explained(create: _Create) -> _Create:
+    """`create`, whose error says what would fit where the cache does not."""
+
+    @functools.wraps(create)
+    def made(
+        config: AnyConfig,
+        *,
+        device: Any = None,
+        mesh: Mesh | None = None,
+        axes: Axes | None = None,
+    ) -> AnyCache:
+        try:
+            return create(config, device=device, mesh=mesh, axes=axes)
+        except (JaxRuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)
+            spread = Spread.of(mesh, axes)
+            where = device if isinstance(device, jax.Device) else None
+            if spread is not None:
+                where = spread.local_device
+            own = config_of_a_device(config, spread)
+            raise CacheAllocationError(_explain(own, device_memory(where))) from error
+
+    return made  # type: ignore[return-value]
 
 
 def free(tree: object) -> None:

@@ -176,9 +176,18 @@ def session(
     >>> tracker.total_usage()
     0
     """
-    tracker = MemoryTracker() if tracker is None else tracker
     cache = allocate(config, device=device, mesh=mesh, axes=axes, limit=limit)
-    held = Session(config, tracker, cache, Spread.of(mesh, axes))
+    with holding(cache, tracker=tracker, spread=Spread.of(mesh, axes)) as held:
+        yield held
+
+
+@contextlib.contextmanager
+def holding(
+    cache: AnyCache, *, tracker: MemoryTracker | None = None, spread: Spread | None = None
+) -> Iterator[Session]:
+    """A `session` of a cache that is there already, which is freed when the block ends."""
+    config, tracker = cache.config, MemoryTracker() if tracker is None else tracker
+    held = Session(config, tracker, cache, spread)
     try:
         allocation = tracker.track(held.cache, purpose=Purpose.KV_CACHE, name=config.describe())
         try:

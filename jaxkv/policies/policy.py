@@ -24,7 +24,11 @@ QUERY_BLOCK = 128  # queries whose weights are in memory at once
 
 
 class Policy(Protocol):
-    """What `jaxkv.compress` and `jaxkv.evict` call, for each layer and sequence."""
+    """What `jaxkv.compress` and `jaxkv.evict` call, for each layer and sequence.
+
+    One that looks at few queries may say at how many of the newest, in an attribute ``window``:
+    `jaxkv.generate` then keeps no more for it. Without, it is shown those of the whole prompt.
+    """
 
     def __call__(
         self, keys: Vectors, values: Vectors, queries: Queries | None, positions: Positions

@@ -265,7 +265,7 @@ class Batch:
                 self.figures.generated_tokens += len(fresh)
                 self.figures.repeated_tokens += len(tokens) - len(fresh)
                 arrived.append((decoded, fresh))
-                if failed:
+                if failed and decoded.finish_reason != "stop":  # by a string that came before
                     self._distrust(decoded)
         self.figures.look(self.pages.usage())
         for decoded, _ in arrived:

@@ -22,6 +22,7 @@ from jaxkv.serve.model_step import Model
 from jaxkv.serve.request import Request
 from jaxkv.serve.sampling import Sampling
 from jaxkv.show.progress import progress_bar
+from jaxkv.show.stop_strings import StopStrings
 
 
 class Engine:
@@ -43,9 +44,11 @@ class Engine:
       sampling: how tokens are drawn; greedy unless said.
       stop_tokens: ids that end any request; the model's own ``stop_tokens`` if None, which those
         of `jaxkv.models` have.
+      tokenizer: a `tokenizers.Tokenizer`, for stop strings and `Request.text`.
+      stop_strings: texts that end any request; its ``text`` ends before them.
       prefill_chunk: tokens of a prompt that a step takes, and pages are found again in multiples of
         it. If None, 128 on a CPU and 256 elsewhere, where a step takes hardly longer for it.
-      decode_steps: tokens of an answer between two looks of the host.
+      decode_steps: tokens of an answer between two looks of the host; 1 to stream each as it comes.
       token_budget: tokens, prefilled and decoded, that a round is to stay within on each data
         rank; at least one chunk is prefilled. If None, 512 on a CPU and 2,048 elsewhere.
       sharing: False to compute every prompt anew.
@@ -85,6 +88,8 @@ class Engine:
         *,
         sampling: Sampling = Sampling(),
         stop_tokens: Sequence[int] | None = None,
+        tokenizer: Any = None,
+        stop_strings: str | Sequence[str] = (),
         prefill_chunk: int | None = None,
         decode_steps: int = 8,
         token_budget: int | None = None,
@@ -107,6 +112,8 @@ class Engine:
         self._vocabulary = getattr(model, "vocab_size", None)
         stops = getattr(model, "stop_tokens", ()) if stop_tokens is None else stop_tokens
         self._stop_tokens, self._budget = tuple(stops), token_budget
+        self._tokenizer = tokenizer
+        self._stop_strings = StopStrings.of(stop_strings, tokenizer)
         self._chunk, self._decode_steps = prefill_chunk, decode_steps
         self._num_submitted = 0
         books = functools.partial(
@@ -149,6 +156,7 @@ class Engine:
         max_new_tokens: int,
         seed: int = 0,
         stop_tokens: Sequence[int] = (),
+        stop_strings: str | Sequence[str] = (),
         salt: bytes | str = b"",
     ) -> Request:
         """Put a prompt in the queue.
@@ -158,17 +166,21 @@ class Engine:
           max_new_tokens: of the answer, at most.
           seed: of its draws, an int32.
           stop_tokens: ids that end it, besides the engine's.
+          stop_strings: texts that end it, likewise; for an engine with a tokenizer.
           salt: requests share pages with those of the same salt only. Give each tenant one of
             its own, chosen by the server, or one could learn from timing what others asked. The
             means of a `Centred` codec are shared whatever the salt.
 
         Raises:
           CacheFullError: prompt and answer can never fit.
-          ValueError: an empty prompt, a token outside the vocabulary, a bad limit or seed.
+          ValueError: an empty prompt, a token outside the vocabulary, a bad limit or seed, or stop
+            strings without a tokenizer.
         """
         ids = checked_prompt(prompt, self._vocabulary)
         named, stops = self.pages[0].prompt(ids, salt=salt), (*self._stop_tokens, *stop_tokens)
-        request = self._new_request(named, max_new_tokens, seed, stops)
+        own = StopStrings.of(stop_strings, self._tokenizer).strings
+        strings = StopStrings((*self._stop_strings.strings, *own))
+        request = self._new_request(named, max_new_tokens, seed, stops, strings)
         self._batch.waiting.append(request)
         return request
 
@@ -183,7 +195,9 @@ class Engine:
           ValueError: a bad seed.
         """
         self._check_alive(request)
-        child = self._new_request(request.prompt, request.max_new_tokens, seed, request.stop_tokens)
+        child = self._new_request(
+            request.prompt, request.max_new_tokens, seed, request.stop_tokens, request.stop_strings
+        )
         child.tokens, child.logprobs = list(request.tokens), list(request.logprobs)
         running = request in self._batch.rows and not request.is_prefilling
         if running and not self._batch.waiting:
@@ -313,11 +327,18 @@ class Engine:
         self._held.cache = cache
 
     def _new_request(
-        self, prompt: Prompt, max_new_tokens: int, seed: int, stop_tokens: Sequence[int]
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        seed: int,
+        stop_tokens: Sequence[int],
+        stop_strings: StopStrings,
     ) -> Request:
         stops = tuple(dict.fromkeys(map(int, stop_tokens)))
         check_request(self.config, self.pages[0], len(prompt), max_new_tokens, seed, stops)
-        request = Request(self._num_submitted, prompt, max_new_tokens, seed, stops)
+        request = Request(
+            self._num_submitted, prompt, max_new_tokens, seed, stops, stop_strings, self._tokenizer
+        )
         self._num_submitted += 1
         return request
 

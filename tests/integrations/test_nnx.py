@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxkv
-from jaxkv.integrations.nnx import MultiHeadAttention, add_caches, map_caches
+from jaxkv.integrations.nnx import AsModel, MultiHeadAttention, add_caches, map_caches
 from tests.compiled import assert_in_place
 from tests.integrations.test_flax import random_input
 
@@ -295,7 +295,9 @@ def test_features_of_two_kinds_are_cross_attention():
 
 
 def test_a_model_without_attention_modules():
-    with pytest.raises(ValueError, match=r"No flax.nnx.MultiHeadAttention in this Linear"):
+    with pytest.raises(
+        ValueError, match=r"in this Linear. An attention class of your own .*notebooks/2"
+    ):
         add_caches(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), max_context_length=8)
 
 
@@ -311,3 +313,59 @@ def test_parameters_load_both_ways():
     other = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=nnx.Rngs(3))
     nnx.update(other, nnx.state(ours, nnx.Param))
     np.testing.assert_array_equal(other(x, is_causal=True), expected)
+
+
+class Gpt(nnx.Module):
+    """As a user wrote it, with tokens, positions and logits."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(1)
+        self.tokens = nnx.Embed(32, WIDTH, rngs=rngs)
+        self.positions = nnx.Embed(16, WIDTH, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs) for _ in range(LAYERS)])
+
+    def __call__(self, tokens, positions, **options):
+        x = self.tokens(tokens) + self.positions(positions)
+        for block in self.blocks:
+            x = block(x, **options)
+        return self.tokens.attend(9 * x)
+
+
+def with_positions(model, tokens, positions):
+    return model(tokens, positions)
+
+
+@pytest.mark.slow_cases("snapkv")
+@pytest.mark.parametrize(
+    "options", [{}, {"policy": "snapkv", "keep": 1.0}], ids=["plain", "snapkv"]
+)
+def test_a_model_that_holds_its_caches_generates(options):
+    """Tokens are Flax's own, by its attention over the whole text each time."""
+
+    @jax.jit
+    def logits(model, text):
+        positions = jnp.arange(16, dtype=jnp.int32)
+        mask = nnx.make_causal_mask(text)
+        return model(text, positions, mask=mask)
+
+    plain, model = Gpt(), Gpt()
+    add_caches(model, max_context_length=1, batch_size=1)
+    prompts = [[3, 7, 1, 12, 30], [9, 4]]
+    adapted = AsModel(model, with_positions)
+    result = jaxkv.generate(
+        adapted, prompts, max_new_tokens=6, max_context_length=16, prefill_chunk=4, **options
+    )
+    for prompt, tokens in zip(prompts, result.tokens, strict=True):
+        text = np.zeros((1, 16), np.int32)
+        text[0, : len(prompt) + 6] = prompt + tokens
+        expected = logits(plain, jnp.asarray(text))[0].argmax(axis=-1)
+        assert tokens == expected[len(prompt) - 1 :][:6].tolist()
+
+
+def test_what_is_no_model_that_holds_caches():
+    with pytest.raises(ValueError, match="no CachedAttention in this Gpt"):
+        AsModel(Gpt())
+    blocks = stacked_blocks()
+    add_caches(blocks, max_context_length=1, batch_size=1)
+    with pytest.raises(ValueError, match=r"stacked for nnx.scan .* Give it layers in an nnx.List"):
+        AsModel(blocks)

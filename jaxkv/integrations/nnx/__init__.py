@@ -13,11 +13,12 @@ except ImportError as error:
 
 from jaxkv.cache.hybrid import HybridCache
 from jaxkv.cache.kv_cache import KVCache
+from jaxkv.integrations.nnx.adapter import AsModel
 from jaxkv.integrations.nnx.drop_in import MultiHeadAttention
 from jaxkv.integrations.nnx.hook import CachedAttention
 from jaxkv.integrations.nnx.models import add_caches, map_caches
 
-__all__ = ["CachedAttention", "MultiHeadAttention", "add_caches", "map_caches"]
+__all__ = ["AsModel", "CachedAttention", "MultiHeadAttention", "add_caches", "map_caches"]
 
 nnx.register_data_type(KVCache)
 nnx.register_data_type(HybridCache)
