@@ -101,7 +101,7 @@ class Codec(Protocol):
         """The whole numbers that the codes of the first leaf stand for, lowest first.
 
         The second leaf is one bfloat16 scale per vector. Codes of 256 levels are int8, those of
-        fewer are laid out by `jaxkv.codecs.packing.pack`.
+        2, 4, 8 or 16 are laid out by `jaxkv.codecs.packing.pack`. None for any other layout.
         """
         return None
 

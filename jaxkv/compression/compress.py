@@ -32,6 +32,7 @@ from jaxkv.compression.scoring import (
 from jaxkv.counts import ceil_div
 from jaxkv.devices import is_concrete
 from jaxkv.policies import Policy, StatefulPolicy
+from jaxkv.policies.policy import refuse_name
 from jaxkv.programs import moves_data
 
 
@@ -74,7 +75,8 @@ def compress(
     Raises:
       ValueError: a number of tokens that cannot be kept, scores of another shape, a policy
         without the queries that it needs, or pages that do not fit.
-      TypeError: a cache with a window, or something that needs lengths while they are traced.
+      TypeError: a cache with a window, a policy's name, or something that needs lengths while they
+        are traced.
 
     >>> import jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 100, num_kv_heads=1, head_dim=4))
@@ -85,6 +87,7 @@ def compress(
     """
     check_whole(cache, "compress")
     check_alive(cache)
+    refuse_name(policy, "compress")
     options = {"new": new, "sinks": sinks, "recent": recent, "pages": pages}
     if len(cache.groups) > 1 and pages is not None:
         raise ValueError(

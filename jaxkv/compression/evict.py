@@ -26,6 +26,7 @@ from jaxkv.compression.scoring import (
     per_sequence,
 )
 from jaxkv.policies import Policy, StatefulPolicy
+from jaxkv.policies.policy import refuse_name
 from jaxkv.programs import promotes_ranks
 
 
@@ -52,7 +53,8 @@ def evict(
       policy: see `jaxkv.policies`.
       tokens: how many are to come next, at most ``cache.index.new``.
       queries: of the newest tokens, ``[layers, *batch, window, heads, head_dim]``, for policies
-        that look at them. With `HeavyHitters` those of each token once, in every call.
+        that look at them. One that remembers (`jaxkv.policies.StatefulPolicy`) needs those of each
+        token once, in every call.
       sinks: first tokens of a sequence, which stay whatever a policy says, infinity included.
       recent: newest tokens, likewise. A head that keeps fewer than ``sinks + recent`` keeps those
         of them that score highest.
@@ -60,7 +62,7 @@ def evict(
         what is about to be moved. Without, it keeps a copy of the cache to be sure.
 
     Raises:
-      TypeError: a cache of another addressing.
+      TypeError: a cache of another addressing, or a policy's name.
       ValueError: more tokens than there are slots for new ones, or no queries for a policy that
         needs them.
 
@@ -77,6 +79,7 @@ def evict(
     """
     check_whole(cache, "evict")
     check_alive(cache)
+    refuse_name(policy, "evict")
     groups = []
     for number, group in enumerate(cache.groups):
         if group.index.per_head or len(cache.groups) == 1:
@@ -167,8 +170,9 @@ def _observed(cache: KVCache, policy: StatefulPolicy, queries: LayerQueries | No
     if index.state is None or index.state.tokens.keys() != set(policy.state):
         who = type(policy).__name__
         raise ValueError(
-            f"{who} needs a cache that keeps its numbers: one that jaxkv.compress made with {who}, "
-            f"or one with addressing=jaxkv.Kept(..., sums={policy.state!r})."
+            f"{who} needs a cache that keeps its numbers: one that jaxkv.compress made with {who} "
+            "and one number of tokens for all heads, or one with addressing=jaxkv.Kept(..., "
+            f"sums={policy.state!r})."
         )
     return index.with_state(observed_state(cache, policy, queries, index.state))
 
