@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.integrations.attention import cached_attention, one_layer, refuse_unserved
-from jaxkv.integrations.nnx.variables import set_value, value_of
 
 
 class CachedAttention(nnx.Module):
@@ -87,9 +86,9 @@ class CachedAttention(nnx.Module):
         """
         refuse_unserved(bias, dropout_rate, deterministic, module is not None)
         output, cache = cached_attention(
-            value_of(self.cache), query, key, value,
+            self.cache.get_value(), query, key, value,
             mask=mask, num_tokens=num_tokens,
             scale=self.scale, softcap=self.softcap, window=self.window,
         )  # fmt: skip
-        set_value(self.cache, cache)
+        self.cache.set_value(cache)
         return output

@@ -11,7 +11,6 @@ from jaxkv.codecs import Codec
 from jaxkv.integrations.attention import in_each_layer, layer_config, stacked
 from jaxkv.integrations.nnx.hook import CachedAttention
 from jaxkv.integrations.nnx.positions import warn_if_positions_restart
-from jaxkv.integrations.nnx.variables import set_value, value_of
 
 
 def add_caches(
@@ -78,7 +77,7 @@ def add_caches(
             addressing=addressing,
         )  # fmt: skip
         hook = CachedAttention(config, **options)
-        set_value(hook.cache, stacked(value_of(hook.cache), stack))
+        hook.cache.set_value(stacked(hook.cache.get_value(), stack))
         each.attention_fn = nnx.data(hook)
         each.decode = False
     warn_if_positions_restart(model, batch_size)
@@ -118,8 +117,8 @@ def map_caches(function: Callable[[AnyCache], AnyCache], model: nnx.Module) -> N
     3
     """
     for _, variable in nnx.iter_graph(model):
-        if isinstance(variable, nnx.Variable) and isinstance(value_of(variable), AnyCache):
-            set_value(variable, in_each_layer(function, value_of(variable)))
+        if isinstance(variable, nnx.Variable) and isinstance(variable.get_value(), AnyCache):
+            variable.set_value(in_each_layer(function, variable.get_value()))
     for _, module in nnx.iter_modules(model):
         for name, attribute in vars(module).items():
             if isinstance(attribute, AnyCache):

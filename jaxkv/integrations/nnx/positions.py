@@ -11,7 +11,6 @@ from flax import nnx
 
 from jaxkv.cache.verbs import advance
 from jaxkv.integrations.nnx.hook import CachedAttention
-from jaxkv.integrations.nnx.variables import set_value, value_of
 
 # In the names of parameters that say where a call's tokens stand.
 _SAYS_WHERE = ("pos", "offset", "start", "index", "idx", "step", "length")
@@ -24,7 +23,8 @@ class _OnlyCounts(CachedAttention):
         self.cache = cache
 
     def __call__(self, query: Any, key: Any, value: Any, **_: Any) -> Any:
-        set_value(self.cache, advance(value_of(self.cache), query.shape[-3]))
+        cache = self.cache.get_value()
+        self.cache.set_value(advance(cache, query.shape[-3]))
         return query
 
 
