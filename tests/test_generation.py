@@ -1,5 +1,6 @@
 """`generate` against a loop anybody could write: one token at a time, no cache at all."""
 
+import gc
 import itertools
 import logging
 
@@ -268,6 +269,7 @@ def test_an_error_of_the_model_leaves_nothing_behind(model):
     with pytest.raises(RuntimeError, match="no such weights"):
         jaxkv.generate(broken, [[1]], max_new_tokens=1, config=config, tracker=tracker)
     assert tracker.total_usage() == 0
+    gc.collect()  # jax 0.7 has a cycle with what an error held
     assert len(jax.live_arrays()) <= before
 
 

@@ -124,7 +124,7 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for _, name, param, transposed in _params(model):
-        array = np.asarray(param.get_value())
+        array = np.asarray(param[...])
         tensors[name] = np.ascontiguousarray(array.T if transposed else array)
     safetensors.numpy.save_file(tensors, path / SINGLE_FILE, metadata={"format": "pt"})
     config = model.config.to_hf() | {"torch_dtype": model.dtype.name}
@@ -172,14 +172,15 @@ def _fill(model: Model, stored: Tensors, folder: Path, spread: Spread | None) ->
     """Put every tensor of a checkpoint in its place in an abstract model."""
     params = list(_params(model))
     tensors = _matched(params, stored, model.checkpoint_prefix, folder)
+    filled = []
     with progress_bar("Loading weights", sum(param.size for _, _, param, _ in params)) as advance:
         for at, name, param, transposed in params:
             array = tensors[name].read().astype(param.dtype, copy=False)
             array = np.ascontiguousarray(array.T if transposed else array)
             place = None if spread is None else sharding_of(model, at, param, spread)
-            param.set_value(jax.device_put(array, place))
+            filled.append((at, param.replace(jax.device_put(array, place))))
             advance(param.size)
-    nnx.update(model, nnx.from_flat_state([(path, param) for path, _, param, _ in params]))
+    nnx.update(model, nnx.from_flat_state(filled))
 
 
 def _matched(
