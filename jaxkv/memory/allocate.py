@@ -100,10 +100,8 @@ def explained(create: _Create) -> _Create:
             traceback.clear_frames(error.__traceback__)
             spread = Spread.of(mesh, axes)
             where = device if isinstance(device, jax.Device) else None
-            if spread is not None:
-                where = spread.local_device
-            own = config_of_a_device(config, spread)
-            raise CacheAllocationError(_explain(own, device_memory(where))) from error
+            memory = _fullest(where, spread, None)
+            raise CacheAllocationError(_explain(config, memory, spread)) from error
 
     return made  # type: ignore[return-value]
 

@@ -39,7 +39,8 @@ class Compression:
         """What a user asked `generate` for.
 
         Raises:
-          ValueError: one without the other, a name that there is not, a cache over a mesh.
+          ValueError: one without the other, a name or a number that there is not, a cache over a
+            mesh.
         """
         if policy is None or keep is None:
             raise ValueError(
@@ -50,6 +51,12 @@ class Compression:
             raise ValueError(
                 "generate: a cache over a mesh is not compressed. Leave mesh= and axes= out, or "
                 "policy= and keep=."
+            )
+        counts = np.asarray(keep)
+        if not ((counts > 0) & ((counts <= 1) | (counts.dtype.kind != "f"))).all():
+            raise ValueError(
+                f"generate: keep must be from 1 to the tokens of a prompt, or a share of them in "
+                f"(0, 1], got {keep}."
             )
         return cls(policy, keep)
 

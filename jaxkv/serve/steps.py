@@ -83,7 +83,7 @@ def decode(
 ) -> tuple[AnyCache, New]:
     """Up to ``num_steps`` tokens of each row that has any remaining."""
     rows = by_row(cache, jax.tree.map(jnp.asarray, rows))
-    seeds = rows.seeds
+    seeds = jnp.asarray(rows.seeds)
 
     def unfinished(carry: Any) -> Any:
         step, _, remaining, *_ = carry
@@ -136,7 +136,9 @@ def copy(
 @jax.jit
 def read(pages: Sequence[Int[Ints, " pages"]], cache: AnyCache) -> tuple[Leaves, ...]:
     """What pages of each pool hold, ``[layers, sides, pages * page_size, ...]``; any for -1."""
-    return tuple(_read(pool, own) for pool, own in zip(pools_of(cache), pages, strict=True))
+    return tuple(
+        _read(pool, jnp.asarray(own)) for pool, own in zip(pools_of(cache), pages, strict=True)
+    )
 
 
 @in_each_shard((None, None, "batch", "heads"))

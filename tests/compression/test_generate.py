@@ -64,7 +64,7 @@ def test_it_is_the_loop_of_prefill_compress_decode(model, policy):
         tokens, logprobs = by_hand(model, prompt, own, 0.5)
         assert result.tokens[number] == tokens
         np.testing.assert_allclose(result.logprobs[number], logprobs, atol=1e-4)
-    assert np.abs(np.subtract(result.logprobs[0], plain.logprobs[0])).max() > 1e-3
+    assert np.abs(np.subtract(result.logprobs[0], plain.logprobs[0])).max() > 3e-4
     assert result.tokens[2] == plain.tokens[2]  # of a prompt of one token, nothing can go
     assert result.config.num_slots == 3 * (20 + NEW)
     assert tracker.total_usage() == 0

@@ -54,7 +54,7 @@ def test_the_device_with_least_room_decides():
     place, limit = over(batch=8), live_bytes() + EACH + 1000
     with jaxkv.session(CONFIG, limit=limit, **place):
         pass
-    in_the_way = jax.device_put(jnp.zeros(1000, jnp.float32), jax.devices()[5])
+    in_the_way = jax.device_put(jnp.zeros(1 << 23, jnp.float32), jax.devices()[5])
     limit = live_array_bytes(jax.devices()[5]) + EACH - 100
     with (
         pytest.raises(
