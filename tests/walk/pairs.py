@@ -68,6 +68,18 @@ def copy_pages(walk):
     walk.copy_pages(0)
 
 
+def fork(walk):
+    """One sequence, for pools have no room for more than two of two."""
+    walk.select([0])
+    walk.fork(2)
+
+
+def compress_in_pool(walk):
+    """A copy, for the pool is donated."""
+    walk.cache = jax.tree.map(jnp.copy, walk.cache)
+    walk.compress(KEEPS[0], in_pool=True)
+
+
 Verb = Callable[[Walk], None]
 VERBS: dict[str, Verb] = {
     "append, attend, advance": lambda walk: walk.step(Call(4)),
@@ -79,12 +91,12 @@ VERBS: dict[str, Verb] = {
     "truncate": lambda walk: walk.truncate([7, 8]),
     "reset": Walk.reset,
     "select": lambda walk: walk.select([1, 0]),
-    "fork": lambda walk: walk.fork(2),
+    "fork": fork,
     "copy_pages": copy_pages,
     "compress": lambda walk: walk.compress(KEEPS[0]),
     "compress by layer": lambda walk: walk.compress(KEEPS[1]),
     "compress by head": lambda walk: walk.compress(KEEPS[2]),
-    "compress in a pool": lambda walk: walk.compress(KEEPS[0], in_pool=True),
+    "compress in a pool": compress_in_pool,
     "evict": Walk.evict,
     "load": Walk.save_and_load,
     "load into": lambda walk: walk.save_and_load(into=True, order=[1, 0]),
