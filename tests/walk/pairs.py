@@ -1,7 +1,7 @@
 """Every verb on every kind of cache: equal to the oracle, or refused with a way out that works.
 
 ``python -m tests.walk.pairs > tests/walk/pairs.md`` writes the table of all addressings, placements
-and residuals, while codecs take turns. ``python -m tests.walk.pairs all`` prints it of all codecs.
+and residuals, in which codecs take turns. ``python -m tests.walk.pairs all`` prints it of each.
 """
 
 import functools
@@ -189,9 +189,13 @@ def refused(kind, verbs):
 
 
 def kinds():
-    """Of every addressing, placement and residual; codecs take turns."""
-    every = itertools.product(*AXES[1:])
-    return [Kind(AXES.codec[number % len(CODECS)], *names) for number, names in enumerate(every)]
+    """Every addressing, placement and residual, and so that any two names meet in one."""
+    every = list(itertools.product(*AXES[1:]))
+    turns = [(number + number // len(CODECS)) % len(CODECS) for number in range(len(every))]
+    found = [Kind(AXES.codec[turn], *names) for turn, names in zip(turns, every, strict=True)]
+    met = {kind[:2] for kind in found}
+    missing = (pair for pair in itertools.product(*AXES[:2]) if pair not in met)
+    return found + [Kind(*pair) for pair in missing]
 
 
 FILE = pathlib.Path(__file__).with_name("pairs.md")
@@ -216,6 +220,7 @@ def main():
     print("refuses and says what to do, which was tried and works:\n")
     for words, letter in LETTERS.items():
         print(f"- {letter}: {words}")
+    print("\nA kind that cannot be created has no outcomes but of that; its way out was taken too.")
     print("", line(*COLUMNS), line(*["---"] * len(COLUMNS)), sep="\n")
     every = itertools.starmap(Kind, itertools.product(*AXES))
     for kind in every if "all" in sys.argv else kinds():
