@@ -461,7 +461,7 @@ def test_a_decode_step_of_a_split_model_sums_twice_per_layer():
     assert collective_bytes(text) < kv_bytes / 4
 
 
-def test_what_a_mesh_cannot_share_is_refused_by_name():
+def test_what_a_mesh_cannot_share_is_refused_by_name(monkeypatch):
     heads = jaxkv.create(config_of("heads 8", "float32", "contiguous"), **spread_over("heads 8"))
     config = heads.config.replace(num_kv_heads=4)
     few = jaxkv.create(config, mesh=heads.spread.mesh, axes=heads.spread.axes)
@@ -473,6 +473,10 @@ def test_what_a_mesh_cannot_share_is_refused_by_name():
     config = config.replace(placement=jaxkv.HostMemory(4, 4))
     with pytest.raises(jaxkv.ConfigError, match="a cache with HostMemory is not split by context"):
         jaxkv.create(config, **spread_over("context 8"))
+    with monkeypatch.context() as patch:
+        patch.setattr(jaxkv.Centred, "learns_over_devices", False)
+        with pytest.raises(jaxkv.ConfigError, match="state is of all sequences"):
+            jaxkv.create(config_of("batch 8", "centred", "newest"), **spread_over("batch 8"))
     config = config.replace(placement=None)
     with pytest.raises(jaxkv.ConfigError, match="Engine: axes must name heads alone"):
         jaxkv.Engine(lambda tokens, cache: None, config, **spread_over("batch 8"))
