@@ -137,6 +137,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 @overload
 def attend(
     cache: AnyCache,
+    /,
     queries: Float[Array, "*batch tokens heads head_dim"],
     *,
     layer: Layer,
@@ -151,6 +152,7 @@ def attend(
 @overload
 def attend(
     cache: AnyCache,
+    /,
     queries: Float[Array, "*batch tokens heads head_dim"],
     *,
     layer: Layer,

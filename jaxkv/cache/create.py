@@ -116,7 +116,7 @@ def specs_of(config: KVCacheConfig, spread: Spread) -> tuple[PartitionSpec, ...]
 def _create_spread(config: KVCacheConfig, spread: Spread) -> KVCache:
     local = spread.local(config)
     _check_numbers(local)
-    specs: KVCache = jax.tree.structure(shapes_of(config)).unflatten(specs_of(config, spread))
+    specs: Any = jax.tree.unflatten(jax.tree.structure(shapes_of(config)), specs_of(config, spread))
     storage = _in_host_memory(config, spread, specs.storage) if config.in_host_memory else {}
     elsewhere = dataclasses.replace(
         specs, storage={name: spec for name, spec in specs.storage.items() if name not in storage}
@@ -124,7 +124,7 @@ def _create_spread(config: KVCacheConfig, spread: Spread) -> KVCache:
 
     def own() -> Any:
         made = _create(local, None, host_zeros=lambda *_, device: None)
-        return jax.tree.structure(elsewhere).unflatten(jax.tree.leaves(made))
+        return jax.tree.unflatten(jax.tree.structure(elsewhere), jax.tree.leaves(made))
 
     made = jax.shard_map(own, mesh=spread.mesh, in_specs=(), out_specs=elsewhere, check_vma=False)
     cache: KVCache = jax.jit(made)()

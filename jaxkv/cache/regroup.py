@@ -168,8 +168,9 @@ def _dealt(leaf: np.ndarray, config: KVCacheConfig, spread: Spread) -> np.ndarra
 
 
 def _check_pages(cache: KVCache, spread: Spread) -> None:
-    config, index = cache.config, cache.index
-    if index.per_head and index.run_lengths is not None and spread.mesh.size > 1:  # type: ignore[attr-defined]
+    config = cache.config
+    index: Any = cache.index
+    if index.per_head and index.run_lengths is not None and spread.mesh.size > 1:
         raise ConfigError(
             "heads of this compressed cache keep different numbers of tokens, packed on each device"
             " for itself. Gather it before jaxkv.compress, or keep one number of tokens per layer."
@@ -190,7 +191,7 @@ def _with_numbers(cache: KVCache, spread: Spread, sign: int) -> KVCache:
     table, pages = paged.table, cache.config.num_slots // paged.page_size // parts
     rows = np.arange(len(table), dtype=np.int32)[:, None]
     first = rows // (len(table) // parts) * pages
-    table = np.where(table < 0, table, table + np.int32(sign) * first)  # type: ignore[assignment]
+    table = np.where(table < 0, table, table + np.int32(sign) * first)
     numbered = dataclasses.replace(paged, table=table)
     index = numbered if index is paged else dataclasses.replace(index, within=numbered)
     return dataclasses.replace(cache, index=index)

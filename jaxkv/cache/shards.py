@@ -180,7 +180,8 @@ def local_shapes(cache: KVCache) -> KVCache:
     spread, config = cache.spread, cache.config
     if spread is None:
         return cache
-    rank, own = jax.ShapeDtypeStruct((), jnp.int32), shapes_of(spread.local(config))
+    rank = jax.ShapeDtypeStruct((), jnp.int32)
+    own: Any = shapes_of(spread.local(config))
     if in_host_memory(buffer_of(cache)):
         there = host_sharding(SingleDeviceSharding(spread.local_device))
         storage = {name: leaf.update(sharding=there) for name, leaf in own.storage.items()}
@@ -211,7 +212,7 @@ def specs_like(cache: KVCache, config: KVCacheConfig) -> KVCache:
     spread = cache.spread
     if spread is None:
         return jax.tree.map(lambda _: PartitionSpec(), cache)
-    specs: KVCache = jax.tree.structure(shapes_of(config)).unflatten(specs_of(config, spread))
+    specs: Any = jax.tree.unflatten(jax.tree.structure(shapes_of(config)), specs_of(config, spread))
     specs = dataclasses.replace(_with_those_of(cache, specs), spread=spread)
     if cache.real_tokens is None:
         return specs
@@ -314,7 +315,9 @@ def books_of(cache: KVCache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return books_of_index(cache.index)
     leaves, structure = jax.tree.flatten(dataclasses.replace(cache, storage={}))
     types = tuple((leaf.shape, leaf.dtype, _placement_of(leaf)) for leaf in leaves)
-    lengths, room, intact = jax.device_get(_books(structure, types)(structure.unflatten(leaves)))
+    lengths, room, intact = jax.device_get(
+        _books(structure, types)(jax.tree.unflatten(structure, leaves))
+    )
     return lengths, room, intact
 
 
@@ -331,7 +334,7 @@ def _books(structure: Any, types: tuple[tuple[Any, Any, Any], ...]) -> Any:
         jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype, sharding in types
     ]
     books = jax.jit(lambda cache: everywhere(cache, _own_books(cache)))
-    return books.lower(structure.unflatten(leaves)).compile()
+    return books.lower(jax.tree.unflatten(structure, leaves)).compile()
 
 
 @in_each_shard(("batch",), ("batch",), ("batch",))

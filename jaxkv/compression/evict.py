@@ -145,7 +145,7 @@ def _evict(
             f"evict: {tokens} tokens are to come, and there are slots for {index.new} new ones. "
             "Give the model fewer at a time, or create the cache with a larger new."
         )
-    options = {"policy": policy, "tokens": tokens, "sinks": sinks, "recent": recent}
+    options: dict[str, Any] = {"policy": policy, "tokens": tokens, "sinks": sinks, "recent": recent}
     return _with_room(cache, queries, _is_there(after, cache), **options)
 
 

@@ -118,7 +118,12 @@ def gathered(
         cache = dataclasses.replace(cache, storage=pool)
     tokens, since = (None, None) if remembered is None else (remembered.tokens, remembered.since)
     arrays = scores, tokens, since, layers, limits, pages
-    options = {"config": config, "in_pool": in_pool, "sinks": sinks, "recent": recent}
+    options: dict[str, Any] = {
+        "config": config,
+        "in_pool": in_pool,
+        "sinks": sinks,
+        "recent": recent,
+    }
     return _gathered(dataclasses.replace(cache, real_tokens=None), *arrays, **options)
 
 
