@@ -14,6 +14,7 @@ from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.newest import Newest
 from jaxkv.cache.rearrange import copy_pages, fork, select
 from jaxkv.cache.regroup import gather, spread
+from jaxkv.cache.shards import partition_specs
 from jaxkv.cache.verbs import advance, append, check, layer, next_positions, reset, truncate
 from jaxkv.codecs import Centred, Codec, Dense, Float8, Int8, KeysValues, Rope, Rotated
 from jaxkv.errors import (
@@ -121,6 +122,7 @@ __all__ = [
     "next_positions",
     "observed",
     "offload",
+    "partition_specs",
     "plan",
     "plots",
     "prefetch",

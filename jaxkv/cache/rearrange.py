@@ -10,7 +10,8 @@ from jaxtyping import Array, Int
 
 from jaxkv.cache.checks import check_alive, check_rows, rows_exist
 from jaxkv.cache.config import KVCacheConfig
-from jaxkv.cache.hybrid import SameCache, in_every_group
+from jaxkv.cache.groups import in_every_group
+from jaxkv.cache.hybrid import SameCache
 from jaxkv.cache.kv_cache import KVCache, buffer_of
 from jaxkv.cache.shards import beside_storage, in_each_shard
 from jaxkv.cache.verbs import where_in_range
@@ -49,9 +50,19 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     if cache.pages is not None and cache.pages.shared:  # rows go on in the pages that they had
         select_rows = beside_storage(_select)
     elif in_host_memory(buffer_of(cache)):  # which no compiled program gathers from
+        _check_here(cache)
         select_rows = _selected
     selected = select_rows(cache, own)
     return where_in_range(selected, rows_exist(cache, chosen))
+
+
+def _check_here(cache: KVCache) -> None:
+    if cache.spread is not None:
+        raise ValueError(
+            "select: sequences of a cache in host memory are copied by the host, and this one is "
+            f"spread over {cache.spread.mesh.size} devices by {cache.spread.axes}. Bring it to them"
+            " with jaxkv.prefetch first; jaxkv.offload brings it back."
+        )
 
 
 def _within_devices(cache: KVCache, rows: Int[Array | np.ndarray, " rows"]) -> Int[Array, " rows"]:

@@ -148,6 +148,13 @@ class Codec(Protocol):
         """The arrays of its state: ``[layers, sides, kv_heads, *shape]`` each."""
         return {}
 
+    @property
+    def learns_over_devices(self) -> bool:
+        """Whether `update_state` takes ``axis=``, the mesh axis over which other devices have other
+        sequences of the same cache, and gives all of them one state.
+        """
+        return False
+
     def update_state(
         self, state: State, vectors: Tokens, positions: Positions, lengths: Int[Array, "*batch"]
     ) -> State:

@@ -142,8 +142,8 @@ def read(pages: Sequence[Int[Ints, " pages"]], cache: AnyCache) -> tuple[Leaves,
 
 
 @in_each_shard((None, None, "batch", "heads"))
-def _read(pool: KVCache, pages: Int[Array, " pages"]) -> Leaves:
-    slots = slots_of_pages(pool, jnp.maximum(pages, 0))
+def _read(pool: KVCache, numbers: Int[Array, " pages"]) -> Leaves:
+    slots = slots_of_pages(pool, jnp.maximum(numbers, 0))
     return {name: leaf.at[:, :, slots].get(mode="clip") for name, leaf in pool.storage.items()}
 
 
@@ -157,8 +157,8 @@ def write(
 
 
 @in_each_shard()
-def _written(pool: KVCache, pages: Int[Array, " pages"], contents: Leaves) -> KVCache:
-    slots = slots_of_pages(pool, pages)
+def _written(pool: KVCache, numbers: Int[Array, " pages"], contents: Leaves) -> KVCache:
+    slots = slots_of_pages(pool, numbers)
     storage = {name: scatter(leaf, slots, contents[name]) for name, leaf in pool.storage.items()}
     return dataclasses.replace(pool, storage=storage)
 
