@@ -185,7 +185,7 @@ def local_shapes(cache: KVCache) -> KVCache:
     rank = jax.ShapeDtypeStruct((), jnp.int32)
     own: Any = shapes_of(spread.local(config))
     if in_host_memory(buffer_of(cache)):
-        there = host_sharding(SingleDeviceSharding(spread.local_device))
+        there = host_sharding(SingleDeviceSharding(spread.mesh.local_devices[0]))
         storage = {name: leaf.update(sharding=there) for name, leaf in own.storage.items()}
         own = dataclasses.replace(own, storage=storage)
     return _interleaved(spread, own, rank)
