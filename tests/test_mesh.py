@@ -176,7 +176,8 @@ def assert_same_layer(one, many, codec):
 def assert_where_it_was(many, place):
     specs = jax.tree.leaves(jaxkv.partition_specs(many))
     for leaf, spec in zip(jax.tree.leaves(many), specs, strict=True):
-        assert leaf.sharding.is_equivalent_to(NamedSharding(place["mesh"], spec), leaf.ndim)
+        there = NamedSharding(place["mesh"], spec, memory_kind=leaf.sharding.memory_kind)
+        assert leaf.sharding.is_equivalent_to(there, leaf.ndim)
 
 
 @pytest.mark.slow_cases(r"batch 8|copies|Auto")

@@ -222,8 +222,8 @@ def attend(
     >>> outputs, logs = (jnp.stack(each) for each in zip(*parts))
     >>> weights = jax.nn.softmax(logs, axis=0)  # over a mesh axis: with pmax and psum
     >>> merged = (weights[..., None] * outputs).sum(axis=0)
-    >>> print(weights[:, 0, 0].round(2))  # by the tokens seen: 2 and 3
-    [0.4 0.6]
+    >>> [f"{weight:.1f}" for weight in weights[:, 0, 0]]  # by the tokens seen: 2 and 3
+    ['0.4', '0.6']
     """
     _check_call(cache, queries, window, softcap, sinks)
     *_, tokens, heads, _ = queries.shape
