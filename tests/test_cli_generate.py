@@ -159,7 +159,7 @@ def test_logits_that_are_no_numbers_are_told_of(folder, tmp_path, capsys):
         (["--model", "FOLDER", "--prompt", "hello"], "no tokenizer, so --prompt takes token"),
         (["--model", "FOLDER", "--prompt", "41"], "token 41, outside the vocabulary of 40 tokens"),
         (["--model", "FOLDER", "--prompt", "1", "--context", "8"], "and the context holds 8"),
-        (["--model", "FOLDER", "1", "--stop", "x"], "no tokenizer, so no --stop text can be found"),
+        (["--model", "FOLDER", "1", "--stop", "x"], "no tokenizer, so its answers have no text"),
         (["1", "--policy", "snapkv", "--keep", "0"], "keep must be from 1 to"),
         (["1", "--policy", "snapkv"], "Give both, such as policy='snapkv', keep=0.5"),
         (["--temperature", "-1"], "temperature must be 0, or from 1.2e-38 to 8.5e+37, got -1.0"),

@@ -67,7 +67,7 @@ def test_what_cannot_be_asked(embedded, text, context, message):
 @pytest.mark.slow
 def test_the_command_takes_a_policy_of_ones_own(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
-        "def newest(k, v, q, positions):\n    return positions * 1.0\n"
+        "def newest(k, v, q, positions):\n    return positions.astype('float32')\n"
     )
     own = f"{tmp_path / 'mine.py'}:newest"
     line = ["eval", "--context", str(CONTEXT), "--samples", "1", "--policy", own]

@@ -90,19 +90,10 @@ def add_model_arguments(
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The model that was named, for texts of the context that was, and its tokenizer.
-
-    Raises:
-      ValueError: it has no tokenizer, and texts are to end answers.
-    """
+    """The model that was named, for texts of the context that was, and its tokenizer."""
     from jaxkv import models
 
-    options.stop = [unicode_text(text) for text in options.stop]
     model, tokenizer = models.load(options.model, dtype=options.dtype)
-    if options.stop and tokenizer is None:
-        raise ValueError(
-            "this model has no tokenizer, so no --stop text can be found in its tokens"
-        )
     say_if_the_kernel_is_missing(options.command)
     return model.for_context(options.context) if options.context else model, tokenizer
 

@@ -144,18 +144,16 @@ def _one_or_all(books: list[list[int]]) -> list[int] | list[list[int]]:
     return books[0] if len(books) == 1 else books
 
 
-def _tensors_of(
-    group: KVCache, tensors: dict[str, np.ndarray], number: int
-) -> dict[str, np.ndarray]:
+def _tensors_of(group: KVCache, tensors: dict[str, Any], number: int) -> dict[str, Any]:
     """Of a group, each KV head as often as devices hold it."""
     own, copies = named(tensors, f"{number}."), 1
     if group.spread is not None:
         copies = group.spread.copies(group.config)
     if copies == 1:
         return own
-    heads = dict.fromkeys(group.codec_state, 2) | {f"0.{leaf}": 3 for leaf in group.storage}
-    repeated = {name: np.repeat(own[name], copies, axis=heads[name]) for name in heads}
-    return own | repeated
+    state = {name: np.repeat(own[name], copies, axis=2) for name in group.codec_state}
+    leaves = {f"0.{leaf}": own[f"0.{leaf}"].with_copies(copies) for leaf in group.storage}
+    return own | state | leaves
 
 
 def _of_each(tensors: dict[str, np.ndarray], num_ranks: int) -> dict[str, np.ndarray]:

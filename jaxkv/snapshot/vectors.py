@@ -23,6 +23,15 @@ class Vectors:
         """The same, of which these heads are asked for."""
         return dataclasses.replace(self, heads=heads)
 
+    def with_copies(self, copies: int) -> "Vectors":
+        """The same with each head so often, one after the other."""
+        arrays = {
+            (first * copies, number): np.repeat(array, copies, axis=3)
+            for (first, number), array in self.arrays.items()
+        }
+        heads = range(self.heads.start * copies, self.heads.stop * copies)
+        return dataclasses.replace(self, arrays=arrays, heads=heads)
+
     def of_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """Those of some tokens, by their numbers in the file."""
         layers, sides, _, _, *vector = next(iter(self.arrays.values())).shape
