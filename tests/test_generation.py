@@ -12,6 +12,7 @@ import pytest
 import jaxkv
 from jaxkv.serve import decode
 from jaxkv.serve import generate as generation
+from tests.compiled import compiled_as_users_do
 from tests.decoders import look_up, sharp_decoder
 
 CONTEXT = 192
@@ -193,7 +194,7 @@ def test_decode_is_in_place(model):
     program = decode.Program.of(model, jaxkv.Sampling(), ())
     state = decode.State(*(jnp.zeros(2, jnp.int32) for _ in range(3)))
     lowered = decode._decode.lower(program.weights, state, cache, **program._options())
-    memory = lowered.compile().memory_analysis()
+    memory = compiled_as_users_do(lowered).memory_analysis()
     assert memory.alias_size_in_bytes >= cache.size_bytes
     assert memory.temp_size_in_bytes < 0.2 * cache.size_bytes
 

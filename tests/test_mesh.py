@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxkv
 from jaxkv.integrations.transformers import to_hf
 from jaxkv.native import unavailable
-from tests.compiled import assert_in_place
+from tests.compiled import assert_in_place, compile_donating
 from tests.decoders import sharp_decoder
 
 pytestmark = pytest.mark.devices(8)
@@ -362,7 +362,7 @@ def test_a_decode_step_moves_no_keys_or_values(split, codec, kind):
             keys = keys + out[..., : keys.shape[-2], :].mean()
         return jaxkv.advance(cache, 1), queries
 
-    compiled = jax.jit(decode, donate_argnums=0).lower(many, *given).compile()
+    compiled = compile_donating(decode, many, *given)
     assert_in_place(compiled, many, temp_share=0.05)
     queries = given[0].nbytes
     totals = queries // HEAD_DIM

@@ -49,8 +49,8 @@ class Compression:
             )
         if spread is not None:
             raise ValueError(
-                "generate: a cache over a mesh is not compressed. Leave mesh= and axes= out, or "
-                "policy= and keep=."
+                "generate takes no policy over a mesh. Leave mesh= and axes= out, or policy= and "
+                "keep=; jaxkv.compress takes a cache that is spread in a loop of your own."
             )
         counts = np.asarray(keep)
         if not ((counts > 0) & ((counts <= 1) | (counts.dtype.kind != "f"))).all():

@@ -87,7 +87,7 @@ def test_a_number_of_tokens_compiles_decode_once(model, caplog):
         ({"policy": "snapvk", "keep": 0.5}, "no policy 'snapvk'; there are streaming_llm, snapkv"),
         ({"policy": "oracle", "keep": 0.5}, "'oracle' needs queries that are to come"),
         ({"policy": "expected_attention", "keep": 8}, "needs the frequencies of the model's rope"),
-        ({"policy": "snapkv", "keep": 0.5, "mesh": MESH}, "a cache over a mesh is not compressed"),
+        ({"policy": "snapkv", "keep": 0.5, "mesh": MESH}, "takes no policy over a mesh"),
     ],
 )
 def test_what_is_refused(model, options, message):

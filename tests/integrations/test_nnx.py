@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxkv
 from jaxkv.integrations.nnx import AsModel, MultiHeadAttention, add_caches, map_caches
-from tests.compiled import assert_in_place
+from tests.compiled import assert_in_place, compiled_as_users_do
 from tests.integrations.test_flax import random_input
 
 LAYERS, HEADS, WIDTH, LENGTH = 2, 2, 8, 12
@@ -140,7 +140,7 @@ def test_a_donated_step_is_in_place(kind, tokens):
     make = KINDS[kind]
     model = nnx.eval_shape(lambda: make(LONG))
     x = jax.ShapeDtypeStruct((2, tokens, WIDTH), jnp.float32)
-    compiled = nnx.jit(call, donate_argnums=0).lower(model, x).compile()
+    compiled = compiled_as_users_do(nnx.jit(call, donate_argnums=0).lower(model, x))
     assert_in_place(
         compiled, abstract_cache(LONG.replace(num_layers=1 if make is with_hooks else 2))
     )
@@ -241,7 +241,8 @@ def test_a_layer_scan_that_carries_the_cache():
 def test_a_layer_scan_that_carries_the_cache_is_in_place():
     blocks, cache = stacked_blocks(), abstract_cache(LONG)
     step = nnx.jit(scan_with_the_cache_carried, donate_argnums=2)
-    assert_in_place(step.lower(blocks, jnp.zeros((2, 1, WIDTH)), cache).compile(), cache)
+    lowered = step.lower(blocks, jnp.zeros((2, 1, WIDTH)), cache)
+    assert_in_place(compiled_as_users_do(lowered), cache)
 
 
 # --- the verbs over a model --------------------------------------------------------------------
