@@ -4,7 +4,7 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,14 @@ from jaxkv.serve.swap import SwapSpace
 Arrived = list[tuple[Request, list[int]]]
 
 
+class Chunk(NamedTuple):
+    """Tokens of a prompt that go through the model together."""
+
+    request: Request
+    start: int
+    end: int
+
+
 class Batch:
     """A row of the cache for each request that runs, on one of the data ranks.
 
@@ -31,7 +39,8 @@ class Batch:
       model, sampling: of every step.
       session: holds the cache.
       pages: its books.
-      prefill_chunk, decode_steps: tokens that a step takes.
+      prefill_chunk, decode_steps: tokens of a request that a step takes.
+      prefill_rows: chunks that a step of prefill takes, on each data rank.
       swap_space: bytes of host memory for pages of requests that had to make room.
 
     Attributes:
@@ -47,6 +56,7 @@ class Batch:
         pages: Pools,
         *,
         prefill_chunk: int,
+        prefill_rows: int,
         decode_steps: int,
         swap_space: int,
         spread: Spread | None = None,
@@ -61,7 +71,8 @@ class Batch:
         self._spread = spread
         self._copies: tuple[Watch, Weights] | None = None
         self._sampling, self._session = sampling, session
-        self._chunk, self._decode_steps = prefill_chunk, decode_steps
+        self._chunk, self._chunks_per_step = prefill_chunk, prefill_rows
+        self._decode_steps = decode_steps
 
     @property
     def rows(self) -> list[Request | None]:
@@ -201,43 +212,63 @@ class Batch:
             self._swap.drop(request)
 
     def prefill(self, num_chunks: int) -> None:
-        """Compute up to this many chunks of prompts on each rank, in order of admission."""
-        for _ in range(num_chunks):
-            requests = [self._with_room_for_a_chunk(rank) for rank in self.ranks]
-            if not any(requests):
+        """Compute up to this many chunks of prompts on each rank, but at least those of a step."""
+        for _ in range(max(1, num_chunks // self._chunks_per_step)):
+            chunks = [self._next_chunks(rank) for rank in self.ranks]
+            if not any(chunks):
                 return
-            self._prefill_chunks(requests)
+            self._compute(chunks)
 
-    def _with_room_for_a_chunk(self, rank: Rank) -> Request | None:
-        """The request whose prompt is next on a rank; None if there is none, or it had to wait."""
-        request = next(iter(rank.prefilling), None)
-        if request is None or not self._make_room(rank, request, self._end_of_chunk(request)):
-            return None
-        return request
+    def _next_chunks(self, rank: Rank) -> list[Chunk]:
+        """What a step computes of the prompts on a rank, in order of admission."""
+        chunks: list[Chunk] = []
+        for request in rank.prefilling:
+            if request not in rank.rows or len(chunks) == self._chunks_per_step:
+                break  # it had to make room for one before it, or it comes in another step
+            if not self._make_room(rank, request, self._end_of_chunk(request, request.length)):
+                break
+            chunks += self._chunks_of(rank, request)[: self._chunks_per_step - len(chunks)]
+        return chunks
 
-    def _end_of_chunk(self, request: Request) -> int:
-        return min(request.length + self._chunk, request.prompt.num_shareable)
+    def _chunks_of(self, rank: Rank, request: Request) -> list[Chunk]:
+        """The next chunks of a prompt: after the first, those for which there are pages anyway."""
+        chunks, start = [], request.length
+        while start < request.prompt.num_shareable and len(chunks) < self._chunks_per_step:
+            end = self._end_of_chunk(request, start)
+            try:
+                rank.pages.extend(request.number, end)
+            except PoolFullError:  # behind a window, whose pages come back as tokens pass
+                break
+            chunks.append(Chunk(request, start, end))
+            start = end
+        return chunks
 
-    def _prefill_chunks(self, requests: Sequence[Request | None]) -> None:
-        """A chunk of a prompt on each rank, of all in one step; a rank without one rests."""
-        tokens = np.zeros((len(requests), self._chunk), np.int32)
-        num_tokens, start = np.zeros((2, len(requests)), np.int32)
-        for row, request in enumerate(requests):
-            if request is not None:
-                chunk = request.prompt.tokens[request.length : self._end_of_chunk(request)]
-                tokens[row, : len(chunk)] = chunk
-                num_tokens[row], start[row] = len(chunk), request.length
-        given = tokens, num_tokens, start, self._tables(requests)
-        tokens, num_tokens, start, tables = jax.device_put(given)
-        self._session.cache = steps.prefill(
-            self._weights, tokens, num_tokens, start, tables, self._session.cache
-        )
-        for request in requests:
-            if request is not None:
-                end = self._end_of_chunk(request)
-                self.figures.prefilled_tokens += end - request.length
-                request.length = end
-                self.rank_of(request).pages.advance(request.number, end)
+    def _end_of_chunk(self, request: Request, start: int) -> int:
+        return min(start + self._chunk, request.prompt.num_shareable)
+
+    def _compute(self, chunks: Sequence[Sequence[Chunk]]) -> None:
+        """The chunks of each rank, all in one step; rows without one rest."""
+        rows = [
+            chunk
+            for own in chunks
+            for chunk in (*own, *[None] * (self._chunks_per_step - len(own)))
+        ]
+        tokens = np.zeros((len(rows), self._chunk), np.int32)
+        num_tokens, start = np.zeros((2, len(rows)), np.int32)
+        for row, chunk in enumerate(rows):
+            if chunk is not None:
+                start[row], num_tokens[row] = chunk.start, chunk.end - chunk.start
+                own = chunk.request.prompt.tokens[chunk.start : chunk.end]
+                tokens[row, : len(own)] = own
+        tables = self._tables([None if chunk is None else chunk.request for chunk in rows])
+        given = jax.device_put((tokens, num_tokens, start, tables))
+        self._session.cache = steps.prefill(self._weights, *given, self._session.cache)
+        self.figures.prefill_steps += 1
+        for chunk in rows:
+            if chunk is not None:
+                self.figures.prefilled_tokens += chunk.end - chunk.start
+                chunk.request.length = chunk.end
+                self.rank_of(chunk.request).pages.advance(chunk.request.number, chunk.end)
 
     def decode(self) -> Arrived:
         """Find the next tokens of all requests whose prompts are computed."""

@@ -10,7 +10,12 @@ from jaxkv.serve.request import MOST_STOP_TOKENS
 
 
 def check_config(
-    config: AnyConfig, prefill_chunk: int, decode_steps: int, token_budget: int, swap_space: int
+    config: AnyConfig,
+    prefill_chunk: int,
+    prefill_rows: int,
+    decode_steps: int,
+    token_budget: int,
+    swap_space: int,
 ) -> tuple[list[Group], int]:
     """The groups of pages that a cache is made of, and their page size."""
     addressings = [group.addressing for group in config.groups]
@@ -36,6 +41,7 @@ def check_config(
         raise ConfigError(f"Engine: all groups need the same page_size, got {sorted(sizes)}.")
     for name, number, least in (
         ("prefill_chunk", prefill_chunk, 1),
+        ("prefill_rows", prefill_rows, 1),
         ("decode_steps", decode_steps, 1),
         ("token_budget", token_budget, 1),
         ("swap_space", swap_space, 0),

@@ -46,11 +46,15 @@ class Engine:
         of `jaxkv.models` have.
       tokenizer: a `tokenizers.Tokenizer`, for stop strings and `Request.text`.
       stop_strings: texts that end any request; its ``text`` ends before them.
-      prefill_chunk: tokens of a prompt that a step takes, and pages are found again in multiples of
-        it. If None, 128 on a CPU and 256 elsewhere, where a step takes hardly longer for it.
+      prefill_chunk: tokens of a prompt that are computed together; pages are found again in
+        multiples of it.
+      prefill_rows: chunks that a step of prefill takes on each data rank, of several prompts or of
+        one. Steps have one shape, whatever there is to compute, so that the bits of a chunk depend
+        on its own prompt alone. If None, 1 on a CPU and 8 elsewhere, where weights are read in the
+        time in which some hundred tokens are multiplied with them.
       decode_steps: tokens of an answer between two looks of the host; 1 to stream each as it comes.
       token_budget: tokens, prefilled and decoded, that a round is to stay within on each data
-        rank; at least one chunk is prefilled. If None, 512 on a CPU and 2,048 elsewhere.
+        rank; at least one step is prefilled. If None, 512 on a CPU and 4,096 elsewhere.
       sharing: False to compute every prompt anew.
       swap_space: bytes of host memory in which preempted requests may keep their pages; those
         that find no room there are computed again. `Figures` reports what is used.
@@ -90,7 +94,8 @@ class Engine:
         stop_tokens: Sequence[int] | None = None,
         tokenizer: Any = None,
         stop_strings: str | Sequence[str] = (),
-        prefill_chunk: int | None = None,
+        prefill_chunk: int = 128,
+        prefill_rows: int | None = None,
         decode_steps: int = 8,
         token_budget: int | None = None,
         sharing: bool = True,
@@ -102,11 +107,11 @@ class Engine:
     ):
         spread = _checked_spread(mesh, axes, swap_space)
         on_cpu = (platform_at(device) if spread is None else spread.platform) == "cpu"
-        prefill_chunk = (128 if on_cpu else 256) if prefill_chunk is None else prefill_chunk
-        token_budget = (512 if on_cpu else 2048) if token_budget is None else token_budget
+        prefill_rows = (1 if on_cpu else 8) if prefill_rows is None else prefill_rows
+        token_budget = (512 if on_cpu else 4096) if token_budget is None else token_budget
         local = config_of_a_device(config, spread)
         groups, page_size = check_config(
-            local, prefill_chunk, decode_steps, token_budget, swap_space
+            local, prefill_chunk, prefill_rows, decode_steps, token_budget, swap_space
         )
         self.config = config
         self._vocabulary = getattr(model, "vocab_size", None)
@@ -143,6 +148,7 @@ class Engine:
             self._held,
             self.pages,
             prefill_chunk=prefill_chunk,
+            prefill_rows=prefill_rows,
             decode_steps=decode_steps,
             swap_space=swap_space,
             spread=spread,
@@ -267,7 +273,7 @@ class Engine:
     def _round(self) -> Arrived:
         self._batch.admit_waiting()
         budget = self._budget - self._batch.most_decoding * self._decode_steps
-        self._batch.prefill(max(1, budget // self._chunk))
+        self._batch.prefill(budget // self._chunk)
         return self._batch.decode()
 
     def stream(self, request: Request) -> Iterator[int]:

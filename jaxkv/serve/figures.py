@@ -11,6 +11,7 @@ class Figures:
 
     Attributes:
       prefilled_tokens: prompt tokens that were computed; what was found is not among them.
+      prefill_steps: in which they were.
       generated_tokens: tokens of answers.
       repeated_tokens: of answers, that were computed again after a preemption.
       preemptions: requests that gave their pages back to wait.
@@ -21,6 +22,7 @@ class Figures:
     """
 
     prefilled_tokens: int = 0
+    prefill_steps: int = 0
     generated_tokens: int = 0
     repeated_tokens: int = 0
     preemptions: int = 0

@@ -48,22 +48,23 @@ class Rows(NamedTuple):
 @functools.partial(ModelStep, donated=[4])
 def prefill(
     model: Model,
-    tokens: Int[Ints, "ranks chunk"],
-    num_tokens: Int[Array, " ranks"],
-    start: Int[Ints, " ranks"],
+    tokens: Int[Ints, "chunks chunk"],
+    num_tokens: Int[Array, " chunks"],
+    start: Int[Ints, " chunks"],
     tables: Tables,
     cache: AnyCache,
 ) -> AnyCache:
-    """Compute one chunk of one prompt on each data rank, padded on the right.
+    """Compute chunks of prompts, as many on each data rank, each padded on the right.
 
-    One sequence a step and rank, from a multiple of the chunk: so a page's bits depend on the
-    tokens up to it and on nothing else, and a page found is a page computed. That is also why it
-    neither reads nor writes `Newest` tokens, which stand in no page.
+    A chunk goes through the model as a sequence of its own. Several may be of one prompt: in each
+    layer all write before any reads. Each begins at a multiple of the chunk, and all steps have
+    one shape: so a page's bits depend on the tokens up to it and on nothing else, and a page found
+    is a page computed. That is also why it neither reads nor writes `Newest` tokens, which stand
+    in no page.
     """
     tokens, num_tokens, start = by_row(cache, tuple(map(jnp.asarray, (tokens, num_tokens, start))))
-    batch = cache.config.batch_size or 1
-    first_rows = list(range(0, batch, batch // len(tokens)))  # which stand for their ranks
-    sequences = _placed(_plain(select(cache, first_rows)), tables, start, start)
+    rows = _rows_for(cache, len(tokens))
+    sequences = _placed(_plain(select(cache, rows)), tables, start, start)
     _, sequences = model(tokens, padded_after(sequences, num_tokens))
     groups = [
         dataclasses.replace(group, storage=written.storage).with_codec_state(written.codec_state)
@@ -201,6 +202,14 @@ def _plain(cache: AnyCache) -> AnyCache:
         for group in cache.groups
     ]
     return cache.with_groups(groups)
+
+
+def _rows_for(cache: AnyCache, count: int) -> list[int]:
+    """Rows of the cache that stand for this many chunks, each on its data rank."""
+    spread, batch = cache.groups[0].spread, cache.config.batch_size or 1
+    ranks = 1 if spread is None else spread.size("batch")
+    own, each = batch // ranks, count // ranks
+    return [rank * own + chunk % own for rank in range(ranks) for chunk in range(each)]
 
 
 def _placed(

@@ -29,9 +29,10 @@ from tests.engine.requests import (
 )
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("sampling", [jaxkv.Sampling(), HOT], ids=["greedy", "seeded"])
-def test_tokens_are_those_of_each_request_alone(model, alone, sampling):
-    with engine(model, sampling=sampling) as running:
+def test_tokens_are_those_of_each_request_alone(model, alone, sampling, rows):
+    with engine(model, sampling=sampling, prefill_rows=rows) as running:
         requests = submit_all(running)
         run(running)
         assert [request.tokens for request in requests] == alone[sampling]
