@@ -54,7 +54,7 @@ class Engine:
         time in which some hundred tokens are multiplied with them.
       decode_steps: tokens of an answer between two looks of the host; 1 to stream each as it comes.
       token_budget: tokens, prefilled and decoded, that a round is to stay within on each data
-        rank; at least one step is prefilled. If None, 512 on a CPU and 4,096 elsewhere.
+        rank; at least one step is prefilled. If None, 512 on a CPU and 8,192 elsewhere.
       sharing: False to compute every prompt anew.
       swap_space: bytes of host memory in which preempted requests may keep their pages; those
         that find no room there are computed again. `Figures` reports what is used.
@@ -108,7 +108,7 @@ class Engine:
         spread = _checked_spread(mesh, axes, swap_space)
         on_cpu = (platform_at(device) if spread is None else spread.platform) == "cpu"
         prefill_rows = (1 if on_cpu else 8) if prefill_rows is None else prefill_rows
-        token_budget = (512 if on_cpu else 4096) if token_budget is None else token_budget
+        token_budget = (512 if on_cpu else 8192) if token_budget is None else token_budget
         local = config_of_a_device(config, spread)
         groups, page_size = check_config(
             local, prefill_chunk, prefill_rows, decode_steps, token_budget, swap_space
