@@ -133,7 +133,7 @@ def attend(
     window: int | None = None,
     sinks: Float[Array, " heads"] | None = None,
     implementation: str | None = None,
-) -> Float[Array, "*batch tokens heads head_dim"]:
+) -> Float[Array, "*batch tokens heads value_dim"]:
     """Attention of the next tokens over the cache, causal: prefill, chunk and decode alike.
 
     Call it after `append` with the same tokens, before `advance`.
@@ -151,8 +151,9 @@ def attend(
         `explain`. A named one is used or an error, never replaced.
 
     Returns:
-      The attention output, of the queries' shape and dtype. Zeros for a query that sees nothing,
-      NaN if a traced layer does not exist.
+      The attention output, of the queries' dtype and shape, but that a value has ``value_dim``
+      numbers where the config says so. Zeros for a query that sees nothing, NaN if a traced layer
+      does not exist.
 
     Raises:
       IndexError, TypeError, ValueError: a bad layer, dtype, shape or option.
@@ -180,7 +181,7 @@ def attend(
     number = check_layer(cache, layer)
     notify(Call(cache, queries, layer, num_tokens))
     if tokens == 0:
-        return queries
+        return jnp.zeros((*queries.shape[:-1], cache.config.pair.value_dim), queries.dtype)
     arrays = cache, queries, number, num_tokens, scale, sinks
     call = functools.partial(_serve, *arrays, softcap=softcap, window=window)
     runs = {name: functools.partial(call, chosen=IMPLEMENTATIONS[name]) for name in names.values()}
@@ -211,7 +212,8 @@ def _serve(
     output = chosen.run(request) if cache.index.share is None else _merged(request, chosen)
     if turn:
         output = cache.config.codec.unrotate(output)
-    return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
+    output = cache.config.pair.cut(output)
+    return jnp.moveaxis(output, 1, 2).reshape(*queries.shape[:-1], -1).astype(queries.dtype)
 
 
 def _merged(request: Request, chosen: Implementation) -> Grouped:

@@ -158,7 +158,7 @@ def _own_part(cache: KVCache, name: str, part: Any) -> Any:
     spread = cache.spread
     assert spread is not None
     copies = spread.copies(cache.config)
-    if name in ("keys", "values") and copies > 1:
+    if name in ("keys", "values") and copies > 1 and part is not None:
         number = lax.axis_index(spread.axes.heads) // copies
         return lax.dynamic_slice_in_dim(part, number, 1, axis=-2)
     return part

@@ -18,6 +18,7 @@ from jaxkv.snapshot.group import Group
 FORMAT = 1
 _LARGEST = 2**31 - 1
 _SHAPE = ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size")
+_VALUES = ("value_dim", "values_in_keys")  # only where values are not as wide as keys, beside them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Manifest:
       has_tokens: whether the token ids are in the file too.
       groups: one, or for a hybrid cache one a kind of layer.
       group_of_layer: as in `HybridConfig`; None for a plain cache.
+      source_of_layer: as in `HybridConfig`.
     """
 
     saved_by: str
@@ -39,13 +41,14 @@ class Manifest:
     has_tokens: bool
     groups: tuple[Group, ...]
     group_of_layer: tuple[int, ...] | None
+    source_of_layer: tuple[int, ...] = ()
 
     @property
     def config(self) -> AnyConfig:
         """The config of the cache that was saved."""
         configs = tuple(group.config for group in self.groups)
         return configs[0] if self.group_of_layer is None else HybridConfig(
-            configs, self.group_of_layer
+            configs, self.group_of_layer, self.source_of_layer
         )  # fmt: skip
 
     def layout(self) -> Layout:
@@ -74,6 +77,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         groups = [_group_json(group) for group in self.groups]
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if not self.source_of_layer:  # so that files stay what they were
+            del fields["source_of_layer"]
         return {"format": FORMAT, **fields, "groups": groups}
 
 
@@ -110,8 +115,10 @@ class _Reader:
         self._given = {"codec": codec, "addressing": addressing}
 
     def manifest(self, json: Any) -> Manifest:
-        saved_by, lengths, model, has_tokens, groups, group_of_layer = self._fields(
-            json, "saved_by lengths model has_tokens groups group_of_layer", also=("format",)
+        names = "saved_by lengths model has_tokens groups group_of_layer"
+        names += " source_of_layer" * (isinstance(json, dict) and "source_of_layer" in json)
+        saved_by, lengths, model, has_tokens, groups, group_of_layer, *sources = self._fields(
+            json, names, also=("format",)
         )
         if not isinstance(saved_by, str) or not isinstance(has_tokens, bool):
             raise ValueError("saved_by must be text and has_tokens true or false.")
@@ -124,6 +131,7 @@ class _Reader:
             has_tokens,
             tuple(self._group(group, lengths) for group in groups),
             None if group_of_layer is None else self._counts("group_of_layer", group_of_layer),
+            *(self._counts("source_of_layer", each) for each in sources),
         )
         if group_of_layer is None and len(groups) > 1:
             raise ValueError("several groups need a group_of_layer.")
@@ -159,12 +167,15 @@ class _Reader:
                 )
 
     def _config(self, json: Any, has_newest: bool) -> KVCacheConfig:
-        names = (*_SHAPE, "codec", "addressing") + ("newest",) * has_newest
+        values = _VALUES if isinstance(json, dict) and _VALUES[0] in json else ()
+        names = (*_SHAPE, "codec", "addressing", *values) + ("newest",) * has_newest
         fields = dict(zip(names, self._fields(json, " ".join(names)), strict=True))
-        shape = [fields[name] for name in _SHAPE]
+        shape = [fields[name] for name in (*_SHAPE, *values[:1])]
         self._counts("the shape of a cache", [1 if count is None else count for count in shape])
+        if values and not isinstance(fields["values_in_keys"], bool):
+            raise ValueError("values_in_keys must be true or false.")
         config = KVCacheConfig(
-            **dict(zip(_SHAPE, shape, strict=True)),
+            **{name: fields[name] for name in (*_SHAPE, *values)},
             codec=self._known("codec", fields["codec"], CODECS),
             addressing=self._known("addressing", fields["addressing"], ADDRESSINGS),
             newest=self._known("newest", fields["newest"], CODECS) if has_newest else None,
@@ -213,7 +224,8 @@ class _Reader:
 
 
 def _config_json(config: KVCacheConfig) -> dict[str, Any]:
-    shape = {field: getattr(config, field) for field in _SHAPE}
+    values = _VALUES if config.pair.unlike else ()
+    shape = {field: getattr(config, field) for field in (*_SHAPE, *values)}
     kinds = {"codec": _kind_json(config.codec), "addressing": _kind_json(config.addressing)}
     if config.newest is not None:
         kinds["newest"] = _kind_json(config.newest)

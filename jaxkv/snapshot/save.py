@@ -15,7 +15,6 @@ from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.regroup import gather
 from jaxkv.cache.verbs import check
-from jaxkv.codecs import leaf_specs
 from jaxkv.programs import moves_data
 from jaxkv.snapshot import container
 from jaxkv.snapshot.fingerprint import fingerprint
@@ -76,6 +75,7 @@ def save(
         has_tokens=ids is not None,
         groups=tuple(_described(*both) for both in sources),
         group_of_layer=cache.config.group_of_layer,
+        source_of_layer=cache.config.source_of_layer,
     )
 
     def pieces(name: str) -> Iterator[np.ndarray]:
@@ -146,6 +146,6 @@ class _Source:
             yield positions
             return
         config, layers = self.cache.config, buffer_of_layers(self.cache, leaf)
-        dtype = leaf_specs(config.codec, config.head_dim)[leaf].dtype
+        dtype = config.pair.leaves[leaf].dtype
         for layer in range(config.num_layers):
             yield np.asarray(layers[layer][:, slots]).view(jnp.dtype(dtype))
