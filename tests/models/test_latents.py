@@ -91,7 +91,7 @@ def test_a_pool_serves_latents_and_a_prefix_that_is_found_changes_nothing(model)
     """Two requests with one beginning, one after the other, as greedy without a cache."""
     pool = jaxkv.Paged(page_size=4, num_pages=24)
     config = model.cache_config(max_context_length=40, batch_size=2, addressing=pool)
-    prompts = [token_ids("youtu")[:16].tolist(), [*token_ids("youtu")[:16].tolist(), 3]]
+    prompts = [token_ids("youtu")[:20].tolist(), [*token_ids("youtu")[:16].tolist(), 3]]
     with jaxkv.Engine(model, config, prefill_chunk=8, decode_steps=4) as engine:
         for prompt in prompts:
             request = engine.submit(prompt, max_new_tokens=4)
