@@ -134,7 +134,7 @@ class Apart(Pair):
 
     def encode(self, keys: Vectors, values: Vectors | None) -> Leaves:
         assert values is not None
-        encoded = {}
+        encoded: Leaves = {}
         for (side, codec, _), vectors in zip(self._sides, (keys, values), strict=True):
             own = _encoded(codec, vectors[None])
             encoded |= {f"{side}_{name}": leaf for name, leaf in own.items()}
