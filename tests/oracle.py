@@ -76,7 +76,7 @@ class Oracle:
     """The (key, value) of every token: a list for each layer and sequence."""
 
     def __init__(self, config):
-        self.codec, self.addressing = config.codec, config.addressing
+        self.codec, self.addressing, self.config = config.codec, config.addressing, config
         self.state = [
             {
                 name: jnp.zeros((sides, config.num_kv_heads, *shape), dtype)
@@ -90,10 +90,11 @@ class Oracle:
 
     def step(self, queries, keys, values, num_tokens=None, **options):
         """What `step` below must return."""
-        outputs = np.zeros(queries.shape)
+        outputs = np.zeros((*queries.shape[:-1], value_dim_of(self.config)))
         for layer, sequences in enumerate(self.tokens):
             shape = (len(sequences), *queries.shape[-3:])
-            stored_keys, stored_values = self._stored(layer, keys, values, num_tokens)
+            stored = self._stored if self.config.pair.unlike is None else self._stored_unlike
+            stored_keys, stored_values = stored(layer, keys, values, num_tokens)
             for sequence, tokens in enumerate(sequences):
                 count = shape[1] if num_tokens is None else np.ravel(num_tokens)[sequence]
                 for token in range(count):
@@ -101,7 +102,7 @@ class Oracle:
                     query = np.reshape(queries[layer], shape)[sequence, token]
                     seen = self._seen(tokens)
                     output = attention(query, seen, **options)
-                    outputs[layer].reshape(shape)[sequence, token] = output
+                    outputs[layer].reshape(*shape[:-1], -1)[sequence, token] = output
         return outputs
 
     def _seen(self, tokens):
@@ -133,6 +134,25 @@ class Oracle:
         decoded = decode(codec, leaves, vectors.shape[-1], wide, state, positions[..., None])
         return np.asarray(decoded, np.float64)
 
+    def _stored_unlike(self, layer, keys, values, num_tokens):
+        """The same of keys and values of two sizes, or of values in their keys."""
+        key_codec, value_codec = self.codec.sides
+        keys, *rest = (each[layer] for each in (keys, values) if each is not None)
+        keys = _rounded(key_codec, keys)
+        if self.config.values_in_keys:
+            return keys, keys[..., : self.config.value_dim]
+        return keys, _rounded(value_codec, *rest)
+
+
+def _rounded(codec, vectors):
+    vectors = vectors.reshape(-1, *vectors.shape[-3:])
+    wide = jnp.dtype("float32")
+    return np.asarray(decode(codec, encode(codec, vectors), vectors.shape[-1], wide), np.float64)
+
+
+def value_dim_of(config):
+    return config.value_dim or config.head_dim
+
 
 def attention(query, tokens, *, scale=None, softcap=None, window=None, sinks=None):
     """One query ``[heads, head_dim]`` over all tokens so far, its own being the last."""
@@ -140,7 +160,7 @@ def attention(query, tokens, *, scale=None, softcap=None, window=None, sinks=Non
     keys, values = (np.stack(vectors) for vectors in zip(*seen, strict=True))
     heads, head_dim = query.shape
     group = heads // keys.shape[1]
-    output = np.zeros(query.shape)
+    output = np.zeros((heads, values.shape[-1]))
     for head in range(heads):
         logits = keys[:, head // group] @ query[head].astype(np.float64)
         logits *= head_dim**-0.5 if scale is None else scale
@@ -162,7 +182,7 @@ def step(cache, queries, keys, values, num_tokens=None, *, run=layer_step, **opt
     """One step of a model: each layer in turn, and then the length moves once."""
     outputs = []
     for layer in range(cache.config.num_layers):
-        arrays = queries[layer], keys[layer], values[layer]
+        arrays = queries[layer], keys[layer], None if values is None else values[layer]
         cache, output = run(cache, layer, *arrays, num_tokens, **options)
         outputs.append(output)
     advanced = jaxkv.advance(cache, keys.shape[-3] if num_tokens is None else num_tokens)
@@ -202,12 +222,12 @@ def filled(config, tokens, seed=0):
 def random_step(config, tokens, *, heads, seed=0):
     """Queries, keys and values of a step, from a seeded normal distribution."""
     rng = np.random.default_rng(seed)
-    return tuple(
-        rng.standard_normal(
-            (config.num_layers, *config.batch_shape, tokens, count, config.head_dim), np.float32
-        )
-        for count in (heads, config.num_kv_heads, config.num_kv_heads)
-    )
+    sizes = [(heads, config.head_dim), (config.num_kv_heads, config.head_dim)]
+    if not config.values_in_keys:
+        sizes.append((config.num_kv_heads, value_dim_of(config)))
+    shape = (config.num_layers, *config.batch_shape, tokens)
+    arrays = [rng.standard_normal((*shape, *size), np.float32) for size in sizes]
+    return *arrays, *[None] * (3 - len(arrays))
 
 
 def poisoned(cache, poison=np.nan):
@@ -230,6 +250,8 @@ def poisoned(cache, poison=np.nan):
 
 def padded(array, num_tokens, padding):
     """A step's array with ``padding`` in place of the tokens that are not real."""
+    if array is None:
+        return None
     real = np.arange(array.shape[-3]) < np.asarray(num_tokens)[..., None]
     return np.where(real[..., None, None], array, np.float32(padding))
 

@@ -109,3 +109,69 @@ def test_plan_and_session_take_it():
     with jaxkv.session(CONFIG) as session:
         session.cache = jaxkv.advance(session.cache, 3)
         assert "6 in 2 sequences" in session.report()
+
+
+# Layers 3 and 4 read what layers 2 and 1 keep.
+READING = jaxkv.HybridConfig(
+    (LOCAL.replace(num_layers=2), FULL.replace(num_layers=1)),
+    group_of_layer=(0, 1, 0, 0, 1),
+    source_of_layer=(0, 1, 2, 2, 1),
+)
+
+
+def reading_cache(tokens=3):
+    cache = jaxkv.create(READING)
+    for layer in range(3):
+        _, keys, values = arrays_of(layer, tokens, seed=0)
+        cache = jaxkv.append(cache, keys, values, layer=layer)
+    return jaxkv.advance(cache, tokens)
+
+
+def test_a_layer_reads_what_another_keeps(tmp_path):
+    """Its answers are its source's, to the bit, after a file too; it holds no byte."""
+    cache = reading_cache()
+    assert cache.config.num_layers == 5
+    assert cache.size_bytes == (2 * LOCAL.size_bytes) // 3 + FULL.size_bytes // 2
+    jaxkv.save(cache, tmp_path / "saved")
+    for own in (cache, jaxkv.load(tmp_path / "saved")):
+        assert own.config == READING
+        for layer, source in ((3, 2), (4, 1)):
+            queries, *_ = arrays_of(layer, 1, seed=1)
+            read, expected = (jaxkv.attend(own, queries, layer=each) for each in (layer, source))
+            assert np.asarray(read).tobytes() == np.asarray(expected).tobytes()
+            for one, other in zip(jaxkv.layer(own, layer), jaxkv.layer(own, source), strict=True):
+                np.testing.assert_array_equal(one, other)
+    with pytest.raises(jaxkv.SnapshotError, match="layers that read those of"):
+        jaxkv.load(tmp_path / "saved", into=jaxkv.create(CONFIG))
+
+
+def test_nothing_is_written_for_a_layer_that_reads_another():
+    cache = reading_cache()
+    _, keys, values = arrays_of(3, 1, seed=1)
+    with pytest.raises(ValueError, match="it reads those of layer 2"):
+        jaxkv.append(cache, keys, values, layer=3)
+
+
+@pytest.mark.slow
+def test_compressed_layers_are_read_as_before():
+    whole = FULL.replace(num_layers=2)
+    config = jaxkv.HybridConfig((whole,), (0, 0, 0), source_of_layer=(0, 1, 0))
+    cache, rng = jaxkv.create(config), np.random.default_rng(0)
+    keys, values = rng.standard_normal((2, 2, 6, 2, 8), np.float32)
+    for layer in range(2):
+        cache = jaxkv.append(cache, keys, values, layer=layer)
+    cache = jaxkv.advance(cache, 6)
+    small = jaxkv.compress(cache, jaxkv.policies.SinksAndRecent(sinks=1), keep=(2, 4, 2), new=2)
+    assert small.config.source_of_layer == (0, 1, 0)
+    queries = rng.standard_normal((2, 1, HEADS, 8), np.float32)
+    outputs = [jaxkv.attend(small, queries, layer=layer) for layer in range(3)]
+    np.testing.assert_array_equal(outputs[2], outputs[0])
+    assert np.abs(outputs[1] - outputs[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "sources", [(0, 1, 3, 3, 1), (0, 1, 2, 1, 1), (0, 1, 2, 2), (0, 1, 2, 2, 5)]
+)
+def test_sources_that_keep_nothing_are_errors(sources):
+    with pytest.raises(jaxkv.ConfigError, match="source_of_layer must name"):
+        dataclasses.replace(READING, source_of_layer=sources)

@@ -60,6 +60,7 @@ def test_unknown_names_what_is_close():
         ("gpt-oss-20b", 131_072, 2048 * (12 * 131_072 + 12 * 256)),
         ("Mistral-7B-v0.1", 32_768, 32 * 4096 * 4224),
         ("Mistral-7B-v0.1", 1024, 32 * 4096 * 1024),
+        ("deepseek-ai/DeepSeek-V3", 32_768, 32_768 * 61 * (512 + 64) * 2),
     ],
 )
 def test_sizes_to_the_byte(name, tokens, size_bytes):
@@ -68,6 +69,11 @@ def test_sizes_to_the_byte(name, tokens, size_bytes):
 
 # What the config.json of each says: model_type, layers, query heads, KV heads, width, and more.
 PUBLISHED = {
+    "DeepSeek-V2": ("deepseek_v2", 60, 128, 128, 5120),
+    "DeepSeek-V2-Lite": ("deepseek_v2", 27, 16, 16, 2048, {"q_lora_rank": None}),
+    "DeepSeek-V3": ("deepseek_v3", 61, 128, 128, 7168, {"kv_lora_rank": 512}),
+    "DeepSeek-R1": ("deepseek_v3", 61, 128, 128, 7168, {"qk_rope_head_dim": 64}),
+    "Kimi-K2": ("kimi_k2", 61, 64, 64, 7168, {"kv_lora_rank": 512, "qk_rope_head_dim": 64}),
     "gpt2": ("gpt2", 12, 12, None, 768),
     "gpt2-medium": ("gpt2", 24, 16, None, 1024),
     "gpt2-large": ("gpt2", 36, 20, None, 1280),
@@ -176,7 +182,8 @@ def test_codecs_that_are_not_one_a_layer():
 def test_every_maker_takes_all_that_a_model_does_not_decide(maker):
     fields = {field.name for field in dataclasses.fields(jaxkv.KVCacheConfig)}
     named = set(inspect.signature(maker).parameters) - {"self", "model", "fields"}
-    left = fields - {"num_layers", "num_kv_heads", "head_dim"} | {"chunk"}
+    decided = {"num_layers", "num_kv_heads", "head_dim", "value_dim", "values_in_keys"}
+    left = fields - decided | {"chunk"}
     assert named | set(SameInAllLayers.__annotations__) == left
 
 

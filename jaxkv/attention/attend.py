@@ -198,8 +198,9 @@ def attend(
         of a context in several caches or on several devices. ``sinks`` are for one part alone.
 
     Returns:
-      The attention output, of the queries' shape and dtype. Zeros for a query that sees nothing,
-      NaN if a traced layer does not exist. Where ``partial``, with the log-sum-exp, float32
+      The attention output, of the queries' dtype and shape, but that a value has ``value_dim``
+      numbers where the config says so. Zeros for a query that sees nothing, NaN if a traced layer
+      does not exist. Where ``partial``, with the log-sum-exp, float32
       ``[*batch, tokens, heads]``: -1e30 for a query that sees nothing, so that differences are
       numbers. Outputs of parts are merged by the softmax of theirs (Rabe & Staats,
       "Self-attention does not need O(n^2) memory", 2021, section 3). Both can be differentiated.
@@ -243,7 +244,8 @@ def attend(
     number = check_layer(cache, layer)
     notify(Call(cache, queries, layer, num_tokens))
     if tokens == 0:
-        return (queries, jnp.zeros(queries.shape[:-1], jnp.float32)) if partial else queries
+        output = jnp.zeros((*queries.shape[:-1], cache.config.pair.value_dim), queries.dtype)
+        return (output, jnp.zeros(queries.shape[:-1], jnp.float32)) if partial else output
     arrays = cache, queries, number, num_tokens, scale, sinks
     serve: Any = _serve_part if partial else _serve
     call = functools.partial(serve, *arrays, softcap=softcap, window=window)
@@ -301,7 +303,8 @@ def _as_given(output: Grouped, queries: Array, cache: KVCache, chosen: Implement
     """The output as the queries came: not turned, and in their order and dtype."""
     if not chosen.turns:
         output = cache.config.codec.unrotate(output)
-    return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
+    output = cache.config.pair.cut(output)
+    return jnp.moveaxis(output, 1, 2).reshape(*queries.shape[:-1], -1).astype(queries.dtype)
 
 
 def _merged(request: Request, chosen: Implementation) -> tuple[Grouped, LogTotal]:

@@ -35,7 +35,9 @@ Vectors = Float[Array, "batch slots kv_heads head_dim"]
 )
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One call of `attend`, always with a batch axis; implementations return ``queries``' shape.
+    """One call of `attend`, always with a batch axis.
+
+    Implementations return ``queries``' shape, but with as many numbers as `Pair.width` says.
 
     Attributes:
       cache: with the keys and values of these queries' tokens appended already.
@@ -100,8 +102,10 @@ class Request:
 
         Zero probability times NaN is NaN, so what an empty slot holds must not be read at all.
         """
-        both = read_stored(self.cache, self.layer, start, size, self.lengths)
-        keys, values = both.reshape(2, len(self.lengths), *both.shape[-3:])
+        keys, values = (
+            vectors.reshape(len(self.lengths), *vectors.shape[-3:])
+            for vectors in read_stored(self.cache, self.layer, start, size, self.lengths)
+        )
         if (offsets := self.offsets) is not None:
             values += self.cache.config.codec.rotate_values(offsets.values)
         held = jnp.swapaxes(self.key_positions(start, size) >= 0, 1, 2)[..., None]

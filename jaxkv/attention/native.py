@@ -35,6 +35,8 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
         return f"it cannot read {config.codec.name}"
     if cache.index.run is None:
         return f"it cannot read {config.addressing.name} caches"
+    if config.pair.width != config.head_dim:
+        return f"it takes keys and values of one size, and {config.pair.unlike}"
     if config.head_dim % _LANES:
         return f"head_dim {config.head_dim} is not a multiple of {_LANES}"
     if config.head_dim > _MOST_NUMBERS:
@@ -161,12 +163,7 @@ def _levels(codec: Codec) -> Int[Array, " codes"]:
 
 def _leaves(cache: KVCache, side: int) -> tuple[Array, Array]:
     """The buffers of one side's vectors and scales; no scales where vectors are what they are."""
-    codec, head_dim = cache.config.codec, cache.config.head_dim
-    names = [*codec.leaves(head_dim)]  # a pytree has them in another order
-    keys, own = (len(each.leaves(head_dim)) for each in (codec.sides[0], codec.sides[side]))
-    if len(names) > own:  # each leaf is of one side, first those of keys
-        names = names[keys * side :][:own]
-    vectors, *scales = (cache.storage[name] for name in names)
+    vectors, *scales = (cache.storage[name] for name in cache.config.pair.names(side))
     return vectors, scales[0] if scales else jnp.zeros(0, jnp.uint16)
 
 

@@ -31,7 +31,9 @@ class Online(NamedTuple):
             sinks = jnp.broadcast_to(request.sinks[:, None, :], rows.shape)
             highest = lax.stop_gradient(jnp.maximum(highest, sinks))
             total = jnp.exp(sinks - highest)
-        return cls(highest, total, jnp.zeros_like(request.queries))
+        width = request.cache.config.pair.width
+        mix = jnp.broadcast_to(jnp.zeros_like(request.queries[..., :1]), (*rows.shape, width))
+        return cls(highest, total, mix)
 
     def with_slots(
         self,

@@ -68,20 +68,38 @@ def rows_exist(cache: KVCache, rows: Array) -> Bool[Array, " rows"] | bool:
     return (rows >= 0) & (rows < (cache.config.batch_size or 1))
 
 
-def check_vectors(
-    cache: KVCache, what: str, vectors: Array, expected_shape: tuple[int, ...] | None = None
-) -> None:
+def check_pair(cache: KVCache, keys: Array, values: Array | None) -> None:
+    """Refuse keys and values that are not of the cache's shape, or values that it does not keep."""
     config = cache.config
+    _check_vectors(cache, "keys", keys, config.head_dim)
+    if config.values_in_keys and values is not None:
+        raise ValueError(
+            "values must be left out: this cache has values_in_keys, so each is the first "
+            f"{config.pair.value_dim} numbers of its key. Got values {list(values.shape)}."
+        )
+    if values is None:
+        if config.values_in_keys:
+            return
+        raise ValueError("values must be given: this cache keeps them beside its keys. Got None.")
+    tokens = keys.shape[-3]
+    _check_vectors(cache, "values", values, config.pair.value_dim, tokens)
+
+
+def _check_vectors(
+    cache: KVCache, what: str, vectors: Array, size: int, num_tokens: int | None = None
+) -> None:
+    config, shape = cache.config, vectors.shape
     if not jnp.issubdtype(vectors.dtype, jnp.floating):
         raise TypeError(f"{what} must be a float array, got {vectors.dtype}.")
-    shape = vectors.shape
-    tokens = shape[-3] if len(shape) >= 3 else "tokens"
-    expected = (*config.batch_shape, tokens, config.num_kv_heads, config.head_dim)
-    if shape != (expected_shape or expected) or shape != expected:
-        axes = ["batch"] * len(config.batch_shape) + ["tokens", "kv_heads", "head_dim"]
+    tokens: Any = num_tokens
+    if tokens is None:
+        tokens = shape[-3] if len(shape) >= 3 else "tokens"
+    expected = (*config.batch_shape, tokens, config.num_kv_heads, size)
+    if shape != expected:
+        last = "head_dim" if size == config.head_dim else "value_dim"
+        axes = ["batch"] * len(config.batch_shape) + ["tokens", "kv_heads", last]
         raise ValueError(
-            f"{what} must be [{', '.join(axes)}] = {list(expected_shape or expected)}, "
-            f"got {list(shape)}."
+            f"{what} must be [{', '.join(axes)}] = {list(expected)}, got {list(shape)}."
         )
 
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Self
 
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.newest import Newest, NewestSlots
-from jaxkv.codecs import Codec, Dense, bytes_per_token, state_bytes, state_specs
+from jaxkv.cache.pair import Pair, pair_of
+from jaxkv.codecs import Codec, Dense, bytes_of, state_bytes, state_specs
 from jaxkv.counts import as_count
 from jaxkv.errors import ConfigError
 from jaxkv.placement import HostMemory
@@ -31,6 +32,11 @@ class KVCacheConfig:
       addressing: which slot holds which token.
       placement: None for all on the device; `HostMemory` for contexts that do not fit there.
       newest: None, or the newest tokens by a finer codec as well; see `Newest`.
+      value_dim: numbers in a value's vector, where they are not ``head_dim`` (MiMo-V2: 192 in a
+        key, 128 in a value).
+      values_in_keys: a value is the first ``value_dim`` numbers of its key, and is not stored:
+        the latent of multi-head latent attention (DeepSeek-V2, 2024, section 2.1). `append` is
+        given keys alone then.
 
     Raises:
       ConfigError: a `ValueError` that names every bad field.
@@ -41,6 +47,11 @@ class KVCacheConfig:
     ... )
     >>> llama3.size_bytes
     1073741824
+    >>> deepseek_v3 = jaxkv.KVCacheConfig(
+    ...     61, 8192, num_kv_heads=1, head_dim=512 + 64, value_dim=512, values_in_keys=True
+    ... )
+    >>> deepseek_v3.bytes_per_token
+    70272
     """
 
     num_layers: int
@@ -52,9 +63,12 @@ class KVCacheConfig:
     addressing: Addressing = Contiguous()
     placement: HostMemory | None = None
     newest: Newest | None = None
+    value_dim: int | None = None
+    values_in_keys: bool = False
 
     # Of a `HybridConfig`; here all layers are of one group.
     group_of_layer: ClassVar[None] = None
+    source_of_layer: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
         problems = [self._normalize_count(field) for field in _COUNTS]
@@ -77,6 +91,10 @@ class KVCacheConfig:
             problems.append(self._check_placement())
         if self.newest is not None:
             problems.append(self._check_newest())
+        if self.value_dim is not None:
+            problems.append(self._normalize_count("value_dim", " or None for head_dim"))
+        if not any(problems):
+            problems.append(self._check_pair())
         if problems := [problem for problem in problems if problem]:
             raise ConfigError("KVCacheConfig: " + "; ".join(problems) + ".")
 
@@ -89,6 +107,18 @@ class KVCacheConfig:
         if not isinstance(self.newest, Newest):
             return f"newest must be jaxkv.Newest(...) or None, got {self.newest!r}"
         return None
+
+    def _check_pair(self) -> str | None:
+        if self.value_dim == self.head_dim:
+            object.__setattr__(self, "value_dim", None)
+        if self.values_in_keys and self.pair.value_dim > self.head_dim:
+            return (
+                "value_dim must be at most head_dim where values are in the keys, got "
+                f"{self.value_dim} and {self.head_dim}"
+            )
+        codecs = [self.codec, *([] if self.newest is None else [self._newest_codec])]
+        pairs = (dataclasses.replace(self.pair, codec=codec) for codec in codecs)
+        return next((reason for pair in pairs if (reason := pair.reason_against)), None)
 
     def _normalize_count(self, field: str, also_allowed: str = "") -> str | None:
         """Store the field as a plain int, or say what is wrong with it."""
@@ -138,7 +168,7 @@ class KVCacheConfig:
         """The numbers of a group's layers: all."""
         return tuple(range(self.num_layers))
 
-    def locate(self, layer: Any) -> tuple[int, Any]:
+    def locate(self, layer: Any, *, to_write: bool = False) -> tuple[int, Any]:
         """The group of a layer, and its number within the group."""
         return 0, layer
 
@@ -153,9 +183,14 @@ class KVCacheConfig:
         return self.addressing.num_slots(self.max_context_length, self.batch_size)
 
     @property
+    def pair(self) -> Pair:
+        """How the codec's leaves hold a token's key and value."""
+        return pair_of(self.codec, self.head_dim, self.value_dim, self.values_in_keys)
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes, keys and values of all layers together."""
-        return self.num_layers * self.num_kv_heads * bytes_per_token(self.codec, self.head_dim)
+        return self.num_layers * self.num_kv_heads * bytes_of(self.pair.leaves)
 
     @property
     def codec_state(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -178,9 +213,13 @@ class KVCacheConfig:
         if self.newest is None:
             return None
         tokens = min(self.newest.tokens, self.addressing.window or 1 << 31)
-        codec = self.newest.codec_beside(self.codec)
         slots = NewestSlots(tokens)
-        return self.replace(codec=codec, addressing=slots, placement=None, newest=None)
+        return self.replace(codec=self._newest_codec, addressing=slots, placement=None, newest=None)
+
+    @property
+    def _newest_codec(self) -> Codec:
+        assert self.newest is not None
+        return self.newest.codec_beside(self.codec)
 
     @property
     def in_host_memory(self) -> bool:
@@ -252,6 +291,6 @@ class KVCacheConfig:
         batch = "" if self.batch_size is None else f"{sequences(self.batch_size)} x "
         return (
             f"{batch}{self.max_context_length} tokens x {self.num_layers} layers x "
-            f"{self.num_kv_heads} KV heads x {self.head_dim}, {self.codec_name}"
+            f"{self.num_kv_heads} KV heads x {self.pair.described}, {self.codec_name}"
             f"{'' if self.addressing == Contiguous() else f', {self.addressing.name}'}"
         )

@@ -13,7 +13,7 @@ from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import OUT_OF_RANGE, KVCache
-from jaxkv.codecs import Leaves, container_dtype, leaf_specs
+from jaxkv.codecs import Leaves, container_dtype
 from jaxkv.devices import default_device
 from jaxkv.errors import ConfigError
 from jaxkv.placement import Resident, zeros_in_host_memory
@@ -164,7 +164,7 @@ def _create(
 
     def buffers(num_slots: int, allocate: Any = jnp.zeros) -> Leaves:
         leaves = {}
-        for name, (shape, dtype, sides) in leaf_specs(config.codec, config.head_dim).items():
+        for name, (shape, dtype, sides) in config.pair.leaves.items():
             whole = (config.num_layers, sides, num_slots, config.num_kv_heads, *shape)
             where = _of_axes(device, range(len(whole)))
             leaves[name] = allocate(whole, container_dtype(dtype, platform), device=where)

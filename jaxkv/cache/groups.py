@@ -36,7 +36,7 @@ def changing_its_group(
     def on_any_cache(
         cache: SameCache, *arguments: _Options.args, **options: _Options.kwargs
     ) -> SameCache:
-        number, options["layer"] = cache.config.locate(options["layer"])
+        number, options["layer"] = cache.config.locate(options["layer"], to_write=True)
         groups = list(cache.groups)
         groups[number] = where_it_is(verb, groups[number], *arguments, **options)
         return cache.with_groups(groups)  # type: ignore[return-value]

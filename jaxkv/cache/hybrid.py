@@ -25,6 +25,8 @@ class HybridConfig:
       groups: the config of each kind of layer, with its number of layers. The same
         ``max_context_length`` and ``batch_size`` in all.
       group_of_layer: for each layer of the model, the number of its group.
+      source_of_layer: for each layer, the layer whose keys and values it reads: itself, or an
+        earlier one, and then it keeps none (Gemma 3n's last 15 of 35). ``()``: all keep their own.
 
     Raises:
       ConfigError: groups that do not fit together, or layers that do not fit them.
@@ -39,13 +41,16 @@ class HybridConfig:
 
     groups: tuple[KVCacheConfig, ...]
     group_of_layer: tuple[int, ...]
+    source_of_layer: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))
         object.__setattr__(self, "group_of_layer", tuple(map(int, self.group_of_layer)))
+        self._check_sources()
         held = [group.num_layers for group in self.groups]
-        named = [self.group_of_layer.count(number) for number in range(len(self.groups))]
-        if held != named or sum(held) != len(self.group_of_layer) or not held:
+        named = [len(self.layers_of(number)) for number in range(len(self.groups))]
+        known = set(self.group_of_layer) <= set(range(len(held)))
+        if held != named or not known or not held:
             raise ConfigError(
                 f"HybridConfig: group_of_layer must name each group as often as it has layers, "
                 f"{held} times, got {list(self.group_of_layer)}."
@@ -54,6 +59,25 @@ class HybridConfig:
             values = [getattr(group, field) for group in self.groups]
             if len(set(values)) > 1:
                 raise ConfigError(f"HybridConfig: all groups need the same {field}, got {values}.")
+
+    def _check_sources(self) -> None:
+        """Sources as ints, none where each layer has its own."""
+        every, sources = range(self.num_layers), tuple(map(int, self.source_of_layer))
+        object.__setattr__(self, "source_of_layer", () if sources == tuple(every) else sources)
+        fits = len(sources) in (0, len(every)) and all(
+            0 <= source <= layer
+            and sources[source] == source
+            and self.group_of_layer[source] == self.group_of_layer[layer]
+            for layer, source in zip(every, sources, strict=False)
+        )
+        if not fits:
+            raise ConfigError(
+                f"HybridConfig: source_of_layer must name, for each of {len(every)} layers, itself "
+                f"or an earlier layer of its group that keeps its own, got {list(sources)}."
+            )
+
+    def _source(self, layer: int) -> int:
+        return self.source_of_layer[layer] if self.source_of_layer else layer
 
     @property
     def num_layers(self) -> int:
@@ -92,19 +116,29 @@ class HybridConfig:
         return sum(group.host_bytes for group in self.groups)
 
     def layers_of(self, group: int) -> tuple[int, ...]:
-        """The numbers of a group's layers, counted over all groups."""
-        return tuple(layer for layer, number in enumerate(self.group_of_layer) if number == group)
+        """The numbers of a group's layers that keep their own, counted over all groups."""
+        return tuple(
+            layer
+            for layer, number in enumerate(self.group_of_layer)
+            if number == group and self._source(layer) == layer
+        )
 
-    def locate(self, layer: Any) -> tuple[int, int]:
-        """The group of a layer, and its number within the group.
+    def locate(self, layer: Any, *, to_write: bool = False) -> tuple[int, int]:
+        """The group of a layer, and the number there of the one whose keys and values it reads.
 
         Raises:
           IndexError: no such layer.
           TypeError: it is traced, and layers of a hybrid cache are arrays of different shapes.
+          ValueError: it is to be written, and keeps none of its own.
         """
         layer = check_static_layer(self, layer)
-        group = self.group_of_layer[layer]
-        return group, self.group_of_layer[:layer].count(group)
+        source, group = self._source(layer), self.group_of_layer[layer]
+        if to_write and source != layer:
+            raise ValueError(
+                f"layer {layer} keeps no keys and values: it reads those of layer {source}. "
+                "attend reads them; leave append out."
+            )
+        return group, self.layers_of(group).index(source)
 
     @property
     def codec_name(self) -> str:
@@ -114,7 +148,10 @@ class HybridConfig:
     def to_dict(self) -> dict[str, Any]:
         """Its fields as plain values."""
         groups = [group.to_dict() for group in self.groups]
-        return {"groups": groups, "group_of_layer": list(self.group_of_layer)}
+        layers = {"group_of_layer": list(self.group_of_layer)}
+        if self.source_of_layer:
+            layers["source_of_layer"] = list(self.source_of_layer)
+        return {"groups": groups, **layers}
 
     def describe(self) -> str:
         """One line for messages."""

@@ -44,8 +44,8 @@ class KVCache:
 
     Attributes:
       storage: one buffer a codec leaf, ``[layers, 2, ctx, kv_heads, ...]``; axis 1 is keys,
-        values, and of size 1 for a leaf that only one of them has. On a CPU a bfloat16 buffer has
-        dtype uint16 (see `container_dtype`); use `layer` to get numbers.
+        values, and of size 1 for a leaf that one of them has alone, or that both are in. On a CPU
+        a bfloat16 buffer has dtype uint16 (see `container_dtype`); use `layer` to get numbers.
       index: which slot holds which token; `lengths` is part of it.
       config: the static description.
       codec_state: what the codec has learned, an array ``[layers, sides, kv_heads, ...]`` per name;
@@ -265,7 +265,7 @@ def _fill(bar: Bar) -> float:
 def _facts(config: KVCacheConfig) -> str:
     batch = "" if config.batch_size is None else f", {sequences(config.batch_size)}"
     return (
-        f"{config.num_layers} layers, {config.num_kv_heads} KV heads x {config.head_dim}, "
+        f"{config.num_layers} layers, {config.num_kv_heads} KV heads x {config.pair.described}, "
         f"{config.codec_name}, {config.addressing.name}{batch}"
     )
 

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxkv.cache.kv_cache import KVCache, Layer
-from jaxkv.codecs import Leaves, Offsets, State, out_of_containers, refuse_gradient
+from jaxkv.codecs import Leaves, Offsets, State, bitcast, refuse_gradient
 from jaxkv.placement import read_slots
+
+Vectors = Float[Array, "*batch size kv_heads _"]
 
 
 def state_of(cache: KVCache, layer: Layer) -> State:
@@ -24,10 +26,13 @@ def encode(
     cache: KVCache,
     layer: Layer,
     keys: Float[Array, "*batch tokens kv_heads head_dim"],
-    values: Float[Array, "*batch tokens kv_heads head_dim"],
+    values: Float[Array, "*batch tokens kv_heads value_dim"] | None,
     positions: Int[Array, "*batch tokens"],
 ) -> tuple[Leaves, State]:
     """Leaves ``[sides, *batch, tokens, kv_heads, ...]``, and the codec's state of all layers."""
+    if not cache.codec_state:
+        return cache.config.pair.encode(keys, values), {}
+    assert values is not None
     codec = cache.config.codec
     vectors = refuse_gradient(codec, jnp.stack([keys, values]))
     over_devices: dict[str, Any] = {}
@@ -49,12 +54,15 @@ def read(
     *,
     lengths: Int[Array, " batch"] | None = None,
     rotated: bool = False,
-) -> Float[Array, "2 *batch size kv_heads head_dim"]:
-    """Decode ``size`` logical slots of one layer, of sequences that have these lengths by now."""
+) -> tuple[Vectors, Vectors]:
+    """Decode ``size`` logical slots of one layer, of sequences that have these lengths by now.
+
+    Values are as wide as `Pair.decode` gives them, for `Pair.cut`.
+    """
     codec, shape = cache.config.codec, cache.lengths.shape
     leaves, head_dim = _leaves(cache, layer, start, size), cache.config.head_dim
     if not cache.codec_state:  # which is all that asks for positions
-        return (codec.decode_rotated if rotated else codec.decode)(leaves, head_dim, dtype)
+        return cache.config.pair.decode(leaves, dtype, rotated=rotated)
     slots = start + jnp.arange(size, dtype=jnp.int32)
     if (share := cache.index.share) is not None:
         slots = slots * share.size + share.rank
@@ -63,7 +71,8 @@ def read(
     positions = jnp.where(positions < 0, slots, positions)  # tokens that are not counted yet
     positions = positions.reshape(*shape, -1, size).swapaxes(-1, -2)
     state = state_of(cache, layer)
-    return codec.decode_tokens(leaves, head_dim, dtype, state, positions, rotated=rotated)
+    both = codec.decode_tokens(leaves, head_dim, dtype, state, positions, rotated=rotated)
+    return both[0], both[1]
 
 
 def read_stored(
@@ -72,18 +81,17 @@ def read_stored(
     start: Int[Array, ""] | int,
     size: int,
     lengths: Int[Array, " batch"],
-) -> Float[Array, "2 *batch size kv_heads head_dim"]:
+) -> tuple[Vectors, Vectors]:
     """The same for attention, float32: rotated by the codec, and less their `offsets_of`."""
     wide = jnp.dtype("float32")
     if offsets_of(cache, layer) is None:
         return read(cache, layer, start, size, wide, lengths=lengths, rotated=True)
-    leaves = _leaves(cache, layer, start, size)
-    return cache.config.codec.decode_rotated(leaves, cache.config.head_dim, wide)
+    return cache.config.pair.decode(_leaves(cache, layer, start, size), wide, rotated=True)
 
 
 def _leaves(cache: KVCache, layer: Layer, start: Int[Array, ""] | int, size: int) -> Leaves:
-    stored = {
-        name: read_slots(cache.index, leaf, layer, start, size)
-        for name, leaf in cache.storage.items()
+    """As read from the buffers, in the dtypes that the codec gave them."""
+    return {
+        name: bitcast(read_slots(cache.index, cache.storage[name], layer, start, size), spec.dtype)
+        for name, spec in cache.config.pair.leaves.items()
     }
-    return out_of_containers(cache.config.codec, stored, cache.config.head_dim)

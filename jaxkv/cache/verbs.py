@@ -17,8 +17,8 @@ from jaxkv.cache.checks import (
     check_counts,
     check_intact,
     check_layer,
+    check_pair,
     check_room,
-    check_vectors,
     layer_exists,
 )
 from jaxkv.cache.groups import changing_its_group, in_every_group, in_its_group
@@ -40,7 +40,7 @@ _MISUSED = "num_tokens, a length, a layer or a row was out of range inside jit"
 def append(
     cache: KVCache,
     keys: Float[Array, "*batch tokens kv_heads head_dim"],
-    values: Float[Array, "*batch tokens kv_heads head_dim"],
+    values: Float[Array, "*batch tokens kv_heads value_dim"] | None = None,
     *,
     layer: Layer,
     num_tokens: NumTokens | None = None,
@@ -49,7 +49,8 @@ def append(
 
     Args:
       keys, values: ``[tokens, kv_heads, head_dim]``, with a leading ``[batch]`` exactly when
-        the config has a ``batch_size``. Any float dtype; the codec rounds.
+        the config has a ``batch_size``. Any float dtype; the codec rounds. Values have
+        ``value_dim`` numbers where the config says so, and are None where they are in the keys.
       layer: which layer; may be traced.
       num_tokens: how many of ``tokens`` are real, for prompts padded on the right. All if None.
 
@@ -67,8 +68,7 @@ def append(
     [1.0, 1.0, 1.0, 0.0]
     """
     num_layer = check_layer(cache, layer)
-    check_vectors(cache, "keys", keys)
-    check_vectors(cache, "values", values, expected_shape=keys.shape)
+    check_pair(cache, keys, values)
     tokens = keys.shape[-3]
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
     num_tokens = real_of(cache, tokens, num_tokens)
@@ -95,7 +95,11 @@ def _where_in_range(cache: KVCache, in_range: Array) -> KVCache:
 @one_program()
 @in_each_shard()
 def _append(
-    cache: KVCache, keys: Array, values: Array, num_layer: Layer, num_tokens: NumTokens | None
+    cache: KVCache,
+    keys: Array,
+    values: Array | None,
+    num_layer: Layer,
+    num_tokens: NumTokens | None,
 ) -> KVCache:
     tokens = keys.shape[-3]
     positions = token_positions(cache, tokens, num_tokens)
@@ -193,7 +197,7 @@ def _next_positions(lengths: Int[Array, "*batch"], *, num_tokens: int) -> Array:
 def layer(
     cache: AnyCache, layer: Layer
 ) -> tuple[
-    Float[Array, "*batch ctx kv_heads head_dim"], Float[Array, "*batch ctx kv_heads head_dim"]
+    Float[Array, "*batch ctx kv_heads head_dim"], Float[Array, "*batch ctx kv_heads value_dim"]
 ]:
     """The decoded keys and values of one layer, all slots of each sequence, in logical order.
 
@@ -246,6 +250,7 @@ _DEALT = ("batch", None, "context", "kv_heads", None)
 def _read_dealt(cache: KVCache, number: Layer) -> tuple[Array, Array]:
     """``[*batch, slots, 1, kv_heads, head_dim]``, with an axis for the devices' shares."""
     keys, values = read(cache, number, 0, cache.index.extent, _decoded_dtype(cache))
+    values = cache.config.pair.cut(values)
     return keys[..., None, :, :], values[..., None, :, :]
 
 

@@ -216,15 +216,16 @@ def state_specs(codec: Codec, head_dim: int) -> dict[str, LeafSpec]:
 
 def bytes_per_token(codec: Codec, head_dim: int) -> int:
     """Exact bytes of one token's key and value of one head."""
-    return _bytes(leaf_specs(codec, head_dim))
+    return bytes_of(leaf_specs(codec, head_dim))
 
 
 def state_bytes(codec: Codec, head_dim: int) -> int:
     """Exact bytes of the state of one layer and head."""
-    return _bytes(state_specs(codec, head_dim))
+    return bytes_of(state_specs(codec, head_dim))
 
 
-def _bytes(specs: Mapping[str, LeafSpec]) -> int:
+def bytes_of(specs: Mapping[str, LeafSpec]) -> int:
+    """Exact bytes of what arrays hold of one token and head, all sides together."""
     return sum(
         spec.sides * jnp.dtype(spec.dtype).itemsize * math.prod(spec.shape)
         for spec in specs.values()

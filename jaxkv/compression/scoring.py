@@ -134,8 +134,9 @@ def held(
 ) -> tuple[Array, Array, Array | None, Int[Array, "*batch kv_heads slots"]]:
     """What a policy is given of a layer: keys and values are zero in empty slots."""
     positions = held_positions(cache, layer)
-    both = read(cache, layer, 0, cache.index.extent, jnp.float32)
-    keys, values = jnp.where(jnp.swapaxes(positions >= 0, -1, -2)[..., None], both, 0)
+    keys, values = read(cache, layer, 0, cache.index.extent, jnp.float32)
+    filled = jnp.swapaxes(positions >= 0, -1, -2)[..., None]
+    keys, values = jnp.where(filled, keys, 0), jnp.where(filled, cache.config.pair.cut(values), 0)
     return keys, values, queries, positions
 
 

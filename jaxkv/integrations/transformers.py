@@ -25,11 +25,12 @@ def to_hf(cache: AnyCache) -> Pairs:
       cache: whose sequences are all of one length, and hold all their tokens.
 
     Returns:
-      ``(keys, values)`` per layer, numpy ``[batch, kv_heads, tokens, head_dim]`` in the codec's
-      dtype (float32 if it is a quantized one); a batch of 1 for a single sequence.
+      ``(keys, values)`` per layer that keeps its own, numpy
+      ``[batch, kv_heads, tokens, head_dim]`` in the codec's dtype (float32 if it is a quantized
+      one); a batch of 1 for a single sequence.
 
     Raises:
-      ValueError: ragged lengths, or tokens that a ring or compression has dropped.
+      ValueError: ragged lengths, tokens that a ring or compression has dropped, or latents.
 
     >>> import jaxkv
     >>> config = jaxkv.KVCacheConfig(2, 8, num_kv_heads=1, head_dim=4)
@@ -45,7 +46,14 @@ def to_hf(cache: AnyCache) -> Pairs:
             f"to_hf: transformers keeps sequences of one length, got {lengths.tolist()}. Take "
             "those of each length with jaxkv.select, or truncate to the shortest."
         )
-    return [_in_order(cache, layer=number) for number in range(cache.config.num_layers)]
+    config = cache.config
+    if any(group.values_in_keys for group in config.groups):
+        raise ValueError(
+            "to_hf: transformers keeps the parts of a latent apart, in an order of its own, and "
+            "this cache has values_in_keys. jaxkv.layer gives its vectors."
+        )
+    own = sorted(layer for group in range(len(config.groups)) for layer in config.layers_of(group))
+    return [_in_order(cache, layer=number) for number in own]
 
 
 @in_its_group

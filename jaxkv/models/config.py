@@ -18,9 +18,12 @@ from jaxkv.models.hf_fields import (
     read_fields,
     write_fields,
 )
+from jaxkv.models.latents import HF_FIELDS as LATENT_FIELDS
+from jaxkv.models.latents import LatentConfig
 from jaxkv.models.layers import ACTIVATIONS
 from jaxkv.models.rope import HF_FIELDS as ROPE_FIELDS
 from jaxkv.models.rope import RopeConfig
+from jaxkv.models.shape import Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,8 @@ class DecoderConfig:
         (Gemma 2, section 2); no cap if None.
       num_experts, experts_per_token: of a mixture of experts, and how many a token takes.
       swiglu_alpha, swiglu_limit: of the experts' activation.
+      latent: multi-head latent attention in place of keys and values per head; ``head_dim`` is
+        that of its queries then.
       eos_token_ids: the tokens that end a text.
 
     Raises:
@@ -82,6 +87,7 @@ class DecoderConfig:
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
     eos_token_ids: tuple[int, ...] = ()
+    latent: LatentConfig | None = None
 
     def __post_init__(self) -> None:
         def default(field: str, value: Any) -> None:
@@ -90,6 +96,8 @@ class DecoderConfig:
 
         check_fields(self, "hidden_size", "num_heads", error=ConfigError)
         default("num_kv_heads", self.num_heads)
+        if self.latent is not None:
+            object.__setattr__(self, "head_dim", self.latent.head_dim)
         default("head_dim", self.hidden_size // self.num_heads)
         check_fields(
             self,
@@ -101,7 +109,7 @@ class DecoderConfig:
             error=ConfigError,
         )
         check_fields(self, "num_experts", "experts_per_token", error=ConfigError)
-        default("rope", RopeConfig(head_dim=self.head_dim))
+        default("rope", RopeConfig(head_dim=self.rope_dim))
         default("local_rope", self.rope)
         default("query_pre_attn_scalar", self.head_dim)
         object.__setattr__(self, "windows", tuple(self.windows) or (None,) * self.num_layers)
@@ -116,6 +124,9 @@ class DecoderConfig:
                 f"DecoderConfig: num_heads must be a multiple of num_kv_heads, got "
                 f"{self.num_heads} and {self.num_kv_heads}."
             )
+        if (self.latent is not None) != self.family.latent:
+            has = "is made of latents" if self.family.latent else "has no latents"
+            raise ConfigError(f"DecoderConfig: {self.architecture} {has}, got {self.latent}.")
         if self.experts_per_token > self.num_experts:
             raise ConfigError(
                 f"DecoderConfig: a token takes at most num_experts = {self.num_experts} experts, "
@@ -139,6 +150,18 @@ class DecoderConfig:
         return FAMILIES[self.architecture]
 
     @property
+    def rope_dim(self) -> int:
+        """Numbers of a key that the rope may turn."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
+    def shape(self) -> Shape:
+        """Of the cache."""
+        if self.latent is not None:
+            return self.latent.shape(self.num_layers)
+        return Shape(self.num_layers, self.num_kv_heads, self.head_dim, self.windows)
+
+    @property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The rope of each layer."""
         return tuple(self.rope if window is None else self.local_rope for window in self.windows)
@@ -156,7 +179,9 @@ class DecoderConfig:
         check_all_read(architecture, config, _read_of(architecture))
         given = read_fields(cls, flat, _hf_fields(architecture))
         try:
-            shape = cls(**given, architecture=architecture, eos_token_ids=eos_token_ids(flat))
+            latent = LatentConfig.from_hf(flat) if FAMILIES[architecture].latent else None
+            ends = eos_token_ids(flat)
+            shape = cls(**given, architecture=architecture, eos_token_ids=ends, latent=latent)
             rope, local_rope = _ropes(flat, shape)
             full = dataclasses.replace(
                 shape, rope=rope, local_rope=local_rope, windows=layer_windows(flat)
@@ -174,6 +199,8 @@ class DecoderConfig:
     def to_hf(self) -> dict[str, Any]:
         """The contents of a ``config.json`` that `from_hf` reads as this config."""
         written = write_fields(self, _hf_fields(self.architecture), self.architecture)
+        if self.latent is not None:
+            written |= self.latent.to_hf()
         if self.family.slides:
             window = next(filter(None, self.windows), None)
             types = ["full_attention" if w is None else "sliding_attention" for w in self.windows]
@@ -198,13 +225,13 @@ def _ropes(config: Mapping[str, Any], shape: DecoderConfig) -> tuple[RopeConfig,
     elif shape.family.local_rope:
         full, local = nested or config.get("rope_scaling"), None
     else:
-        rope = RopeConfig.from_hf(config, shape.head_dim)
+        rope = RopeConfig.from_hf(config, shape.rope_dim)
         return rope, rope
     plain = {**config, "rope_scaling": None}
     theta = {"rope_theta": config.get("rope_local_base_freq")}
     return (
-        RopeConfig.from_hf(plain | {"rope_parameters": full}, shape.head_dim),
-        RopeConfig.from_hf(plain | theta | {"rope_parameters": local}, shape.head_dim),
+        RopeConfig.from_hf(plain | {"rope_parameters": full}, shape.rope_dim),
+        RopeConfig.from_hf(plain | theta | {"rope_parameters": local}, shape.rope_dim),
     )
 
 
@@ -236,7 +263,9 @@ _OWN = {
 
 
 def _hf_fields(architecture: str) -> dict[str, str]:
-    return _SHARED | {name: _OWN[name] for name in FAMILIES[architecture].fields}
+    family = FAMILIES[architecture]
+    shared = {name: field for name, field in _SHARED.items() if name not in family.unused}
+    return shared | {name: _OWN[name] for name in family.fields}
 
 
 def _read_of(architecture: str) -> set[str]:
@@ -244,4 +273,5 @@ def _read_of(architecture: str) -> set[str]:
     family = FAMILIES[architecture]
     windows = BY_MODEL_TYPE[family.model_type].windows.reads
     local = ("rope_local_base_freq",) if family.local_rope else ()
-    return {*_hf_fields(architecture), *windows, *ROPE_FIELDS, *local, *family.unused}
+    latent = LATENT_FIELDS if family.latent else ()
+    return {*_hf_fields(architecture), *windows, *ROPE_FIELDS, *local, *latent, *family.unused}

@@ -12,6 +12,7 @@ from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.cache.verbs import advance, next_positions
 from jaxkv.models.config import DecoderConfig
 from jaxkv.models.experts import MixtureOfExperts
+from jaxkv.models.latent_attention import LatentAttention
 from jaxkv.models.layers import (
     ACTIVATIONS,
     INIT_STD,
@@ -103,7 +104,8 @@ class Block(nnx.Module):
         shared = {"rngs": rngs, "dtype": dtype, "out_std": out_std}
         mlp = MixtureOfExperts if config.family.has_experts else MLP
         self.input_layernorm = _norm(config.hidden_size, config, dtype)
-        self.self_attn = Attention(config, layer, **shared)
+        attention = Attention if config.latent is None else LatentAttention
+        self.self_attn = attention(config, layer, **shared)
         self.post_attention_layernorm = _norm(config.hidden_size, config, dtype)
         self.mlp = mlp(config, **shared)
         if config.family.is_gemma:
@@ -143,6 +145,7 @@ class Decoder(Model):
     checkpoint_prefix = "model."
     checkpoint_transposes = (
         *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
         *("gate_proj", "up_proj", "down_proj", "router", "lm_head"),
     )
     checkpoint_embedding = "embed_tokens"

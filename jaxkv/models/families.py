@@ -20,6 +20,7 @@ class Family:
         weight, and what a layer adds to the stream is normalized too (Gemma 2, section 2).
       has_sinks: one learned logit per head is added to the softmax denominator (gpt-oss).
       has_experts: the MLP is a mixture of experts.
+      latent: it keeps latents in place of keys and values (DeepSeek-V2, section 2.1).
     """
 
     model_type: str
@@ -33,6 +34,7 @@ class Family:
     is_gemma: bool = False
     has_sinks: bool = False
     has_experts: bool = False
+    latent: bool = False
 
 
 _GEMMA = ("attention_bias", "hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping")
@@ -70,5 +72,11 @@ FAMILIES: dict[str, Family] = {
         slides=True,
         has_sinks=True,
         has_experts=True,
+    ),
+    "YoutuForCausalLM": Family(
+        "youtu",
+        ("hidden_act", "attention_bias"),
+        unused=("head_dim", "qk_head_dim", "embedding_initializer_range"),
+        latent=True,
     ),
 }

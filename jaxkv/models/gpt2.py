@@ -31,6 +31,7 @@ from jaxkv.models.layers import (
     check_tokens,
 )
 from jaxkv.models.model import Model
+from jaxkv.models.shape import Shape
 from jaxkv.programs import promotes_ranks
 
 Hidden = Float[Array, "*batch tokens hidden"]
@@ -100,6 +101,11 @@ class GPT2Config:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def shape(self) -> Shape:
+        """Of the cache."""
+        return Shape(self.num_layers, self.num_kv_heads, self.head_dim)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "GPT2Config":

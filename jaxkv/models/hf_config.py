@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.errors import ConfigError
@@ -55,15 +55,7 @@ def layer_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     (8, None, 8, None)
     """
     num_layers = hf_shape(config)["num_layers"]
-    window, rule = config.get("sliding_window"), BY_MODEL_TYPE[config.get("model_type")].windows
-    used = "use_sliding_window" not in rule.reads or config.get("use_sliding_window")
-    if "sliding_window" not in rule.reads or window is None or not used:
-        return (None,) * num_layers
-    if (types := config.get("layer_types")) and "layer_types" in rule.reads:
-        slides: Sequence[bool] = [layer_type == "sliding_attention" for layer_type in types]
-    else:
-        slides = rule.slides(config, num_layers)
-    return tuple(window if slide else None for slide in slides)
+    return BY_MODEL_TYPE[config.get("model_type")].windows.of(config, num_layers)
 
 
 def read_hf(source: Source) -> Mapping[str, Any]:
@@ -94,9 +86,10 @@ def read_hf(source: Source) -> Mapping[str, Any]:
 def hf_shape(config: Mapping[str, Any]) -> dict[str, Any]:
     """num_layers, num_kv_heads and head_dim of a `text_config`, whatever a family calls them.
 
+    And the other fields of `Shape`, but for windows, where its layers are not all of that.
+
     Raises:
-      ConfigError: not a decoder that keeps keys and values of one size in each layer and nothing
-        else, or one that is not known.
+      ConfigError: not a decoder whose cache is known and built here.
     """
 
     def first(*names: str) -> Any:
@@ -114,11 +107,12 @@ def hf_shape(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{', '.join(sorted(config.keys() - {'model_type'})) or 'of an empty object'}."
         )
     _check_layer_types(config, num_layers)
-    return {
+    shape = {
         "num_layers": num_layers,
         "num_kv_heads": _num_kv_heads(config) or num_heads,
         "head_dim": head_dim or width // num_heads,
     }
+    return shape | BY_MODEL_TYPE[config.get("model_type")].keeps(config, shape)
 
 
 def _num_kv_heads(config: Mapping[str, Any]) -> int | None:
@@ -134,15 +128,18 @@ def _num_kv_heads(config: Mapping[str, Any]) -> int | None:
 
 
 def _refuse_other_kinds(config: Mapping[str, Any], head_dim: int | None) -> None:
-    """Refuse what is not, or may not be, keys and values of one size in each layer."""
+    """Refuse what is not, or may not be, what the family's row reads."""
     model_type = config.get("model_type")
+    read = BY_MODEL_TYPE[model_type].reads if model_type in BY_MODEL_TYPE else ()
     for field, value in config.items():
+        if field in read:
+            continue
         for names, meaning in OTHER_KINDS.items():
             plain = not value or (field.endswith("head_dim") and value == head_dim)
             if re.fullmatch(names, field) and not plain:
                 raise ConfigError(
                     f"{model_type or 'This model'} has {meaning} ({field} = {value!r:.60}). Such a "
-                    "cache is not built here: only keys and values of one size in all layers are."
+                    "cache is not built here for it."
                 )
     if model_type not in BY_MODEL_TYPE:
         raise ConfigError(

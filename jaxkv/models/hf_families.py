@@ -9,6 +9,11 @@ from typing import Any, NamedTuple
 
 from jaxkv.counts import check_count
 from jaxkv.errors import ConfigError
+from jaxkv.models.shape import Heads
+
+
+def _sliding_window(config: Mapping[str, Any]) -> int | None:
+    return config.get("sliding_window")
 
 
 class Windows(NamedTuple):
@@ -18,10 +23,24 @@ class Windows(NamedTuple):
       reads: the fields of a ``config.json`` that say so. Where ``use_sliding_window`` is one, no
         layer has a window unless it is true; where ``layer_types`` is one, it decides.
       slides: whether each layer has one, where no ``layer_types`` decide.
+      size: of the window, the query itself counted.
     """
 
     reads: tuple[str, ...]
     slides: Callable[[Mapping[str, Any], int], Sequence[bool]]
+    size: Callable[[Mapping[str, Any]], int | None] = _sliding_window
+
+    def of(self, config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+        """The window of each layer, None for one that sees all."""
+        window = self.size(config)
+        used = "use_sliding_window" not in self.reads or config.get("use_sliding_window")
+        if "sliding_window" not in self.reads or window is None or not used:
+            return (None,) * num_layers
+        if (types := config.get("layer_types")) and "layer_types" in self.reads:
+            slides: Sequence[bool] = [layer_type == "sliding_attention" for layer_type in types]
+        else:
+            slides = self.slides(config, num_layers)
+        return tuple(window if slide else None for slide in slides)
 
 
 def _all_layers(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
@@ -68,6 +87,78 @@ def _every(count: int | str) -> Windows:
     return Windows(("sliding_window", "layer_types", *named), _all_but_every(count))
 
 
+# What a family's layers keep, as further fields of a `Shape`: from a config, and the plain fields.
+Keeps = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+
+
+def _as_said(config: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+def _latents(config: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Multi-head latent attention (DeepSeek-V2, 2024, section 2.1)."""
+    fields = "kv_lora_rank", "qk_rope_head_dim"
+    rank, rope_dim = (check_count(name, config.get(name), error=ConfigError) for name in fields)
+    one = Heads(1, rank + rope_dim, value_dim=rank, values_in_keys=True)
+    return one._asdict()
+
+
+def _mimo(config: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers with a window have twice the KV heads, and values are narrower than keys."""
+    head_dim, value_dim, kv_heads = shape["head_dim"], config["v_head_dim"], shape["num_kv_heads"]
+    said = {
+        "swa_num_key_value_heads": 2 * kv_heads,
+        "swa_head_dim": head_dim,
+        "swa_v_head_dim": value_dim,
+    }
+    for field, expected in said.items():
+        if config.get(field) not in (None, expected):
+            raise ConfigError(
+                f"{field} of a {config['model_type']} must be {expected}, got {config[field]}."
+            )
+    windows = _MIMO_WINDOWS.of(config, shape["num_layers"])
+    full, local = (Heads(count, head_dim, value_dim) for count in (kv_heads, 2 * kv_heads))
+    return {"heads": tuple(full if window is None else local for window in windows)}
+
+
+def _shared(config: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The last ``num_kv_shared_layers`` read the last layer of their kind before them."""
+    num_layers, shared = shape["num_layers"], config.get("num_kv_shared_layers") or 0
+    windows = BY_MODEL_TYPE[config["model_type"]].windows.of(config, num_layers)
+    first = num_layers - shared
+    if shared and not set(windows[first:]) <= set(windows[: max(first, 0)]):
+        raise ConfigError(
+            f"num_kv_shared_layers = {shared} of a {config['model_type']} leaves layers whose keys "
+            "and values no layer before them keeps."
+        )
+    last = {window: layer for layer, window in enumerate(windows[:first])}
+    sources = (*range(first), *(last[window] for window in windows[first:]))
+    return {"sources": sources if shared else ()}
+
+
+def _gemma4(config: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers that see all have heads of another size, and perhaps another number."""
+    windows = BY_MODEL_TYPE[config["model_type"]].windows.of(config, shape["num_layers"])
+    if windows[-1] is not None:
+        raise ConfigError(f"The last layer of a {config['model_type']} must see all tokens.")
+    plain = Heads(shape["num_kv_heads"], shape["head_dim"])
+    whole = plain._replace(head_dim=config["global_head_dim"])
+    if config.get("attention_k_eq_v") and config.get("num_global_key_value_heads"):
+        whole = whole._replace(num_kv_heads=config["num_global_key_value_heads"])
+    heads = [whole if window is None else plain for window in windows]
+    if (layers := config.get("per_layer_config")) is not None:  # all that differs, by its number
+        own = {int(layer): fields for layer, fields in layers.items()}
+        heads = [_overridden(plain, own.get(layer, {})) for layer in range(len(heads))]
+    return {"heads": tuple(heads)} | _shared(config, shape)
+
+
+def _overridden(heads: Heads, fields: Mapping[str, Any]) -> Heads:
+    names = {"head_dim": "head_dim", "num_key_value_heads": "num_kv_heads"}
+    if unknown := fields.keys() - names.keys():
+        raise ConfigError(f"per_layer_config has {', '.join(sorted(unknown))}, which is not known.")
+    return heads._replace(**{names[name]: value for name, value in fields.items()})
+
+
 class Family(NamedTuple):
     """A row.
 
@@ -76,11 +167,15 @@ class Family(NamedTuple):
       windows: which layers have a window.
       multi_query: what is taken for the field of that name, one head of keys and values unless
         ``new_decoder_architecture``; None where it is not read.
+      keeps: what layers keep, where that is not keys and values of one size in each.
+      reads: the fields of `OTHER_KINDS` that it reads.
     """
 
     defaults: Mapping[str, Any]
     windows: Windows = _NONE
     multi_query: bool | None = None
+    keeps: Keeps = _as_said
+    reads: tuple[str, ...] = ()
 
 
 def _plain(
@@ -105,6 +200,15 @@ def _plain(
     return Family(given | more, windows)
 
 
+def _latent(
+    num_layers: int, num_heads: int, width: int, rank: int, rope_dim: int, **more: Any
+) -> Family:
+    """One latent for keys and values together, and the rope's numbers."""
+    more |= {"kv_lora_rank": rank, "qk_rope_head_dim": rope_dim}
+    row = _plain(num_layers, num_heads, width, **more)
+    return row._replace(keeps=_latents, reads=("kv_lora_rank", "v_head_dim"))
+
+
 def _gpt2(num_layers: int, num_heads: int, width: int) -> Family:
     """The same under GPT-2's names."""
     return Family({"n_layer": num_layers, "n_head": num_heads, "n_embd": width})
@@ -117,6 +221,23 @@ _YARN = {
     "original_max_position_embeddings": 4096,
     "truncate": False,
 }
+
+_SHARED = ("num_kv_shared_layers", "kv_sharing_modes")
+_GLOBAL = ("global_head_dim", "num_global_key_value_heads", "attention_k_eq_v", "per_layer_config")
+
+
+def _mimo_window(config: Mapping[str, Any]) -> int | None:
+    before = config.get("sliding_window_size")  # without the query itself
+    return _sliding_window(config) if before is None else before + 1
+
+
+def _mimo_slides(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
+    return [layer > 0 and (layer + 1) % 6 > 0 for layer in range(num_layers)]
+
+
+_MIMO_WINDOWS = Windows(
+    ("sliding_window", "sliding_window_size", "layer_types"), _mimo_slides, _mimo_window
+)
 
 _QWEN_VL = _plain(80, 64, 8192, 8, windows=_QWEN, max_window_layers=80, sliding_window=4096)
 
@@ -136,6 +257,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "apertus1p5_text": _plain(32, 32, 4096),
     "arcee": _plain(32, 32, 2560),
     "aria_text": _plain(32, 32, 4096),
+    "axk1": _latent(61, 64, 7168, 512, 64),
     "beam": _plain(52, 48, 5120, 8, 128, windows=_NAMED, sliding_window=512),
     "biogpt": _plain(24, 16, 1024),
     "bitnet": _plain(30, 20, 2560, 5),
@@ -152,6 +274,8 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "ctrl": _gpt2(48, 16, 1280),
     "cwm": _plain(64, 48, 6144, 8, 128, windows=_NAMED, sliding_window=8192),
     "dbrx": Family({"n_layers": 24, "n_heads": 16, "d_model": 2048, "num_key_value_heads": 1}),
+    "deepseek_v2": _latent(32, 32, 4096, 512, 64),
+    "deepseek_v3": _latent(61, 128, 7168, 512, 64),
     "diffllama": _plain(16, 32, 2048),
     "doge": _plain(32, 8, 1024, windows=_ALL),
     "dots1": _plain(
@@ -205,9 +329,16 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         rope_local_base_freq=10_000.0,
         **_GEMMA,
     ),
+    "gemma3n_text": _plain(
+        *(35, 8, 2048, 2, 256), windows=_every(5), sliding_window=512, num_kv_shared_layers=15
+    )._replace(keeps=_shared, reads=_SHARED),
+    "gemma4_text": _plain(
+        *(30, 8, 2304, 4, 256), windows=_every(6), sliding_window=512, global_head_dim=512
+    )._replace(keeps=_gemma4, reads=(*_SHARED, *_GLOBAL)),
     "glm": _plain(40, 32, 4096, 2, 128),
     "glm4": _plain(40, 32, 4096, 2, 128),
     "glm4_moe": _plain(46, 96, 4096, 8),
+    "glm4_moe_lite": _latent(47, 20, 2048, 512, 64),
     "glm4v_moe_text": _plain(46, 96, 4096, 8),
     "glm4v_text": _plain(40, 32, 4096, 2),
     "glm_ocr_text": _plain(16, 16, 1024, 8),
@@ -246,9 +377,17 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "jais2": _plain(32, 26, 3328),
     "jetmoe": _plain(12, 32, 2048, 16, kv_channels=128),
     "kolibri1": _plain(50, 48, 2560, 4, 128, windows=_every(5), sliding_window=513),
+    "kimi_k2": _latent(61, 64, 7168, 512, 64),
     "laguna": _plain(40, 48, 2048, 8, 128, windows=_UNNAMED.windows, sliding_window=512),
     "llama": _plain(32, 32, 4096),
     "mellum": _plain(28, 32, 2304, 4, 128, windows=_UNNAMED.windows, sliding_window=1024),
+    "mimo_v2_flash": _plain(
+        *(48, 64, 4096, 4, 192), windows=_MIMO_WINDOWS, sliding_window=129, v_head_dim=128
+    )._replace(
+        keeps=_mimo,
+        reads=("v_head_dim", "swa_v_head_dim", "swa_head_dim", "swa_num_key_value_heads"),
+    ),
+    "minicpm3": _latent(62, 40, 2560, 256, 32),
     "minimax_m2": _plain(62, 48, 3072, 8, 128),
     "ministral": _plain(
         32, 32, 4096, 8, windows=Windows(_NAMED.reads, _all_layers), sliding_window=4096
@@ -285,6 +424,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     ),
     "qwen3_vl_moe_text": _plain(24, 16, 2048, 16, windows=_ALL),
     "qwen3_vl_text": _plain(32, 32, 4096, 32, 128),
+    "sarvam_mla": _latent(32, 64, 4096, 512, 64),
     "sarvam_moe": _plain(19, 64, 4096, 4, 64),
     "seed_oss": _plain(64, 80, 4096, 8, 128),
     "smollm3": _plain(36, 16, 2048, 4, windows=_NAMED_IF_USED),
@@ -293,6 +433,13 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "starcoder2": _plain(30, 24, 3072, 2, windows=_ALL),
     "vaultgemma": _plain(26, 8, 2304, 4, 256, windows=_every(2), sliding_window=4096),
     "xglm": Family({"num_layers": 24, "attention_heads": 16, "d_model": 1024}),
+    "youtu": _latent(
+        *(32, 16, 2048, 512, 64),
+        q_lora_rank=1536,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+        tie_word_embeddings=True,
+    ),
 }
 
 

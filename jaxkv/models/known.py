@@ -14,6 +14,11 @@ from jaxkv.models.shape import RING_CHUNK, Codecs, SameInAllLayers, Shape
 
 # As in the config.json files on the Hugging Face hub.
 KNOWN_MODELS: dict[str, Shape] = {
+    "DeepSeek-V2": Shape.latent(60, rank=512, rope_dim=64),
+    "DeepSeek-V2-Lite": Shape.latent(27, rank=512, rope_dim=64),
+    "DeepSeek-V3": Shape.latent(61, rank=512, rope_dim=64),
+    "DeepSeek-R1": Shape.latent(61, rank=512, rope_dim=64),
+    "Kimi-K2": Shape.latent(61, rank=512, rope_dim=64),
     "gpt2": Shape(12, 12, 64),
     "gpt2-medium": Shape(24, 16, 64),
     "gpt2-large": Shape(36, 20, 64),
@@ -124,8 +129,8 @@ def known_shape(name: str) -> Shape:
     Raises:
       ConfigError: not in the table; the message names those that are close.
 
-    >>> known_shape("meta-llama/Meta-Llama-3-8B-Instruct")
-    Shape(num_layers=32, num_kv_heads=8, head_dim=128, windows=())
+    >>> known_shape("meta-llama/Meta-Llama-3-8B-Instruct")  # doctest: +ELLIPSIS
+    Shape(num_layers=32, num_kv_heads=8, head_dim=128, windows=(), value_dim=None, ...)
     """
     return KNOWN_MODELS[known_name(name)]
 

@@ -175,19 +175,21 @@ def attend_causal(
     cache: AnyCache | None,
     queries: Float[Array, "*batch tokens heads head_dim"],
     keys: Float[Array, "*batch tokens kv_heads head_dim"],
-    values: Float[Array, "*batch tokens kv_heads head_dim"],
+    values: Float[Array, "*batch tokens kv_heads value_dim"] | None,
     *,
     layer: Layer,
     num_tokens: NumTokens | None,
     scale: float,
     **options: Any,
-) -> tuple[Float[Array, "*batch tokens heads head_dim"], AnyCache | None]:
+) -> tuple[Float[Array, "*batch tokens heads value_dim"], AnyCache | None]:
     """Append to the cache and attend over it; without one, attend over the tokens given.
 
     Args:
+      values: None for a cache that has them in its keys.
       **options: ``window``, ``softcap`` and ``sinks``, as in `jaxkv.attend`.
     """
     if cache is None:
+        assert values is not None
         return _attend_uncached(queries, keys, values, scale, **options), None
     cache = append(cache, keys, values, layer=layer, num_tokens=num_tokens)
     return attend(cache, queries, layer=layer, num_tokens=num_tokens, scale=scale, **options), cache
@@ -219,7 +221,7 @@ def _attend_uncached(
     else:
         weights = jax.nn.softmax(scores, axis=-1)
     mixed = jnp.einsum("...kgqs,...skd->...qkgd", weights.astype(values.dtype), values, **wide)
-    return mixed.reshape(queries.shape).astype(queries.dtype)
+    return mixed.reshape(*queries.shape[:-1], -1).astype(queries.dtype)
 
 
 def check_tokens(

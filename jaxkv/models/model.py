@@ -11,7 +11,7 @@ from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import Rope
 from jaxkv.models.layers import Embedding, Linear, matmul
 from jaxkv.models.rope import check_room
-from jaxkv.models.shape import RING_CHUNK, Codecs, SameInAllLayers, Shape, codec_of_each_layer
+from jaxkv.models.shape import RING_CHUNK, Codecs, SameInAllLayers, codec_of_each_layer
 
 
 class Model(nnx.Module):
@@ -69,7 +69,6 @@ class Model(nnx.Module):
           ValueError: texts that fill it have another rope than shorter ones, see `for_context`.
         """
         config = self.config
-        windows = getattr(config, "windows", ())
         codecs = codec_of_each_layer(codec or self.dtype.name, config.num_layers)
         if ropes := getattr(config, "ropes", ()):
             check_room(ropes, max_context_length)
@@ -79,7 +78,7 @@ class Model(nnx.Module):
             codecs = tuple(
                 codec.under(known[rope]) for codec, rope in zip(codecs, ropes, strict=False)
             )
-        return Shape(config.num_layers, config.num_kv_heads, config.head_dim, windows).cache_config(
+        return config.shape.cache_config(
             max_context_length=max_context_length,
             batch_size=batch_size,
             codec=codecs,

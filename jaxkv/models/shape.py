@@ -46,12 +46,24 @@ class SameInAllLayers(TypedDict, total=False):
     newest: Newest | None
 
 
+class Heads(NamedTuple):
+    """What a layer keeps of a token; fields as in `KVCacheConfig`."""
+
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int | None = None
+    values_in_keys: bool = False
+
+
 class Shape(NamedTuple):
     """What a model decides about its cache.
 
     Attributes:
       windows: for each layer the newest tokens that it sees, or None for all; ``()`` for a
         model without windows.
+      value_dim, values_in_keys: as in `KVCacheConfig`.
+      heads: what each layer keeps, where layers differ; ``()`` where they do not.
+      sources: for each layer, the layer whose keys and values it reads, as in `HybridConfig`.
 
     >>> local_and_global = Shape(6, num_kv_heads=1, head_dim=256).sliding(512, full_every=6)
     >>> local_and_global.windows
@@ -64,6 +76,19 @@ class Shape(NamedTuple):
     num_kv_heads: int
     head_dim: int
     windows: tuple[int | None, ...] = ()
+    value_dim: int | None = None
+    values_in_keys: bool = False
+    heads: tuple[Heads, ...] = ()
+    sources: tuple[int, ...] = ()
+
+    @classmethod
+    def latent(cls, num_layers: int, rank: int, rope_dim: int) -> "Shape":
+        """Of multi-head latent attention: a latent and the rope's numbers per token, no heads.
+
+        >>> Shape.latent(61, rank=512, rope_dim=64).cache_config(max_context_length=1).size_bytes
+        70272
+        """
+        return cls(num_layers, 1, rank + rope_dim, value_dim=rank, values_in_keys=True)
 
     def sliding(self, window: int, full_every: int | None = None) -> "Shape":
         """The same with windows in all layers but every ``full_every``-th."""
@@ -108,24 +133,28 @@ class Shape(NamedTuple):
             else _windowed(addressing, window, chunk, rows)
             for window in self.windows or (None,) * self.num_layers
         ]
-        layers = list(zip(addressings, codecs, strict=True))
-        kinds = list(dict.fromkeys(layers))
+        alike = Heads(self.num_kv_heads, self.head_dim, self.value_dim, self.values_in_keys)
+        heads = self.heads or (alike,) * self.num_layers
+        layers = list(zip(addressings, codecs, heads, strict=True))
+        sources = self.sources or range(self.num_layers)
+        own = [layers[layer] for layer, source in enumerate(sources) if layer == source]
+        kinds = list(dict.fromkeys(own))
         groups = tuple(
             KVCacheConfig(
-                num_layers=layers.count(kind),
+                num_layers=own.count(kind),
                 max_context_length=max_context_length,
-                num_kv_heads=self.num_kv_heads,
-                head_dim=self.head_dim,
                 batch_size=batch_size,
                 addressing=kind[0],
                 codec=kind[1],
+                **kind[2]._asdict(),
                 **fields,
             )
             for kind in kinds
         )
-        if len(groups) == 1:
+        if len(groups) == 1 and not self.sources:
             return groups[0]
-        return HybridConfig(groups, tuple(kinds.index(layer) for layer in layers))
+        numbers = tuple(kinds.index(layers[source]) for source in sources)
+        return HybridConfig(groups, numbers, self.sources)
 
 
 def _windowed(addressing: Addressing, window: int, chunk: int, rows: int) -> Addressing:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from jaxkv.cache.config import KVCacheConfig
-from jaxkv.codecs import leaf_specs
 from jaxkv.snapshot.container import Spec
 
 
@@ -50,7 +49,7 @@ class Group:
             yield name, Spec(dtype, shape)
         layers, kv_heads = config.num_layers, config.num_kv_heads
         for sequence, (held, length) in enumerate(zip(self.held, lengths, strict=True)):
-            for leaf, (shape, dtype, sides) in leaf_specs(config.codec, config.head_dim).items():
+            for leaf, (shape, dtype, sides) in config.pair.leaves.items():
                 whole = (layers, sides, held, kv_heads, *shape)
                 if self.is_compressed:
                     whole = (held, sides, *shape)

@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Int
 
 from jaxkv.addressing import KeptIndex
 from jaxkv.cache.kv_cache import KVCache
-from jaxkv.codecs import leaf_specs
 from jaxkv.compression.scoring import held_positions, map_layers
 from jaxkv.errors import SnapshotError
 from jaxkv.snapshot.group import Group
@@ -82,7 +81,7 @@ class KeptSource:
     def _vectors(self, sequence: int, leaf: str) -> Iterator[np.ndarray]:
         config, layers = self.cache.config, buffer_of_layers(self.cache, leaf)
         dtype, places = (
-            leaf_specs(config.codec, config.head_dim)[leaf].dtype,
+            config.pair.leaves[leaf].dtype,
             places_of_heads(self.cache),
         )
         for layer in range(config.num_layers):

@@ -240,9 +240,15 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
             f"{file} has layers in groups {saved.group_of_layer}, and the cache to load it into "
             f"{layers}."
         )
+    if saved.source_of_layer != into.config.source_of_layer:
+        raise SnapshotError(
+            f"{file} has layers that read those of {saved.source_of_layer or 'no other'}, and the "
+            f"cache to load it into {into.config.source_of_layer or 'of no other'}."
+        )
     theirs = [group.config for group in saved.groups]
     ours = [cache.config for cache in into.groups]
-    for field in ("num_layers", "num_kv_heads", "head_dim", "codec", *also):
+    fields = ("num_layers", "num_kv_heads", "head_dim", "value_dim", "values_in_keys", "codec")
+    for field in (*fields, *also):
         saved_as, wanted = ([getattr(c, field) for c in configs] for configs in (theirs, ours))
         if saved_as != wanted:
             raise SnapshotError(

@@ -19,6 +19,7 @@ from jaxkv.snapshot.parts import Parts
 FORMATS = (1, 2)  # one file; several, of which the first names the others
 _LARGEST = 2**31 - 1
 _SHAPE = ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size")
+_VALUES = ("value_dim", "values_in_keys")  # only where values are not as wide as keys, beside them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Manifest:
       has_tokens: whether the token ids are in the file too.
       groups: one, or for a hybrid cache one a kind of layer.
       group_of_layer: as in `HybridConfig`; None for a plain cache.
+      source_of_layer: as in `HybridConfig`.
       parts: where the vectors are, if several processes saved them; None for in this file.
     """
 
@@ -41,6 +43,7 @@ class Manifest:
     has_tokens: bool
     groups: tuple[Group, ...]
     group_of_layer: tuple[int, ...] | None
+    source_of_layer: tuple[int, ...] = ()
     parts: Parts | None = None
 
     @property
@@ -48,7 +51,7 @@ class Manifest:
         """The config of the cache that was saved."""
         configs = tuple(group.config for group in self.groups)
         return configs[0] if self.group_of_layer is None else HybridConfig(
-            configs, self.group_of_layer
+            configs, self.group_of_layer, self.source_of_layer
         )  # fmt: skip
 
     def layout(self) -> Layout:
@@ -78,6 +81,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         groups = [_group_json(group) for group in self.groups]
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if not self.source_of_layer:  # so that files stay what they were
+            del fields["source_of_layer"]
         parts = fields.pop("parts")
         if parts is None:  # as files ever were
             return {"format": 1, **fields, "groups": groups}
@@ -120,10 +125,10 @@ class _Reader:
 
     def manifest(self, json: Any) -> Manifest:
         in_parts = isinstance(json, dict) and json.get("format") == 2
-        saved_by, lengths, model, has_tokens, groups, group_of_layer = self._fields(
-            json,
-            "saved_by lengths model has_tokens groups group_of_layer",
-            also=("format", "parts") if in_parts else ("format",),
+        names = "saved_by lengths model has_tokens groups group_of_layer"
+        names += " source_of_layer" * (isinstance(json, dict) and "source_of_layer" in json)
+        saved_by, lengths, model, has_tokens, groups, group_of_layer, *sources = self._fields(
+            json, names, also=("format", "parts") if in_parts else ("format",)
         )
         if not isinstance(saved_by, str) or not isinstance(has_tokens, bool):
             raise ValueError("saved_by must be text and has_tokens true or false.")
@@ -136,6 +141,7 @@ class _Reader:
             has_tokens,
             tuple(self._group(group, lengths) for group in groups),
             None if group_of_layer is None else self._counts("group_of_layer", group_of_layer),
+            self._counts("source_of_layer", sources[0]) if sources else (),
             Parts.of_json(json["parts"]) if in_parts else None,
         )
         if group_of_layer is None and len(groups) > 1:
@@ -174,12 +180,15 @@ class _Reader:
                 )
 
     def _config(self, json: Any, has_newest: bool) -> KVCacheConfig:
-        names = (*_SHAPE, "codec", "addressing") + ("newest",) * has_newest
+        values = _VALUES if isinstance(json, dict) and _VALUES[0] in json else ()
+        names = (*_SHAPE, "codec", "addressing", *values) + ("newest",) * has_newest
         fields = dict(zip(names, self._fields(json, " ".join(names)), strict=True))
-        shape = [fields[name] for name in _SHAPE]
+        shape = [fields[name] for name in (*_SHAPE, *values[:1])]
         self._counts("the shape of a cache", [1 if count is None else count for count in shape])
+        if values and not isinstance(fields["values_in_keys"], bool):
+            raise ValueError("values_in_keys must be true or false.")
         config = KVCacheConfig(
-            **dict(zip(_SHAPE, shape, strict=True)),
+            **{name: fields[name] for name in (*_SHAPE, *values)},
             codec=self._known("codec", fields["codec"], CODECS),
             addressing=self._known("addressing", fields["addressing"], ADDRESSINGS),
             newest=self._known("newest", fields["newest"], CODECS) if has_newest else None,
@@ -228,7 +237,8 @@ class _Reader:
 
 
 def _config_json(config: KVCacheConfig) -> dict[str, Any]:
-    shape = {field: getattr(config, field) for field in _SHAPE}
+    values = _VALUES if config.pair.unlike else ()
+    shape = {field: getattr(config, field) for field in (*_SHAPE, *values)}
     kinds = {"codec": _kind_json(config.codec), "addressing": _kind_json(config.addressing)}
     if config.newest is not None:
         kinds["newest"] = _kind_json(config.newest)

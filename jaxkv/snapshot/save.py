@@ -89,6 +89,7 @@ def save(
         has_tokens=ids is not None,
         groups=tuple(each.described for each in sources),
         group_of_layer=cache.config.group_of_layer,
+        source_of_layer=cache.config.source_of_layer,
         parts=parts,
     )
 

@@ -12,7 +12,6 @@ from jaxkv.addressing import Index
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.shards import everywhere
-from jaxkv.codecs import leaf_specs
 from jaxkv.programs import one_program
 from jaxkv.snapshot.group import Group
 from jaxkv.snapshot.kept import KeptSource
@@ -86,7 +85,7 @@ class OneSource:
             yield positions
             return
         config, layers = self.cache.config, buffer_of_layers(self.cache, leaf)
-        dtype = leaf_specs(config.codec, config.head_dim)[leaf].dtype
+        dtype = config.pair.leaves[leaf].dtype
         for layer in range(config.num_layers):
             yield np.asarray(layers[layer][:, slots]).view(jnp.dtype(dtype))
 

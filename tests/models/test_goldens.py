@@ -44,7 +44,7 @@ def for_each(*variants):
     )
 
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "youtu")
 SLIDING = ("mistral", "qwen3 sliding", "gemma2", "gemma3", "gpt_oss")
 # Biases, activations and widths do not meet the cache; these do.
 HEADS_AND_SCALES = ("llama mha", "llama mqa", "gpt2 unscaled", "gpt2 by layer")
@@ -121,7 +121,7 @@ def test_a_rope_that_was_chosen_is_saved(variant, trained, model_of, tmp_path):
     )
 
 
-@for_each("llama", "qwen3", "gpt2", "gemma3", "gpt_oss")
+@for_each("llama", "qwen3", "gpt2", "gemma3", "gpt_oss", "youtu")
 def test_one_shot_and_one_token_at_a_time(variant, model):
     tokens = jnp.asarray(token_ids(variant))
     empty = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS, chunk=None))
@@ -134,7 +134,7 @@ def test_one_shot_and_one_token_at_a_time(variant, model):
         assert_golden(logits[0], variant, position)
 
 
-@for_each("llama", "gpt2", "gemma2", "gpt_oss")
+@for_each("llama", "gpt2", "gemma2", "gpt_oss", "youtu")
 @pytest.mark.parametrize("padding", ["dropped", "truncated"])
 def test_ragged_batch_equals_single(variant, model, padding):
     """A prompt padded on the right, then one token more, whatever the neighbours are."""
@@ -167,7 +167,7 @@ def test_uncached_forward_takes_any_leading_axes(model_of):
 def test_goldens_tell_scalings_apart(variant, model_of):
     """With the plain frequencies the logits are others, unless the variant says it is short."""
     changed = nnx.clone(model_of(variant))
-    plain = RopeConfig(changed.config.head_dim, theta=changed.config.rope.theta)
+    plain = RopeConfig(changed.config.rope.head_dim, theta=changed.config.rope.theta)
     changed.config = dataclasses.replace(changed.config, rope=plain)
     logits, _ = changed(jnp.asarray(token_ids(variant)))
     off = np.abs(logits - goldens()[variant]).max()

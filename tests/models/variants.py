@@ -92,6 +92,17 @@ _GPT_OSS = _LLAMA | {
     },
 }
 
+_YOUTU = _LLAMA | {
+    "architectures": ["YoutuForCausalLM"],
+    "model_type": "youtu",
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 20,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+}
+
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -180,6 +191,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt_oss no bias": _GPT_OSS | {"attention_bias": False, "num_experts_per_tok": 1},
     "gpt_oss layer types": _GPT_OSS | {"layer_types": ["full_attention", "sliding_attention"]},
     "gpt_oss mxfp4": _GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}},
+    "youtu": _YOUTU,
+    "youtu yarn": _YOUTU
+    | {"rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, "rope_theta": 100.0},
+    "youtu plain queries": _YOUTU | {"q_lora_rank": None, "rope_interleave": False},
     "gpt2": _GPT2,
     "gpt2 untied": _GPT2 | {"tie_word_embeddings": False},
     "gpt2 inner": _GPT2 | {"n_inner": 40, "layer_norm_epsilon": 1e-3},
@@ -198,7 +213,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def hf_config(variant: str) -> dict[str, Any]:
     """The contents of the variant's ``config.json``."""
     fields = copy.deepcopy(VARIANTS[variant])  # transformers writes into the dicts it is given
-    return {name: value for name, value in fields.items() if value is not None}
+    said = ("q_lora_rank",)  # whose None means something
+    return {name: value for name, value in fields.items() if value is not None or name in said}
 
 
 def token_ids(variant: str) -> np.ndarray:
@@ -263,6 +279,11 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             "input_layernorm.weight": (hidden,),
             "post_attention_layernorm.weight": (hidden,),
         }
+        if "kv_lora_rank" in config:
+            block = {
+                name: shape for name, shape in block.items() if not name.startswith("self_attn.")
+            }
+            block |= _latent_shapes(config)
         if family == "gpt_oss":
             block = {name: shape for name, shape in block.items() if not name.startswith("mlp.")}
             block |= {"self_attn.sinks": (heads,)} | _expert_shapes(config)
@@ -278,6 +299,27 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if not config.get("tie_word_embeddings", family.startswith("gemma")):
         shapes["lm_head.weight"] = (VOCAB_SIZE, hidden)
     return shapes
+
+
+def _latent_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, heads, rank = (
+        config[name] for name in ("hidden_size", "num_attention_heads", "kv_lora_rank")
+    )
+    rope, plain, values = (
+        config[name] for name in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    )
+    made_of = {"q": (heads * (plain + rope), hidden)}
+    if query_rank := config.get("q_lora_rank"):
+        made_of = {"q_a": (query_rank, hidden), "q_b": (heads * (plain + rope), query_rank)}
+    shapes = {f"self_attn.{name}_proj.weight": shape for name, shape in made_of.items()}
+    if query_rank:
+        shapes["self_attn.q_a_layernorm.weight"] = (query_rank,)
+    return shapes | {
+        "self_attn.kv_a_proj_with_mqa.weight": (rank + rope, hidden),
+        "self_attn.kv_a_layernorm.weight": (rank,),
+        "self_attn.kv_b_proj.weight": (heads * (plain + values), rank),
+        "self_attn.o_proj.weight": (hidden, heads * values),
+    }
 
 
 def _expert_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -82,6 +82,8 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
         return "it multiplies numbers of 16 bits, and this cache keeps float32"
     if cache.index.per_head or cache.index.share is not None:
         return f"it cannot read {config.addressing.name} caches"
+    if config.pair.unlike:
+        return f"it takes keys beside values of one size, and {config.pair.unlike}"
     if config.head_dim % 8 or config.head_dim > _MOST_HEAD_DIM:
         return f"head_dim is {config.head_dim}, and it takes multiples of 8 up to {_MOST_HEAD_DIM}"
     return None

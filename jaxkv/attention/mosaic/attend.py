@@ -54,6 +54,8 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
         return f"it serves one token a sequence, and this call has {tokens}"
     if not bfloat16 and (codec.levels, codec.rotation) not in _CODES:
         return f"it reads bfloat16, int8, rotated4 and rotated2, not {codec.name}"
+    if config.pair.unlike:
+        return f"it takes keys beside values of one size, and {config.pair.unlike}"
     if config.head_dim not in _HEAD_DIMS:
         return f"head_dim is {config.head_dim}, and it takes 64 or 128"
     if codec.levels and len(codec.levels) == 4 and config.head_dim == 64:
