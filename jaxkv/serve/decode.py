@@ -66,6 +66,15 @@ class New(NamedTuple):
 
     tokens: Array
     logprobs: Array
+    guessed: Array | None = None  # with a draft, which tokens it had guessed
+
+    def guesses_of(self, row: int) -> list[bool]:
+        """Which of a sequence's tokens a draft had guessed."""
+        found = self.tokens[:, row] >= 0
+        if self.guessed is None:
+            return [False] * int(found.sum())
+        guesses: list[bool] = self.guessed[found, row].tolist()
+        return guesses
 
     def of(self, row: int) -> tuple[list[int], list[float], bool]:
         """The tokens of a sequence and their log-probabilities; did its logits fail after them?"""
@@ -155,9 +164,12 @@ class Program:
 
     def compile(self, chunks: list[Chunk], state: State, cache: AnyCache) -> None:
         """Compile first, so that timings of the steps do not include XLA's."""
+        self.compile_prefill(chunks, cache)
+        _decode.lower(self.weights, state, cache, **self._options()).compile()
+
+    def compile_prefill(self, chunks: list[Chunk], cache: AnyCache) -> None:
         if chunks:
             _prefill.lower(self.weights, *chunks[0], cache).compile()
-        _decode.lower(self.weights, state, cache, **self._options()).compile()
 
     def prefill(self, chunk: Chunk, cache: AnyCache) -> tuple[AnyCache, Array]:
         return _prefill(self.weights, *jax.device_put(chunk), cache)

@@ -15,12 +15,14 @@ from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import Codec
 from jaxkv.counts import check_count
 from jaxkv.devices import platform_at
+from jaxkv.drafts.draft import Draft, StatefulDraft
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.memory.session import Session
 from jaxkv.serve.decode import Chunk, Program, State
 from jaxkv.serve.decode import prefill_chunk as best_chunk
 from jaxkv.serve.model_step import Model
 from jaxkv.serve.sampling import Sampling
+from jaxkv.serve.speculate import NUM_GUESSES, DraftProgram, Speculating, check_draft
 from jaxkv.show.progress import progress_bar
 
 _SMALLEST_CONTEXT = 512
@@ -54,6 +56,35 @@ class Timings:
 
 
 @dataclasses.dataclass(frozen=True)
+class Speculation:
+    """What a draft was worth.
+
+    Attributes:
+      steps: of the model, over all prompts: each takes a token and the guesses of the next ones.
+      guesses: of the draft that were checked.
+      guessed: for each prompt, which of its new tokens the draft had guessed.
+
+    >>> import jaxkv
+    >>> worth = jaxkv.Speculation(steps=2, guesses=4, guessed=[[True, True, False, True, False]])
+    >>> worth.accepted, worth.tokens_per_step
+    (3, 2.5)
+    """
+
+    steps: int
+    guesses: int
+    guessed: list[list[bool]]
+
+    @property
+    def accepted(self) -> int:
+        """Guesses that were right."""
+        return sum(map(sum, self.guessed))
+
+    @property
+    def tokens_per_step(self) -> float:
+        return sum(map(len, self.guessed)) / self.steps if self.steps else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Generation:
     """What `generate` returns; lists are in the order of the prompts.
 
@@ -63,6 +94,7 @@ class Generation:
       finish_reasons: ``"stop"`` for a stop token, ``"length"`` for ``max_new_tokens``, ``"nan"``
         where the model's next logits were no distribution, see `sample`.
       config: of the cache that was used; its ``size_bytes`` were held.
+      speculation: what the draft was worth; None without one.
 
     >>> import jax, jaxkv
     >>> def count_up(tokens, cache):  # a "model" that answers token + 1
@@ -78,12 +110,14 @@ class Generation:
     finish_reasons: list[str]
     timings: Timings
     config: AnyConfig
+    speculation: Speculation | None = None
 
 
 @dataclasses.dataclass
 class _Answer:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    guessed: list[bool] = dataclasses.field(default_factory=list)
     failed: bool = False
 
     def finish_reason(self, stop_tokens: Sequence[int]) -> str:
@@ -109,6 +143,8 @@ def generate(
     device: Any = None,
     mesh: Mesh | None = None,
     axes: Axes | None = None,
+    draft: Draft | StatefulDraft | None = None,
+    num_guesses: int = NUM_GUESSES,
 ) -> Generation:
     """Continue a ragged batch of prompts.
 
@@ -137,9 +173,16 @@ def generate(
       device: where the cache lives.
       mesh, axes: the devices over which the cache is spread and how, as in `jaxkv.create`.
         Arrays of the model that are on one device are copied to all of the mesh.
+      draft: who guesses tokens, as `jaxkv.drafts.NGram` does, for the model to check several in one
+        step; the answer is the same as without. Where a step of more tokens rounds otherwise, a
+        draw between two tokens that are as likely may fall the other way: the native kernels round
+        alike up to 8 rows, all sequences together.
+      num_guesses: that a step takes per sequence, at most. Where guesses do not come true, most
+        steps take none.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, a context too short.
+      ConfigError: with a draft, a cache that could not take guesses back.
       CacheAllocationError: the cache does not fit.
 
     >>> import jax, jax.numpy as jnp, jaxkv
@@ -166,8 +209,12 @@ def generate(
     spread = Spread.of(mesh, axes)
     if spread is not None:
         mesh = spread.automatic.mesh
-    program = Program.of(model, sampling, stops, on=spread and spread.automatic)
-    state = _start(checked, max_new_tokens, seed)
+    program: Any = Program.of(model, sampling, stops, on=spread and spread.automatic)
+    state: Any = _start(checked, max_new_tokens, seed)
+    if draft is not None:
+        check_draft("generate", config, num_guesses)
+        program = DraftProgram(program, draft, num_guesses)
+        state = program.start(state, checked, config)
     chunks = list(_chunks(checked, chunk))
     answers = [_Answer() for _ in checked]
     streams = on_tokens is not None
@@ -183,18 +230,23 @@ def generate(
                 advance_bar(int(num_tokens.sum()))
         marks.append(time.perf_counter())
         num_wanted = len(checked) * max_new_tokens
+        arrived = 0
         with progress_bar("decode", num_wanted, quiet=streams) as advance_bar:
             while jax.device_get(state.remaining).any():
                 state, live.cache, new = program.decode(state, live.cache)
-                new = jax.device_get(new)
+                new, fresh = jax.device_get(new), 0
                 for number, answer in enumerate(answers):
                     tokens, logprobs, failed = new.of(number)
                     answer.tokens += tokens
                     answer.logprobs += logprobs
+                    answer.guessed += new.guesses_of(number)
                     answer.failed |= failed
                     if on_tokens is not None and tokens:
                         on_tokens(number, tokens)
-                    advance_bar(len(tokens))
+                    fresh += len(tokens)
+                arrived += fresh
+                taken = None if draft is None else jax.device_get(state.steps).sum()
+                advance_bar(fresh, taken and arrived / taken)
         marks.append(time.perf_counter())
 
     compile_seconds, prefill_seconds, decode_seconds = np.diff(marks).tolist()
@@ -205,7 +257,13 @@ def generate(
         finish_reasons=[answer.finish_reason(program.stop_tokens) for answer in answers],
         timings=Timings(compile_seconds, prefill_seconds, num_prefilled, decode_seconds, decoded),
         config=config,
+        speculation=None if draft is None else _worth(state, answers),
     )
+
+
+def _worth(state: Speculating, answers: list[_Answer]) -> Speculation:
+    steps, guesses = (int(each.sum()) for each in jax.device_get((state.steps, state.num_guesses)))
+    return Speculation(steps, guesses, [answer.guessed for answer in answers])
 
 
 def _start(prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[int]) -> State:
