@@ -10,6 +10,7 @@ from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.checks import checked_prompt
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.devices import platform_at
+from jaxkv.drafts.draft import Draft, StatefulDraft
 from jaxkv.errors import ConfigError, ModelChangedError, PoolFullError, UnknownRequestError
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.paging import PageAllocator, Prompt
@@ -19,6 +20,7 @@ from jaxkv.serve.figures import Figures
 from jaxkv.serve.model_step import Model
 from jaxkv.serve.request import Request
 from jaxkv.serve.sampling import Sampling
+from jaxkv.serve.speculate import NUM_GUESSES, check_draft
 from jaxkv.show.progress import progress_bar
 
 
@@ -53,6 +55,8 @@ class Engine:
       device: where the cache lives.
       mesh, axes: the devices over which KV heads are spread, as in `jaxkv.create`. Arrays of the
         model that are on one device are copied to all of the mesh.
+      draft, num_guesses: who guesses tokens that a step checks, and how many, as for `generate`. A
+        dispatch brings ``decode_steps`` tokens, in fewer steps.
 
     Attributes:
       pages: the books of the pool; ``pages.usage()`` and ``pages.check()`` may be called any time.
@@ -89,6 +93,8 @@ class Engine:
         device: Any = None,
         mesh: Mesh | None = None,
         axes: Axes | None = None,
+        draft: Draft | StatefulDraft | None = None,
+        num_guesses: int = NUM_GUESSES,
     ):
         spread = _checked_spread(mesh, axes)
         on_cpu = (platform_at(device) if spread is None else spread.platform) == "cpu"
@@ -97,6 +103,8 @@ class Engine:
         groups, page_size = check_config(
             config, prefill_chunk, decode_steps, token_budget, swap_space
         )
+        if draft is not None:
+            check_draft("Engine", config, num_guesses)
         self.config = config
         self._vocabulary = getattr(model, "vocab_size", None)
         stops = getattr(model, "stop_tokens", ()) if stop_tokens is None else stop_tokens
@@ -131,6 +139,8 @@ class Engine:
             decode_steps=decode_steps,
             swap_space=swap_space,
             spread=spread,
+            draft=draft,
+            num_guesses=num_guesses,
         )
         self.figures: Figures = self._batch.figures
 

@@ -21,9 +21,11 @@ from jaxkv.cache.rearrange import copied, select, slots_of_pages
 from jaxkv.cache.verbs import padded_after
 from jaxkv.codecs import Leaves
 from jaxkv.placement import scatter
-from jaxkv.serve.decode import NOT_A_NUMBER, New
+from jaxkv.serve.decode import NOT_A_NUMBER, New, State
 from jaxkv.serve.model_step import Model, ModelStep
 from jaxkv.serve.sampling import Sampling, sample
+from jaxkv.serve.speculate import Speculating, Static
+from jaxkv.serve.speculate import decode as decode_with
 
 # From the host, or traced.
 Ints = Array | np.ndarray
@@ -109,6 +111,54 @@ def decode(
     placed = _placed(cache, rows.tables, rows.lengths, rows.prompts)
     *_, cache, new = lax.while_loop(unfinished, one_step, (0, *rows[:2], placed, new))
     return cache, new
+
+
+class Drafting(NamedTuple):
+    """What an engine with a draft knows from one dispatch to the next."""
+
+    credit: Array  # see `speculate`
+    draft: Any  # what it remembers
+
+
+@functools.partial(ModelStep, donated=[1, 3])
+def speculate(
+    model: Model,
+    rows: Rows,
+    drafting: Drafting,
+    arrays: Sequence[Array],
+    cache: AnyCache,
+    text: Int[Array, "batch room"],
+    *,
+    draft: Static,
+    num_guesses: int,
+    sampling: Sampling,
+    num_steps: int,
+) -> tuple[AnyCache, New, Drafting, tuple[Array, Array]]:
+    """`decode` with a draft: as many tokens, in as many steps or fewer.
+
+    Args:
+      arrays: of the draft.
+      text: tokens of each row so far.
+
+    Returns:
+      Last, how many steps and guesses there were.
+    """
+    state = State(rows.last, jnp.minimum(rows.remaining, num_steps), rows.seeds)
+    begun = Speculating.begin(state, text, drafting.draft)._replace(credit=drafting.credit)
+    placed = _placed(cache, rows.tables, rows.lengths, rows.prompts)
+    now, cache, new = decode_with(
+        model,
+        begun,
+        draft.whole(arrays),
+        placed,
+        rows.stop_tokens,
+        rows.known,
+        num_guesses=num_guesses,
+        sampling=sampling,
+        num_steps=num_steps,
+    )
+    counts = now.steps.sum(), now.num_guesses.sum()
+    return cache, new, Drafting(now.credit, now.draft), counts
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
