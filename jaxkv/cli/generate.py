@@ -125,7 +125,7 @@ class _Stream:
 def _figures(result: Generation, tracker: MemoryTracker) -> dict[str, Any]:
     memory, timings, config = device_memory(), result.timings, result.config
     worth = result.speculation
-    of_draft = (
+    of_draft: dict[str, Any] = (
         {}
         if worth is None
         else {

@@ -248,7 +248,9 @@ class Batch:
             )
             return jax.device_get(new)
         static, arrays = Static.of(self._draft)
-        texts = [() if row is None else [*row.prompt.tokens, *row.tokens] for row in rows]
+        texts: list[Sequence[int]] = [
+            () if row is None else [*row.prompt.tokens, *row.tokens] for row in rows
+        ]
         text = jax.device_put(padded(texts, self._session.config.max_context_length))
         self._session.cache, new, self._drafting, counts = steps.speculate(
             self._weights,

@@ -247,8 +247,17 @@ def _decode(
 ) -> tuple[Speculating, AnyCache, New]:
     stops = jnp.asarray(stop_tokens, jnp.int32)[None]
     none_known = jnp.zeros((len(speculating.text), 0), jnp.int32)
-    options = {"num_guesses": num_guesses, "sampling": sampling, "num_steps": num_steps}
-    return decode(model, speculating, draft.whole(arrays), cache, stops, none_known, **options)
+    return decode(
+        model,
+        speculating,
+        draft.whole(arrays),
+        cache,
+        stops,
+        none_known,
+        num_guesses=num_guesses,
+        sampling=sampling,
+        num_steps=num_steps,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
