@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -64,7 +65,7 @@ class DraftModel:
                 f"got {config.batch_size} rows, {config.max_context_length} tokens and windows "
                 f"{windows}."
             )
-        return create(config), jnp.zeros((batch_size, max_context_length), jnp.int32)
+        return create(config), jax.device_put(np.zeros((batch_size, max_context_length), np.int32))
 
     def propose_from(
         self, state: tuple[AnyCache, Tokens], tokens: Tokens, lengths: Lengths, k: int

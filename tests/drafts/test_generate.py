@@ -1,6 +1,7 @@
 """With a draft `generate` says what it says without: the same tokens, and their probabilities."""
 
 import dataclasses
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 import jaxkv
 from jaxkv.addressing import ADDRESSINGS
 from jaxkv.drafts import DraftModel, NGram
+from jaxkv.serve import speculate
+from jaxkv.serve.decode import Program, State
 from tests.drafts.toy import config_of, toy
 from tests.oracle import EACH_ONCE, KINDS
 
@@ -52,7 +55,7 @@ def assert_same(with_draft, plain):
         np.testing.assert_allclose(mine, other, atol=1e-5)
 
 
-@pytest.mark.slow_cases(r"^(?!(int8-ring|bfloat16-contiguous)-)")
+@pytest.mark.slow_cases(r"^(?!(int8-ring-sampled|bfloat16-contiguous-greedy)$)")
 @pytest.mark.parametrize(("codec", "addressing", "sampling"), TABLE)
 def test_the_answer_is_that_of_plain_decode(codec, addressing, sampling):
     config = config_of(3, codec=KINDS[codec], addressing=SMALL[addressing])
@@ -62,7 +65,7 @@ def test_the_answer_is_that_of_plain_decode(codec, addressing, sampling):
     assert 0 < result.speculation.accepted < result.speculation.guesses
 
 
-@pytest.mark.slow_cases("model|forgetful")
+@pytest.mark.slow_cases("model")
 @pytest.mark.parametrize(
     "draft",
     [
@@ -131,20 +134,30 @@ def test_what_is_refused(fields, options, message):
         run(config_of(3, **fields), **{"draft": NGram(2), **options})
 
 
-def test_two_programs_more_than_plain_decode_whatever_is_guessed(caplog):
-    """A program of the draft's loop, and what makes its cache."""
-    config = config_of(2)
-    jax.clear_caches()
+def test_two_compilations_whatever_is_guessed(caplog):
+    """As many as without a draft."""
+    config = config_of(2).replace(max_context_length=63)  # a shape that no other test has
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for prompts in ([[1, 2, 3], [4]], [[7] * 9, [1, 2, 1, 2, 1]]):
+            for number in (20, 3):
+                options = {"max_new_tokens": number, "config": config, "draft": NGram(1)}
+                jaxkv.generate(toy, prompts, **options)
+    compiled = [record.message for record in caplog.records if "Compiling jit(" in record.message]
+    for function in ("_prefill", "_decode"):
+        assert sum(f"jit({function})" in message for message in compiled) == 1, compiled
 
-    def compiled(**options):
-        with jax.log_compiles():
-            caplog.clear()
-            jaxkv.generate(toy, [[1, 2, 3], [4]], max_new_tokens=20, config=config, **options)
-        return [r for r in caplog.messages if r.startswith("Finished XLA compilation")]
 
-    plain = len(compiled())
-    draft = DraftModel(toy, config)
-    more = len(compiled(draft=draft))
-    assert plain > 0
-    assert more <= 2
-    assert compiled(draft=draft) == []
+def test_steps_of_one_token_and_of_several_are_in_place():
+    config = config_of(2, codec=jaxkv.Dense("float32")).replace(max_context_length=1 << 16)
+    cache = jax.eval_shape(lambda: jaxkv.create(config))
+    plain = Program.of(toy, jaxkv.Sampling(), ())
+    program = speculate.DraftProgram(plain, NGram(2), 3)
+    ints = jax.ShapeDtypeStruct((2,), jnp.int32)
+    state = program.start(
+        State(ints, ints, ints), PROMPTS[:2], config.replace(max_context_length=64)
+    )
+    options, arrays = program._options()
+    lowered = speculate._decode.lower(plain.weights, state, arrays, cache, **options)
+    memory = lowered.compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= config.size_bytes
+    assert memory.temp_size_in_bytes < 0.5 * config.size_bytes
