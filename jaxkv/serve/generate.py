@@ -174,9 +174,8 @@ def generate(
       mesh, axes: the devices over which the cache is spread and how, as in `jaxkv.create`.
         Arrays of the model that are on one device are copied to all of the mesh.
       draft: who guesses tokens, as `jaxkv.drafts.NGram` does, for the model to check several in one
-        step; the answer is the same as without. Where a step of more tokens rounds otherwise, a
-        draw between two tokens that are as likely may fall the other way: the native kernels round
-        alike up to 8 rows, all sequences together.
+        step; the answer is the same as without. But where a step of more tokens rounds otherwise, a
+        draw between two tokens that are as likely to the last bits may fall the other way.
       num_guesses: that a step takes per sequence, at most. Where guesses do not come true, most
         steps take none.
 

@@ -131,7 +131,7 @@ def ended(checked: Checked, stop_tokens: Int[Array, "#batch stops"]) -> Bool[Arr
 
 
 def when(wanted: Bool[Array, ""], function: Callable[[Any], Any], value: Any) -> Any:
-    """``function(value)`` if it is wanted, else the value, which a `lax.cond` would copy."""
+    """``function(value)`` if it is wanted, else the value; in place, as loops are."""
     once = lax.while_loop(
         lambda carry: carry[0],
         lambda carry: (jnp.zeros_like(wanted), function(carry[1])),
