@@ -118,10 +118,12 @@ def check(
     ends = failed | (tokens[:, :, None] == stop_tokens[:, None]).any(-1)
     right = (tokens[:, :-1] == guesses) & ~ends[:, :-1]
     num_right = jnp.cumprod(right, axis=1, dtype=jnp.int32).sum(1, dtype=jnp.int32)
+    num_checked = jnp.maximum(real - 1, 0)
+    num_right = jnp.minimum(num_right, num_checked)
     count = jnp.minimum(1 + num_right, real)
     tokens = jnp.where(failed, NOT_A_NUMBER, tokens)
     cache = truncate(cache, lengths + count)
-    return cache, Checked(tokens, logprobs, count, jnp.maximum(real - 1, 0), num_right)
+    return cache, Checked(tokens, logprobs, count, num_checked, num_right)
 
 
 def ended(checked: Checked, stop_tokens: Int[Array, "#batch stops"]) -> Bool[Array, " batch"]:
