@@ -30,7 +30,11 @@ def encode(
     """Leaves ``[sides, *batch, tokens, kv_heads, ...]``, and the codec's state of all layers."""
     codec = cache.config.codec
     vectors = refuse_gradient(codec, jnp.stack([keys, values]))
-    own = codec.update_state(state_of(cache, layer), vectors, positions, cache.lengths)
+    over_devices: dict[str, Any] = {}
+    if cache.part_of is not None and codec.learns_over_devices:
+        over_devices = {"axis": cache.part_of.axes.batch}
+    before = state_of(cache, layer), vectors, positions, cache.lengths
+    own = codec.update_state(*before, **over_devices)
     encoded = codec.encode_tokens(vectors, own, positions)
     state = {name: whole.at[layer].set(own[name]) for name, whole in cache.codec_state.items()}
     return encoded, state

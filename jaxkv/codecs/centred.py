@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxkv.codecs.codec import (
     Codec,
@@ -116,13 +116,25 @@ class Centred(Codec):
     def offsets(self, state: State) -> Offsets:
         return Offsets(state["means"], self.rope)
 
+    @property
+    def learns_over_devices(self) -> bool:
+        return True
+
     def update_state(
-        self, state: State, vectors: Tokens, positions: Positions, lengths: Int[Array, "*batch"]
+        self,
+        state: State,
+        vectors: Tokens,
+        positions: Positions,
+        lengths: Int[Array, "*batch"],
+        *,
+        axis: str | None = None,
     ) -> State:
         """The means of these tokens if the cache is empty and they were never set."""
-        means = state["means"]
-        unset = jnp.all(lengths == 0) & ~jnp.any(means != 0)
-        return {"means": _set_once(self, unset, means, vectors.astype(jnp.float32), positions)}
+        means, empty = state["means"], jnp.all(lengths == 0)
+        # Means are the same on all devices, which must agree on what they send each other.
+        unset = ~jnp.any(means != 0) & (empty if axis is None else True)
+        vectors = vectors.astype(jnp.float32)
+        return {"means": _set_once(self, unset, means, vectors, positions, empty, axis)}
 
     def encode_tokens(self, vectors: Tokens, state: State, positions: Positions) -> Leaves:
         offsets = self.offsets(state).at(positions[..., None])
@@ -146,20 +158,26 @@ class Centred(Codec):
         values = both[1] + self.rotate_values(offsets.values)
         return jnp.stack([keys, values]).astype(dtype)
 
-    def means(self, vectors: Tokens, positions: Positions) -> Means:
+    def means(self, vectors: Tokens, positions: Positions, axis: str | None = None) -> Means:
         """The means of these keys and values, where positions are not -1, to 12 bits.
 
-        Vectors that are not finite, or of a length that stands out, do not count.
+        Vectors that are not finite, or of a length that stands out, do not count. With those of
+        all devices along a mesh axis: lengths and sums of vectors move, and no vector.
         """
         keys, values = vectors.astype(jnp.float32)
         both = jnp.stack([self._unturned(keys, positions[..., None]), values])
         both = both.reshape(2, -1, *both.shape[-2:])
         length = jnp.sum(both * both, axis=-1, keepdims=True)
         counts = jnp.isfinite(length) & (positions.reshape(-1) >= 0)[:, None, None]
-        counts &= length <= _LONGEST**2 * _median(length, counts)
+        lengths = jnp.where(counts, length, jnp.inf)
+        if axis is not None:
+            lengths = lax.all_gather(lengths, axis, axis=1, tiled=True)
+        counts &= length <= _LONGEST**2 * _median(lengths)
         total = jnp.sum(jnp.where(counts, both, 0), axis=1)
-        mean = total / (1 + jnp.sum(counts, axis=1, dtype=jnp.float32))
-        return to_12_bits(mean)
+        number = jnp.sum(counts, axis=1, dtype=jnp.float32)
+        if axis is not None:
+            total, number = lax.psum((total, number), axis)
+        return to_12_bits(total / (1 + number))
 
     def _unturned(self, keys: Array, positions: Array) -> Array:
         if not self.rope:
@@ -170,17 +188,25 @@ class Centred(Codec):
 
 
 # A jit of its own: outside one, a cond is compiled anew on each call.
-@functools.partial(jax.jit, static_argnames="codec")
+@functools.partial(jax.jit, static_argnames=("codec", "axis"))
 def _set_once(
-    codec: Centred, unset: Array, means: Means, vectors: Array, positions: Array
+    codec: Centred,
+    unset: Array,
+    means: Means,
+    vectors: Array,
+    positions: Array,
+    empty: Array,
+    axis: str | None,
 ) -> Means:
-    return lax.cond(unset, codec.means, lambda *_: means, vectors, positions)
+    def of_these(vectors: Array, positions: Array) -> Means:
+        new = codec.means(vectors, positions, axis)
+        return new if axis is None else jnp.where(lax.pmin(jnp.int32(empty), axis) > 0, new, means)
+
+    return lax.cond(unset, of_these, lambda *_: means, vectors, positions)
 
 
-def _median(
-    lengths: Float[Array, "2 tokens kv_heads 1"], counts: Bool[Array, "2 tokens kv_heads 1"]
-) -> Float[Array, "2 1 kv_heads 1"]:
-    """The lower median of those that count, a side and head; infinite where none does."""
-    ordered = jnp.sort(jnp.where(counts, lengths, jnp.inf), axis=1)
+def _median(lengths: Float[Array, "2 tokens kv_heads 1"]) -> Float[Array, "2 1 kv_heads 1"]:
+    """The lower median of those that are finite, a side and head; infinite where none is."""
+    ordered, counts = jnp.sort(lengths, axis=1), jnp.isfinite(lengths)
     middle = (jnp.maximum(jnp.sum(counts, axis=1, keepdims=True), 1) - 1) // 2
     return jnp.take_along_axis(ordered, middle, axis=1)

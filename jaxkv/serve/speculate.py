@@ -15,14 +15,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxkv.cache.axes import Spread
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.cache.shards import everywhere
 from jaxkv.cache.verbs import padded_after, truncate
 from jaxkv.counts import check_count
 from jaxkv.drafts.draft import NO_GUESS, Draft, StatefulDraft, proposed, state_of
 from jaxkv.errors import ConfigError
-from jaxkv.serve.decode import NOT_A_NUMBER, TOKENS_PER_DISPATCH, Chunk, New, Program, State
-from jaxkv.serve.model_step import Model, ModelStep
+from jaxkv.serve.decode import NOT_A_NUMBER, Chunk, New, Program, State
+from jaxkv.serve.model_step import Model, ModelStep, spread_over
 from jaxkv.serve.sampling import Sampling, sample
 
 # With the last token a step of 8, as many as the native kernel reads for.
@@ -66,11 +67,11 @@ class Speculating(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What a step drew at each place, ``[batch, 1 + guesses]``, and how many tokens that are."""
+    """What a step drew at each place, ``[batch, 1 + guesses]``, and how many of them count."""
 
     tokens: Array
     logprobs: Array
-    count: Int[Array, " batch"]  # of tokens that are the answer's
+    num_new: Int[Array, " batch"]  # tokens of the answer
     num_checked: Int[Array, " batch"]  # guesses that were taken
     num_right: Int[Array, " batch"]  # of them
 
@@ -128,7 +129,7 @@ def check(
 
 def ended(checked: Checked, stop_tokens: Int[Array, "#batch stops"]) -> Bool[Array, " batch"]:
     """Is the last token that a step gave a sequence the last of all?"""
-    last = jnp.take_along_axis(checked.tokens, jnp.maximum(checked.count[:, None] - 1, 0), axis=1)
+    last = jnp.take_along_axis(checked.tokens, jnp.maximum(checked.num_new[:, None] - 1, 0), axis=1)
     return (last[:, 0] == NOT_A_NUMBER) | (last == stop_tokens).any(-1)
 
 
@@ -181,11 +182,11 @@ def decode(
             model, cache, last, guesses, remaining, seeds, stops, forced, sampling
         )
         done = ended(checked, stops) | (remaining == 0)
-        is_new = checked.at_places(checked.count)
+        is_new = checked.at_places(checked.num_new)
         at = lengths[:, None] + 1 + jnp.arange(1 + number, dtype=jnp.int32)[None]
         text = now.text.at[rows, jnp.where(is_new, at, room)].set(checked.tokens, mode="drop")
         newest = jnp.take_along_axis(text, jnp.minimum(cache.lengths, room - 1)[:, None], axis=1)
-        state = State(newest[:, 0], jnp.where(done, 0, remaining - checked.count), seeds)
+        state = State(newest[:, 0], jnp.where(done, 0, remaining - checked.num_new), seeds)
         places = slice(0, 1 + number)
         new = New(
             new.tokens.at[step, places].set(jnp.where(is_new, checked.tokens, -1).T),
@@ -193,7 +194,7 @@ def decode(
             new.guessed.at[step, places].set(checked.at_places(checked.num_right).T),
         )
         active = remaining > 0
-        earned = jnp.where(active, checked.count - 1, 0).sum() / jnp.maximum(active.sum(), 1)
+        earned = jnp.where(active, checked.num_new - 1, 0).sum() / jnp.maximum(active.sum(), 1)
         spent = _CHECK_COSTS if number else -1 / _STEPS_PER_CREDIT
         now = now._replace(
             state=state,
@@ -229,7 +230,7 @@ def decode(
     _, now, cache, new = lax.while_loop(
         unfinished, one_step, (jnp.int32(0), speculating, cache, new)
     )
-    new = New(*(array.reshape(-1, len(rows)) for array in new))
+    new = jax.tree.map(lambda array: array.reshape(-1, len(rows)), new)
     now, new = everywhere(cache, (now, new))
     return now, cache, new
 
@@ -291,6 +292,18 @@ class DraftProgram:
     draft: Draft | StatefulDraft
     num_guesses: int
 
+    @classmethod
+    def of(
+        cls,
+        plain: Program,
+        draft: Draft | StatefulDraft,
+        num_guesses: int,
+        *,
+        on: Spread | None = None,
+    ) -> "DraftProgram":
+        """With the draft's arrays where the cache is going to be."""
+        return cls(plain, draft if on is None else spread_over(on.mesh, draft), num_guesses)
+
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         return self.plain.stop_tokens
@@ -301,13 +314,14 @@ class DraftProgram:
         remembered = state_of(self.draft, *text.shape)
         return Speculating.begin(state, jax.device_put(text), remembered)
 
-    def compile(self, chunks: list[Chunk], state: Speculating, cache: AnyCache) -> None:
-        """As `Program.compile`."""
+    def compile_prefill(self, chunks: list[Chunk], cache: AnyCache) -> None:
         self.plain.compile_prefill(chunks, cache)
+
+    def compile_decode(self, state: Speculating, cache: AnyCache) -> None:
         options, arrays = self._options()
         _decode.lower(self.plain.weights, state, arrays, cache, **options).compile()
 
-    def prefill(self, chunk: Chunk, cache: AnyCache) -> tuple[AnyCache, Array]:
+    def prefill(self, chunk: Chunk, cache: AnyCache) -> tuple[AnyCache, Array, Any]:
         return self.plain.prefill(chunk, cache)
 
     def decode(self, state: Speculating, cache: AnyCache) -> tuple[Speculating, AnyCache, New]:
@@ -321,7 +335,7 @@ class DraftProgram:
             "num_guesses": self.num_guesses,
             "sampling": self.plain.sampling,
             "stop_tokens": self.plain.stop_tokens,
-            "num_steps": TOKENS_PER_DISPATCH,
+            "num_steps": self.plain.num_steps,
         }
         return options, arrays
 

@@ -96,13 +96,16 @@ def read_manifest(path: Path) -> Any:
 
 @contextlib.contextmanager
 def opened(
-    path: Path, layout_of: Callable[[Any], Layout]
+    path: Path,
+    layout_of: Callable[[Any], Layout],
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
     """The manifest and the tensors of a file, every byte checked, mapped but not copied.
 
     Args:
       path: the file.
       layout_of: manifest -> the tensors that it must have. It raises for a bad manifest.
+      wanted: name -> whether the tensor is read; of others nothing is.
 
     Yields:
       The manifest and read-only arrays, which must not be used after the block.
@@ -128,7 +131,8 @@ def opened(
                 f"bytes, and its header describes {expected:,}. Copy or save it again."
             )
         with contextlib.closing(_Mapped(file)) as mapped:
-            tensors = dict(mapped.tensors(layout, len(header)))
+            every = mapped.tensors(layout, len(header))
+            tensors = {name: tensor for name, tensor in every if wanted(name)}
             _verify(path, tensors, checksums)
             yield manifest, tensors
 
@@ -227,7 +231,7 @@ def _verify(path: Path, tensors: dict[str, np.ndarray], checksums: dict[str, str
     def checksum(name: str) -> str:
         return hashlib.sha256(tensors[name].reshape(-1).view(np.uint8).data).hexdigest()
 
-    with ThreadPoolExecutor(min(len(tensors), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(len(tensors), os.cpu_count() or 1) or 1) as pool:
         found = dict(zip(tensors, pool.map(checksum, tensors), strict=True))
     if bad := sorted(name for name in tensors if found[name] != checksums[name]):
         raise SnapshotError(

@@ -14,8 +14,9 @@ from jaxkv.errors import SnapshotError
 from jaxkv.snapshot.container import Layout, Spec
 from jaxkv.snapshot.fingerprint import Fingerprint
 from jaxkv.snapshot.group import Group
+from jaxkv.snapshot.parts import Parts
 
-FORMAT = 1
+FORMATS = (1, 2)  # one file; several, of which the first names the others
 _LARGEST = 2**31 - 1
 _SHAPE = ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size")
 
@@ -31,6 +32,7 @@ class Manifest:
       has_tokens: whether the token ids are in the file too.
       groups: one, or for a hybrid cache one a kind of layer.
       group_of_layer: as in `HybridConfig`; None for a plain cache.
+      parts: where the vectors are, if several processes saved them; None for in this file.
     """
 
     saved_by: str
@@ -39,6 +41,7 @@ class Manifest:
     has_tokens: bool
     groups: tuple[Group, ...]
     group_of_layer: tuple[int, ...] | None
+    parts: Parts | None = None
 
     @property
     def config(self) -> AnyConfig:
@@ -49,13 +52,9 @@ class Manifest:
         )  # fmt: skip
 
     def layout(self) -> Layout:
-        """The tensors that such a file has: ``group.sequence.leaf``, and ``sequence.tokens``."""
-        tensors = [*self._vectors()]
-        if self.has_tokens:
-            tensors += [
-                (f"{sequence}.tokens", Spec("int32", (length,)))
-                for sequence, length in enumerate(self.lengths)
-            ]
+        """Its tensors: ``sequence.tokens`` and, where it has no parts, ``group.sequence.leaf``."""
+        tensors = [*self._vectors()] if self.parts is None else []
+        tensors += self.token_layout().items()
         layout = dict(tensors)
         if len(layout) < len(tensors):
             names = [name for name, _ in tensors]
@@ -66,6 +65,11 @@ class Manifest:
             )
         return layout
 
+    def token_layout(self) -> Layout:
+        """Those of the token ids."""
+        rows = enumerate(self.lengths) if self.has_tokens else ()
+        return {f"{row}.tokens": Spec("int32", (length,)) for row, length in rows}
+
     def _vectors(self) -> Iterator[tuple[str, Spec]]:
         for number, group in enumerate(self.groups):
             for name, spec in group.layout(self.lengths):
@@ -74,7 +78,10 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         groups = [_group_json(group) for group in self.groups]
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"format": FORMAT, **fields, "groups": groups}
+        parts = fields.pop("parts")
+        if parts is None:  # as files ever were
+            return {"format": 1, **fields, "groups": groups}
+        return {"format": 2, **fields, "groups": groups, "parts": dataclasses.asdict(parts)}
 
 
 def read(
@@ -91,11 +98,13 @@ def read(
       SnapshotError: a field that is missing, not there in this format, or out of its range.
     """
     reader = _Reader(path, codec, addressing)
-    if isinstance(json, dict) and json.get("format") != FORMAT:
+    if isinstance(json, dict) and json.get("format") not in FORMATS:
         raise SnapshotError(
-            f"{path} has format {json.get('format')!r}; this version of jaxkv reads {FORMAT}. "
-            f"It was saved by {json.get('saved_by')!r}."
+            f"{path} has format {json.get('format')!r}; this version of jaxkv reads "
+            f"{' and '.join(map(str, FORMATS))}. It was saved by {json.get('saved_by')!r}."
         )
+    if isinstance(json, dict) and "part" in json:
+        raise SnapshotError(f"{path} is one part of a snapshot. Load the file that names it.")
     try:
         return reader.manifest(json)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
@@ -110,8 +119,11 @@ class _Reader:
         self._given = {"codec": codec, "addressing": addressing}
 
     def manifest(self, json: Any) -> Manifest:
+        in_parts = isinstance(json, dict) and json.get("format") == 2
         saved_by, lengths, model, has_tokens, groups, group_of_layer = self._fields(
-            json, "saved_by lengths model has_tokens groups group_of_layer", also=("format",)
+            json,
+            "saved_by lengths model has_tokens groups group_of_layer",
+            also=("format", "parts") if in_parts else ("format",),
         )
         if not isinstance(saved_by, str) or not isinstance(has_tokens, bool):
             raise ValueError("saved_by must be text and has_tokens true or false.")
@@ -124,12 +136,15 @@ class _Reader:
             has_tokens,
             tuple(self._group(group, lengths) for group in groups),
             None if group_of_layer is None else self._counts("group_of_layer", group_of_layer),
+            Parts.of_json(json["parts"]) if in_parts else None,
         )
         if group_of_layer is None and len(groups) > 1:
             raise ValueError("several groups need a group_of_layer.")
         sequences = manifest.config.batch_size or 1  # a HybridConfig checks what it is made of
         if len(lengths) != sequences:
             raise ValueError(f"{len(lengths)} lengths for {sequences} sequences.")
+        if manifest.parts is not None:
+            manifest.parts.check(manifest.config)
         return manifest
 
     def _group(self, json: Any, lengths: list[int]) -> Group:

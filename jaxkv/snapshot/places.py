@@ -60,7 +60,7 @@ def state_of_file(file: Path, cache: KVCache, tensors: dict[str, np.ndarray]) ->
     return state
 
 
-def named(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def named(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The tensors whose names begin with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 

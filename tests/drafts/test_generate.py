@@ -150,7 +150,7 @@ def test_steps_of_one_token_and_of_several_are_in_place():
     config = config_of(2, codec=jaxkv.Dense("float32")).replace(max_context_length=1 << 16)
     cache = jax.eval_shape(lambda: jaxkv.create(config))
     plain = Program.of(toy, jaxkv.Sampling(), ())
-    program = speculate.DraftProgram(plain, NGram(2), 3)
+    program = speculate.DraftProgram.of(plain, NGram(2), 3)
     ints = jax.ShapeDtypeStruct((2,), jnp.int32)
     state = program.start(
         State(ints, ints, ints), PROMPTS[:2], config.replace(max_context_length=64)
