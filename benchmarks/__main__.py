@@ -15,7 +15,7 @@ from benchmarks.report import environment, header
 _MOST_BUSY = 0.1
 PARTS = (
     *("startup", "allocation", "append", "attention", "codecs", "decode", "paging", "engine"),
-    *("snapshot", "streaming", "compression", "quality", "mesh", "accelerator"),
+    *("snapshot", "streaming", "compression", "quality", "mesh", "draft", "accelerator"),
 )
 
 

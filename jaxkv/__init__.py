@@ -34,13 +34,14 @@ from jaxkv.memory.create import create
 from jaxkv.models.known import cache_config
 from jaxkv.models.shape import wide_at_the_ends
 from jaxkv.placement import HostMemory
-from jaxkv.serve.generate import Generation, Timings, generate
+from jaxkv.serve.generate import Generation, Speculation, Timings, generate
 from jaxkv.serve.sampling import Sampling, sample
 
 if TYPE_CHECKING:
     from jaxkv import (  # noqa: F401, for type checkers
         codecs,
         compression,
+        drafts,
         evaluation,
         integrations,
         models,
@@ -97,6 +98,7 @@ __all__ = [
     "Rotated",
     "Sampling",
     "SnapshotError",
+    "Speculation",
     "Timings",
     "UnknownRequestError",
     "advance",
@@ -142,6 +144,7 @@ __all__ = [
 _MODULES = (
     "codecs",
     "compression",
+    "drafts",
     "evaluation",
     "integrations",
     "models",

@@ -40,6 +40,8 @@ jax.config.update("jax_disable_most_optimizations", True)
 # Examples of these modules take long to run; tests carry marks of their own.
 SLOW_EXAMPLES = {
     "jaxkv.attention.fetched",
+    "jaxkv.drafts.draft",
+    "jaxkv.drafts.draft_model",
     "jaxkv.serve.generate",
     "jaxkv.quality",
     "jaxkv.models.decoder",

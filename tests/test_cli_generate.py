@@ -85,6 +85,22 @@ def test_every_way_to_show_an_answer_has_the_space_before_it(folder, tokenizer, 
     assert [prompt + line["text"] for prompt, line in zip(prompts, lines, strict=True)] == texts
 
 
+@pytest.mark.slow
+def test_a_draft_says_the_same_and_what_it_was_worth(folder, capsys):
+    line = ["generate", "--model", str(folder), "--prompt", "1 2 3 1 2", "--temperature", "0"]
+    line += ["--max-new-tokens", "40"]
+    reports = []
+    for draft in ([], ["--draft", "ngram"]):
+        assert main([*line, *draft, "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[0]["answers"] == reports[1]["answers"]
+    assert 0 < reports[1]["draft_accepted"] <= reports[1]["draft_guesses"]
+    assert main([*line, "--draft", "ngram"]) == 0
+    assert f"draft        {reports[1]['draft_tokens_per_step']} tokens per step" in (
+        capsys.readouterr().out
+    )
+
+
 @pytest.mark.usefixtures("tokenizer")
 def test_prompts_from_stdin_and_answers_that_end_before_a_text(folder, capsys, monkeypatch):
     options = ["--model", str(folder), "--temperature", "0", "--max-new-tokens", "8"]

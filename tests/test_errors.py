@@ -138,9 +138,9 @@ MISUSES = {
         "implementation must be one of .*reference, blockwise.*, got 'flash'",
     ),
     "an implementation that cannot serve": (
-        lambda: attend(SINGLE, QUERIES, implementation="native"),
+        lambda: attend(SINGLE, zeros(9, 4, 4), implementation="native"),
         ValueError,
-        "implementation 'native' cannot serve this call: it serves one token",
+        "implementation 'native' cannot serve this call: it serves up to 8 tokens",
     ),
     "more real tokens than tokens": (
         lambda: append(SINGLE, KEYS, num_tokens=4),

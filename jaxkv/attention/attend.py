@@ -337,8 +337,8 @@ def explain(
       softcap: as in `attend`.
 
     >>> import jaxkv
-    >>> print(jaxkv.explain(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), tokens=2))
-    native: not used, it serves one token a sequence, and this call has 2
+    >>> print(jaxkv.explain(jaxkv.create(jaxkv.KVCacheConfig(1, 16, 1, 4)), tokens=9))
+    native: not used, it serves up to 8 tokens per sequence, and this call has 9
     mosaic: not used, it runs on a GPU, and this is for a CPU
     cudnn: not used, it runs on a GPU, and this is for a CPU
     reference: used

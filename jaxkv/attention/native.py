@@ -21,14 +21,17 @@ from jaxkv.native import unavailable
 _LANES = 16
 _COUNTS = (2, 4, 8, 16)  # of the levels of packed codes
 _INT8 = tuple(range(-128, 128))
+_MOST_TOKENS = 8  # of a sequence: a verified draft; each reads the slots that it sees
 _MOST_NUMBERS = 1024  # of a vector of codes, which is widened on the stack
 
 
 def cannot_serve(cache: KVCache, tokens: int) -> str | None:
     """Why this call is not for the native kernel, or None."""
     config = cache.config
-    if tokens != 1:
-        return f"it serves one token a sequence, and this call has {tokens}"
+    if tokens > _MOST_TOKENS:
+        return f"it serves up to {_MOST_TOKENS} tokens per sequence, and this call has {tokens}"
+    if tokens > 1 and cache.newest is not None:
+        return f"beside newest tokens it serves one token per sequence, and this call has {tokens}"
     keys, values = config.codec.sides
     floats = keys == values and (keys.dtype or keys.scaled_dtype)
     if not floats and not (_bits(keys) and _bits(values)):
@@ -54,7 +57,7 @@ def should_not_serve(cache: KVCache, tokens: int, heads: int, platform: str) -> 
 
 
 def native(request: Request) -> Grouped:
-    """Attend with one query per sequence."""
+    """Attend with a few queries per sequence, each with the bits that it has alone."""
     return native_part(request)[0]
 
 
@@ -69,20 +72,23 @@ def native_part(request: Request) -> tuple[Grouped, LogTotal]:
         share = jax.nn.sigmoid(newest_log_total - log_total)[..., None]
         output = output * (1 - share) + newest * share
         log_total = jnp.logaddexp(log_total, newest_log_total)
-    return output[:, :, None], log_total[:, :, None]
+    return jnp.moveaxis(output, 1, 2), jnp.moveaxis(log_total, 1, 2)
 
 
 def _read(
     request: Request,
-) -> tuple[Float[Array, "batch kv_heads group head_dim"], Float[Array, "batch kv_heads group"]]:
+) -> tuple[
+    Float[Array, "batch tokens kv_heads group head_dim"],
+    Float[Array, "batch tokens kv_heads group"],
+]:
     """The output, turned as values are, and the log of all scores' exponentials, sinks' too."""
     index, codec = request.cache.index, request.cache.config.codec
     key_codec, value_codec = codec.sides
     keys, values = _leaves(request.cache, 0), _leaves(request.cache, 1)
-    queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
+    queries = jnp.moveaxis(request.queries, 2, 1)  # [batch, tokens, kv_heads, group, head_dim]
     sinks = request.sinks
     if sinks is None:
-        sinks = jnp.full(queries.shape[1:3], LOWEST, jnp.float32)
+        sinks = jnp.full(queries.shape[2:4], LOWEST, jnp.float32)
     table, page_size = _pages(index)
     offset_queries, rope_tables = _offsets(request)
     hidden_from = _hidden_from(request)
@@ -98,7 +104,7 @@ def _read(
         jnp.stack([_levels(key_codec), _levels(value_codec)]),
         jnp.asarray(request.layer, jnp.int32),
         queries,
-        request.positions[:, 0],
+        request.positions,
         jnp.minimum(request.lengths, hidden_from),
         sinks,
         offset_queries,
@@ -140,11 +146,11 @@ def _hidden_from(request: Request) -> Int[Array, " batch"]:
 def _offsets(request: Request) -> tuple[Array, Array]:
     """Their share in the scores: queries, and tables of cosines and sines; empty if none."""
     if request.offset_queries is None:
-        return jnp.zeros((0, 0, 0, 0), jnp.float32), jnp.zeros((0, 0, 0, 0), jnp.float32)
-    queries, rope = request.offset_queries[:, :, 0], request.cache.config.codec.rope
+        return jnp.zeros((0,) * 5, jnp.float32), jnp.zeros((0,) * 4, jnp.float32)
+    queries, rope = jnp.moveaxis(request.offset_queries, 2, 1), request.cache.config.codec.rope
     if rope and rope.rotary_dim == request.cache.config.head_dim:
         queries = queries[..., :-1]  # no number is left unturned
-    queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, -queries.shape[-1] % _LANES),))
+    queries = jnp.pad(queries, ((0, 0),) * 4 + ((0, -queries.shape[-1] % _LANES),))
     tables = rope.tables if rope else np.zeros((0, 0, 0, 0), np.float32)
     return queries, jnp.asarray(tables)
 

@@ -16,6 +16,7 @@ from jaxkv.cli.model_options import (
     stop_strings_of,
     unicode_text,
 )
+from jaxkv.drafts import NGram
 from jaxkv.memory import MemoryTracker, Purpose, device_memory
 from jaxkv.serve.decode import TOKENS_PER_DISPATCH
 from jaxkv.serve.generate import Generation, generate
@@ -34,6 +35,8 @@ examples:
       a Hugging Face folder (config.json, *.safetensors, tokenizer.json), or a Hub name
   jaxkv generate --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'Hello'
       a GGUF file
+  jaxkv generate --model ./Qwen2.5-Coder-7B --prompt "$(cat task.txt)" --draft ngram
+      several tokens per step where the answer repeats the prompt or itself
   jaxkv generate 'def a' 'def b' --json
       several prompts at once, the answers and figures as JSON
   jaxkv generate - --policy snapkv --keep 0.5 < long.py
@@ -73,6 +76,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stream-every", type=int, default=TOKENS_PER_DISPATCH, metavar="N",
         help=f"tokens that are shown at once (default: {TOKENS_PER_DISPATCH})",
     )  # fmt: skip
+    add(
+        "--draft", choices=("ngram",),
+        help="guess tokens from the text itself, and check several in a step: the same answer, "
+        "sooner where it repeats what was there",
+    )  # fmt: skip
     add("--json", action="store_true", help="print answers and figures as JSON")
 
 
@@ -103,6 +111,7 @@ def _run(options: argparse.Namespace) -> int:
         on_tokens=stream,
         stream_every=options.stream_every,
         tracker=tracker,
+        draft=NGram() if options.draft else None,
     )
     shown = result.texts or [
         decode_answer(None, prompt, tokens)
@@ -147,7 +156,19 @@ class _Stream:
 
 def _figures(result: Generation, tracker: MemoryTracker) -> dict[str, Any]:
     memory, timings, config = device_memory(), result.timings, result.config
+    worth = result.speculation
+    of_draft: dict[str, Any] = (
+        {}
+        if worth is None
+        else {
+            "draft_steps": worth.steps,
+            "draft_guesses": worth.guesses,
+            "draft_accepted": worth.accepted,
+            "draft_tokens_per_step": round(worth.tokens_per_step, 2),
+        }
+    )
     return {
+        **of_draft,
         "prefill_tokens": timings.prefill_tokens,
         "prefill_tokens_per_second": round(timings.prefill_tokens_per_second, 1),
         "decode_tokens": timings.decode_tokens,
@@ -166,6 +187,7 @@ def _summary(result: Generation, figures: dict[str, Any]) -> str:
     rows = [
         ("prefill", "{prefill_tokens} tokens, {prefill_tokens_per_second:,.0f} tokens/s"),
         ("decode", "{decode_tokens} tokens, {decode_tokens_per_second:,.0f} tokens/s"),
+        *([("draft", "{draft_tokens_per_step} tokens per step")] if result.speculation else []),
         ("compiled in", "{compile_seconds:.1f} s"),
         ("KV cache", result.config.describe()),
         ("planned", "{cache_planned_bytes:,} bytes, held {cache_held_bytes:,} bytes"),

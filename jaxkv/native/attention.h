@@ -1,6 +1,7 @@
-// One decode step's attention over one layer of a cache. Each visible slot is read once, in memory
-// order, by all threads; nothing is copied out of the cache. Units of slots are handed out, and
-// joined at the end.
+// One decode step's attention over one layer of a cache. Each slot that a query sees is read once for
+// it, in memory order, by all threads; nothing is copied out of the cache. Units of slots are handed
+// out, and joined at the end. The sums of a query are its own: how many others stand beside it in
+// the step changes none of its bits.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -21,10 +22,11 @@ inline void Join(Attention& job, int64_t row, float* sum) {
   const float sink = job.sinks[row % job.rows()];
   const float* highest = &job.highest[row * job.chunks];
   const float* total = &job.total[row * job.chunks];
-  const float most = std::max(sink, *std::max_element(highest, highest + job.chunks));
+  const int64_t chunks = job.Chunks(row / job.rows());
+  const float most = std::max(sink, *std::max_element(highest, highest + chunks));
   float everything = std::exp(sink - most);
   std::fill_n(sum, job.head_dim, 0.0f);
-  for (int64_t chunk = 0; chunk < job.chunks; ++chunk) {
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const float* mix = job.MixOf(row / job.rows(), chunk, row % job.rows());
     const float weight = Exp(Vec{} + (highest[chunk] - most))[0];
     everything += weight * total[chunk];
@@ -35,36 +37,41 @@ inline void Join(Attention& job, int64_t row, float* sum) {
   job.log_total[row] = everything == 0 ? kLowest : most + std::log(everything);
 }
 
+// Queries of a sequence that read the same slots follow each other, so that all but the first find
+// them in a near cache.
 template <typename Unit>
 void RunUnit(Attention& job, int64_t unit) {
   const Slots& slots = job.slots;
+  const int64_t token = unit % slots.tokens;
+  unit /= slots.tokens;
   const int64_t chunk = unit % job.chunks, list = unit / job.chunks % slots.lists;
-  const int64_t b = unit / job.chunks / slots.lists;
-  const int64_t begin = slots.Begin(b), span = slots.End(b) - begin;
-  const int64_t from = begin + span * chunk / job.chunks;
-  const int64_t to = begin + span * (chunk + 1) / job.chunks;
+  const int64_t q = unit / job.chunks / slots.lists * slots.tokens + token;
+  const int64_t chunks = job.Chunks(q);
+  if (chunk >= chunks) return;
+  const int64_t begin = slots.Begin(q), span = slots.End(q) - begin;
+  const int64_t from = begin + span * chunk / chunks;
+  const int64_t to = begin + span * (chunk + 1) / chunks;
   const int64_t heads = job.heads / slots.lists;
-  Unit(job, b, list * heads, (list + 1) * heads, chunk).Run(list, from, to);
+  Unit(job, q, list * heads, (list + 1) * heads, chunk).Run(list, from, to);
 }
 
 template <typename Unit>
 void AttendIn(Attention& job, int64_t threads) {
   const Slots& slots = job.slots;
-  int64_t longest = 0, all = 0;
-  for (int64_t b = 0; b < slots.batch; ++b) {
-    const int64_t span = slots.End(b) - slots.Begin(b);
-    longest = std::max(longest, span), all += span;
-  }
   const int64_t slot_bytes = job.heads * (job.keys.bytes + job.values.bytes);
-  const int64_t most_chunks = std::max<int64_t>(1, kUnitsPerThread * threads / slots.batch);
-  const int64_t smallest = std::max<int64_t>(kBlock, kSmallestUnit / slot_bytes);
-  job.chunks = std::clamp<int64_t>(longest / smallest, 1, most_chunks);
-  const int64_t rows = slots.batch * job.rows();
+  job.most_chunks = std::max<int64_t>(1, kUnitsPerThread * threads / slots.batch);
+  job.smallest = std::max<int64_t>(kBlock, kSmallestUnit / slot_bytes);
+  int64_t all = 0;
+  for (int64_t q = 0; q < slots.Queries(); ++q) {
+    job.chunks = std::max(job.chunks, job.Chunks(q));
+    all += slots.End(q) - slots.Begin(q);
+  }
+  const int64_t rows = slots.Queries() * job.rows();
   static thread_local Scratch arranged, highest, total, mix, sum;
   Unit::Arrange(job, arranged);
   job.highest = highest.Room(rows * job.chunks), job.total = total.Room(rows * job.chunks);
   job.mix = mix.Room(rows * job.chunks * job.head_dim);
-  Pool::Get().Run(slots.batch * slots.lists * job.chunks, threads, all * slot_bytes > kWorthWaking,
+  Pool::Get().Run(slots.Queries() * slots.lists * job.chunks, threads, all * slot_bytes > kWorthWaking,
                   [&](int64_t unit) { RunUnit<Unit>(job, unit); });
   for (int64_t row = 0; row < rows; ++row) {
     Join(job, row, sum.Room(job.head_dim));

@@ -11,7 +11,7 @@ namespace jaxkv {
 
 // Of one layer. No queries where vectors are stored whole.
 struct Centring {
-  const float* queries = nullptr;  // [batch, heads, group, features], zeros up to whole vectors
+  const float* queries = nullptr;  // [queries, heads, group, features], zeros up to whole vectors
   const float* tables;             // [digits, 2, kBase, pairs]; jaxkv/codecs/rope.py
   int64_t digits = 0, pairs = 0, features = 0;
 

@@ -43,7 +43,7 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
                   int64_t key_bits, int64_t value_bits, int64_t extent, int64_t page_size,
                   int64_t window, int64_t kept_window, int64_t kept_sinks, float softcap,
                   ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> log_total) {
-  const auto shape = queries.dimensions();  // batch, heads, group, head_dim
+  const auto shape = queries.dimensions();  // batch, tokens, heads, group, head_dim
   const int64_t number = layer.typed_data()[0];
 
   PreferLargePages(keys.untyped_data(), keys.size_bytes());
@@ -57,15 +57,16 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
   if (centre_queries.element_count() > 0) {
     const auto tables = rope_tables.dimensions();  // digits, 2, base, pairs
     job.centre.queries = centre_queries.typed_data();
-    job.centre.features = centre_queries.dimensions()[3];
+    job.centre.features = centre_queries.dimensions()[4];
     job.centre.tables = rope_tables.typed_data();
     job.centre.digits = tables[0], job.centre.pairs = tables[3];
   }
-  job.heads = shape[1], job.group = shape[2], job.head_dim = shape[3];
+  job.heads = shape[2], job.group = shape[3], job.head_dim = shape[4];
   job.softcap = softcap;
 
   Slots& slots = job.slots;
-  slots.batch = shape[0], slots.extent = extent, slots.num_slots = keys.dimensions()[2];
+  slots.batch = shape[0], slots.tokens = shape[1];
+  slots.extent = extent, slots.num_slots = keys.dimensions()[2];
   slots.query_positions = positions.typed_data();
   slots.lengths = lengths.typed_data();
   slots.window = window, slots.kept_window = kept_window, slots.kept_sinks = kept_sinks;

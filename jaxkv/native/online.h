@@ -1,4 +1,4 @@
-// The online softmax of a unit of attention: some slots of one sequence, and for every query head
+// The online softmax of a unit of attention: some slots of one query, and for every query head
 // that reads them a running maximum and total.
 #pragma once
 #include <algorithm>
@@ -27,29 +27,34 @@ struct Side {
 // One layer, and the queries that read it.
 struct Attention {
   Side keys, values;
-  const float* queries;  // [batch, heads, group, head_dim], scaled
+  const float* queries;  // [queries, heads, group, head_dim], scaled
   const float* sinks;    // [heads, group]
   float* out;            // like queries
-  float* log_total;      // [batch, heads, group]: of all scores' exponentials, the sink's too
+  float* log_total;      // [queries, heads, group]: of all scores' exponentials, the sink's too
   int64_t heads, group, head_dim;
   float softcap;
   Slots slots;
   Centring centre;
 
-  int64_t chunks = 1;
+  int64_t chunks = 1;      // of the query that has most
   float* arranged;         // queries, as the units want them
-  float *highest, *total;  // [batch, rows, chunks]
-  float* mix;              // [batch, chunks, rows, head_dim]
+  float *highest, *total;  // [queries, rows, chunks]
+  float* mix;              // [queries, chunks, rows, head_dim]
+
+  int64_t most_chunks = 1, smallest = kBlock;  // chunks, and slots of one
 
   int64_t rows() const { return heads * group; }
-  float* MixOf(int64_t b, int64_t chunk, int64_t row) {
-    return &mix[((b * chunks + chunk) * rows() + row) * head_dim];
+  int64_t Chunks(int64_t q) const {
+    return std::clamp<int64_t>((slots.End(q) - slots.Begin(q)) / smallest, 1, most_chunks);
+  }
+  float* MixOf(int64_t q, int64_t chunk, int64_t row) {
+    return &mix[((q * chunks + chunk) * rows() + row) * head_dim];
   }
 };
 
 // Query heads that share a KV head: up to 4 where tokens are taken 4 at a time, else one.
 struct Rows {
-  int64_t head, row;  // row: of all sequences
+  int64_t head, row;  // row: of all queries
   int count;
   float* scores = nullptr;  // [steps][kLanes]; lane g * K + i
   Vec highest = Vec{} + kLowest, total = Vec{};

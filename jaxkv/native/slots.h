@@ -1,4 +1,4 @@
-// Which slots of a cache one query of each sequence sees, whatever the addressing.
+// Which slots of a cache each query sees, whatever the addressing.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -32,10 +32,11 @@ struct InTurn {
 };
 
 // One layer's slots. Sequence b has `extent` logical ones; by default logical slot p is slot
-// b * extent + p and holds position p.
+// b * extent + p and holds position p. Queries q are `tokens` of each sequence, one after the other.
 struct Slots {
-  int64_t batch, extent, num_slots;
-  const int32_t *query_positions, *lengths;  // [batch]
+  int64_t batch, tokens, extent, num_slots;
+  const int32_t* query_positions;            // [batch, tokens]
+  const int32_t* lengths;                    // [batch]
   int64_t window = 0;                        // newest positions that are visible; 0 for all
   // Pages: logical slot p is slot table[b, p / page_size] * page_size + p % page_size.
   const int32_t* table = nullptr;  // [batch, pages]; -1 for no page
@@ -45,22 +46,25 @@ struct Slots {
   int64_t lists = 1;                       // as many as KV heads, if each keeps its own tokens
   int64_t kept_window = 0, kept_sinks = 0;  // of the cache itself: newest and first positions
 
-  // The logical slots [begin, end) among which are all that sequence b's query sees.
-  int64_t End(int64_t b) const {
-    if (key_positions) return query_positions[b] < 0 ? 0 : extent;
+  int64_t Queries() const { return batch * tokens; }
+
+  // The logical slots [begin, end) among which are all that query q sees.
+  int64_t End(int64_t q) const {
+    if (key_positions) return query_positions[q] < 0 ? 0 : extent;
     return std::max<int64_t>(
-        0, std::min({extent, (int64_t)lengths[b], (int64_t)query_positions[b] + 1}));
+        0, std::min({extent, (int64_t)lengths[q / tokens], (int64_t)query_positions[q] + 1}));
   }
-  int64_t Begin(int64_t b) const {
+  int64_t Begin(int64_t q) const {
     if (key_positions) return 0;
     int64_t first = 0;
     for (const int64_t newest : {window, kept_window})
-      if (newest > 0) first = std::max(first, query_positions[b] + 1 - newest);
-    return std::min(first, End(b));
+      if (newest > 0) first = std::max(first, query_positions[q] + 1 - newest);
+    return std::min(first, End(q));
   }
 
-  // Fills a block with the next visible slots in [cursor, end). False if there are no more.
-  bool Collect(int64_t b, int64_t list, int64_t& cursor, int64_t end, Block& block) const {
+  // Fills a block with the next slots in [cursor, end) that query q sees. False if there are none.
+  bool Collect(int64_t q, int64_t list, int64_t& cursor, int64_t end, Block& block) const {
+    const int64_t b = q / tokens;
     block.count = 0;
     while (cursor < end && block.count < kBlock) {
       int64_t run_end = end, first = b * extent;  // slot of the run's logical slot 0
@@ -83,7 +87,7 @@ struct Slots {
       }
       const int32_t* held = key_positions + (b * lists + list) * extent;
       for (; cursor < run_end && block.count < kBlock; ++cursor)
-        if (Sees(query_positions[b], held[cursor])) {
+        if (Sees(query_positions[q], held[cursor])) {
           block.positions[block.count] = held[cursor];
           block.slots[block.count++] = first + cursor;
         }

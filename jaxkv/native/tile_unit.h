@@ -18,16 +18,16 @@ class TileUnit {
     return job.head_dim % Tiles::kNumbers == 0 && job.head_dim <= kMostNumbers && TilesAllowed();
   }
 
-  // KV heads [first_head, end_head) of sequence b.
-  TileUnit(Attention& job, int64_t b, int64_t first_head, int64_t end_head, int64_t chunk)
-      : job_(job), b_(b), chunk_(chunk), first_head_(first_head), end_head_(end_head),
+  // KV heads [first_head, end_head) for query q.
+  TileUnit(Attention& job, int64_t q, int64_t first_head, int64_t end_head, int64_t chunk)
+      : job_(job), q_(q), chunk_(chunk), first_head_(first_head), end_head_(end_head),
         centre_(job.centre) {
     for (int64_t head = first_head; head < end_head; ++head)
       for (int64_t g = 0; g < job.group; g += kQueries) {
         const int64_t row = head * job.group + g;
         const int count = std::min<int64_t>(kQueries, job.group - g);
-        rows_.push_back({head, b * job.rows() + row, count, scores_});
-        std::fill_n(job.MixOf(b, chunk, row), count * job.head_dim, 0.0f);
+        rows_.push_back({head, q * job.rows() + row, count, scores_});
+        std::fill_n(job.MixOf(q, chunk, row), count * job.head_dim, 0.0f);
       }
     slices_ = job.head_dim / Tiles::kNumbers;
     copy_.resize(kBlock * slices_);
@@ -37,9 +37,9 @@ class TileUnit {
   void Run(int64_t list, int64_t from, int64_t to) {
     const TilesInUse tiles;
     Block blocks[2];
-    bool more = job_.slots.Collect(b_, list, from, to, blocks[0]);
+    bool more = job_.slots.Collect(q_, list, from, to, blocks[0]);
     for (int now = 0; more; now ^= 1) {
-      more = job_.slots.Collect(b_, list, from, to, blocks[1 - now]);
+      more = job_.slots.Collect(q_, list, from, to, blocks[1 - now]);
       Add(blocks[now], blocks[1 - now]);
     }
     for (Rows& rows : rows_) Report<kQueries>(job_, rows, chunk_);
@@ -47,7 +47,7 @@ class TileUnit {
 
   // All queries, in place of job.queries.
   static void Arrange(Attention& job, Scratch& scratch) {
-    const int64_t rows = job.slots.batch * job.rows(), size = LinesOfQueries(job);
+    const int64_t rows = job.slots.Queries() * job.rows(), size = LinesOfQueries(job);
     const int64_t shared = (job.group + kQueries - 1) / kQueries;  // tiles of a KV head
     job.arranged = scratch.Room(rows / job.group * shared * size * kLanes);
     Line* to = (Line*)job.arranged;
@@ -78,7 +78,7 @@ class TileUnit {
         2 + FetchesOfScore(slices_, groups) + Tiles::FetchesOfMix(slices_, groups);
     Ahead ahead(job_, first_head_, end_head_, next, rows_.size() * fetches);
     for (Rows& rows : rows_) {
-      float* mix = job_.MixOf(b_, chunk_, rows.row - b_ * job_.rows());
+      float* mix = job_.MixOf(q_, chunk_, rows.row - q_ * job_.rows());
       FindSources(job_.keys, block, rows.head);
       Tiles::Score(QueriesOf(rows), sources_, groups, slices_, ahead, scores_);
       ahead.Fetch();
@@ -119,7 +119,7 @@ class TileUnit {
   }
 
   Attention& job_;
-  const int64_t b_, chunk_, first_head_, end_head_;
+  const int64_t q_, chunk_, first_head_, end_head_;
   int64_t slices_;
   bool in_a_row_[kGroups];  // whether a tile's tokens are in slots one after the other
   Source sources_[kGroups];

@@ -21,22 +21,22 @@ class Unit {
 
   // All queries, in the order in which elements are loaded.
   static void Arrange(Attention& job, Scratch& scratch) {
-    const int64_t rows = job.slots.batch * job.rows(), size = job.head_dim;
+    const int64_t rows = job.slots.Queries() * job.rows(), size = job.head_dim;
     job.arranged = scratch.Room(rows * size);
     for (int64_t row = 0; row < rows; ++row)
       jaxkv::Arrange<T>(job.queries + row * size, job.arranged + row * size, size);
   }
 
-  // KV heads [first_head, end_head) of sequence b.
-  Unit(Attention& job, int64_t b, int64_t first_head, int64_t end_head, int64_t chunk)
-      : job_(job), b_(b), chunk_(chunk), centre_(job.centre) {
+  // KV heads [first_head, end_head) for query q.
+  Unit(Attention& job, int64_t q, int64_t first_head, int64_t end_head, int64_t chunk)
+      : job_(job), q_(q), chunk_(chunk), centre_(job.centre) {
     constexpr int kMost = K == kLanes ? 1 : kLanes / K;
     for (int64_t head = first_head; head < end_head; ++head)
       for (int64_t g = 0; g < job.group; g += kMost) {
         const int64_t row = head * job.group + g;
         const int count = std::min<int64_t>(kMost, job.group - g);
-        rows_.push_back({head, b * job.rows() + row, count});
-        std::fill_n(job.MixOf(b, chunk, row), count * job.head_dim, 0.0f);
+        rows_.push_back({head, q * job.rows() + row, count});
+        std::fill_n(job.MixOf(q, chunk, row), count * job.head_dim, 0.0f);
       }
     scores_.resize(rows_.size() * kScores);
     for (size_t i = 0; i < rows_.size(); ++i) rows_[i].scores = &scores_[i * kScores];
@@ -45,9 +45,9 @@ class Unit {
   // Logical slots [from, to), seen as key positions' list `list` says.
   void Run(int64_t list, int64_t from, int64_t to) {
     Block blocks[2];
-    bool more = job_.slots.Collect(b_, list, from, to, blocks[0]);
+    bool more = job_.slots.Collect(q_, list, from, to, blocks[0]);
     for (int now = 0; more; now ^= 1) {
-      more = job_.slots.Collect(b_, list, from, to, blocks[1 - now]);
+      more = job_.slots.Collect(q_, list, from, to, blocks[1 - now]);
       const Block& block = blocks[now];
       const InRuns order{block.Steps<K>()};
       Ahead ahead(job_, rows_.front().head, rows_.back().head + 1, blocks[1 - now],
@@ -80,7 +80,7 @@ class Unit {
   using Wide = std::conditional_t<kCodes, float, T>;
 
   float* MixOf(const Rows& rows) {
-    return job_.MixOf(b_, chunk_, rows.row - b_ * job_.rows());
+    return job_.MixOf(q_, chunk_, rows.row - q_ * job_.rows());
   }
 
   // function(G, step, rows, pointers) over a block's tokens, elements in memory order.
@@ -116,7 +116,7 @@ class Unit {
   }
 
   Attention& job_;
-  const int64_t b_, chunk_;
+  const int64_t q_, chunk_;
   std::vector<Rows> rows_;
   std::vector<float> scores_, widened_;
   Scales<K> key_scales_, value_scales_;

@@ -10,15 +10,17 @@ import jax
 import numpy as np
 
 from jaxkv.cache.axes import Spread
+from jaxkv.drafts.draft import Draft, StatefulDraft, state_of
 from jaxkv.errors import ModelChangedError, PoolFullError
 from jaxkv.memory.session import Session
 from jaxkv.paging import Copy, Pools
 from jaxkv.serve import steps
 from jaxkv.serve.figures import Figures
-from jaxkv.serve.model_step import Model, Watch, Weights
+from jaxkv.serve.model_step import Model, Watch, Weights, spread_over
 from jaxkv.serve.rank import Rank
 from jaxkv.serve.request import MOST_STOP_TOKENS, Request
 from jaxkv.serve.sampling import Sampling
+from jaxkv.serve.speculate import Static, padded
 from jaxkv.serve.swap import SwapSpace
 
 Arrived = list[tuple[Request, list[int]]]
@@ -42,6 +44,7 @@ class Batch:
       prefill_chunk, decode_steps: tokens of a request that a step takes.
       prefill_rows: chunks that a step of prefill takes, on each data rank.
       swap_space: bytes of host memory for pages of requests that had to make room.
+      draft, num_guesses: who guesses tokens that a step checks, and how many.
 
     Attributes:
       ranks: the rows of the cache, in order.
@@ -60,6 +63,8 @@ class Batch:
         decode_steps: int,
         swap_space: int,
         spread: Spread | None = None,
+        draft: Draft | StatefulDraft | None = None,
+        num_guesses: int = 0,
     ):
         num_rows = (session.config.batch_size or 1) // len(pages)
         self.ranks = [Rank(number, own, num_rows) for number, own in enumerate(pages)]
@@ -73,6 +78,11 @@ class Batch:
         self._sampling, self._session = sampling, session
         self._chunk, self._chunks_per_step = prefill_chunk, prefill_rows
         self._decode_steps = decode_steps
+        self._draft = draft if spread is None else spread_over(spread.mesh, draft)
+        self._num_guesses = num_guesses
+        if draft is not None:
+            remembered = state_of(draft, len(self.rows), session.config.max_context_length)
+            self._drafting = steps.Drafting(jax.device_put(np.float32(1)), remembered)
 
     @property
     def rows(self) -> list[Request | None]:
@@ -280,14 +290,7 @@ class Batch:
         rows = [None if r is None or r.is_prefilling else r for r in self.rows]
         if not any(rows):
             return []
-        self._session.cache, new = steps.decode(
-            self._weights,
-            jax.device_put(self._dispatch(rows)),
-            self._session.cache,
-            sampling=self._sampling,
-            num_steps=self._decode_steps,
-        )
-        new, arrived = jax.device_get(new), []
+        new, arrived = self._decode(rows), []
         for row, decoded in enumerate(rows):
             if decoded is not None:
                 tokens, logprobs, failed = new.of(row)
@@ -303,6 +306,37 @@ class Batch:
             if decoded.done:
                 self.leave(decoded)
         return [(decoded, fresh) for decoded, fresh in arrived if fresh]
+
+    def _decode(self, rows: list[Request | None]) -> Any:
+        """What a dispatch of decode finds."""
+        options = {"sampling": self._sampling, "num_steps": self._decode_steps}
+        given = jax.device_put(self._dispatch(rows))
+        if self._draft is None:
+            self._session.cache, new = steps.decode(
+                self._weights, given, self._session.cache, **options
+            )
+            return jax.device_get(new)
+        static, arrays = Static.of(self._draft)
+        texts: list[Sequence[int]] = [
+            () if row is None else [*row.prompt.tokens, *row.tokens] for row in rows
+        ]
+        text = jax.device_put(padded(texts, self._session.config.max_context_length))
+        self._session.cache, new, self._drafting, counts = steps.speculate(
+            self._weights,
+            given,
+            self._drafting,
+            arrays,
+            self._session.cache,
+            text,
+            draft=static,
+            num_guesses=self._num_guesses,
+            **options,
+        )
+        new, (num_steps, num_guesses) = jax.device_get((new, counts))
+        self.figures.checked_guesses += int(num_guesses)
+        self.figures.right_guesses += int((new.guessed & (new.tokens >= 0)).sum())
+        self.figures.steps += int(num_steps)
+        return new
 
     def _dispatch(self, rows: list[Request | None]) -> steps.Rows:
         def column(value: Any) -> np.ndarray:

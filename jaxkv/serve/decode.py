@@ -67,6 +67,15 @@ class New(NamedTuple):
 
     tokens: Array
     logprobs: Array
+    guessed: Array | None = None  # with a draft, which tokens it had guessed
+
+    def guesses_of(self, row: int) -> list[bool]:
+        """Which of a sequence's tokens a draft had guessed."""
+        found = self.tokens[:, row] >= 0
+        if self.guessed is None:
+            return [False] * int(found.sum())
+        guesses: list[bool] = self.guessed[found, row].tolist()
+        return guesses
 
     def of(self, row: int) -> tuple[list[int], list[float], bool]:
         """The tokens of a sequence and their log-probabilities; did its logits fail after them?"""

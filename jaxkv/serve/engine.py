@@ -12,6 +12,7 @@ from jaxkv.cache.checks import checked_prompt
 from jaxkv.cache.create import config_of_a_device
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.devices import platform_at
+from jaxkv.drafts.draft import Draft, StatefulDraft
 from jaxkv.errors import ConfigError, ModelChangedError, PoolFullError, UnknownRequestError
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.paging import PageAllocator, Pools, Prompt
@@ -21,6 +22,7 @@ from jaxkv.serve.figures import Figures
 from jaxkv.serve.model_step import Model
 from jaxkv.serve.request import Request
 from jaxkv.serve.sampling import Sampling
+from jaxkv.serve.speculate import NUM_GUESSES, check_draft
 from jaxkv.show.progress import progress_bar
 from jaxkv.show.stop_strings import StopStrings
 
@@ -64,6 +66,8 @@ class Engine:
         Each part of the batch, a data rank, has a pool of pages of its own: requests share what
         they have in common there. One goes where most of its prompt is found, and then where most
         pages are free. Arrays of the model that are on one device are copied to all of the mesh.
+      draft, num_guesses: who guesses tokens that a step checks, and how many, as for `generate`. A
+        dispatch brings ``decode_steps`` tokens, in fewer steps.
 
     Attributes:
       pages: the books, of the pool of each data rank, see `jaxkv.paging.Pools`; of one unless the
@@ -104,6 +108,8 @@ class Engine:
         device: Any = None,
         mesh: Mesh | None = None,
         axes: Axes | None = None,
+        draft: Draft | StatefulDraft | None = None,
+        num_guesses: int = NUM_GUESSES,
     ):
         spread = _checked_spread(mesh, axes, swap_space)
         on_cpu = (platform_at(device) if spread is None else spread.platform) == "cpu"
@@ -113,6 +119,8 @@ class Engine:
         groups, page_size = check_config(
             local, prefill_chunk, prefill_rows, decode_steps, token_budget, swap_space
         )
+        if draft is not None:
+            check_draft("Engine", config, num_guesses)
         self.config = config
         self._vocabulary = getattr(model, "vocab_size", None)
         stops = getattr(model, "stop_tokens", ()) if stop_tokens is None else stop_tokens
@@ -152,6 +160,8 @@ class Engine:
             decode_steps=decode_steps,
             swap_space=swap_space,
             spread=spread,
+            draft=draft,
+            num_guesses=num_guesses,
         )
         self.figures: Figures = self._batch.figures
 

@@ -19,6 +19,7 @@ class Figures:
       swapped_bytes: of host memory that holds such pages now.
       most_swapped_bytes: at any time so far.
       dispatches: of decode.
+      steps, checked_guesses, right_guesses: with a draft, steps of decode per request, and guesses.
     """
 
     prefilled_tokens: int = 0
@@ -30,6 +31,9 @@ class Figures:
     swapped_bytes: int = 0
     most_swapped_bytes: int = 0
     dispatches: int = 0
+    steps: int = 0
+    checked_guesses: int = 0
+    right_guesses: int = 0
     _held_slots: int = 0
     _wasted_slots: int = 0
     _occupancy: float = 0.0

@@ -16,13 +16,15 @@ from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import Codec
 from jaxkv.counts import check_count
 from jaxkv.devices import platform_at
+from jaxkv.drafts.draft import Draft, StatefulDraft
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.memory.session import Session, holding
-from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Chunk, Program, State
+from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Chunk, New, Program, State
 from jaxkv.serve.decode import prefill_chunk as best_chunk
 from jaxkv.serve.ending import Ending
 from jaxkv.serve.model_step import Model
 from jaxkv.serve.sampling import Sampling
+from jaxkv.serve.speculate import NUM_GUESSES, DraftProgram, Speculating, check_draft
 from jaxkv.show.progress import progress_bar
 from jaxkv.show.stop_strings import StopStrings
 
@@ -62,6 +64,35 @@ class Timings:
 
 
 @dataclasses.dataclass(frozen=True)
+class Speculation:
+    """What a draft was worth.
+
+    Attributes:
+      steps: of the model, over all prompts: each takes a token and the guesses of the next ones.
+      guesses: of the draft that were checked.
+      guessed: for each prompt, which of its new tokens the draft had guessed.
+
+    >>> import jaxkv
+    >>> worth = jaxkv.Speculation(steps=2, guesses=4, guessed=[[True, True, False, True, False]])
+    >>> worth.accepted, worth.tokens_per_step
+    (3, 2.5)
+    """
+
+    steps: int
+    guesses: int
+    guessed: list[list[bool]]
+
+    @property
+    def accepted(self) -> int:
+        """Guesses that were right."""
+        return sum(map(sum, self.guessed))
+
+    @property
+    def tokens_per_step(self) -> float:
+        return sum(map(len, self.guessed)) / self.steps if self.steps else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Generation:
     """What `generate` returns; lists are in the order of the prompts.
 
@@ -73,6 +104,7 @@ class Generation:
       config: of the cache that was used; its ``size_bytes`` were held. With a policy, of the
         smaller one that decode used.
       texts: of the answers, before a stop string; None without a tokenizer.
+      speculation: what the draft was worth; None without one.
 
     >>> import jax, jaxkv
     >>> def count_up(tokens, cache):  # a "model" that answers token + 1
@@ -89,6 +121,7 @@ class Generation:
     timings: Timings
     config: AnyConfig
     texts: list[str] | None = None
+    speculation: Speculation | None = None
 
 
 class _Answer:
@@ -97,17 +130,20 @@ class _Answer:
     def __init__(self, prompt: np.ndarray, ending: Ending):
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.guessed: list[bool] = []
         self.finish_reason: str | None = None
         self._prompt, self._ending = prompt, ending
 
-    def take(self, tokens: list[int], logprobs: list[float], failed: bool) -> list[int]:
-        """Enter what a dispatch found, as `New.of` says it, and return what of it counts."""
+    def take(self, new: New, row: int) -> list[int]:
+        """Enter what a dispatch found, and return what of it counts."""
         if self.finish_reason is not None:  # by a stop string, which the device knows nothing of
             return []
+        tokens, logprobs, failed = new.of(row)
         answer, known = [*self.tokens, *tokens], len(self.tokens)
         count, self.finish_reason = self._ending.of(self._prompt, answer, known, failed)
         self.tokens = answer[:count]
         self.logprobs += logprobs[: count - known]
+        self.guessed += new.guesses_of(row)[: count - known]
         return answer[known:count]
 
     def text(self) -> str:
@@ -136,6 +172,8 @@ def generate(
     device: Any = None,
     mesh: Mesh | None = None,
     axes: Axes | None = None,
+    draft: Draft | StatefulDraft | None = None,
+    num_guesses: int = NUM_GUESSES,
 ) -> Generation:
     """Continue a ragged batch of prompts.
 
@@ -168,15 +206,22 @@ def generate(
         a window no more than that or 1,024. Layers with a window have room for it in their rings.
       on_tokens: called as ``on_tokens(prompt_number, new_tokens)`` as they arrive, some at a
         time. No progress bar is shown then. `jaxkv.models.TextStream` makes text of them.
-      stream_every: tokens of a prompt that arrive at once, at most; 1 for each by itself.
+      stream_every: tokens of a prompt that arrive at once, at most; 1 for each by itself. With a
+        draft, steps whose tokens do.
       tracker: a ledger that the cache is entered in.
       device: where the cache lives.
       mesh, axes: the devices over which the cache is spread and how, as in `jaxkv.create`.
         Arrays of the model that are on one device are copied to all of the mesh.
+      draft: who guesses tokens, as `jaxkv.drafts.NGram` does, for the model to check several in one
+        step; the answer is the same as without. But where a step of more tokens rounds otherwise, a
+        draw between two tokens that are as likely to the last bits may fall the other way.
+      num_guesses: that a step takes per sequence, at most. Where guesses do not come true, most
+        steps take none.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, a context too short, stop strings
         without a tokenizer, a policy without ``keep``, or for a cache over a mesh.
+      ConfigError: with a draft, a cache that could not take guesses back.
       CacheAllocationError: the cache does not fit.
 
     >>> import jax, jax.numpy as jnp, jaxkv
@@ -207,7 +252,7 @@ def generate(
         mesh = spread.automatic.mesh
     compression = _compression(policy, keep, spread)
     chunks = list(_chunks(checked, chunk))
-    program = Program.of(
+    program: Any = Program.of(
         model,
         sampling,
         stops,
@@ -215,7 +260,11 @@ def generate(
         observe=compression is not None and compression.window != 0,
         on=spread and spread.automatic,
     )
-    state = _start(checked, max_new_tokens, seed)
+    state: Any = _start(checked, max_new_tokens, seed)
+    if draft is not None:
+        check_draft("generate", config, num_guesses)
+        program = DraftProgram.of(program, draft, num_guesses, on=spread and spread.automatic)
+        state = program.start(state, checked, config)
     ending = Ending(max_new_tokens, program.stop_tokens, strings, tokenizer)
     answers = [_Answer(prompt, ending) for prompt in checked]
     streams = on_tokens is not None
@@ -251,12 +300,15 @@ def generate(
         ):
             while any(answer.finish_reason is None for answer in answers):
                 state, live.cache, found = program.decode(state, live.cache)
-                found = jax.device_get(found)
+                found, fresh = jax.device_get(found), 0
                 for number, answer in enumerate(answers):
-                    tokens = answer.take(*found.of(number))
+                    tokens = answer.take(found, number)
                     if on_tokens is not None and tokens:
                         on_tokens(number, tokens)
-                    advance_bar(len(tokens))
+                    fresh += len(tokens)
+                advance_bar(
+                    fresh, None if draft is None else _worth(state, answers).tokens_per_step
+                )
         config = live.config
 
     return Generation(
@@ -272,6 +324,7 @@ def generate(
         ),
         config=config,
         texts=None if tokenizer is None else [answer.text() for answer in answers],
+        speculation=None if draft is None else _worth(state, answers),
     )
 
 
@@ -296,6 +349,11 @@ def _compression(
     from jaxkv.serve.compressed import Compression
 
     return Compression.of(policy, keep, spread)
+
+
+def _worth(state: Speculating, answers: list[_Answer]) -> Speculation:
+    steps, guesses = (int(each.sum()) for each in jax.device_get((state.steps, state.num_guesses)))
+    return Speculation(steps, guesses, [answer.guessed for answer in answers])
 
 
 def _start(prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[int]) -> State:

@@ -6,7 +6,7 @@ So a model with other weights compiles nothing, and the program keeps no weights
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,6 +16,7 @@ from jaxkv.cache.hybrid import AnyCache
 from jaxkv.errors import ModelChangedError
 from jaxkv.serve.closures import Hoisted, hoist, inlined, named_arrays
 
+T = TypeVar("T")
 # ``model(tokens [batch, tokens], cache) -> (logits [batch, tokens, vocabulary], cache)``
 Model = Callable[[Array, AnyCache], tuple[Array, AnyCache]]
 
@@ -42,16 +43,21 @@ class Weights(NamedTuple):
 
     def spread_over(self, mesh: Mesh) -> "Weights":
         """With arrays that are on one device copied to all of a mesh, once and not in each step."""
-        everywhere = NamedSharding(mesh, PartitionSpec())
+        return self._replace(arrays=spread_over(mesh, self.arrays))
 
-        def place(leaf: Any) -> Any:
-            if not isinstance(leaf, jax.Array) or leaf.sharding == everywhere:
-                return leaf
-            if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.num_devices > 1:
-                return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
-            return jax.device_put(leaf, everywhere)
 
-        return self._replace(arrays=[place(leaf) for leaf in self.arrays])
+def spread_over(mesh: Mesh, tree: T) -> T:
+    """With arrays that are on one device copied to all of a mesh."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.sharding == everywhere:
+            return leaf
+        if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.num_devices > 1:
+            return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
+        return jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(place, tree)
 
 
 class Watch:

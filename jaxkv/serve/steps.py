@@ -22,9 +22,11 @@ from jaxkv.cache.shards import by_row, everywhere, in_each_shard
 from jaxkv.cache.verbs import padded_after
 from jaxkv.codecs import Leaves
 from jaxkv.placement import scatter
-from jaxkv.serve.decode import NOT_A_NUMBER, New
+from jaxkv.serve.decode import NOT_A_NUMBER, New, State
 from jaxkv.serve.model_step import Model, ModelStep
 from jaxkv.serve.sampling import Sampling, sample
+from jaxkv.serve.speculate import Speculating, Static
+from jaxkv.serve.speculate import decode as decode_with
 
 # From the host, or traced.
 Ints = Array | np.ndarray
@@ -115,6 +117,58 @@ def decode(
     placed = _placed(cache, rows.tables, rows.lengths, rows.prompts)
     *_, cache, new = lax.while_loop(unfinished, one_step, (0, *rows[:2], placed, new))
     return cache, everywhere(cache, new)
+
+
+class Drafting(NamedTuple):
+    """What an engine with a draft knows from one dispatch to the next."""
+
+    credit: Array  # see `speculate`
+    draft: Any  # what it remembers
+
+
+@functools.partial(ModelStep, donated=[1, 3])
+def speculate(
+    model: Model,
+    rows: Rows,
+    drafting: Drafting,
+    arrays: Sequence[Array],
+    cache: AnyCache,
+    text: Int[Array, "batch room"],
+    *,
+    draft: Static,
+    num_guesses: int,
+    sampling: Sampling,
+    num_steps: int,
+) -> tuple[AnyCache, New, Drafting, tuple[Array, Array]]:
+    """`decode` with a draft: as many tokens, in as many steps or fewer.
+
+    Args:
+      arrays: of the draft.
+      text: tokens of each row so far.
+
+    Returns:
+      Last, how many steps and guesses there were.
+    """
+    rows, text = by_row(cache, (jax.tree.map(jnp.asarray, rows), text))
+    last, remaining, seeds, stop_tokens, known = map(
+        jnp.asarray, (rows.last, rows.remaining, rows.seeds, rows.stop_tokens, rows.known)
+    )
+    state = State(last, jnp.minimum(remaining, num_steps), seeds)
+    begun = Speculating.begin(state, text, drafting.draft)._replace(credit=drafting.credit)
+    placed = _placed(cache, rows.tables, rows.lengths, rows.prompts)
+    now, cache, new = decode_with(
+        model,
+        begun,
+        draft.whole(arrays),
+        placed,
+        stop_tokens,
+        known,
+        num_guesses=num_guesses,
+        sampling=sampling,
+        num_steps=num_steps,
+    )
+    counts = everywhere(cache, (now.steps.sum(), now.num_guesses.sum()))
+    return cache, new, Drafting(now.credit, now.draft), counts
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
