@@ -242,7 +242,8 @@ class Batch:
 
     def _chunks_of(self, rank: Rank, request: Request) -> list[Chunk]:
         """The next chunks of a prompt: after the first, those for which there are pages anyway."""
-        chunks, start = [], request.length
+        chunks: list[Chunk] = []
+        start = request.length
         while start < request.prompt.num_shareable and len(chunks) < self._chunks_per_step:
             end = self._end_of_chunk(request, start)
             try:
