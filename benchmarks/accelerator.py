@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import jaxkv
 from benchmarks.accelerator_agreement import agreement
 from benchmarks.accelerator_attention import CONTEXTS, compile_ahead, sweep
-from benchmarks.accelerator_decode import decode, generate
+from benchmarks.accelerator_decode import decode, few_tokens, generate, llama
 from benchmarks.accelerator_prefill import prefill
+from benchmarks.accelerator_prompts import first_tokens, peer_of, requests
 from benchmarks.measure import interleaved
 from benchmarks.report import Row, Table
 from jaxkv.memory import device_memory
@@ -37,7 +38,12 @@ def run(quick: bool) -> Iterator[Table]:
     yield _within("Memory", 60, _memory)
     yield _within("Append", 60, _append)
     yield _within("Generate", 90, generate)
-    yield _within("Decode", 300, lambda: decode(layers=8 if quick else 32))
+    model = llama(layers=8 if quick else 32)
+    yield _within("Decode", 300, lambda: decode(model))
+    yield _within("Steps of several tokens", 120, lambda: few_tokens(model))
+    peer = peer_of(model)
+    yield _within("First token", 150, lambda: first_tokens(model, peer))
+    yield _within("Engine", 150, lambda: requests(model, peer))
 
 
 def _within(title: str, seconds: int, part: Callable[[], Table]) -> Table:

@@ -15,7 +15,7 @@ from flax import nnx
 import jaxkv
 from benchmarks.caches import compile_fill, filled
 from benchmarks.measure import interleaved
-from benchmarks.report import Row, Table
+from benchmarks.report import Row, Table, target
 from jaxkv.models import Decoder, DecoderConfig, load
 from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Program, State
 from jaxkv.show.text import format_bytes
@@ -24,6 +24,7 @@ _SHAPE = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
 # Prompts, tokens that each holds already, and the cache's codec.
 _STATES = ((1, 1000, "bfloat16"), (8, 8000, "bfloat16"), (8, 8000, "int8"), (8, 8000, "rotated4"))
 _DISPATCHES = 6
+_TOKENS = (1, 5, 8)  # of a sequence, in a step
 
 
 def generate() -> Table:
@@ -41,13 +42,11 @@ def generate() -> Table:
     return Table("Generate", [row], [f"It went on: {tokenizer.decode(result.tokens[0])[:60]!r}"])
 
 
-def decode(layers: int) -> Table:
+def decode(model: Decoder) -> Table:
     """Steps of Llama-3-8B's shapes, after many tokens."""
-    started = time.perf_counter()
-    model = llama(layers)
     program = Program.of(model, jaxkv.Sampling(), ())
     configs = [cache_config(model, batch, length, codec) for batch, length, codec in _STATES]
-    made = time.perf_counter()
+    started = time.perf_counter()
     with ThreadPoolExecutor() as pool:  # of them all, since it takes longer than decoding
         lengths = (length for _, length, _ in _STATES)
         list(pool.map(functools.partial(_compile, program), configs, lengths))
@@ -76,9 +75,45 @@ def decode(layers: int) -> Table:
     note = (
         f"{TOKENS_PER_DISPATCH} steps a dispatch, greedy. Limit: {format_bytes(weights)} of "
         f"weights and the cache's tokens, read once at {reading / 1e9:,.0f} GB/s, XLA's sum. "
-        f"Making the model took {made - started:.0f} s, compiling {compiled - made:.0f} s."
+        f"Compiling took {compiled - started:.0f} s."
     )
+    layers = model.config.num_layers
     return Table(f"Decode: {layers} layers of Llama-3-8B, random weights, bfloat16", rows, [note])
+
+
+def few_tokens(model: Decoder) -> Table:
+    """What a step takes longer for several tokens of each sequence, as a draft asks for."""
+    rows: list[Row] = []
+    notes = []
+    for batch, length, codec in _STATES[:2]:
+        config = cache_config(model, batch, length, codec)
+        cache, times = filled(config, length), {}
+        for tokens in _TOKENS:
+            given = jnp.ones((batch, tokens), jnp.int32)
+            compiled = _step.lower(model, cache, given).compile()
+
+            def call(compiled=compiled, given=given):
+                nonlocal cache
+                for _ in range(TOKENS_PER_DISPATCH):
+                    chosen, cache = compiled(model, cache, given)
+                return chosen
+
+            measured = interleaved({"step": call}, repeats=_DISPATCHES)["step"]
+            times[tokens] = measured.seconds / TOKENS_PER_DISPATCH
+            row = {"sequences": f"{batch} x {length:,}", "tokens": tokens}
+            rows.append(row | {"ms a step": times[tokens] * 1e3})
+            print(" ", *rows[-1].values(), file=sys.stderr, flush=True)
+        share = times[5] / times[1]
+        notes.append(target(f"{batch} x {length:,}, 5 tokens over 1", share, 1.15, at_most=True))
+    return Table("Steps of several tokens, Llama-3-8B shapes, bfloat16", rows, notes)
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def _step(
+    model: Decoder, cache: jaxkv.KVCache, tokens: jax.Array
+) -> tuple[jax.Array, jaxkv.KVCache]:
+    logits, after = model(tokens, cache)
+    return logits.argmax(axis=-1), jaxkv.truncate(after, cache.lengths[0])
 
 
 def llama(layers: int) -> Decoder:

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 import jaxkv
-from benchmarks.accelerator_decode import llama
 from benchmarks.report import Row, Table, target
 from jaxkv.models import Decoder
 
@@ -23,19 +22,14 @@ _SEED = 0
 _PAGE, _TOKENS_HELD = 64, 65536
 
 
-def prompts(layers: int) -> list[Table]:
-    """Llama-3-8B's shapes with random weights, beside transformers where it is."""
-    model = llama(layers)
-    peer = _Transformers(layers) if _has_peer() else None
-    return [_first_tokens(model, peer), _requests(model, peer)]
-
-
-def _has_peer() -> bool:
+def peer_of(model: Decoder) -> "Transformers | None":
+    """A model of as many layers in transformers, where that is."""
     found = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-    return found and jax.default_backend() == "gpu"
+    here = found and jax.default_backend() == "gpu"
+    return Transformers(model.config.num_layers) if here else None
 
 
-def _first_tokens(model: Decoder, peer: "_Transformers | None") -> Table:
+def first_tokens(model: Decoder, peer: "Transformers | None") -> Table:
     rows: list[Row] = []
     notes: list[str] = []
     for batch, tokens in SIZES:
@@ -61,7 +55,7 @@ def _first(model: Decoder, given: list[list[int]]) -> None:
     jaxkv.generate(model, given, max_new_tokens=1)
 
 
-def _requests(model: Decoder, peer: "_Transformers | None") -> Table:
+def requests(model: Decoder, peer: "Transformers | None") -> Table:
     """A queue of requests, all there from the beginning."""
     lengths = np.random.default_rng(_SEED).integers(256, 1025, _REQUESTS)
     given = _random_prompts(lengths)
@@ -114,7 +108,7 @@ def _median_of(call: Callable[[], Any], repeats: int = 3) -> float:
     return statistics.median(seconds[1:])
 
 
-class _Transformers:
+class Transformers:
     """A LlamaForCausalLM of the same shapes, with random weights of its own."""
 
     def __init__(self, layers: int):

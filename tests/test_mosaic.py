@@ -49,14 +49,19 @@ def test_explain_says_what_it_needs():
 
 
 REASONS = {
-    "more tokens": ({}, 2, "serves one token a sequence, and this call has 2"),
+    "more tokens": ({}, 9, "serves up to 8 tokens a sequence, and this call has 9"),
+    "tokens of a ring": (
+        {"addressing": jaxkv.Ring(window=61, sinks=2, chunk=9)},
+        2,
+        "serves one token a sequence of ring caches, not 2",
+    ),
     "float32": (
         {"codec": jaxkv.Dense("float32")},
         1,
-        "reads bfloat16, int8, rotated4 and rotated2, not float32",
+        "reads bfloat16, float16, int8, rotated4 and rotated2, not float32",
     ),
     "float8": ({"codec": jaxkv.Float8()}, 1, "not float8"),
-    "head_dim": ({"head_dim": 80}, 1, "head_dim is 80, and it takes 64 or 128"),
+    "head_dim": ({"head_dim": 80}, 1, "head_dim is 80, and it takes 64, 128 or 256"),
     "scales": ({"codec": jaxkv.Int8()}, 1, "scales of 2 KV heads are not a multiple of 16 bytes"),
     "three bits": ({"codec": jaxkv.Centred(jaxkv.Rotated(3))}, 1, "not rotated3-centred"),
     "short codes": ({"codec": jaxkv.Rotated(2)}, 1, "rotated2 with a head_dim of 64 has 16"),
@@ -92,6 +97,7 @@ def test_what_it_cannot_read(case):
     [
         {},
         {"head_dim": 128},
+        {"head_dim": 256, "codec": jaxkv.Dense("float16")},
         {"codec": jaxkv.Int8(), "num_kv_heads": 8},
         {"codec": jaxkv.Centred(jaxkv.Rotated(4)), "num_kv_heads": 8},
         {"addressing": jaxkv.Paged(16)},
@@ -105,10 +111,10 @@ def test_what_it_can_read(fields):
 
 def test_a_group_that_fills_the_registers_is_left_to_others(served):
     cache = jaxkv.create(config_of(num_kv_heads=1))
-    assert "33 query heads read each KV head" in mosaic.should_not_serve(cache, 1, 33, "gpu")
+    assert "33 queries read each KV head" in mosaic.should_not_serve(cache, 1, 33, "gpu")
     served()
-    with pytest.raises(ValueError, match="33 query heads read each KV head, and it takes 32"):
-        jaxkv.attend(cache, jnp.ones((1, 33, 64)), layer=0, implementation="mosaic")
+    with pytest.raises(ValueError, match="34 queries read each KV head, and it takes 32"):
+        jaxkv.attend(cache, jnp.ones((2, 17, 64)), layer=0, implementation="mosaic")
 
 
 @pytest.mark.parametrize(
@@ -146,12 +152,20 @@ def test_it_lowers_and_is_given_the_whole_cache(served, codec, addressing):
     assert len(taking_it) >= 2  # the signature and the call
 
 
-# Two sequences, several tiles, pages and options; and codes, whose scales want 8 heads.
+# Two sequences, several tiles, pages and options; and codes, whose scales want 8 heads. As many
+# tokens at once as each sequence has of them, padded to the most.
 INTERPRETED = {
     "bfloat16": (
         {"batch_size": 2, "num_kv_heads": 1, "addressing": jaxkv.Paged(16, window=50)},
         (70, 3),
         {"softcap": 5.0, "sinks": jnp.asarray([0.5, -0.5])},
+        (1, 1),
+    ),
+    "tokens": (
+        {"batch_size": 2, "num_kv_heads": 1, "addressing": jaxkv.Paged(16, window=50)},
+        (70, 5),
+        {"sinks": jnp.asarray([0.5, -0.5])},
+        (7, 3),
     ),
     # The second ring has turned, and both leave out a tile of hidden slots.
     "ring": (
@@ -163,16 +177,37 @@ INTERPRETED = {
         },
         (180, 275),
         {"sinks": jnp.asarray([0.5])},
+        (1, 1),
+    ),
+    "float16": (
+        {"batch_size": 1, "num_kv_heads": 1, "head_dim": 256, "codec": jaxkv.Dense("float16")},
+        (70,),
+        {"softcap": 5.0},
+        (1,),
+    ),
+    "rotated4 of 256": (
+        {"num_kv_heads": 8, "batch_size": 1, "head_dim": 256, "codec": jaxkv.Rotated(4)},
+        (70,),
+        {},
+        (1,),
     ),
     "int8": (
         {"batch_size": 1, "num_kv_heads": 8, "max_context_length": 72, "codec": jaxkv.Int8()},
         (40,),
         {},
+        (1,),
+    ),
+    "int8 tokens": (
+        {"batch_size": 1, "num_kv_heads": 8, "max_context_length": 72, "codec": jaxkv.Int8()},
+        (67,),
+        {},
+        (5,),
     ),
     "rotated4": (
         {"num_kv_heads": 8, "batch_size": 1, "codec": jaxkv.Rotated(4)},
         (70,),
         {"softcap": 5.0, "window": 66},
+        (1,),
     ),
     "rotated2-centred": (
         {
@@ -184,18 +219,22 @@ INTERPRETED = {
         },
         (100,),
         {"window": 60, "sinks": jnp.linspace(-1, 1, 8)},
+        (3,),
     ),
 }
 
 
-@pytest.mark.slow_cases(r"rotated2-centred")
 @pytest.mark.parametrize(
     "case",
     [
         "bfloat16",
+        "tokens",
         "ring",
+        pytest.param("float16", marks=pytest.mark.slow),
         "int8",
+        pytest.param("int8 tokens", marks=pytest.mark.slow),
         "rotated4",
+        pytest.param("rotated4 of 256", marks=pytest.mark.slow),
         pytest.param("rotated2-centred", marks=pytest.mark.slow),
     ],
 )
@@ -205,28 +244,29 @@ def test_interpreted_it_equals_the_reference_without_races(served, case):
         pytest.skip("this JAX has no interpreter of Mosaic GPU kernels (0.11 has)")
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     served(lambda request: mosaic._attend(request, interpret)[0])
-    fields, lengths, options = INTERPRETED[case]
+    fields, lengths, options, added = INTERPRETED[case]
     config, generator = config_of(**fields), np.random.default_rng(0)
     shape = (len(lengths), max(lengths), config.num_kv_heads, config.head_dim)
     keys, values = jnp.asarray(generator.standard_normal((2, *shape), np.float32))
-    heads = config.num_kv_heads * (2 if case == "bfloat16" else 1)
+    heads = config.num_kv_heads * (2 if config.num_kv_heads == 1 and case != "ring" else 1)
     queries = jnp.asarray(
-        generator.standard_normal((len(lengths), 1, heads, config.head_dim), np.float32)
+        generator.standard_normal((len(lengths), max(added), heads, config.head_dim), np.float32)
     )
+    options = {**options, "num_tokens": jnp.asarray(added)}
     cache = poisoned(jaxkv.create(config))
     for start in range(0, max(lengths), 200):  # a ring takes no more at once
         part = slice(start, start + 200)
         number = jnp.clip(jnp.asarray(lengths) - start, 0, 200)
         cache = jaxkv.append(cache, keys[:, part], values[:, part], layer=1, num_tokens=number)
         cache = jaxkv.advance(cache, number)
-    cache = cache.with_lengths(jnp.asarray(lengths) - 1)
+    cache = cache.with_lengths(jnp.asarray(lengths) - jnp.asarray(added))
     expected, actual = (
         jit(functools.partial(jaxkv.attend, layer=1, implementation=name, **options))(
             cache, queries
         )
         for name in ("reference", "mosaic")
     )
-    np.testing.assert_allclose(actual, expected, atol=1e-5 if case == "bfloat16" else 5e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-5 if heads == 2 else 5e-5)
 
 
 @pytest.mark.parametrize("window", [None, 2, 15, 70])
@@ -274,7 +314,7 @@ def test_queries_in_two_parts_keep_16_bits(row):
     whole = (high * kernel_queries.LOW_STEPS + low) * step
     largest = jnp.abs(queries).max(axis=0)
     assert (jnp.abs(whole - queries) <= largest * 2**-15 + 1e-30).all()
-    high, low = kernel_queries.in_two_bfloat16(queries)
+    high, low = kernel_queries.in_two_parts(queries, jnp.bfloat16)
     assert high.dtype == low.dtype == jnp.bfloat16
     whole = high.astype(jnp.float32) + low.astype(jnp.float32)
     np.testing.assert_allclose(whole, queries, rtol=2**-16, atol=1e-37)

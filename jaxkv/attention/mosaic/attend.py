@@ -25,9 +25,10 @@ from jaxkv.devices import local_gpu, num_devices_of
 
 Slots = Int[Array, " batch"]
 
-_HEAD_DIMS = (64, 128)
+_HEAD_DIMS = (64, 128, 256)
 _CODES = [(each.levels, each.rotation) for each in (Int8(), Rotated(bits=4), Rotated(bits=2))]
-_MOST_GROUP = 32  # query heads of a KV head; more do not fit in registers
+MOST_TOKENS = 8  # of a sequence
+_MOST_QUERIES = 32  # of a KV head; more do not fit in registers
 _LOG2_E = 1.4426950408889634
 
 
@@ -38,8 +39,8 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
 
 def should_not_serve(cache: KVCache, tokens: int, heads: int, platform: str) -> str | None:
     """Why another implementation is the better choice, or None."""
-    if (group := heads // cache.config.num_kv_heads) > _MOST_GROUP:
-        return _too_many(group)
+    if (queries := tokens * (heads // cache.config.num_kv_heads)) > _MOST_QUERIES:
+        return _too_many(queries)
     if (devices := num_devices_of(buffer_of(cache))) > 1:
         return f"the cache is on {devices} GPUs, and a sharded one would be gathered"
     return None
@@ -49,18 +50,20 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
     """Why the kernel is not made for such a call, whatever the device is, or None."""
     config, index = cache.config, cache.index
     codec = config.codec
-    bfloat16 = codec.dtype == "bfloat16"
-    if tokens != 1:
-        return f"it serves one token a sequence, and this call has {tokens}"
-    if not bfloat16 and (codec.levels, codec.rotation) not in _CODES:
-        return f"it reads bfloat16, int8, rotated4 and rotated2, not {codec.name}"
+    in_16_bits = codec.dtype in ("bfloat16", "float16")
+    if tokens > MOST_TOKENS:
+        return f"it serves up to {MOST_TOKENS} tokens a sequence, and this call has {tokens}"
+    if tokens > 1 and (not index.by_position or index.share is not None):
+        return f"it serves one token a sequence of {config.addressing.name} caches, not {tokens}"
+    if not in_16_bits and (codec.levels, codec.rotation) not in _CODES:
+        return f"it reads bfloat16, float16, int8, rotated4 and rotated2, not {codec.name}"
     if config.pair.unlike:
         return f"it takes keys beside values of one size, and {config.pair.unlike}"
     if config.head_dim not in _HEAD_DIMS:
-        return f"head_dim is {config.head_dim}, and it takes 64 or 128"
+        return f"head_dim is {config.head_dim}, and it takes 64, 128 or 256"
     if codec.levels and len(codec.levels) == 4 and config.head_dim == 64:
         return "it takes at least 32 bytes a vector, and rotated2 with a head_dim of 64 has 16"
-    if not bfloat16 and config.num_kv_heads % 8:
+    if not in_16_bits and config.num_kv_heads % 8:
         return f"scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
     if config.num_slots < TILE:
         return f"it reads {TILE} slots at once, and the cache has {config.num_slots}"
@@ -77,12 +80,12 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
     return None
 
 
-def _too_many(group: int) -> str:
-    return f"{group} query heads read each KV head, and it takes {_MOST_GROUP}"
+def _too_many(queries: int) -> str:
+    return f"{queries} queries read each KV head, and it takes {_MOST_QUERIES}"
 
 
 def mosaic(request: Request) -> Grouped:
-    """Attend with one query per sequence; queries and outputs are not turned."""
+    """Attend with few tokens of each sequence; queries and outputs are not turned."""
     return _attend(request, None)[0]
 
 
@@ -122,49 +125,76 @@ def _attend_jvp(interpret, primals, tangents):
 def _decode(request: Request, interpret: object) -> tuple[Grouped, LogTotal]:
     kernel = importlib.import_module("jaxkv.attention.mosaic.kernel")
     cache = request.cache
-    queries = request.queries[:, :, 0]  # [batch, kv_heads, group, head_dim]
-    *_, group, head_dim = queries.shape
-    if group > _MOST_GROUP:
-        raise ValueError(f"implementation 'mosaic' cannot serve this call: {_too_many(group)}.")
+    batch, kv_heads, tokens, group, head_dim = request.queries.shape
+    if (count := tokens * group) > _MOST_QUERIES:
+        raise ValueError(f"implementation 'mosaic' cannot serve this call: {_too_many(count)}.")
     specs = cache.config.codec.leaves(head_dim)
     leaves = tuple(bitcast(cache.storage[name], specs[name][1]) for name in specs)
     scale = jnp.float32(1 if request.softcap else _LOG2_E)
     turns = cache.config.codec.rotation is not None
     if turns:
         scale = scale * half_turn(head_dim)
-    rows = jnp.pad(queries * scale, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))
+    columns = _columns(request.queries * scale)
     mixes, sums = kernel.decode_parts(
-        jnp.swapaxes(rows, 2, 3),
+        columns,
         leaves,
         jnp.asarray(request.layer, jnp.int32).reshape(1),
-        jnp.stack(visible_slots(request), axis=-1),
+        jnp.stack(_bounds(request), axis=-1),
         _page_table(cache),
-        _added(request, rows.shape[2]),
-        plan=plan(request, 2 * rows.shape[2]),
+        _added(request),
+        plan=plan(request, 2 * columns.shape[3]),
         interpret=interpret,
     )
-    highest, totals = jnp.moveaxis(sums[..., :group], 3, 0)
+    highest, totals = jnp.moveaxis(sums[..., :count], 3, 0)
     coarse, fine = (
-        part[:, :, :, :group] for part in jnp.split(mixes.astype(jnp.float32), 2, axis=3)
+        part[:, :, :, :count] for part in jnp.split(mixes.astype(jnp.float32), 2, axis=3)
     )
-    mix, share, log_total = _combined(coarse + fine, highest, totals, request.sinks)
+    sinks = None if request.sinks is None else jnp.tile(request.sinks, (1, tokens))
+    mix, share, log_total = _combined(coarse + fine, highest, totals, sinks)
+    if tokens > 1:  # padding sees nothing
+        real = jnp.repeat(request.positions >= 0, group, axis=1)[:, None]
+        mix, share = jnp.where(real[..., None], mix, 0), jnp.where(real, share, 0)
     if turns:
         mix *= half_turn(head_dim)
     if (offsets := request.offsets) is not None:
         mix += share[..., None] * offsets.values[:, None]
-    return mix[:, :, None], log_total[:, :, None]
+    return mix.reshape(request.queries.shape), log_total.reshape(batch, kv_heads, tokens, group)
+
+
+def _columns(
+    queries: Float[Array, "batch kv_heads tokens group numbers"],
+) -> Float[Array, "batch kv_heads numbers rows"]:
+    """A column for each query of a KV head, and zeros up to a multiple of 8."""
+    *lists, tokens, group, numbers = queries.shape
+    rows = queries.reshape(*lists, tokens * group, numbers)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % 8), (0, 0)))
+    return jnp.swapaxes(rows, 2, 3)
+
+
+def _bounds(request: Request) -> tuple[Slots, ...]:
+    """What the kernel is told of visible slots."""
+    bounds, first = visible_slots(request), request.positions[:, 0]
+    if request.positions.shape[1] == 1:
+        return bounds
+    return *bounds, first + 1 - _window(request), first + 1
 
 
 def visible_slots(request: Request) -> tuple[Slots, Slots, Slots, Slots]:
     """The first slot that is seen and the one after the last; and of a gap between, likewise."""
-    index, position = request.cache.index, request.positions[:, 0]
+    index = request.cache.index
     if index.ring is not None:
         return _visible_slots_of_a_ring(request, index.ring)
-    # Slot p holds position p.
-    last = jnp.minimum(position + 1, index.capacity)
-    windows = [window for window in (request.window, index.window) if window is not None]
-    first = position + 1 - min(windows, default=index.extent)
+    # Slot p holds position p. What is padding comes last, and has the position -1.
+    first = request.positions[:, 0] + 1 - _window(request)
+    last = jnp.minimum(request.positions.max(axis=1) + 1, index.capacity)
     return jnp.clip(first, 0, last), last, jnp.zeros_like(last), jnp.zeros_like(last)
+
+
+def _window(request: Request) -> int:
+    """Of both, or all that there is."""
+    index = request.cache.index
+    windows = [window for window in (request.window, index.window) if window is not None]
+    return min(windows, default=index.extent)
 
 
 def _visible_slots_of_a_ring(
@@ -196,13 +226,12 @@ def _page_table(cache: KVCache) -> Array:
     return cache.index.pages.table.reshape(cache.config.batch_size or 1, -1)
 
 
-def _added(request: Request, rows: int) -> tuple[Float[Array, "batch kv_heads slots rows"], ...]:
+def _added(request: Request) -> tuple[Float[Array, "batch kv_heads slots rows"], ...]:
     """What keys were stored less, times the queries, in the units of the scores."""
     index, offsets = request.cache.index, request.offsets
     if offsets is None or request.offset_queries is None:
         return ()
-    queries = request.offset_queries[:, :, 0]
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - queries.shape[2]), (0, 0)))
+    queries = _columns(request.offset_queries)
     if not index.by_position:
         positions = request.key_positions(0, index.extent)
     else:  # behind a barrier, or XLA would compute the table while it compiles
@@ -210,7 +239,7 @@ def _added(request: Request, rows: int) -> tuple[Float[Array, "batch kv_heads sl
         positions = lax.optimization_barrier(slots[None, None])
     features = offsets.features(positions)[:, 0]
     features = jnp.broadcast_to(features, (len(queries), *features.shape[1:]))
-    scores = jnp.einsum("bkgf,bsf->bksg", queries, features, precision="highest")
+    scores = jnp.einsum("bkfg,bsf->bksg", queries, features, precision="highest")
     return (scores * (1 if request.softcap else _LOG2_E),)
 
 

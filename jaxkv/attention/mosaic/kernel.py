@@ -27,10 +27,10 @@ LOW_STEPS = 254  # of the low part in one step of the high part
 BLOCK = 64  # of the Hadamard matrix that is multiplied with: the rows of a product
 
 
-def in_two_bfloat16(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``high + low``, exact to 16 bits of each number."""
-    high = matrix.astype(jnp.bfloat16)
-    return high, (matrix - high.astype(jnp.float32)).astype(jnp.bfloat16)
+def in_two_parts(matrix: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """``high + low`` of 16 bits each: exact to 16 bits of each number in bfloat16, 22 in float16."""
+    high = matrix.astype(dtype)
+    return high, (matrix - high.astype(jnp.float32)).astype(dtype)
 
 
 def in_two_bytes(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -47,8 +47,8 @@ def in_two_bytes(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def store_in_two(tiles: Any, matrix: jax.Array) -> None:
-    """``[rows, columns]`` in bfloat16 to ``[2 * columns, rows]``: high parts, then low ones."""
-    gpu.store_transposed(tiles, in_two_bfloat16(matrix))
+    """``[rows, columns]`` in 16 bits to ``[2 * columns, rows]``: high parts, then low ones."""
+    gpu.store_transposed(tiles, in_two_parts(matrix, tiles.dtype))
 
 
 def store_in_two_bytes(tiles: Any, matrix: jax.Array) -> jax.Array:
@@ -59,9 +59,9 @@ def store_in_two_bytes(tiles: Any, matrix: jax.Array) -> jax.Array:
 
 
 def turned(matrix: jax.Array, tiles: Any, signs: Any, *, interpret: bool) -> jax.Array:
-    """Sylvester's Hadamard matrix times this one, ``[64 or 128, columns]``.
+    """Sylvester's Hadamard matrix times this one, whose rows are 64 times a power of two.
 
-    That of 128 is ``[[h, h], [h, -h]]`` of that of 64.
+    That of twice the size is ``[[h, h], [h, -h]]``.
 
     Args:
       tiles: bfloat16 ``[2 * columns, rows]``, for the matrix.
@@ -76,10 +76,19 @@ def turned(matrix: jax.Array, tiles: Any, signs: Any, *, interpret: bool) -> jax
         some = tiles if whole else tiles.at[:, gpu.span(start, BLOCK)]
         coarse, fine = gpu.products(signs, gpu.transposed(some), jnp.float32)
         parts.append(coarse + fine)
-    if len(parts) == 1:
-        return parts[0]
-    first, second = parts
-    return gpu.stacked([first + second, first - second], interpret=interpret)
+    half = 1
+    while half < len(parts):
+        pairs = [
+            [(parts[start + at], parts[start + half + at]) for at in range(half)]
+            for start in range(0, len(parts), 2 * half)
+        ]
+        parts = [
+            part
+            for some in pairs
+            for part in (*(a + b for a, b in some), *(a - b for a, b in some))
+        ]
+        half *= 2
+    return parts[0] if len(parts) == 1 else gpu.stacked(parts, interpret=interpret)
 
 
 class Slots:
@@ -91,7 +100,8 @@ class Slots:
 
     def __init__(self, bounds: Any, table: Any, row: jax.Array, part: jax.Array, plan: Plan):
         self._table, self._row, self._plan = table, row, plan
-        self._low, self._high, self._gap, self._gap_end = (bounds[row, at] for at in range(4))
+        bound = tuple(bounds[row, at] for at in range(bounds.shape[1]))
+        self._low, self._high, self._gap, self._gap_end, *self._of_first = bound
         first, last = lax.div(self._low, TILE), lax.div(self._high + (TILE - 1), TILE)
         self._gap_tile, self._skipped = lax.div(self._gap + (TILE - 1), TILE), jnp.int32(0)
         if plan.gap:
@@ -121,7 +131,7 @@ class Slots:
     def seen(
         self, start: jax.Array, pages: tuple[jax.Array, ...], matrix: tuple[int, int]
     ) -> tuple[Callable[[], jax.Array], jax.Array]:
-        """Which slots of the tile are visible, for a matrix of a row a slot; and if all are."""
+        """Which slots of the tile any query sees, for a matrix of a row a slot; and if all are."""
         plan = self._plan
         whole = (start >= self._low) & (start + TILE <= self._high)
         if plan.gap:
@@ -141,6 +151,20 @@ class Slots:
             return inside
 
         return visible, whole
+
+    def seen_by_each(
+        self, start: jax.Array, pages: tuple[jax.Array, ...], matrix: tuple[int, int]
+    ) -> jax.Array:
+        """Which slots of the tile a query sees, for a matrix of a row a slot and a column a query.
+
+        A token sees one slot more than the one before it, and of a window's first one less.
+        """
+        visible = self.seen(start, pages, matrix)[0]()
+        if not self._of_first:
+            return visible
+        low, high = self._of_first
+        slot, token = gpu.iota(matrix, 0), lax.div(gpu.iota(matrix, 1), self._plan.group)
+        return visible & (slot >= low - start + token) & (slot < high - start + token)
 
 
 LOG2_E = math.log2(math.e)
@@ -163,13 +187,14 @@ def decode_parts(
     """The parts of each sequence's attention, for `mosaic` to combine.
 
     Args:
-      queries: float32 ``[batch, kv_heads, head_dim, rows]``: a group's queries, a column each,
-        padded to a multiple of 8. In units of log2(e) unless there is a softcap. For packed codes
+      queries: float32 ``[batch, kv_heads, head_dim, rows]``: a group's queries, a column each, one
+        token's after another's, padded to a multiple of 8. In units of log2(e) unless there is a softcap. For packed codes
         they and the mixes are as before the product with a Hadamard matrix.
       leaves: of the cache: ``[layers, 2, ctx, kv_heads, ...]``.
       layer: int32 ``[1]``.
       bounds: int32 ``[batch, 4]``: the first visible slot, and the one after the last; and of a
-        gap between them, whose slots are hidden, likewise.
+        gap between them, whose slots are hidden, likewise. For several tokens ``[batch, 6]``: for
+        all of them, and at last for the first, whose first slot may be below 0.
       table: int32 ``[batch, pages]``; not read unless there are pages.
       added: nothing, or what is added to scores, float32 ``[batch, kv_heads, slots, rows]``.
 
@@ -264,7 +289,7 @@ def decode_parts(
 
             @gpu.when(jnp.logical_not(whole))
             def _():
-                values[...] = jnp.where(visible(), gpu.load(values), jnp.bfloat16(0))
+                values[...] = jnp.where(visible(), gpu.load(values), jnp.zeros((), values.dtype))
 
             return values
 
@@ -278,7 +303,7 @@ def decode_parts(
                 scores += gpu.load(buffer.at[stage])
             if plan.softcap is not None:
                 scores = capped(scores, plan.softcap)
-            visible = slots.seen(start, here, scores_shape)[0]()
+            visible = slots.seen_by_each(start, here, scores_shape)
             scores = jnp.where(visible, scores, HIDDEN)
             new_highest = jnp.maximum(highest, scores.max(axis=0))
             keep = jnp.exp2(highest - new_highest)
@@ -316,7 +341,9 @@ def decode_parts(
         gpu.copy_out(sums_tile, sums_out.at[part, row, head])
         gpu.wait_out()
 
-    codes = gpu.shared_tiles((stages, TILE, leaves[0].shape[-1]), leaves[0].dtype)
+    stored = leaves[0].dtype
+    codes = gpu.shared_tiles((stages, TILE, leaves[0].shape[-1]), stored)
+    number = jnp.bfloat16 if quantized else stored  # what values are multiplied in
     scales = [gpu.shared((stages, TILE, kv_heads), leaf.dtype) for leaf in leaves[1:]]
     side = (codes, *scales)
     wide = [gpu.shared_tiles((TILE, head_dim), jnp.bfloat16)] if quantized else []
@@ -336,11 +363,11 @@ def decode_parts(
             jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, 2, rows), jnp.float32),
         ],
         scratch=[
-            gpu.shared_tiles((both, head_dim), jnp.int8 if quantized else jnp.bfloat16),
+            gpu.shared_tiles((both, head_dim), jnp.int8 if quantized else stored),
             gpu.Either((side, side), gpu.shared_tiles((both, head_dim), jnp.bfloat16)),
             gpu.shared((2, rows), jnp.float32),
             gpu.Either(
-                (gpu.shared_tiles((both, TILE), jnp.bfloat16), wide),
+                (gpu.shared_tiles((both, TILE), number), wide),
                 (gpu.shared((head_dim, rows), jnp.float32), turning),
             ),
             [gpu.shared((stages, TILE, rows), jnp.float32) for _ in added],

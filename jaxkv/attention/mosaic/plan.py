@@ -31,6 +31,7 @@ class Plan:
       paged: whether there is a page table; without one, a sequence is one page.
       holes: whether a page may be missing (-1 in the table) before the last token.
       gap: whether slots between visible ones are hidden, as a ring's are.
+      group: queries of one token; those of the next see one slot more.
       splits: parts of a sequence.
       stages: tiles that a block of threads holds at once.
       softcap: of `attend`, or None.
@@ -41,6 +42,7 @@ class Plan:
     paged: bool
     holes: bool
     gap: bool
+    group: int
     splits: int
     stages: int
     softcap: float | None
@@ -61,6 +63,7 @@ def plan(request: Request, rows: int) -> Plan:
         paged=index.pages is not None,
         holes=index.pages is not None and index.pages.shared,
         gap=index.ring is not None,
+        group=request.queries.shape[3],
         splits=splits,
         stages=stages,
         softcap=request.softcap,
