@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import jaxkv
 from benchmarks.accelerator_agreement import agreement
-from benchmarks.accelerator_attention import CONTEXTS, compile_ahead, sweep
+from benchmarks.accelerator_attention import CONTEXTS, compile_ahead, large_heads, sweep
 from benchmarks.accelerator_decode import decode, few_tokens, generate, llama
 from benchmarks.accelerator_prefill import prefill
 from benchmarks.accelerator_prompts import first_tokens, peer_of, requests
@@ -35,6 +35,7 @@ def run(quick: bool) -> Iterator[Table]:
     for batch, context in contexts:
         title = f"Decode attention, {batch} x {context}"
         yield _within(title, 120, functools.partial(sweep, batch, context))
+    yield _within("Decode attention, heads of 256", 60, large_heads)
     yield _within("Memory", 60, _memory)
     yield _within("Append", 60, _append)
     yield _within("Generate", 90, generate)

@@ -15,7 +15,7 @@ import jaxkv
 from benchmarks.report import Row, Table
 from jaxkv.attention import IMPLEMENTATIONS
 
-_KV_HEADS, _HEADS, _HEAD_DIM = 8, 32, 128  # of Llama-3-8B
+_KV_HEADS, _HEADS = 8, 32  # of Llama-3-8B
 _LENGTHS, _CHUNK = (2500, 1201), 500
 _PAGES = jaxkv.Paged(page_size=16, num_pages=500)
 _RING = jaxkv.Ring(window=1024, sinks=4, chunk=_CHUNK)
@@ -35,6 +35,9 @@ _CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("rotated4", _RING, {}),
     ("rotated2", jaxkv.Contiguous(), {}),
     ("rotated4-centred", jaxkv.Contiguous(), {}),
+    ("float16", jaxkv.Contiguous(), {}),
+    ("bfloat16", _PAGES, {"softcap": 4.0, "head_dim": 256}),
+    ("rotated4", jaxkv.Contiguous(), {"head_dim": 256}),
 )
 _TOKENS = (1, 6, 300)  # decode, a few, a chunk
 
@@ -71,6 +74,14 @@ class _Case(NamedTuple):
     addressing: Any
     options: dict[str, Any]
 
+    @property
+    def head_dim(self) -> int:
+        return self.options.get("head_dim", 128)
+
+    @property
+    def of_attend(self) -> dict[str, Any]:
+        return {name: value for name, value in self.options.items() if name != "head_dim"}
+
 
 class _Asked(NamedTuple):
     case: _Case
@@ -81,7 +92,7 @@ class _Asked(NamedTuple):
 def _ask(case: _Case) -> _Asked:
     generator = np.random.default_rng()
     cache = _dirty_cache(case, generator)
-    shape = (2, case.tokens, _HEADS, _HEAD_DIM)
+    shape = (2, case.tokens, _HEADS, case.head_dim)
     return _Asked(case, cache, generator.standard_normal(shape, np.float32))
 
 
@@ -95,14 +106,14 @@ def _implementations(data: _Asked) -> list[str]:
 
 
 def _compiled(data: _Asked, name: str) -> Callable[..., jax.Array]:
-    run = functools.partial(jaxkv.attend, layer=1, implementation=name, **data.case.options)
+    run = functools.partial(jaxkv.attend, layer=1, implementation=name, **data.case.of_attend)
     return jax.jit(run).lower(data.cache, data.queries).compile()
 
 
 def _dirty_cache(case: _Case, generator: np.random.Generator) -> jaxkv.KVCache:
     """Two ragged sequences, their last tokens appended, with NaN wherever nothing was written."""
     config = jaxkv.KVCacheConfig(
-        2, 3000, _KV_HEADS, _HEAD_DIM, batch_size=2, codec=jaxkv.codecs.CODECS[case.codec],
+        2, 3000, _KV_HEADS, case.head_dim, batch_size=2, codec=jaxkv.codecs.CODECS[case.codec],
         addressing=case.addressing,
     )  # fmt: skip
     cache = shuffled(jaxkv.create(config), generator)
@@ -112,7 +123,9 @@ def _dirty_cache(case: _Case, generator: np.random.Generator) -> jaxkv.KVCache:
     }
     cache, append = dataclasses.replace(cache, storage=dirty), jax.jit(_append)
     for start in range(0, max(_LENGTHS), _CHUNK):  # a ring takes no more at once
-        keys, values = generator.standard_normal((2, 2, _CHUNK, _KV_HEADS, _HEAD_DIM), np.float32)
+        keys, values = generator.standard_normal(
+            (2, 2, _CHUNK, _KV_HEADS, case.head_dim), np.float32
+        )
         cache = append(cache, keys, values, jnp.clip(jnp.asarray(_LENGTHS) - start, 0, _CHUNK))
     return cache.with_lengths(jnp.asarray(_LENGTHS) - case.tokens)
 
@@ -140,7 +153,7 @@ def _on_host(data: _Asked) -> np.ndarray:
     held = np.asarray(index.key_positions(1, lengths, 0, index.extent))
     held = np.broadcast_to(held.reshape(2, -1, index.extent), (2, _KV_HEADS, index.extent))
     tokens, group = queries.shape[1], _HEADS // _KV_HEADS
-    outputs = np.empty((2, len(_some(tokens)), _HEADS, _HEAD_DIM))
+    outputs = np.empty((2, len(_some(tokens)), _HEADS, data.case.head_dim))
     for row, (place, token), head in itertools.product(
         range(2), enumerate(_some(tokens)), range(_KV_HEADS)
     ):
@@ -152,7 +165,7 @@ def _on_host(data: _Asked) -> np.ndarray:
         if index.window is not None:
             seen &= (positions >= length - index.window) | (positions < index.sinks)
         key, value = (part[row, seen, head] for part in (keys, values))
-        scores = queries[row, token, own] @ key.T * _HEAD_DIM**-0.5
+        scores = queries[row, token, own] @ key.T * data.case.head_dim**-0.5
         scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
         highest = scores.max(axis=-1, keepdims=True)
         weights = np.exp(scores - highest)

@@ -19,7 +19,7 @@ import numpy as np
 import jaxkv
 from benchmarks.accelerator_agreement import shuffled
 from benchmarks.caches import compile_fill, filled
-from benchmarks.report import Table, target
+from benchmarks.report import Row, Table, target
 from jaxkv.attention import IMPLEMENTATIONS
 
 _KV_HEADS, _HEADS, _HEAD_DIM = 8, 32, 128  # of Llama-3-8B
@@ -53,6 +53,42 @@ def sweep(batch: int, context: int) -> Table:
         del cache, queries, competitors
     title = f"Decode attention, {batch} x {context}: all layers, bytes of the cache over time"
     return Table(title, rows, _targets(rates, batch, context))
+
+
+def large_heads() -> Table:
+    """Gemma 2's: 16 query heads over 8 KV heads of 256, with a softcap, 8 x 16,384."""
+    batch, context, layers = 8, 16384, 4
+    runs = jaxkv.KVCacheConfig(layers, context, 8, 256, batch_size=batch)
+    pages = runs.replace(addressing=jaxkv.Paged(64, batch * context // 64))
+    queries = jax.random.normal(jax.random.key(0), (batch, 1, 16, 256), jnp.bfloat16)
+    rows: list[Row] = []
+    for kind, config in (("contiguous", runs), ("pages of 64", pages)):
+        cache = filled(runs, context - 1)
+        index = config.addressing.init(context, batch).with_lengths(cache.lengths)
+        cache = shuffled(jaxkv.KVCache(cache.storage, index, config), np.random.default_rng(0))
+        names = [
+            n for n in ("mosaic", "reference") if not IMPLEMENTATIONS[n].cannot_serve(cache, 1)
+        ]
+        calls: dict[str, Callable[[], Any]] = {
+            name: functools.partial(_all_layers, cache, queries, name, 50.0) for name in names
+        }
+        if config is runs:
+            (leaf,) = cache.storage.values()
+            calls["copy"] = lambda leaf=leaf: _copy(leaf)
+        for name, seconds in timed(calls).items():
+            moved = config.size_bytes * (2 if name == "copy" else 1)
+            row = {"cache": kind, "what": name, "us a layer": seconds / layers * 1e6}
+            rows.append(row | {"GB/s": moved / seconds / 1e9})
+            print(" ", *rows[-1].values(), file=sys.stderr, flush=True)
+        del cache, calls
+    rates = {(row["cache"], row["what"]): row["GB/s"] for row in rows}
+    copied = rates["contiguous", "copy"]
+    notes = [
+        target(f"{kind}: bytes a second, of a copy's", rates[kind, "mosaic"] / copied, 0.8)
+        for kind in ("contiguous", "pages of 64")
+        if (kind, "mosaic") in rates
+    ]
+    return Table("Decode attention, heads of 256, softcap", rows, notes)
 
 
 def compile_ahead(contexts: Sequence[tuple[int, int]]) -> Table:
@@ -106,10 +142,14 @@ def _long_cache(batch: int, context: int, kind: str) -> tuple[jaxkv.KVCache, jax
     return cache, jax.random.normal(jax.random.key(0), (batch, 1, _HEADS, _HEAD_DIM), jnp.bfloat16)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _all_layers(cache: jaxkv.KVCache, queries: jax.Array, implementation: str) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _all_layers(
+    cache: jaxkv.KVCache, queries: jax.Array, implementation: str, softcap: float | None = None
+) -> jax.Array:
     for layer in range(cache.config.num_layers):
-        output = jaxkv.attend(cache, queries, layer=layer, implementation=implementation)
+        output = jaxkv.attend(
+            cache, queries, layer=layer, implementation=implementation, softcap=softcap
+        )
         queries = (queries + output).astype(queries.dtype)  # as in a model, one after the other
     return queries
 
@@ -218,6 +258,10 @@ def _targets(rates: dict[str, float], batch: int, context: int) -> list[str]:
         copied = 2 * rates["bfloat16: copy"]
         notes.append(target("bytes a second, of a copy", dense / copied, 0.9))
         notes.append(target("pages of 64, of dense", paged / dense, 0.95))
+        for kind, goal in (("bfloat16", 2.0), ("bfloat16, pages of 64", 8.0)):
+            by_cudnn, by_xla = rates.get(f"{kind}: cudnn"), rates.get(f"{kind}: reference")
+            if by_cudnn and by_xla:
+                notes.append(target(f"{kind}: cuDNN, of XLA's rate", by_cudnn / by_xla, goal))
     if (batch, context) == (8, 32768):
         notes.append(target("int8 tokens a second, of bfloat16", codes / dense, 1.6))
         notes.append(target("rotated4 tokens a second, of int8", packed / codes, 1))
