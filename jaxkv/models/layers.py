@@ -5,6 +5,7 @@ tensor's name says where it goes.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,9 +62,10 @@ def _matmuls(x: Array, weights: tuple[Array, ...], axis: int, dtype: jnp.dtype) 
         return [_on_cpu_by_xla(x, weight, axis).astype(dtype) for weight in weights]
 
     def on_gpu(x: Array, weights: tuple[Array, ...]) -> list[Array]:
-        # Of a single row XLA writes the products with small weights out before it sums them; of
-        # two it makes one product with weights that share their input.
-        return [_of_two_rows(x, weight, axis, dtype) for weight in weights]
+        # Of a single row XLA writes the products with small weights out before it sums them, and of
+        # a few it reads weights more slowly than of eight: a step of a Llama-3-8B's shapes takes
+        # 5.8, 5.0 and 4.7 ms on an H200 with one row, two and eight.
+        return [_of_rows(8, x, weight, axis, dtype) for weight in weights]
 
     def on_tpu(x: Array, weights: tuple[Array, ...]) -> list[Array]:
         return [_by_xla(x, weight, axis, dtype) for weight in weights]
@@ -74,16 +76,17 @@ def _matmuls(x: Array, weights: tuple[Array, ...], axis: int, dtype: jnp.dtype) 
 def _on_cpu_by_xla(x: Array, weight: Array, axis: int) -> Array:
     # For a single row of bfloat16 XLA's CPU backend converts the whole weight to float32, in
     # every call; for two it has a kernel that reads bfloat16 (measured: 5x faster, no copy).
-    multiply = _of_two_rows if x.dtype == jnp.bfloat16 else _by_xla
-    return multiply(x, weight, axis, jnp.float32)
+    least = 2 if x.dtype == jnp.bfloat16 else 1
+    return _of_rows(least, x, weight, axis, jnp.float32)
 
 
-def _of_two_rows(x: Array, weight: Array, axis: int, dtype: Any) -> Array:
-    """The product; of a single row with another beside it."""
-    if x.size != x.shape[-1]:
+def _of_rows(least: int, x: Array, weight: Array, axis: int, dtype: Any) -> Array:
+    """The product, of no fewer rows than this: beside others if there are fewer."""
+    rows = math.prod(x.shape[:-1])
+    if not 0 < rows < least:
         return _by_xla(x, weight, axis, dtype)
-    rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
-    return _by_xla(rows, weight, axis, dtype)[:1].reshape(*x.shape[:-1], -1)
+    padded = jnp.pad(x.reshape(rows, -1), ((0, least - rows), (0, 0)))
+    return _by_xla(padded, weight, axis, dtype)[:rows].reshape(*x.shape[:-1], -1)
 
 
 def _by_xla(x: Array, weight: Array, axis: int, dtype: Any) -> Array:

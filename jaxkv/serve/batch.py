@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jaxkv.memory.session import Session
 from jaxkv.paging import Copy, Pools
 from jaxkv.serve import steps
 from jaxkv.serve.figures import Figures
-from jaxkv.serve.model_step import Model, Watch, Weights, spread_over
+from jaxkv.serve.model_step import Model, ModelStep, Watch, Weights, spread_over
 from jaxkv.serve.rank import Rank
 from jaxkv.serve.request import MOST_STOP_TOKENS, Request
 from jaxkv.serve.sampling import Sampling
@@ -76,6 +77,7 @@ class Batch:
         self._spread = spread
         self._copies: tuple[Watch, Weights] | None = None
         self._sampling, self._session = sampling, session
+        self._compiled = False
         self._chunk, self._chunks_per_step = prefill_chunk, prefill_rows
         self._decode_steps = decode_steps
         self._draft = draft if spread is None else spread_over(spread.mesh, draft)
@@ -149,6 +151,7 @@ class Batch:
 
     def _forget(self, weights: Weights) -> None:
         """What was computed with others, of which nothing is in use."""
+        self._compiled = False
         self.pages.forget()
         self._session.cache = steps.without_codec_state(self._session.cache)
         self._watch = Watch(weights)
@@ -221,6 +224,20 @@ class Batch:
             self.waiting.remove(request)
             self._swap.drop(request)
 
+    def compile(self) -> None:
+        """The programs of a round, before the first: XLA takes long for each, and two at once."""
+        if self._compiled:
+            return
+        decode, arguments, options = self._decoding([None] * len(self.rows))
+        given = self._given([None] * (self._chunks_per_step * len(self.ranks)))
+        compilations = (
+            decode.compilation(self._weights, *arguments, **options),
+            steps.prefill.compilation(self._weights, *given, self._session.cache),
+        )
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda compilation: compilation(), compilations))
+        self._compiled = True
+
     def prefill(self, num_chunks: int) -> None:
         """Compute up to this many chunks of prompts on each rank, but at least those of a step."""
         for _ in range(max(1, num_chunks // self._chunks_per_step)):
@@ -264,6 +281,17 @@ class Batch:
             for own in chunks
             for chunk in (*own, *[None] * (self._chunks_per_step - len(own)))
         ]
+        given = self._given(rows)
+        self._session.cache = steps.prefill(self._weights, *given, self._session.cache)
+        self.figures.prefill_steps += 1
+        for chunk in rows:
+            if chunk is not None:
+                self.figures.prefilled_tokens += chunk.end - chunk.start
+                chunk.request.length = chunk.end
+                self.rank_of(chunk.request).pages.advance(chunk.request.number, chunk.end)
+
+    def _given(self, rows: Sequence[Chunk | None]) -> tuple[Any, ...]:
+        """What a step of prefill is told: tokens, how many are real, where they begin, pages."""
         tokens = np.zeros((len(rows), self._chunk), np.int32)
         num_tokens, start = np.zeros((2, len(rows)), np.int32)
         for row, chunk in enumerate(rows):
@@ -272,14 +300,7 @@ class Batch:
                 own = chunk.request.prompt.tokens[chunk.start : chunk.end]
                 tokens[row, : len(own)] = own
         tables = self._tables([None if chunk is None else chunk.request for chunk in rows])
-        given = jax.device_put((tokens, num_tokens, start, tables))
-        self._session.cache = steps.prefill(self._weights, *given, self._session.cache)
-        self.figures.prefill_steps += 1
-        for chunk in rows:
-            if chunk is not None:
-                self.figures.prefilled_tokens += chunk.end - chunk.start
-                chunk.request.length = chunk.end
-                self.rank_of(chunk.request).pages.advance(chunk.request.number, chunk.end)
+        return jax.device_put((tokens, num_tokens, start, tables))
 
     def decode(self) -> Arrived:
         """Find the next tokens of all requests whose prompts are computed."""
@@ -308,38 +329,37 @@ class Batch:
                 self.leave(decoded)
         return [(decoded, fresh) for decoded, fresh in arrived if fresh]
 
-    def _decode(self, rows: list[Request | None]) -> Any:
+    def _decode(self, rows: Sequence[Request | None]) -> Any:
         """What a dispatch of decode finds."""
-        options = {"sampling": self._sampling, "num_steps": self._decode_steps}
-        given = jax.device_put(self._dispatch(rows))
+        step, arguments, options = self._decoding(rows)
+        results = step(self._weights, *arguments, **options)
         if self._draft is None:
-            self._session.cache, new = steps.decode(
-                self._weights, given, self._session.cache, **options
-            )
+            self._session.cache, new = results
             return jax.device_get(new)
-        static, arrays = Static.of(self._draft)
-        texts: list[Sequence[int]] = [
-            () if row is None else [*row.prompt.tokens, *row.tokens] for row in rows
-        ]
-        text = jax.device_put(padded(texts, self._session.config.max_context_length))
-        self._session.cache, new, self._drafting, counts = steps.speculate(
-            self._weights,
-            given,
-            self._drafting,
-            arrays,
-            self._session.cache,
-            text,
-            draft=static,
-            num_guesses=self._num_guesses,
-            **options,
-        )
+        self._session.cache, new, self._drafting, counts = results
         new, (num_steps, num_guesses) = jax.device_get((new, counts))
         self.figures.checked_guesses += int(num_guesses)
         self.figures.right_guesses += int((new.guessed & (new.tokens >= 0)).sum())
         self.figures.steps += int(num_steps)
         return new
 
-    def _dispatch(self, rows: list[Request | None]) -> steps.Rows:
+    def _decoding(
+        self, rows: Sequence[Request | None]
+    ) -> tuple[ModelStep, tuple[Any, ...], dict[str, Any]]:
+        """The step that decodes, what it is told, and its options."""
+        options = {"sampling": self._sampling, "num_steps": self._decode_steps}
+        given, cache = jax.device_put(self._dispatch(rows)), self._session.cache
+        if self._draft is None:
+            return steps.decode, (given, cache), options
+        static, arrays = Static.of(self._draft)
+        texts: list[Sequence[int]] = [
+            () if row is None else [*row.prompt.tokens, *row.tokens] for row in rows
+        ]
+        text = jax.device_put(padded(texts, self._session.config.max_context_length))
+        options |= {"draft": static, "num_guesses": self._num_guesses}
+        return steps.speculate, (given, self._drafting, arrays, cache, text), options
+
+    def _dispatch(self, rows: Sequence[Request | None]) -> steps.Rows:
         def column(value: Any) -> np.ndarray:
             return np.array([0 if r is None else value(r) for r in rows], np.int32)
 

@@ -185,10 +185,10 @@ class Program:
     # Compiled first, so that timings of the steps do not include XLA's.
     def compile_prefill(self, chunks: list[Chunk], cache: AnyCache) -> None:
         if chunks:
-            _prefill.lower(self.weights, *chunks[0], cache, observe=self.observe).compile()
+            _prefill.compilation(self.weights, *chunks[0], cache, observe=self.observe)()
 
     def compile_decode(self, state: State, cache: AnyCache) -> None:
-        _decode.lower(self.weights, state, cache, **self._options()).compile()
+        _decode.compilation(self.weights, state, cache, **self._options())()
 
     def prefill(self, chunk: Chunk, cache: AnyCache) -> tuple[AnyCache, Array, Any]:
         return _prefill(self.weights, *jax.device_put(chunk), cache, observe=self.observe)

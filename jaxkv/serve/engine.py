@@ -281,6 +281,7 @@ class Engine:
             return self._round()
 
     def _round(self) -> Arrived:
+        self._batch.compile()
         self._batch.admit_waiting()
         budget = self._budget - self._batch.most_decoding * self._decode_steps
         self._batch.prefill(budget // self._chunk)

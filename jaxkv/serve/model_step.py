@@ -98,11 +98,24 @@ class ModelStep:
         self._jitted = jax.jit(run, static_argnums=0, donate_argnums=numbers)
         self._step = step
         self._known: dict[int, _Known] = {}
+        self._compiled: set[Any] = set()
 
     def __call__(self, weights: Weights, *arguments: Any, **options: Any) -> Any:
         program, arrays = self._program(weights, arguments, options)
         _check_alive(arrays)
         return self._jitted(program, arrays, *arguments)
+
+    def compilation(
+        self, weights: Weights, *arguments: Any, **options: Any
+    ) -> Callable[[], object]:
+        """What compiles the program of a call, on any thread; does nothing where it is there."""
+        program, arrays = self._program(weights, arguments, options)
+        leaves, tree = jax.tree.flatten((arrays, arguments))
+        types = program, tree, tuple((jax.typeof(leaf), _sharding_of(leaf)) for leaf in leaves)
+        if types in self._compiled:  # JAX would take milliseconds to find that out
+            return lambda: None
+        self._compiled.add(types)
+        return self._jitted.lower(program, arrays, *arguments).compile
 
     def lower(self, weights: Weights, *arguments: Any, **options: Any) -> Any:
         """As of a function under jit."""
@@ -135,6 +148,10 @@ class ModelStep:
             return self._known[number].steps
         self._known[number] = _Known(Watch(weights), {})
         return self._known[number].steps
+
+
+def _sharding_of(leaf: Any) -> Any:
+    return leaf.sharding if isinstance(leaf, jax.Array) else None
 
 
 def _check_alive(arrays: Sequence[Any]) -> None:

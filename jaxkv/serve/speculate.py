@@ -319,7 +319,7 @@ class DraftProgram:
 
     def compile_decode(self, state: Speculating, cache: AnyCache) -> None:
         options, arrays = self._options()
-        _decode.lower(self.plain.weights, state, arrays, cache, **options).compile()
+        _decode.compilation(self.plain.weights, state, arrays, cache, **options)()
 
     def prefill(self, chunk: Chunk, cache: AnyCache) -> tuple[AnyCache, Array, Any]:
         return self.plain.prefill(chunk, cache)

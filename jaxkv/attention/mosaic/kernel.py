@@ -28,7 +28,7 @@ BLOCK = 64  # of the Hadamard matrix that is multiplied with: the rows of a prod
 
 
 def in_two_parts(matrix: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """``high + low`` of 16 bits each: exact to 16 bits of each number in bfloat16, 22 in float16."""
+    """``high + low``, in this dtype of 16 bits: exact to 16 bits in bfloat16, to 22 in float16."""
     high = matrix.astype(dtype)
     return high, (matrix - high.astype(jnp.float32)).astype(dtype)
 
@@ -78,15 +78,11 @@ def turned(matrix: jax.Array, tiles: Any, signs: Any, *, interpret: bool) -> jax
         parts.append(coarse + fine)
     half = 1
     while half < len(parts):
-        pairs = [
-            [(parts[start + at], parts[start + half + at]) for at in range(half)]
-            for start in range(0, len(parts), 2 * half)
-        ]
-        parts = [
-            part
-            for some in pairs
-            for part in (*(a + b for a, b in some), *(a - b for a, b in some))
-        ]
+        blocks = [parts[at : at + half] for at in range(0, len(parts), half)]
+        parts = []
+        for first, second in zip(blocks[::2], blocks[1::2], strict=True):
+            parts += [a + b for a, b in zip(first, second, strict=True)]
+            parts += [a - b for a, b in zip(first, second, strict=True)]
         half *= 2
     return parts[0] if len(parts) == 1 else gpu.stacked(parts, interpret=interpret)
 
@@ -188,8 +184,9 @@ def decode_parts(
 
     Args:
       queries: float32 ``[batch, kv_heads, head_dim, rows]``: a group's queries, a column each, one
-        token's after another's, padded to a multiple of 8. In units of log2(e) unless there is a softcap. For packed codes
-        they and the mixes are as before the product with a Hadamard matrix.
+        token's after another's, padded to a multiple of 8. In units of log2(e) unless there is a
+        softcap. For packed codes they and the mixes are as before the product with a Hadamard
+        matrix.
       leaves: of the cache: ``[layers, 2, ctx, kv_heads, ...]``.
       layer: int32 ``[1]``.
       bounds: int32 ``[batch, 4]``: the first visible slot, and the one after the last; and of a
