@@ -1,7 +1,7 @@
 """What a decoder is: the shapes and options of a Hugging Face ``config.json``, validated."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxkv.counts import check_fields
@@ -23,6 +23,7 @@ from jaxkv.models.latents import LatentConfig
 from jaxkv.models.layers import ACTIVATIONS
 from jaxkv.models.rope import HF_FIELDS as ROPE_FIELDS
 from jaxkv.models.rope import RopeConfig
+from jaxkv.models.routing import ExpertsConfig
 from jaxkv.models.shape import Shape
 
 
@@ -39,18 +40,27 @@ class DecoderConfig:
       head_dim: numbers in one head's vector; ``hidden_size // num_heads`` if None.
       architecture: a name in `jaxkv.models.families.FAMILIES`, which says what it brings.
       attention_bias, mlp_bias: biases in all projections of attention, of the MLP.
+      qkv_bias: biases of queries, keys and values alone.
       tie_word_embeddings: logits come from the embedding table.
-      rms_norm_eps: added to the mean square in norms.
+      rms_norm_eps: added to the mean square, or to the variance, in norms.
       activation: a name in `ACTIVATIONS`. Experts have their own.
       rope: `RopeConfig`; the default one of ``head_dim`` if None.
       local_rope: that of layers with a window; ``rope`` if None (Gemma 3).
       windows: a layer's window, in tokens, the query itself counted; None for a layer that
         sees all. One entry a layer, or none at all for no windows.
+      rope_layers: whether a layer has a rope; all have one if there are none.
       query_pre_attn_scalar: attention logits are divided by its root; ``head_dim`` if None.
+      attention_multiplier: they are multiplied by it instead, if not None (Granite).
+      embedding_multiplier, residual_multiplier: what embeddings, and what a layer adds to the
+        stream, are multiplied by (Granite).
+      logit_multiplier, logits_scaling: the model's own logits are multiplied by the first
+        (Cohere) and divided by the second (Granite).
+      parallel_residual: attention and MLP are added to the stream together (GPT-NeoX).
       attention_softcap, logit_softcap: caps on attention logits and on the model's own
         (Gemma 2, section 2); no cap if None.
-      num_experts, experts_per_token: of a mixture of experts, and how many a token takes.
+      num_experts, experts_per_token: of gpt-oss's mixture of experts, and how many a token takes.
       swiglu_alpha, swiglu_limit: of the experts' activation.
+      experts: of the usual kind of mixture, see `jaxkv.models.routing`.
       latent: multi-head latent attention in place of keys and values per head; ``head_dim`` is
         that of its queries then.
       eos_token_ids: the tokens that end a text.
@@ -79,7 +89,15 @@ class DecoderConfig:
     rope: RopeConfig = None  # type: ignore[assignment]
     local_rope: RopeConfig = None  # type: ignore[assignment]
     windows: tuple[int | None, ...] = ()
+    rope_layers: tuple[bool, ...] = ()
     query_pre_attn_scalar: float = None  # type: ignore[assignment]
+    attention_multiplier: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    parallel_residual: bool = False
+    qkv_bias: bool = False
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     num_experts: int = 1
@@ -88,6 +106,7 @@ class DecoderConfig:
     swiglu_limit: float = 7.0
     eos_token_ids: tuple[int, ...] = ()
     latent: LatentConfig | None = None
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self) -> None:
         def default(field: str, value: Any) -> None:
@@ -113,9 +132,13 @@ class DecoderConfig:
         default("local_rope", self.rope)
         default("query_pre_attn_scalar", self.head_dim)
         object.__setattr__(self, "windows", tuple(self.windows) or (None,) * self.num_layers)
+        has_rope = tuple(map(bool, self.rope_layers)) or (True,) * self.num_layers
+        object.__setattr__(self, "rope_layers", has_rope)
         check_positive(
             self, "query_pre_attn_scalar", "attention_softcap", "logit_softcap", "swiglu_limit"
         )
+        multipliers = ("attention", "embedding", "residual", "logit")
+        check_positive(self, *(f"{name}_multiplier" for name in multipliers), "logits_scaling")
         check_choice(self, "activation", ACTIVATIONS)
         check_choice(self, "architecture", FAMILIES)
         self._check_windows()
@@ -123,6 +146,11 @@ class DecoderConfig:
             raise ConfigError(
                 f"DecoderConfig: num_heads must be a multiple of num_kv_heads, got "
                 f"{self.num_heads} and {self.num_kv_heads}."
+            )
+        if len(self.rope_layers) != self.num_layers:
+            raise ConfigError(
+                f"DecoderConfig: rope_layers must be {self.num_layers} entries, one per layer, got "
+                f"{self.rope_layers!r}."
             )
         if (self.latent is not None) != self.family.latent:
             has = "is made of latents" if self.family.latent else "has no latents"
@@ -150,6 +178,23 @@ class DecoderConfig:
         return FAMILIES[self.architecture]
 
     @property
+    def is_parallel(self) -> bool:
+        """Whether attention and MLP are added to the stream together."""
+        return self.family.parallel or self.parallel_residual
+
+    @property
+    def attention_scale(self) -> float:
+        """What attention logits are multiplied by."""
+        if self.attention_multiplier is not None:
+            return self.attention_multiplier
+        return self.query_pre_attn_scalar**-0.5
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model's own logits are multiplied by."""
+        return self.logit_multiplier / self.logits_scaling
+
+    @property
     def rope_dim(self) -> int:
         """Numbers of a key that the rope may turn."""
         return self.head_dim if self.latent is None else self.latent.rope_dim
@@ -162,9 +207,12 @@ class DecoderConfig:
         return Shape(self.num_layers, self.num_kv_heads, self.head_dim, self.windows)
 
     @property
-    def ropes(self) -> tuple[RopeConfig, ...]:
-        """The rope of each layer."""
-        return tuple(self.rope if window is None else self.local_rope for window in self.windows)
+    def ropes(self) -> tuple[RopeConfig | None, ...]:
+        """The rope of each layer; None where it has none."""
+        return tuple(
+            None if not has_rope else self.rope if window is None else self.local_rope
+            for window, has_rope in zip(self.windows, self.rope_layers, strict=True)
+        )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
@@ -178,18 +226,27 @@ class DecoderConfig:
             raise CheckpointError("config.json: GPT2LMHeadModel is read by GPT2Config, not here.")
         check_all_read(architecture, config, _read_of(architecture))
         given = read_fields(cls, flat, _hf_fields(architecture))
+        family = FAMILIES[architecture]
         try:
-            latent = LatentConfig.from_hf(flat) if FAMILIES[architecture].latent else None
+            given["latent"] = LatentConfig.from_hf(flat) if family.latent else None
+            given["experts"] = ExpertsConfig.from_hf(flat, family.routed) if family.routed else None
             ends = eos_token_ids(flat)
-            shape = cls(**given, architecture=architecture, eos_token_ids=ends, latent=latent)
+            shape, windows = (
+                cls(**given, architecture=architecture, eos_token_ids=ends),
+                layer_windows(flat),
+            )
             rope, local_rope = _ropes(flat, shape)
             full = dataclasses.replace(
-                shape, rope=rope, local_rope=local_rope, windows=layer_windows(flat)
+                shape,
+                rope=rope,
+                local_rope=local_rope,
+                windows=windows,
+                rope_layers=tuple(ROPE_LAYERS[family.rope_layers](flat, windows)),
             )
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"config.json: {error}") from error
         for factor in (rope.partial_rotary_factor, local_rope.partial_rotary_factor):
-            if factor != 1:
+            if factor != 1 and not family.partial_rope:
                 raise CheckpointError(
                     f"config.json: partial_rotary_factor = {factor!r} is not supported for "
                     f"{architecture}: transformers turns whole heads. Remove it to do so here."
@@ -201,15 +258,20 @@ class DecoderConfig:
         written = write_fields(self, _hf_fields(self.architecture), self.architecture)
         if self.latent is not None:
             written |= self.latent.to_hf()
+        if self.experts is not None and self.family.routed is not None:
+            written |= self.experts.to_hf(self.family.routed)
+        if "no_rope_layers" in self.family.unused:
+            written["no_rope_layers"] = [int(has_rope) for has_rope in self.rope_layers]
         if self.family.slides:
             window = next(filter(None, self.windows), None)
             types = ["full_attention" if w is None else "sliding_attention" for w in self.windows]
             written |= {"sliding_window": window, "layer_types": types}
-        if self.architecture.startswith("Qwen"):
-            written["use_sliding_window"] = written["sliding_window"] is not None
-        if self.architecture == "MistralForCausalLM":
-            del written["layer_types"]  # all of its layers slide, or none
-        if self.architecture != "Gemma3ForCausalLM":
+            reads = BY_MODEL_TYPE[self.family.model_type].windows.reads
+            if "use_sliding_window" in reads:
+                written["use_sliding_window"] = window is not None
+            if "layer_types" not in reads:
+                del written["layer_types"]  # all of its layers slide, or none
+        if self.family.local_rope != "of their own":
             return written | self.rope.to_hf()
         ropes = {"full_attention": self.rope, "sliding_attention": self.local_rope}
         parameters = {kind: rope.parameters() for kind, rope in ropes.items()}
@@ -217,16 +279,27 @@ class DecoderConfig:
         return written | beside | {"rope_parameters": parameters}
 
 
+# Which layers have a rope, by how a family says so: from a config.json and the layers' windows.
+ROPE_LAYERS: dict[str, Callable[[Mapping[str, Any], Sequence[int | None]], Sequence[bool]]] = {
+    "all": lambda config, windows: [True] * len(windows),
+    "windowed": lambda config, windows: [window is not None for window in windows],
+    "named": lambda config, windows: (
+        config.get("no_rope_layers")
+        or [(layer + 1) % config["no_rope_layer_interval"] != 0 for layer in range(len(windows))]
+    ),
+}
+
+
 def _ropes(config: Mapping[str, Any], shape: DecoderConfig) -> tuple[RopeConfig, RopeConfig]:
     """The rope of layers that see all, and that of layers with a window."""
     nested = config.get("rope_parameters") or {}
     if "full_attention" in nested or "sliding_attention" in nested:
         full, local = nested.get("full_attention"), nested.get("sliding_attention")
-    elif shape.family.local_rope:
+    elif shape.family.local_rope == "of their own":
         full, local = nested or config.get("rope_scaling"), None
     else:
         rope = RopeConfig.from_hf(config, shape.rope_dim)
-        return rope, rope
+        return rope, rope.unscaled if shape.family.local_rope else rope
     plain = {**config, "rope_scaling": None}
     theta = {"rope_theta": config.get("rope_local_base_freq")}
     return (
@@ -259,6 +332,15 @@ _OWN = {
     "num_experts_per_tok": "experts_per_token",
     "swiglu_alpha": "swiglu_alpha",
     "swiglu_limit": "swiglu_limit",
+    "layer_norm_eps": "rms_norm_eps",
+    "norm_epsilon": "rms_norm_eps",
+    "use_qkv_bias": "qkv_bias",
+    "use_parallel_residual": "parallel_residual",
+    "attention_multiplier": "attention_multiplier",
+    "embedding_multiplier": "embedding_multiplier",
+    "residual_multiplier": "residual_multiplier",
+    "logit_scale": "logit_multiplier",
+    "logits_scaling": "logits_scaling",
 }
 
 
@@ -272,6 +354,8 @@ def _read_of(architecture: str) -> set[str]:
     """The fields of a ``config.json`` that are read, or that this architecture does not use."""
     family = FAMILIES[architecture]
     windows = BY_MODEL_TYPE[family.model_type].windows.reads
-    local = ("rope_local_base_freq",) if family.local_rope else ()
+    local = ("rope_local_base_freq",) if family.local_rope == "of their own" else ()
     latent = LATENT_FIELDS if family.latent else ()
-    return {*_hf_fields(architecture), *windows, *ROPE_FIELDS, *local, *latent, *family.unused}
+    routed = family.routed.fields if family.routed else ()
+    fields = (*_hf_fields(architecture), *family.unused)
+    return {*fields, *windows, *ROPE_FIELDS, *local, *latent, *routed}

@@ -1,4 +1,4 @@
-"""One decoder for all with rope and norms: Llama, Mistral, Qwen, Gemma 2 and 3, gpt-oss."""
+"""One decoder for all with rope and norms, see `jaxkv.models.families`."""
 
 import dataclasses
 from typing import Any, Self
@@ -11,20 +11,21 @@ from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.cache.verbs import advance, next_positions
 from jaxkv.models.config import DecoderConfig
-from jaxkv.models.experts import MixtureOfExperts
+from jaxkv.models.experts import MixtureOfExperts, RoutedExperts
 from jaxkv.models.latent_attention import LatentAttention
 from jaxkv.models.layers import (
-    ACTIVATIONS,
     INIT_STD,
+    NORMS,
     Embedding,
     Linear,
-    RMSNorm,
     attend_causal,
     check_tokens,
     linears,
 )
+from jaxkv.models.layout import Layout
+from jaxkv.models.mlp import MLP
 from jaxkv.models.model import Model
-from jaxkv.models.rope import check_room, rotate, rotation
+from jaxkv.models.rope import check_room, rotate, rotation, unpaired
 from jaxkv.programs import promotes_ranks
 
 Hidden = Float[Array, "*batch tokens hidden"]
@@ -38,15 +39,16 @@ class Attention(nnx.Module):
     ):
         hidden, head_dim, family = config.hidden_size, config.head_dim, config.family
         queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        qkv_bias = config.attention_bias or family.qkv_bias
+        qkv_bias = config.attention_bias or config.qkv_bias or family.qkv_bias or family.biased
+        output_bias = family.biased or (config.attention_bias and family.output_bias)
         shared = {"rngs": rngs, "dtype": dtype}
         self.q_proj = Linear(hidden, queries, bias=qkv_bias, **shared)
         self.k_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
         self.v_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
-        self.o_proj = Linear(queries, hidden, bias=config.attention_bias, std=out_std, **shared)
-        if family.qk_norm:
-            self.q_norm = _norm(head_dim, config, dtype)
-            self.k_norm = _norm(head_dim, config, dtype)
+        self.o_proj = Linear(queries, hidden, bias=output_bias, std=out_std, **shared)
+        if family.qk_norm is not None:
+            sizes = {"head": (head_dim, head_dim), "all": (queries, keys)}[family.qk_norm]
+            self.q_norm, self.k_norm = (_norm(size, config, dtype) for size in sizes)
         if family.has_sinks:
             self.sinks = nnx.Param(jnp.zeros(config.num_heads, dtype))
         self.config, self.layer = config, layer
@@ -54,75 +56,68 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
     ) -> tuple[Hidden, Any]:
-        config = self.config
+        config, norms = self.config, self.config.family.qk_norm
+        queries, keys, values = linears(x, self.q_proj, self.k_proj, self.v_proj)
+        if norms == "all":
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys, values = (
             projected.reshape(*x.shape[:-1], -1, config.head_dim)
-            for projected in linears(x, self.q_proj, self.k_proj, self.v_proj)
+            for projected in (queries, keys, values)
         )
-        if config.family.qk_norm:
+        if norms == "head":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         mixed, cache = attend_causal(
             cache,
-            rotate(queries, rotation),
-            rotate(keys, rotation),
+            self._rotated(queries, rotation),
+            self._rotated(keys, rotation),
             values,
             layer=self.layer,
             num_tokens=num_tokens,
-            scale=config.query_pre_attn_scalar**-0.5,
+            scale=config.attention_scale,
             window=config.windows[self.layer],
             softcap=config.attention_softcap,
             sinks=self.sinks[...] if config.family.has_sinks else None,
         )
         return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache
 
-
-class MLP(nnx.Module):
-    """A gated linear unit (Shazeer, 2020)."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, out_std: float):
-        hidden, inner = config.hidden_size, config.intermediate_size
-        shared = {"bias": config.mlp_bias, "rngs": rngs, "dtype": dtype}
-        self.gate_proj = Linear(hidden, inner, **shared)
-        self.up_proj = Linear(hidden, inner, **shared)
-        self.down_proj = Linear(inner, hidden, std=out_std, **shared)
-        self.activation = config.activation
-
-    def __call__(self, x: Hidden) -> Hidden:
-        gate, up = linears(x, self.gate_proj, self.up_proj)
-        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
+    def _rotated(self, vectors: Array, rotation: Any) -> Array:
+        if rotation is None:
+            return vectors
+        if self.config.family.interleaved:
+            vectors = unpaired(vectors, rotation)
+        return rotate(vectors, rotation)
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each normalized first and added to the stream.
-
-    Gemma normalizes what they give too, and so its names shift: what stands before the MLP
-    elsewhere, ``post_attention_layernorm``, stands after attention there.
-    """
+    """One layer: attention and what follows it, each added to the stream, with a family's norms."""
 
     def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs, dtype: Any):
         out_std = INIT_STD / (2 * config.num_layers) ** 0.5
         shared = {"rngs": rngs, "dtype": dtype, "out_std": out_std}
-        mlp = MixtureOfExperts if config.family.has_experts else MLP
-        self.input_layernorm = _norm(config.hidden_size, config, dtype)
+        for name in dict.fromkeys(config.family.norms[:4]):
+            if name is not None:
+                setattr(self, name, _norm(config.hidden_size, config, dtype))
         attention = Attention if config.latent is None else LatentAttention
         self.self_attn = attention(config, layer, **shared)
-        self.post_attention_layernorm = _norm(config.hidden_size, config, dtype)
-        self.mlp = mlp(config, **shared)
-        if config.family.is_gemma:
-            self.pre_feedforward_layernorm = _norm(config.hidden_size, config, dtype)
-            self.post_feedforward_layernorm = _norm(config.hidden_size, config, dtype)
-        self.is_gemma = config.family.is_gemma
+        self.mlp = _mlp(config, layer, **shared)
+        self.norms, self.is_parallel = config.family.norms, config.is_parallel
+        self.multiplier = config.residual_multiplier
 
     def __call__(
         self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
     ) -> tuple[Hidden, Any]:
-        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, cache, num_tokens)
-        if not self.is_gemma:
-            x = x + mixed
-            return x + self.mlp(self.post_attention_layernorm(x)), cache
-        x = x + self.post_attention_layernorm(mixed)
-        fed = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(fed), cache
+        norms = self.norms
+        given = self._normed(norms.attention_input, x)
+        mixed, cache = self.self_attn(given, rotation, cache, num_tokens)
+        mixed = self._normed(norms.attention_output, mixed) * self.multiplier
+        between = x if self.is_parallel else x + mixed
+        if not (self.is_parallel and norms.mlp_input is None):
+            given = self._normed(norms.mlp_input, between)
+        fed = self._normed(norms.mlp_output, self.mlp(given)) * self.multiplier
+        return (x + mixed if self.is_parallel else between) + fed, cache
+
+    def _normed(self, name: str | None, x: Hidden) -> Hidden:
+        return x if name is None else getattr(self, name)(x)
 
 
 class Decoder(Model):
@@ -146,7 +141,7 @@ class Decoder(Model):
     checkpoint_transposes = (
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
-        *("gate_proj", "up_proj", "down_proj", "router", "lm_head"),
+        *("gate_proj", "up_proj", "down_proj", "router", "gate", "lm_head"),
     )
     checkpoint_embedding = "embed_tokens"
 
@@ -192,13 +187,17 @@ class Decoder(Model):
         context = length if cache is None else cache.config.max_context_length
         if cache is not None or num_tokens is not None:  # texts may be shorter than that
             check_room(ropes, context)
-        rotations = {rope: rotation(rope, positions, context) for rope in dict.fromkeys(ropes)}
+        rotations: dict[Any, Any] = {
+            rope: None if rope is None else rotation(rope, positions, context)
+            for rope in dict.fromkeys(ropes)
+        }
         x = self._embed(tokens)
         for rope, block in zip(ropes, self.layers, strict=True):
             x, cache = block(x, rotations[rope], cache, num_tokens)
         if cache is not None:
             cache = advance(cache, length if num_tokens is None else num_tokens)
         logits, cap = self._logits(self.norm(x), self.embed_tokens), self.config.logit_softcap
+        logits *= self.config.logit_scale
         return logits if cap is None else cap * jnp.tanh(logits / cap), cache
 
     def for_context(self, max_context_length: int) -> Self:
@@ -214,14 +213,29 @@ class Decoder(Model):
 
     def _embed(self, tokens: Int[Array, "*batch tokens"]) -> Hidden:
         embedded = self.embed_tokens(tokens)
-        if not self.config.family.is_gemma:
-            return embedded
-        return embedded * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
+        scale = self.config.embedding_multiplier
+        if self.config.family.scales_embeddings:
+            scale *= self.config.hidden_size**0.5
+        return embedded if scale == 1 else embedded * jnp.asarray(scale, self.dtype)
+
+    @property
+    def checkpoint_layout(self) -> Layout:
+        family = self.config.family
+        num_layers = self.config.num_layers if family.predicts_ahead else None
+        return Layout(family.renamed, family.joined, num_layers)
 
     @property
     def dtype(self) -> jnp.dtype:
         return self.embed_tokens.weight.dtype
 
 
-def _norm(features: int, config: DecoderConfig, dtype: Any) -> RMSNorm:
-    return RMSNorm(features, eps=config.rms_norm_eps, dtype=dtype, plus_one=config.family.is_gemma)
+def _mlp(config: DecoderConfig, layer: int, **shared: Any) -> nnx.Module:
+    if config.family.has_experts:
+        return MixtureOfExperts(config, **shared)
+    if config.experts is not None and config.experts.is_in(layer):
+        return RoutedExperts(config, **shared)
+    return MLP(config, config.intermediate_size, **shared)
+
+
+def _norm(features: int, config: DecoderConfig, dtype: Any) -> nnx.Module:
+    return NORMS[config.family.norms.kind](features, eps=config.rms_norm_eps, dtype=dtype)

@@ -1,5 +1,6 @@
-"""A mixture of experts (Shazeer et al., 2017), as gpt-oss has it in place of an MLP."""
+"""A mixture of experts (Shazeer et al., 2017) in place of an MLP: gpt-oss's, and the usual kind."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,11 +10,32 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxkv.models.config import DecoderConfig
-from jaxkv.models.layers import INIT_STD, Linear, matmul
+from jaxkv.models.layers import ACTIVATIONS, INIT_STD, Linear, matmul
+from jaxkv.models.mlp import MLP
+from jaxkv.models.routing import Shares, shares_of
 
 Hidden = Float[Array, "*batch tokens hidden"]
-# What each expert contributes to each token: zero for most.
-Shares = Float[Array, "*batch tokens experts"]
+
+
+def of_chosen(run: Callable[[Array, Hidden], Hidden], x: Hidden, shares: Shares) -> Hidden:
+    """What experts make of tokens, added up by their shares.
+
+    One expert after the other, all tokens at once, and only those that some token chose are
+    read. On a CPU that beats `lax.ragged_dot` and gathered weights at 1 and at 128 tokens.
+
+    Args:
+      run: one expert, by its number.
+    """
+
+    def add(total: Hidden, expert: Array) -> tuple[Hidden, None]:
+        share = shares[..., expert, None]
+        return lax.cond(
+            (share != 0).any(),
+            lambda: total + share * run(expert, x),
+            lambda: total,
+        ), None
+
+    return lax.scan(add, jnp.zeros_like(x), jnp.arange(shares.shape[-1], dtype=jnp.int32))[0]
 
 
 class Experts(nnx.Module):
@@ -29,23 +51,7 @@ class Experts(nnx.Module):
         self.config = config
 
     def __call__(self, x: Hidden, shares: Shares) -> Hidden:
-        """The experts' outputs, added up by their shares.
-
-        One expert after the other, all tokens at once, and only those that some token chose are
-        read. On a CPU that beats `lax.ragged_dot` and gathered weights at 1 and at 128 tokens.
-        """
-
-        def add(total: Hidden, expert: Array) -> tuple[Hidden, None]:
-            share = shares[..., expert, None]
-            return lax.cond(
-                (share != 0).any(),
-                lambda: total + share * self._run(expert, x),
-                lambda: total,
-            ), None
-
-        return lax.scan(
-            add, jnp.zeros_like(x), jnp.arange(self.config.num_experts, dtype=jnp.int32)
-        )[0]
+        return of_chosen(self._run, x, shares)
 
     def _run(self, expert: Array, x: Hidden) -> Hidden:
         """One expert: a gated linear unit with a clamped swish, and one added to the other side."""
@@ -71,3 +77,72 @@ class MixtureOfExperts(nnx.Module):
         weights = jax.nn.softmax(highest, axis=-1)[..., None]
         shares = (weights * jax.nn.one_hot(chosen, scores.shape[-1], dtype=x.dtype)).sum(axis=-2)
         return self.experts(x, shares)
+
+
+class Stack(nnx.Module):
+    """Projections side by side, ``weight [experts, in, out]``."""
+
+    def __init__(self, shape: tuple[int, ...], *, rngs: nnx.Rngs, dtype: Any, std: float):
+        normal = jax.nn.initializers.normal(std)
+        self.weight = nnx.Param(normal(rngs.params(), shape, dtype))
+
+
+class GatedExperts(nnx.Module):
+    """Gated linear units side by side."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, out_std: float):
+        experts = config.experts
+        assert experts is not None
+        shape = experts.num_experts, config.hidden_size, experts.intermediate_size
+        shared = {"rngs": rngs, "dtype": dtype}
+        self.gate_proj = Stack(shape, std=INIT_STD, **shared)
+        self.up_proj = Stack(shape, std=INIT_STD, **shared)
+        self.down_proj = Stack((shape[0], shape[2], shape[1]), std=out_std, **shared)
+        self.activation = config.activation
+
+    def __call__(self, x: Hidden, shares: Shares) -> Hidden:
+        def run(expert: Array, x: Hidden) -> Hidden:
+            gate, up = (
+                matmul(x, each.weight[...][expert]) for each in (self.gate_proj, self.up_proj)
+            )
+            inner = ACTIVATIONS[self.activation](gate) * up
+            return matmul(inner, self.down_proj.weight[...][expert])
+
+        return of_chosen(run, x, shares.astype(x.dtype))
+
+
+class Router(nnx.Module):
+    """Scores of experts, in float32."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any):
+        experts = config.experts
+        assert experts is not None
+        normal = jax.nn.initializers.normal(INIT_STD)
+        shape = config.hidden_size, experts.num_experts
+        self.weight = nnx.Param(normal(rngs.params(), shape, dtype))
+        self.e_score_correction_bias = (
+            nnx.Param(jnp.zeros(experts.num_experts, jnp.float32)) if experts.is_corrected else None
+        )
+        self.experts = experts
+
+    def __call__(self, x: Hidden) -> Shares:
+        wide = x.astype(jnp.float32), self.weight[...].astype(jnp.float32)
+        bias = self.e_score_correction_bias
+        return shares_of(self.experts, matmul(*wide), None if bias is None else bias[...])
+
+
+class RoutedExperts(nnx.Module):
+    """A router gives each token a few experts; some are taken by all tokens."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, out_std: float):
+        experts = config.experts
+        assert experts is not None
+        shared = {"rngs": rngs, "dtype": dtype}
+        self.gate = Router(config, **shared)
+        self.experts = GatedExperts(config, out_std=out_std, **shared)
+        inner = experts.shared_experts * experts.intermediate_size
+        self.shared_experts = MLP(config, inner, out_std=out_std, **shared) if inner else None
+
+    def __call__(self, x: Hidden) -> Hidden:
+        mixed = self.experts(x, self.gate(x))
+        return mixed if self.shared_experts is None else mixed + self.shared_experts(x)

@@ -1,6 +1,37 @@
 """What tells the decoders that `Decoder` can be from each other, a row a family."""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+
+class Norms(NamedTuple):
+    """A layer's norms, as a checkpoint names them; None where there is none.
+
+    Attributes:
+      attention_input, mlp_input: of the stream, before attention and before the MLP.
+      attention_output, mlp_output: of what they give, before it is added to the stream.
+      kind: of all norms of the model, a name in `jaxkv.models.layers.NORMS`.
+    """
+
+    attention_input: str | None = "input_layernorm"
+    attention_output: str | None = None
+    mlp_input: str | None = "post_attention_layernorm"
+    mlp_output: str | None = None
+    kind: str = "rms"
+
+
+class Routed(NamedTuple):
+    """A mixture of experts whose router is of the usual kind.
+
+    Attributes:
+      fields: name in a ``config.json`` -> field of `jaxkv.models.routing.ExpertsConfig`.
+      always: fields of it that no ``config.json`` says.
+    """
+
+    fields: Mapping[str, str]
+    always: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,14 +44,27 @@ class Family:
       unused: fields that it may have and that change nothing: transformers does not use them.
       quantization: how its released weights may be packed.
       slides: layers may have a window.
-      local_rope: those layers have a rope of their own.
+      local_rope: those layers have a rope "of their own", or the same one "unscaled".
+      rope_layers: which layers have a rope, a name in `jaxkv.models.config.ROPE_LAYERS`.
+      partial_rope: the rope may turn a part of each head.
+      interleaved: the rope turns neighbours together, not halves.
       qkv_bias: queries, keys and values have biases even where attention has not.
-      qk_norm: queries and keys are normalized a head (Henry et al., 2020).
-      is_gemma: embeddings are multiplied by the root of their size, norms by one plus their
-        weight, and what a layer adds to the stream is normalized too (Gemma 2, section 2).
+      output_bias: attention's output has a bias where queries have one.
+      qk_norm: queries and keys are normalized: "head", each head (Henry et al., 2020), or "all",
+        all heads together (OLMo 2).
+      norms: the norms of a layer.
+      parallel: attention and the MLP read the same, and both are added to the stream.
+      gated: the MLP is a gated linear unit; if not, it is two projections.
+      biased: all projections of layers have biases.
+      scales_embeddings: embeddings are multiplied by the root of their size (Gemma).
       has_sinks: one learned logit per head is added to the softmax denominator (gpt-oss).
-      has_experts: the MLP is a mixture of experts.
+      has_experts: the MLP is gpt-oss's mixture of experts.
+      routed: it is one of the usual kind.
       latent: it keeps latents in place of keys and values (DeepSeek-V2, section 2.1).
+      predicts_ahead: a checkpoint may have further layers, which guess tokens after the next one,
+        and are not read (DeepSeek-V3, section 2.2).
+      renamed: parts of names in a checkpoint, and what they are here.
+      joined: projections that a checkpoint has in one tensor, one below the other.
     """
 
     model_type: str
@@ -28,45 +72,134 @@ class Family:
     unused: tuple[str, ...] = ()
     quantization: str | None = None
     slides: bool = False
-    local_rope: bool = False
+    local_rope: str | None = None
+    rope_layers: str = "all"
+    partial_rope: bool = False
+    interleaved: bool = False
     qkv_bias: bool = False
-    qk_norm: bool = False
-    is_gemma: bool = False
+    output_bias: bool = True
+    qk_norm: str | None = None
+    norms: Norms = Norms()
+    parallel: bool = False
+    gated: bool = True
+    biased: bool = False
+    scales_embeddings: bool = False
     has_sinks: bool = False
     has_experts: bool = False
+    routed: Routed | None = None
     latent: bool = False
+    predicts_ahead: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
+    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 _GEMMA = ("attention_bias", "hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping")
-_EXPERTS = ("num_local_experts", "num_experts_per_tok", "swiglu_alpha", "swiglu_limit")
+_GPT_OSS = ("num_local_experts", "num_experts_per_tok", "swiglu_alpha", "swiglu_limit")
+_GEMMA_NORMS = Norms(
+    attention_output="post_attention_layernorm",
+    mlp_input="pre_feedforward_layernorm",
+    mlp_output="post_feedforward_layernorm",
+    kind="rms plus one",
+)
+_OLMO2_NORMS = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+_GLM4_NORMS = Norms(attention_output="post_self_attn_layernorm", mlp_output="post_mlp_layernorm")
+_GATE_UP = ("gate_up_proj", ("gate_proj", "up_proj"))
+
+_MULTIPLIERS = (
+    *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
+)
+_COHERE = ("hidden_act", "attention_bias", "layer_norm_eps", "logit_scale")
+_COHERE2 = (  # what is so in all of them, or said by layer_types too
+    *("order_of_interleaved_layers", "layer_switch", "position_embedding_type", "rotary_pct"),
+    *("use_embedding_sharing", "use_gated_activation", "use_parallel_block"),
+    *("use_parallel_embedding", "sliding_window_pattern"),
+)
+_STARCODER2 = (  # of the code that it was trained with
+    *("activation_function", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"),
+    *("layer_norm_epsilon", "mlp_type", "norm_type", "scale_attn_weights"),
+)
+_COHERE_NORMS = Norms(mlp_input=None, kind="layer without bias")
+
+# Of training, and what follows from other fields.
+_DEEPSEEK = ("head_dim", "qk_head_dim", "ep_size", "seq_aux", "aux_loss_alpha")
+_DEEPSEEK_EXPERTS = {
+    "n_routed_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "moe_intermediate_size": "intermediate_size",
+    "n_shared_experts": "shared_experts",
+    "n_group": "num_groups",
+    "topk_group": "groups_per_token",
+    "routed_scaling_factor": "scaling",
+    "norm_topk_prob": "normalized",
+    "first_k_dense_replace": "first_layer",
+    "topk_method": "method",
+    "scoring_func": "scores",
+}
+_QWEN_EXPERTS = {
+    "num_local_experts": "num_experts",
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "moe_intermediate_size": "intermediate_size",
+    "norm_topk_prob": "normalized",
+    "decoder_sparse_step": "every",
+    "mlp_only_layers": "dense_layers",
+}
+_MIXTRAL_EXPERTS = {
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "intermediate_size": "intermediate_size",
+}
 
 # By architecture, as a config.json names it.
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("llama", ("hidden_act", "attention_bias", "mlp_bias")),
     "MistralForCausalLM": Family("mistral", ("hidden_act",), slides=True),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        ("hidden_act",),
+        unused=("router_jitter_noise",),
+        slides=True,
+        routed=Routed(_MIXTRAL_EXPERTS, {"normalized": True}),
+        renamed=(
+            ("block_sparse_moe.", "mlp."),
+            (".w1.", ".gate_proj."),
+            (".w3.", ".up_proj."),
+            (".w2.", ".down_proj."),
+        ),
+    ),
     "Qwen2ForCausalLM": Family("qwen2", ("hidden_act",), slides=True, qkv_bias=True),
     "Qwen3ForCausalLM": Family(
-        "qwen3", ("hidden_act", "attention_bias"), slides=True, qk_norm=True
+        "qwen3", ("hidden_act", "attention_bias"), slides=True, qk_norm="head"
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        ("hidden_act", "attention_bias"),
+        unused=("max_window_layers",),
+        slides=True,
+        qk_norm="head",
+        routed=Routed(_QWEN_EXPERTS),
     ),
     "Gemma2ForCausalLM": Family(
         "gemma2",
         (*_GEMMA, "attn_logit_softcapping"),
         unused=("hidden_act", "sliding_window_size"),
         slides=True,
-        is_gemma=True,
+        norms=_GEMMA_NORMS,
+        scales_embeddings=True,
     ),
     "Gemma3ForCausalLM": Family(
         "gemma3_text",
         _GEMMA,
         unused=("hidden_act", "_sliding_window_pattern"),
         slides=True,
-        local_rope=True,
-        qk_norm=True,
-        is_gemma=True,
+        local_rope="of their own",
+        qk_norm="head",
+        norms=_GEMMA_NORMS,
+        scales_embeddings=True,
     ),
     "GptOssForCausalLM": Family(
         "gpt_oss",
-        ("attention_bias", *_EXPERTS),
+        ("attention_bias", *_GPT_OSS),
         unused=("hidden_act", "experts_per_token", "initial_context_length"),
         quantization="mxfp4",
         slides=True,
@@ -78,5 +211,93 @@ FAMILIES: dict[str, Family] = {
         ("hidden_act", "attention_bias"),
         unused=("head_dim", "qk_head_dim", "embedding_initializer_range"),
         latent=True,
+    ),
+    "DeepseekV2ForCausalLM": Family(
+        "deepseek_v2",
+        ("hidden_act", "attention_bias", "mlp_bias"),
+        unused=_DEEPSEEK,
+        latent=True,
+        routed=Routed(_DEEPSEEK_EXPERTS),
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        "deepseek_v3",
+        ("hidden_act", "attention_bias"),
+        unused=(*_DEEPSEEK, "num_nextn_predict_layers"),
+        latent=True,
+        predicts_ahead=True,
+        routed=Routed(_DEEPSEEK_EXPERTS),
+    ),
+    "Olmo2ForCausalLM": Family(
+        "olmo2", ("hidden_act", "attention_bias"), qk_norm="all", norms=_OLMO2_NORMS
+    ),
+    "Olmo3ForCausalLM": Family(
+        "olmo3",
+        ("hidden_act", "attention_bias"),
+        slides=True,
+        local_rope="unscaled",
+        qk_norm="all",
+        norms=_OLMO2_NORMS,
+    ),
+    "Phi3ForCausalLM": Family(
+        "phi3",
+        ("hidden_act",),
+        unused=("full_attn_mod", "interpolate_factor"),
+        slides=True,
+        partial_rope=True,
+        joined=(("qkv_proj", ("q_proj", "k_proj", "v_proj")), _GATE_UP),
+    ),
+    "Glm4ForCausalLM": Family(
+        "glm4",
+        ("hidden_act", "attention_bias"),
+        partial_rope=True,
+        interleaved=True,
+        output_bias=False,
+        norms=_GLM4_NORMS,
+        joined=(_GATE_UP,),
+    ),
+    "SmolLM3ForCausalLM": Family(
+        "smollm3",
+        ("hidden_act", "attention_bias", "mlp_bias"),
+        unused=("no_rope_layers", "no_rope_layer_interval", "max_window_layers"),
+        slides=True,
+        rope_layers="named",
+    ),
+    "GraniteForCausalLM": Family(
+        "granite", ("hidden_act", "attention_bias", "mlp_bias", *_MULTIPLIERS)
+    ),
+    "CohereForCausalLM": Family(
+        "cohere",
+        _COHERE,
+        unused=("rms_norm_eps",),
+        interleaved=True,
+        parallel=True,
+        norms=_COHERE_NORMS,
+    ),
+    "Cohere2ForCausalLM": Family(
+        "cohere2",
+        _COHERE,
+        unused=("rms_norm_eps", "_sliding_window_pattern", *_COHERE2),
+        slides=True,
+        rope_layers="windowed",
+        interleaved=True,
+        parallel=True,
+        norms=_COHERE_NORMS,
+    ),
+    "Starcoder2ForCausalLM": Family(
+        "starcoder2",
+        ("hidden_act", "norm_epsilon"),
+        unused=("rms_norm_eps", *_STARCODER2),
+        slides=True,
+        norms=Norms(kind="layer"),
+        gated=False,
+        biased=True,
+        renamed=((".c_fc.", ".up_proj."), (".c_proj.", ".down_proj.")),
+    ),
+    "StableLmForCausalLM": Family(
+        "stablelm",
+        ("hidden_act", "layer_norm_eps", "use_qkv_bias"),
+        unused=("rms_norm_eps",),
+        partial_rope=True,
+        norms=Norms(kind="layer"),
     ),
 }

@@ -5,6 +5,7 @@ window. `tests/models/test_hf_families.py` holds every row to the caches that tr
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxkv.counts import check_count
@@ -201,10 +202,15 @@ def _plain(
 
 
 def _latent(
-    num_layers: int, num_heads: int, width: int, rank: int, rope_dim: int, **more: Any
+    num_layers: int,
+    num_heads: int,
+    width: int,
+    rank: int,
+    rope_dim: int,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Family:
     """One latent for keys and values together, and the rope's numbers."""
-    more |= {"kv_lora_rank": rank, "qk_rope_head_dim": rope_dim}
+    more = {**more, "kv_lora_rank": rank, "qk_rope_head_dim": rope_dim}
     row = _plain(num_layers, num_heads, width, **more)
     return row._replace(keeps=_latents, reads=("kv_lora_rank", "v_head_dim"))
 
@@ -215,6 +221,12 @@ def _gpt2(num_layers: int, num_heads: int, width: int) -> Family:
 
 
 _GEMMA: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+_COHERE: dict[str, Any] = {
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.0625,
+    "tie_word_embeddings": True,
+}
+_DEEPSEEK: dict[str, Any] = {"q_lora_rank": 1536, "qk_nope_head_dim": 128, "v_head_dim": 128}
 _YARN = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -263,19 +275,30 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "bitnet": _plain(30, 20, 2560, 5),
     "bloom": Family({"n_layer": 2, "n_head": 8, "hidden_size": 64}),
     "codegen": _gpt2(28, 16, 4096),
-    "cohere": _plain(40, 64, 8192),
+    "cohere": _plain(40, 64, 8192, **_COHERE, rope_theta=500_000.0),
     "cohere2": _plain(
         *(40, 64, 8192),
         windows=_every("sliding_window_pattern"),
         sliding_window_pattern=4,
         sliding_window=4096,
+        **_COHERE,
     ),
     "cohere2_moe": _plain(40, 64, 8192, None, 128, windows=_NAMED, sliding_window=4096),
     "ctrl": _gpt2(48, 16, 1280),
     "cwm": _plain(64, 48, 6144, 8, 128, windows=_NAMED, sliding_window=8192),
     "dbrx": Family({"n_layers": 24, "n_heads": 16, "d_model": 2048, "num_key_value_heads": 1}),
-    "deepseek_v2": _latent(32, 32, 4096, 512, 64),
-    "deepseek_v3": _latent(61, 128, 7168, 512, 64),
+    "deepseek_v2": _latent(
+        *(32, 32, 4096, 512, 64),
+        more=_DEEPSEEK
+        | {"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407},
+    ),
+    "deepseek_v3": _latent(
+        *(61, 128, 7168, 512, 64),
+        more=_DEEPSEEK
+        | {"n_routed_experts": 256, "n_shared_experts": 1, "moe_intermediate_size": 2048}
+        | {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "first_k_dense_replace": 3}
+        | {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "topk_method": "noaux_tc"},
+    ),
     "diffllama": _plain(16, 32, 2048),
     "doge": _plain(32, 8, 1024, windows=_ALL),
     "dots1": _plain(
@@ -336,7 +359,12 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         *(30, 8, 2304, 4, 256), windows=_every(6), sliding_window=512, global_head_dim=512
     )._replace(keeps=_gemma4, reads=(*_SHARED, *_GLOBAL)),
     "glm": _plain(40, 32, 4096, 2, 128),
-    "glm4": _plain(40, 32, 4096, 2, 128),
+    "glm4": _plain(
+        *(40, 32, 4096, 2, 128),
+        attention_bias=True,
+        partial_rotary_factor=0.5,
+        rms_norm_eps=1.5625e-7,
+    ),
     "glm4_moe": _plain(46, 96, 4096, 8),
     "glm4_moe_lite": _latent(47, 20, 2048, 512, 64),
     "glm4v_moe_text": _plain(46, 96, 4096, 8),
@@ -361,7 +389,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         rope_scaling=_YARN,
     ),
     "gptj": _gpt2(28, 16, 4096),
-    "granite": _plain(32, 32, 4096),
+    "granite": _plain(32, 32, 4096, attention_multiplier=1.0),
     "granite_docling_text": _plain(28, 16, 1024, 4),
     "granite_swa": _plain(24, 20, 2560, 4, windows=_NAMED, sliding_window=128),
     "granitemoe": _plain(32, 32, 4096),
@@ -394,18 +422,25 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     ),
     "ministral3": _plain(34, 32, 4096, 8, 128, windows=_ALL),
     "mistral": _plain(32, 32, 4096, 8, windows=_ALL, sliding_window=4096),
-    "mixtral": _plain(32, 32, 4096, 8, windows=_ALL),
+    "mixtral": _plain(
+        *(32, 32, 4096, 8),
+        windows=_ALL,
+        num_experts_per_tok=2,
+        num_local_experts=8,
+        rms_norm_eps=1e-5,
+        rope_theta=1_000_000.0,
+    ),
     "mpt": Family({"n_layers": 24, "n_heads": 16, "d_model": 2048}),
     "nanochat": _plain(12, 6, 768),
     "nemotron": _plain(32, 48, 6144),
     "olmo": _plain(32, 32, 4096),
-    "olmo2": _plain(32, 32, 4096),
-    "olmo3": _plain(32, 32, 4096, windows=_every(4), sliding_window=4096),
+    "olmo2": _plain(32, 32, 4096, rms_norm_eps=1e-5),
+    "olmo3": _plain(32, 32, 4096, windows=_every(4), sliding_window=4096, rms_norm_eps=1e-5),
     "olmoe": _plain(16, 16, 2048),
     "opt": _plain(12, 12, 768),
     "persimmon": _plain(36, 64, 4096),
     "phi": _plain(24, 32, 2048),
-    "phi3": _plain(32, 32, 3072, windows=_ALL),
+    "phi3": _plain(32, 32, 3072, windows=_ALL, rms_norm_eps=1e-5),
     "phi4_multimodal": _plain(32, 32, 3072, 8, windows=_ALL),
     "phimoe": _plain(32, 32, 4096, 8, windows=_ALL),
     "qwen2": _plain(32, 32, 4096, 32, windows=_QWEN, max_window_layers=28, sliding_window=4096),
@@ -421,25 +456,33 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         *(24, 32, 2048, 4),
         windows=Windows(("sliding_window", "use_sliding_window"), _all_layers),
         sliding_window=4096,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
     ),
     "qwen3_vl_moe_text": _plain(24, 16, 2048, 16, windows=_ALL),
     "qwen3_vl_text": _plain(32, 32, 4096, 32, 128),
     "sarvam_mla": _latent(32, 64, 4096, 512, 64),
     "sarvam_moe": _plain(19, 64, 4096, 4, 64),
     "seed_oss": _plain(64, 80, 4096, 8, 128),
-    "smollm3": _plain(36, 16, 2048, 4, windows=_NAMED_IF_USED),
-    "solar_open": _plain(48, 64, 4096, 8, 128),
-    "stablelm": _plain(32, 32, 2560, 32),
-    "starcoder2": _plain(30, 24, 3072, 2, windows=_ALL),
-    "vaultgemma": _plain(26, 8, 2304, 4, 256, windows=_every(2), sliding_window=4096),
-    "xglm": Family({"num_layers": 24, "attention_heads": 16, "d_model": 1024}),
-    "youtu": _latent(
-        *(32, 16, 2048, 512, 64),
-        q_lora_rank=1536,
-        qk_nope_head_dim=128,
-        v_head_dim=128,
+    "smollm3": _plain(
+        *(36, 16, 2048, 4),
+        windows=_NAMED_IF_USED,
+        no_rope_layer_interval=4,
+        rope_theta=2_000_000.0,
         tie_word_embeddings=True,
     ),
+    "solar_open": _plain(48, 64, 4096, 8, 128),
+    "stablelm": _plain(32, 32, 2560, 32, partial_rotary_factor=0.25, layer_norm_eps=1e-5),
+    "starcoder2": _plain(
+        *(30, 24, 3072, 2),
+        windows=_ALL,
+        hidden_act="gelu_pytorch_tanh",
+        norm_epsilon=1e-5,
+        tie_word_embeddings=True,
+    ),
+    "vaultgemma": _plain(26, 8, 2304, 4, 256, windows=_every(2), sliding_window=4096),
+    "xglm": Family({"num_layers": 24, "attention_heads": 16, "d_model": 1024}),
+    "youtu": _latent(32, 16, 2048, 512, 64, more=_DEEPSEEK | {"tie_word_embeddings": True}),
 }
 
 

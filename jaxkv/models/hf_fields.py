@@ -45,11 +45,18 @@ _CHANGES_NOTHING: dict[str, Callable[[Any], bool]] = {
     "final_logit_softcapping": _is_off,
     "is_encoder_decoder": _is_off,
     "layer_types": lambda types: set(types) <= {"full_attention"},
+    "lm_head_bias": _is_off,
     "mlp_bias": _is_off,
+    "moe_layer_freq": lambda every: every == 1,
     "partial_rotary_factor": lambda factor: factor == 1,
     "rope_interleaved": _is_off,
     "use_bidirectional_attention": _is_off,
     "use_mrope": _is_off,
+    "clip_qkv": _is_off,
+    "qk_layernorm": _is_off,
+    "use_bias": lambda biased: biased,
+    "use_parallel_residual": _is_off,
+    "use_qk_norm": _is_off,
 }
 
 

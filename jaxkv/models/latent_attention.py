@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.models.config import DecoderConfig
 from jaxkv.models.layers import Linear, RMSNorm, attend_causal
-from jaxkv.models.rope import rotate, temperature
+from jaxkv.models.rope import rotate, temperature, unpaired
 
 Hidden = Float[Array, "*batch tokens hidden"]
 
@@ -75,14 +75,13 @@ class LatentAttention(nnx.Module):
         return queries.reshape(*x.shape[:-1], -1, self.latent.head_dim)
 
     def _rotated(self, vectors: Array, rotation: Any) -> Array:
-        if self.latent.interleaved:  # first numbers of all pairs, then second ones
-            pairs = vectors.reshape(*vectors.shape[:-1], -1, 2)
-            vectors = jnp.concatenate([pairs[..., 0], pairs[..., 1]], axis=-1)
+        if self.latent.interleaved:
+            vectors = unpaired(vectors, rotation)
         return rotate(vectors, rotation)
 
     def _scale(self) -> float:
         """With the temperature of YaRN over all numbers, where a config has one (DeepSeek-V3)."""
-        rope, scale = self.config.rope, self.config.query_pre_attn_scalar**-0.5
+        rope, scale = self.config.rope, self.config.attention_scale
         if rope.rope_type == "default" or not rope.mscale_all_dim or rope.factor <= 1:
             return scale
         return scale * temperature(rope.factor, rope.mscale_all_dim) ** 2

@@ -161,17 +161,28 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Ba et al., "Layer normalization" (2016); in float32."""
 
-    def __init__(self, features: int, *, eps: float, dtype: Any):
+    def __init__(self, features: int, *, eps: float, dtype: Any, bias: bool = True):
         self.weight = nnx.Param(jnp.ones(features, dtype))
-        self.bias = nnx.Param(jnp.zeros(features, dtype))
+        self.bias = nnx.Param(jnp.zeros(features, dtype)) if bias else None
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*shape features"]) -> Float[Array, "*shape features"]:
         wide = x.astype(jnp.float32)
         centred = wide - wide.mean(axis=-1, keepdims=True)
         scale = lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
-        weight, bias = self.weight[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
-        return (centred * scale * weight + bias).astype(x.dtype)
+        normed = centred * scale * self.weight[...].astype(jnp.float32)
+        if self.bias is not None:
+            normed += self.bias[...].astype(jnp.float32)
+        return normed.astype(x.dtype)
+
+
+# Names of kinds -> norms.
+NORMS: dict[str, Callable[..., nnx.Module]] = {
+    "rms": RMSNorm,
+    "rms plus one": functools.partial(RMSNorm, plus_one=True),
+    "layer": LayerNorm,
+    "layer without bias": functools.partial(LayerNorm, bias=False),
+}
 
 
 def attend_causal(
@@ -260,5 +271,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": jax.nn.gelu,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "tanh": jnp.tanh,
 }

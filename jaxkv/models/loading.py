@@ -125,7 +125,8 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
     tensors = {}
     for _, name, param, transposed in _params(model):
         array = np.asarray(param[...])
-        tensors[name] = np.ascontiguousarray(array.T if transposed else array)
+        tensors[name] = array.swapaxes(-1, -2) if transposed else array
+    tensors = model.checkpoint_layout.written(tensors)
     safetensors.numpy.save_file(tensors, path / SINGLE_FILE, metadata={"format": "pt"})
     config = model.config.to_hf() | {"torch_dtype": model.dtype.name}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -171,32 +172,42 @@ def _params(model: Model) -> Iterator[tuple[tuple[Any, ...], str, nnx.Param[Any]
 def _fill(model: Model, stored: Tensors, folder: Path, spread: Spread | None) -> None:
     """Put every tensor of a checkpoint in its place in an abstract model."""
     params = list(_params(model))
-    tensors = _matched(params, stored, model.checkpoint_prefix, folder)
+    shapes = {name: _shape_there(param, transposed) for _, name, param, transposed in params}
+    tensors = _matched(shapes, _laid_out(model, stored, shapes), model.checkpoint_prefix, folder)
     filled = []
     with progress_bar("Loading weights", sum(param.size for _, _, param, _ in params)) as advance:
         for at, name, param, transposed in params:
             array = tensors[name].read().astype(param.dtype, copy=False)
-            array = np.ascontiguousarray(array.T if transposed else array)
+            array = np.ascontiguousarray(array.swapaxes(-1, -2) if transposed else array)
             place = None if spread is None else sharding_of(model, at, param, spread)
             filled.append((at, param.replace(jax.device_put(array, place))))
             advance(param.size)
     nnx.update(model, nnx.from_flat_state(filled))
 
 
+def _shape_there(param: nnx.Param[Any], transposed: bool) -> tuple[int, ...]:
+    if not transposed:
+        return param.shape
+    *stack, rows, columns = param.shape
+    return (*stack, columns, rows)
+
+
+def _laid_out(model: Model, stored: Tensors, shapes: dict[str, tuple[int, ...]]) -> Tensors:
+    prefix = model.checkpoint_prefix
+    rows = {name.removeprefix(prefix): shape[0] for name, shape in shapes.items()}
+    return model.checkpoint_layout.read(stored, prefix, rows)
+
+
 def _matched(
-    params: list[tuple[tuple[Any, ...], str, nnx.Param[Any], bool]],
-    stored: Tensors,
-    prefix: str,
-    folder: Path,
+    shapes: dict[str, tuple[int, ...]], stored: Tensors, prefix: str, folder: Path
 ) -> Tensors:
-    """The tensor of each parameter, once all are there, of the right shape, and no other is."""
+    """The tensor of each name, once all are there, of the right shape, and no other is."""
     unused = dict(stored)
     matched = {}
-    for _, name, param, transposed in params:
+    for name, expected in shapes.items():
         tensor = unused.pop(name.removeprefix(prefix), None)
         if tensor is None:
             raise CheckpointError(f"{folder}: tensor {name} is missing.")
-        expected = param.shape[::-1] if transposed else param.shape
         if tensor.shape != expected:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}; by "

@@ -10,6 +10,7 @@ from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import Rope
 from jaxkv.models.layers import Embedding, Linear, matmul
+from jaxkv.models.layout import Layout
 from jaxkv.models.rope import check_room
 from jaxkv.models.shape import RING_CHUNK, Codecs, SameInAllLayers, codec_of_each_layer
 
@@ -22,6 +23,8 @@ class Model(nnx.Module):
     checkpoint_prefix: ClassVar[str]
     checkpoint_transposes: ClassVar[tuple[str, ...]]
     checkpoint_embedding: ClassVar[str]  # the module that can be the head too
+
+    checkpoint_layout: Any = Layout()  # how its tensors are named and packed there
 
     config: Any
     lm_head: Linear  # only where the embedding is not the head too
@@ -73,7 +76,8 @@ class Model(nnx.Module):
         if ropes := getattr(config, "ropes", ()):
             check_room(ropes, max_context_length)
             known = {
-                rope: Rope(tuple(rope.frequencies(max_context_length).tolist())) for rope in ropes
+                rope: rope and Rope(tuple(rope.frequencies(max_context_length).tolist()))
+                for rope in ropes
             }
             codecs = tuple(
                 codec.under(known[rope]) for codec, rope in zip(codecs, ropes, strict=False)

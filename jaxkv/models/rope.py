@@ -283,6 +283,16 @@ class RopeConfig:
         return dataclasses.replace(self, **ROPE_TYPES[self.rope_type].fixed(self, context))
 
     @property
+    def unscaled(self) -> "RopeConfig":
+        """The plain rope of the same base."""
+        return RopeConfig(
+            self.head_dim,
+            self.theta,
+            partial_rotary_factor=self.partial_rotary_factor,
+            max_position_embeddings=self.max_position_embeddings,
+        )
+
+    @property
     def vector_factor(self) -> float:
         """What rotated vectors are multiplied with; the yarn and longrope papers' temperature."""
         stretch = self.factor
@@ -298,7 +308,7 @@ class RopeConfig:
         return temperature(stretch, 1.0)
 
 
-def check_room(ropes: Iterable[RopeConfig], max_context_length: int) -> None:
+def check_room(ropes: Iterable[RopeConfig | None], max_context_length: int) -> None:
     """Refuse room for texts that have another rope than shorter ones.
 
     Keys are cached as they were turned: how a text's are must not depend on room that it does not
@@ -307,7 +317,8 @@ def check_room(ropes: Iterable[RopeConfig], max_context_length: int) -> None:
     Raises:
       ValueError: it says what to do.
     """
-    for rope in set(ropes):
+    for rope in set(ropes) - {None}:
+        assert rope is not None
         if np.array_equal(rope.frequencies(1), rope.frequencies(max_context_length)):
             continue
         trained = getattr(rope, ROPE_TYPES[rope.rope_type].trained or "")
@@ -330,6 +341,18 @@ def rotation(
     """
     angles = positions[..., None, None].astype(jnp.float32) * rope.frequencies(context)
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.vector_factor
+
+
+def unpaired(
+    vectors: Float[Array, "*batch tokens heads head_dim"],
+    rotation: Float[Array, "2 *batch tokens 1 pairs"],
+) -> Float[Array, "*batch tokens heads head_dim"]:
+    """What a rope of neighbours turns, in halves for `rotate`: first numbers of all pairs first.
+
+    Queries and keys are both in this order, so that no score is another.
+    """
+    turned, rest = jnp.split(vectors, [2 * rotation.shape[-1]], axis=-1)
+    return jnp.concatenate([turned[..., ::2], turned[..., 1::2], rest], axis=-1)
 
 
 def rotate(

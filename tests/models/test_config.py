@@ -82,6 +82,19 @@ def test_bad_llama_configs_are_refused_by_name(changes, message):
             r"quantized \(AWQ\)",
         ),
         ("gpt_oss", {"num_experts_per_tok": 7}, "at most num_experts = 6 experts, got .* = 7"),
+        ("mixtral", {"num_experts_per_tok": 7}, "7 experts per token are not among 1 of 1 groups"),
+        ("qwen3_moe", {"num_experts": None}, "num_local_experts or num_experts is missing"),
+        ("deepseek_v2", {"topk_method": "best"}, "method must be one of greedy, .*, got 'best'"),
+        ("deepseek_v3", {"topk_group": 5}, "not among 5 of 4 groups of 8 experts"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scores of noaux_tc must be sigmoid"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier must be a positive"),
+        ("smollm3", {"no_rope_layers": [1]}, r"rope_layers must be 3 entries.* got \(True,\)"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm = True is not supported"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm = True is not supported"),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual = True is not supp"),
+        ("starcoder2", {"use_bias": False}, "use_bias = False is not supported"),
+        ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
     ],
 )
 def test_bad_configs_of_sliding_families_are_refused_by_name(variant, changes, message):
@@ -122,6 +135,21 @@ _OF_THE_HUB = {
     "gemma3 layer types": {"_sliding_window_pattern": 6, "use_bidirectional_attention": False},
     "gpt_oss": {"experts_per_token": 4, "initial_context_length": 4096, "hidden_act": "silu"}
     | {"output_router_logits": False, "router_aux_loss_coef": 0.9},
+    "qwen3_moe": {"max_window_layers": 48, "use_sliding_window": False, "sliding_window": None}
+    | {"decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001},
+    "mixtral": {"router_aux_loss_coef": 0.02, "output_router_logits": False}
+    | {"sliding_window": None},
+    "deepseek_v2": {"aux_loss_alpha": 0.001, "seq_aux": True, "scoring_func": "softmax"}
+    | {"ep_size": 1, "moe_layer_freq": 1, "norm_topk_prob": False},
+    "deepseek_v3": {"num_nextn_predict_layers": 1, "scoring_func": "sigmoid", "ep_size": 1}
+    | {"moe_layer_freq": 1},
+    "phi3": {"embd_pdrop": 0.0, "full_attn_mod": 1, "interpolate_factor": 1}
+    | {"lm_head_bias": False, "attention_bias": False},
+    "smollm3": {"max_window_layers": 28, "use_sliding_window": False},
+    "cohere2": {"cache_implementation": "hybrid", "layer_switch": 4, "rotary_pct": 1.0}
+    | {"position_embedding_type": "rope_gptj", "use_parallel_block": True},
+    "starcoder2": {"activation_function": "gelu", "mlp_type": "default", "use_bias": True},
+    "stablelm": {"qk_layernorm": False, "use_parallel_residual": False},
     "gpt2": {"n_ctx": 32, "resid_pdrop": 0.1, "summary_type": "cls_index", "use_cache": True}
     | {"task_specific_params": {"text-generation": {"max_length": 50}}},
 }

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxkv
 from jaxkv.models import load, save
@@ -85,6 +86,52 @@ def test_absorbed_equals_expanded(model):
         logits, cache = step(model, tokens[start : start + size], cache)
         np.testing.assert_allclose(logits, expected[start : start + size], atol=2e-5)
         start += size
+
+
+def test_absorbed_attention_equals_expanded():
+    """One step over latents, and over the keys and values that are made of them."""
+    heads, rank, rope, plain, values = 4, 32, 16, 24, 20
+    rng = np.random.default_rng(0)
+    latents, rope_keys = (rng.standard_normal((50, 1, size)) for size in (rank, rope))
+    queries = rng.standard_normal((50, heads, plain + rope))
+    to_keys, to_values = (
+        rng.standard_normal((rank, heads, size)) * rank**-0.5 for size in (plain, values)
+    )
+    made = np.einsum("nor,rhp->nhp", latents, to_keys)
+    keys = np.concatenate([made, np.repeat(rope_keys, heads, axis=1)], axis=-1)
+    whole = [keys, np.einsum("nor,rhv->nhv", latents, to_values)]
+    absorbed = np.einsum("nhp,rhp->nhr", queries[..., :plain], to_keys)
+    absorbed = np.concatenate([absorbed, queries[..., plain:]], axis=-1)
+
+    def attended(config, queries, *vectors):
+        cache = jaxkv.create(config)
+        given = [jnp.asarray(each, jnp.float32) for each in (queries, *vectors)]
+        cache = jaxkv.append(cache, *given[1:], layer=0)
+        return jaxkv.attend(cache, given[0], layer=0, scale=0.2)
+
+    shared = {"num_layers": 1, "max_context_length": 50, "codec": jaxkv.Dense("float32")}
+    latent = {"num_kv_heads": 1, "head_dim": rank + rope, "value_dim": rank}
+    config = jaxkv.KVCacheConfig(**shared, **latent, values_in_keys=True)
+    mixed = attended(config, absorbed, np.concatenate([latents, rope_keys], axis=-1))
+    output = np.einsum("nhr,rhv->nhv", mixed, to_values)
+    apart = {"num_kv_heads": heads, "head_dim": plain + rope, "value_dim": values}
+    expected = attended(jaxkv.KVCacheConfig(**shared, **apart), queries, *whole)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_yarn_of_deepseek_v2_is_that_of_v3():
+    """As in DeepSeek's own code; transformers leaves the temperature out of V2's logits."""
+    fields = hf_config("deepseek_v3 yarn") | {"first_k_dense_replace": 3}
+    own = hf_config("deepseek_v2") | {"first_k_dense_replace": 3}
+    own |= {name: fields[name] for name in ("rope_scaling", "rope_theta")}
+    tokens, logits = jnp.asarray(token_ids("deepseek_v2")), []
+    for each in (fields, own, own | {"rope_scaling": None}):
+        config = jaxkv.models.DecoderConfig.from_hf(each)
+        model = jaxkv.models.Decoder(config, rngs=nnx.Rngs(0))
+        logits.append(step(model, tokens, None)[0])
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert np.abs(logits[0] - logits[2]).max() > 0
 
 
 def test_a_pool_serves_latents_and_a_prefix_that_is_found_changes_nothing(model):

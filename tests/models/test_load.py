@@ -89,13 +89,44 @@ def test_save_then_load_gives_the_same_model(tmp_path, variant, kind):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(first), nnx.state(second))
 
 
-def test_saved_files_are_those_of_the_checkpoint(folder, tmp_path):
+@pytest.mark.slow_cases("deepseek|starcoder|cohere")
+@pytest.mark.parametrize(
+    "variant", ["llama", "mixtral", "phi3", "deepseek_v3", "starcoder2", "cohere2"]
+)
+def test_saved_files_are_those_of_the_checkpoint(variant, tmp_path):
+    """Experts apart, joined tensors as one, and each under its name there."""
     from safetensors.numpy import load_file
 
-    model, _ = load(folder)
+    model, _ = load(write_checkpoint(variant, tmp_path))
     save(model, tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, saved, weights("llama"))
+    jax.tree.map(np.testing.assert_array_equal, saved, weights(variant))
+    assert load(tmp_path / "saved")[0].config == model.config
+
+
+def test_layers_that_guess_ahead_are_not_read(tmp_path):
+    folder = write_checkpoint("deepseek_v3", tmp_path)
+    tensors = weights("deepseek_v3")
+    ahead = {name.replace("layers.0", "layers.3"): each for name, each in tensors.items()}
+    save_file(tensors | ahead, folder / "model.safetensors")
+    assert load(folder)[0].config.num_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "change", "words"),
+    [
+        ("mixtral", "block_sparse_moe.experts.2.w1", None, ["gate_proj", "expert 2 is missing"]),
+        ("mixtral", "block_sparse_moe.experts.2.w1", (3, 3), ["gate_proj", "(3, 3), (48, 32)"]),
+        ("phi3", "self_attn.qkv_proj", (63, 32), ["qkv_proj", "[63, 32]", "64 rows"]),
+    ],
+)
+def test_experts_and_joined_tensors_that_do_not_fit(tmp_path, variant, name, change, words):
+    folder, name = write_checkpoint(variant, tmp_path), f"model.layers.0.{name}.weight"
+    tensors = weights(variant)
+    del tensors[name]
+    tensors |= {} if change is None else {name: np.zeros(change, np.float32)}
+    save_file(tensors, folder / "model.safetensors")
+    refused(folder, *words)
 
 
 def test_names_without_prefix_and_tensors_that_are_no_weights(tmp_path):

@@ -6,6 +6,7 @@ make the same weights again. Numpy promises that a seeded PCG64 stream never cha
 
 import copy
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,93 @@ _YOUTU = _LLAMA | {
     "v_head_dim": 6,
 }
 
+
+def _like_llama(architecture: str, model_type: str, **fields: Any) -> dict[str, Any]:
+    return _LLAMA | {"architectures": [architecture], "model_type": model_type} | fields
+
+
+_QWEN3_MOE = _like_llama(
+    *("Qwen3MoeForCausalLM", "qwen3_moe"),
+    head_dim=16,
+    num_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    norm_topk_prob=True,
+)
+_MIXTRAL = _like_llama("MixtralForCausalLM", "mixtral", num_local_experts=6, num_experts_per_tok=2)
+_DEEPSEEK_V2 = _YOUTU | {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "routed_scaling_factor": 1.5,
+    "topk_method": "group_limited_greedy",
+    "n_group": 4,
+    "topk_group": 2,
+}
+_DEEPSEEK_V3 = _DEEPSEEK_V2 | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "n_shared_experts": 1,
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+}
+_OLMO2 = _like_llama("Olmo2ForCausalLM", "olmo2")
+_OLMO3 = _like_llama(
+    *("Olmo3ForCausalLM", "olmo3"),
+    sliding_window=7,
+    layer_types=["sliding_attention", "full_attention"],
+)
+_PHI3 = _like_llama("Phi3ForCausalLM", "phi3", pad_token_id=0)
+_GLM4 = _like_llama(
+    "Glm4ForCausalLM", "glm4", head_dim=12, partial_rotary_factor=0.5, pad_token_id=0
+)
+_SMOLLM3 = _like_llama(
+    *("SmolLM3ForCausalLM", "smollm3"),
+    num_hidden_layers=3,
+    no_rope_layers=[1, 0, 1],
+    pad_token_id=0,
+)
+_GRANITE = _like_llama(
+    *("GraniteForCausalLM", "granite"),
+    embedding_multiplier=3.0,
+    attention_multiplier=0.2,
+    residual_multiplier=0.4,
+    logits_scaling=2.5,
+)
+_COHERE = _like_llama(
+    *("CohereForCausalLM", "cohere"),
+    tie_word_embeddings=None,
+    rms_norm_eps=None,
+    layer_norm_eps=1e-4,
+    logit_scale=0.4,
+)
+_COHERE2 = _COHERE | {
+    "architectures": ["Cohere2ForCausalLM"],
+    "model_type": "cohere2",
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_STARCODER2 = _like_llama(
+    *("Starcoder2ForCausalLM", "starcoder2"),
+    hidden_act="gelu_pytorch_tanh",
+    rms_norm_eps=None,
+    norm_epsilon=1e-4,
+    sliding_window=7,
+    tie_word_embeddings=None,
+)
+_STABLELM = _like_llama(
+    *("StableLmForCausalLM", "stablelm"),
+    hidden_size=64,
+    rms_norm_eps=None,
+    layer_norm_eps=1e-4,
+    partial_rotary_factor=0.25,
+)
+
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -195,6 +283,45 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "youtu yarn": _YOUTU
     | {"rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, "rope_theta": 100.0},
     "youtu plain queries": _YOUTU | {"q_lora_rank": None, "rope_interleave": False},
+    "mixtral": _MIXTRAL,
+    "mixtral sliding": _MIXTRAL | {"sliding_window": 7, "num_experts_per_tok": 1},
+    "qwen3_moe": _QWEN3_MOE,
+    "qwen3_moe unnormalized": _QWEN3_MOE
+    | {"norm_topk_prob": False, "tie_word_embeddings": True, "attention_bias": True},
+    "qwen3_moe some layers": _QWEN3_MOE
+    | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    "deepseek_v2": _DEEPSEEK_V2,
+    "deepseek_v2 greedy": _DEEPSEEK_V2
+    | {"topk_method": "greedy", "n_group": None, "topk_group": None, "q_lora_rank": None},
+    "deepseek_v3": _DEEPSEEK_V3,
+    "deepseek_v3 yarn": _DEEPSEEK_V3
+    | {"rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, "rope_theta": 100.0},
+    "deepseek_v3 halves": _DEEPSEEK_V3
+    | {"rope_interleave": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+    | {"attention_bias": True},
+    "olmo2": _OLMO2,
+    "olmo2 attention bias": _OLMO2 | {"attention_bias": True, "num_key_value_heads": 4},
+    "olmo3": _OLMO3,
+    "phi3": _PHI3,
+    "phi3 sliding": _PHI3 | {"sliding_window": 7, "partial_rotary_factor": 0.5},
+    "phi3 longrope": _PHI3
+    | {
+        "rope_scaling": {name: _LONGROPE[name] for name in ("short_factor", "long_factor")}
+        | {"type": "longrope"},
+        "original_max_position_embeddings": 16,
+    },
+    "glm4": _GLM4,
+    "glm4 no bias": _GLM4 | {"attention_bias": False, "partial_rotary_factor": 1.0},
+    "smollm3": _SMOLLM3,
+    "smollm3 interval": _SMOLLM3 | {"no_rope_layers": None, "no_rope_layer_interval": 2},
+    "granite": _GRANITE,
+    "granite biases": _GRANITE | {"attention_bias": True, "mlp_bias": True},
+    "cohere": _COHERE,
+    "cohere2": _COHERE2,
+    "cohere2 attention bias": _COHERE2 | {"attention_bias": True, "sliding_window": None},
+    "starcoder2": _STARCODER2,
+    "stablelm": _STABLELM,
+    "stablelm bias": _STABLELM | {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
     "gpt2": _GPT2,
     "gpt2 untied": _GPT2 | {"tie_word_embeddings": False},
     "gpt2 inner": _GPT2 | {"n_inner": 40, "layer_norm_epsilon": 1e-3},
@@ -232,6 +359,8 @@ def weights(variant: str) -> dict[str, np.ndarray]:
             made[name] = _generator(variant + name).integers(low, high, shape, dtype=np.uint8)
             continue
         noise = 0.3 * _generator(variant + name).standard_normal(shape)
+        if name.endswith("correction_bias"):  # the sign of a score decides in transformers
+            noise = np.abs(noise)
         is_norm_weight = "norm.weight" in name or (".ln_" in name and name.endswith("weight"))
         is_plus_one = config["model_type"].startswith("gemma")  # its norms add the one
         made[name] = (noise + (is_norm_weight and not is_plus_one)).astype(np.float32)
@@ -262,9 +391,10 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     head_dim = config.get("head_dim", hidden // heads)
     keys = config.get("num_key_value_heads", heads) * head_dim
     family = config["model_type"]
-    biased = {"q": heads * head_dim, "k": keys, "v": keys} if family == "qwen2" else {}
-    if config.get("attention_bias", family == "gpt_oss"):
-        biased = {"q": heads * head_dim, "k": keys, "v": keys, "o": hidden}
+    qkv = {"q": heads * head_dim, "k": keys, "v": keys}
+    biased = qkv if family == "qwen2" or config.get("use_qkv_bias") else {}
+    if config.get("attention_bias", family in ("gpt_oss", "starcoder2", "glm4")):
+        biased = qkv if family == "glm4" else qkv | {"o": hidden}
 
     shapes = {"model.embed_tokens.weight": (VOCAB_SIZE, hidden), "model.norm.weight": (hidden,)}
     for layer in range(config["num_hidden_layers"]):
@@ -280,24 +410,86 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             "post_attention_layernorm.weight": (hidden,),
         }
         if "kv_lora_rank" in config:
-            block = {
-                name: shape for name, shape in block.items() if not name.startswith("self_attn.")
-            }
-            block |= _latent_shapes(config)
+            block = _without(block, "self_attn.") | _latent_shapes(config)
         if family == "gpt_oss":
-            block = {name: shape for name, shape in block.items() if not name.startswith("mlp.")}
-            block |= {"self_attn.sinks": (heads,)} | _expert_shapes(config)
+            block = _without(block, "mlp.") | _expert_shapes(config)
+            block |= {"self_attn.sinks": (heads,)}
+        if _is_routed(config, layer):
+            block = _without(block, "mlp.") | _routed_shapes(config)
         if family.startswith("gemma"):
             block |= {f"{name}_feedforward_layernorm.weight": (hidden,) for name in ("pre", "post")}
+        if family.startswith("olmo"):
+            block = _without(block, "input_") | {"post_feedforward_layernorm.weight": (hidden,)}
+            block |= {f"self_attn.{name}_norm.weight": (qkv[name],) for name in "qk"}
+        if family == "phi3":
+            block = _without(block, "self_attn.[qkv]_")
+            block["self_attn.qkv_proj.weight"] = (sum(qkv.values()), hidden)
+        if family in ("phi3", "glm4"):
+            block = _without(block, "mlp.(gate|up)_")
+            block["mlp.gate_up_proj.weight"] = (2 * inner, hidden)
+        if family == "glm4":
+            block |= {f"post_{name}_layernorm.weight": (hidden,) for name in ("self_attn", "mlp")}
+        if family.startswith("cohere"):
+            block = _without(block, "post_")
+        if family == "starcoder2":
+            block = _without(block, "mlp.")
+            block |= {"mlp.c_fc.weight": (inner, hidden), "mlp.c_fc.bias": (inner,)}
+            block |= {"mlp.c_proj.weight": (hidden, inner), "mlp.c_proj.bias": (hidden,)}
+        if family in ("starcoder2", "stablelm"):
+            norms = [name for name in block if name.endswith("layernorm.weight")]
+            block |= {name.replace("weight", "bias"): (hidden,) for name in norms}
+        if "kv_lora_rank" in config and biased:
+            biased = {"o": hidden}
+            block["self_attn.q_a_proj.bias"] = (config["q_lora_rank"],)
+            block["self_attn.kv_a_proj_with_mqa.bias"] = block[
+                "self_attn.kv_a_proj_with_mqa.weight"
+            ][:1]
         block |= {f"self_attn.{name}_proj.bias": (size,) for name, size in biased.items()}
         if config.get("mlp_bias"):
             block |= {f"mlp.{name}_proj.bias": (inner,) for name in ("gate", "up")}
             block["mlp.down_proj.bias"] = (hidden,)
-        if family in ("qwen3", "gemma3_text"):
+        if family in ("qwen3", "qwen3_moe", "gemma3_text"):
             block |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
-    if not config.get("tie_word_embeddings", family.startswith("gemma")):
+    if family in ("starcoder2", "stablelm"):
+        shapes["model.norm.bias"] = (hidden,)
+    tied = family.startswith(("gemma", "cohere", "starcoder"))
+    if not config.get("tie_word_embeddings", tied):
         shapes["lm_head.weight"] = (VOCAB_SIZE, hidden)
+    return shapes
+
+
+def _without(block: dict[str, tuple[int, ...]], names: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in block.items() if not re.match(names, name)}
+
+
+def _is_routed(config: dict[str, Any], layer: int) -> bool:
+    if "moe_intermediate_size" not in config:
+        return config["model_type"] == "mixtral"
+    return (
+        layer >= config.get("first_k_dense_replace", 0)
+        and layer not in config.get("mlp_only_layers", ())
+        and (layer + 1) % config.get("decoder_sparse_step", 1) == 0
+    )
+
+
+def _routed_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, family = config["hidden_size"], config["model_type"]
+    inner = config.get("moe_intermediate_size", config["intermediate_size"])
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    count = next(config[name] for name in names if name in config)
+    mlp, gate, up, down = "mlp", "gate_proj", "up_proj", "down_proj"
+    if family == "mixtral":
+        mlp, gate, up, down = "block_sparse_moe", "w1", "w3", "w2"
+    shapes = {f"{mlp}.gate.weight": (count, hidden)}
+    if family == "deepseek_v3":
+        shapes["mlp.gate.e_score_correction_bias"] = (count,)
+    sizes = {f"experts.{expert}": inner for expert in range(count)}
+    if "n_shared_experts" in config:
+        sizes["shared_experts"] = config["n_shared_experts"] * inner
+    for name, size in sizes.items():
+        shapes |= {f"{mlp}.{name}.{each}.weight": (size, hidden) for each in (gate, up)}
+        shapes[f"{mlp}.{name}.{down}.weight"] = (hidden, size)
     return shapes
 
 

@@ -1,0 +1,177 @@
+"""Tensors that a checkpoint names or packs otherwise than the model that is made of them."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxkv.errors import CheckpointError
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.weight)")
+
+
+class Tensor(Protocol):
+    """A tensor of a checkpoint that is read when it is asked for."""
+
+    name: str
+    file: Path
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """Tensors of one shape, as one with an axis before the others."""
+
+    name: str
+    parts: Sequence[Any]
+
+    @property
+    def file(self) -> Path:
+        return self.parts[0].file
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.parts), *self.parts[0].shape)
+
+    def read(self) -> np.ndarray:
+        return np.stack([part.read() for part in self.parts])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Some rows of a tensor."""
+
+    whole: Any
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+    @property
+    def file(self) -> Path:
+        return self.whole.file
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.whole.shape[1:])
+
+    def read(self) -> np.ndarray:
+        return self.whole.read()[self.start : self.stop]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the tensors of a family's checkpoints become those of a model, and back.
+
+    Attributes:
+      renamed: parts of names there, and what they are here.
+      joined: modules whose tensors are one there, one below the other.
+      num_layers: layers from this number on are there and not here; None: there are none.
+    """
+
+    renamed: tuple[tuple[str, str], ...] = ()
+    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    num_layers: int | None = None
+
+    def read(
+        self, stored: Mapping[str, Any], prefix: str, rows: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """Tensors by the names that they have here, experts stacked and joined ones apart.
+
+        Args:
+          stored: by their names there; ``prefix`` is left out in either.
+          rows: of each tensor of the model, as it is there.
+
+        Raises:
+          CheckpointError: an expert is missing, or experts differ in shape.
+        """
+        named = {self._here(name).removeprefix(prefix): each for name, each in stored.items()}
+        if self.num_layers is not None:
+            own = functools.partial(_is_below, self.num_layers)
+            named = {name: tensor for name, tensor in named.items() if own(name)}
+        return dict(self._apart(_stacked(named), rows))
+
+    def written(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The other way round, of full names."""
+        apart: dict[str, np.ndarray] = {}
+        for name, array in arrays.items():
+            head, experts, tail = name.rpartition(".experts.")
+            if experts and array.ndim == 3 and tail.endswith(".weight"):
+                apart |= {f"{head}.experts.{i}.{tail}": each for i, each in enumerate(array)}
+            else:
+                apart[name] = array
+        for whole, parts in self.joined:
+            for name in [name for name in apart if f".{parts[0]}." in name]:
+                own = [apart.pop(name.replace(f".{parts[0]}.", f".{part}.")) for part in parts]
+                apart[name.replace(f".{parts[0]}.", f".{whole}.")] = np.concatenate(own)
+        return {self._there(name): np.ascontiguousarray(array) for name, array in apart.items()}
+
+    def _apart(self, named: dict[str, Any], rows: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
+        joined = dict(self.joined)
+        for name, tensor in named.items():
+            *path, module, kind = ["", *name.split(".")]
+            if module not in joined:
+                yield name, tensor
+                continue
+            start = 0
+            for part in joined[module]:
+                own = ".".join([*path[1:], part, kind])
+                stop = start + rows.get(own, 0)
+                yield own, Rows(tensor, start, stop)
+                start = stop
+            if start != tensor.shape[0]:
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}; by "
+                    f"config.json it must have {start} rows."
+                )
+
+    def _here(self, name: str) -> str:
+        for there, here in self.renamed:
+            name = name.replace(there, here)
+        return name
+
+    def _there(self, name: str) -> str:
+        for there, here in reversed(self.renamed):
+            name = name.replace(here, there)
+        return name
+
+
+def _is_below(num_layers: int, name: str) -> bool:
+    match = _LAYER.match(name)
+    return match is None or int(match[1]) < num_layers
+
+
+def _stacked(named: dict[str, Any]) -> dict[str, Any]:
+    """Projections that each expert has a tensor of, as one tensor each."""
+    stacks: dict[str, dict[int, Any]] = {}
+    others = {}
+    for name, tensor in named.items():
+        if match := _EXPERT.fullmatch(name):
+            stacks.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = tensor
+        else:
+            others[name] = tensor
+    for name, experts in stacks.items():
+        if missing := sorted(set(range(max(experts))) - experts.keys()):
+            raise CheckpointError(
+                f"{next(iter(experts.values())).file}: {name} of expert {missing[0]} is missing, "
+                f"and there are experts up to {max(experts)}."
+            )
+        parts = [experts[number] for number in sorted(experts)]
+        if len({part.shape for part in parts}) > 1:
+            raise CheckpointError(
+                f"{parts[0].file}: {name} of experts has shapes "
+                f"{sorted({part.shape for part in parts})}; expected one."
+            )
+        others[name] = Stacked(parts[0].name, parts)
+    return others
