@@ -18,6 +18,7 @@ from benchmarks.measure import interleaved
 from benchmarks.report import Row, Table, target
 from jaxkv.models import Decoder, DecoderConfig, load
 from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Program, State
+from jaxkv.serve.model_step import Model, ModelStep, Weights
 from jaxkv.show.text import format_bytes
 
 _SHAPE = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}  # Llama-3-8B
@@ -84,18 +85,17 @@ def decode(model: Decoder) -> Table:
 def few_tokens(model: Decoder) -> Table:
     """What a step takes longer for several tokens of each sequence, as a draft asks for."""
     rows: list[Row] = []
-    notes = []
+    notes, weights = [], Weights.of(model)
     for batch, length, codec in _STATES[:2]:
         config = cache_config(model, batch, length, codec)
         cache, times = filled(config, length), {}
         for tokens in _TOKENS:
             given = jnp.ones((batch, tokens), jnp.int32)
-            compiled = _step.lower(model, cache, given).compile()
 
-            def call(compiled=compiled, given=given):
+            def call(given=given):
                 nonlocal cache
                 for _ in range(TOKENS_PER_DISPATCH):
-                    chosen, cache = compiled(model, cache, given)
+                    chosen, cache = _step(weights, given, cache)
                 return chosen
 
             measured = interleaved({"step": call}, repeats=_DISPATCHES)["step"]
@@ -108,10 +108,8 @@ def few_tokens(model: Decoder) -> Table:
     return Table("Steps of several tokens, Llama-3-8B shapes, bfloat16", rows, notes)
 
 
-@functools.partial(jax.jit, donate_argnums=1)
-def _step(
-    model: Decoder, cache: jaxkv.KVCache, tokens: jax.Array
-) -> tuple[jax.Array, jaxkv.KVCache]:
+@functools.partial(ModelStep, donated=[1], few_rows=True)
+def _step(model: Model, tokens: jax.Array, cache: jaxkv.KVCache) -> tuple[jax.Array, jaxkv.KVCache]:
     logits, after = model(tokens, cache)
     return logits.argmax(axis=-1), jaxkv.truncate(after, cache.lengths[0])
 

@@ -109,7 +109,7 @@ def _prefill(
     return cache, cache.lengths, queries
 
 
-@functools.partial(ModelStep, donated=[0, 1])
+@functools.partial(ModelStep, donated=[0, 1], few_rows=True)
 def _decode(
     model: Model,
     state: State,

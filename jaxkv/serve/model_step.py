@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxkv.cache.hybrid import AnyCache
+from jaxkv.devices import platform_of
 from jaxkv.errors import ModelChangedError
 from jaxkv.serve.closures import Hoisted, hoist, inlined, named_arrays
 
@@ -81,21 +82,29 @@ def _reference(leaf: Any) -> Callable[[], Any]:
         return lambda: leaf
 
 
+# XLA makes one product of those that share few rows, where no weight is larger than this. By its
+# default of 32 MB gate and up weights are multiplied with apart, which takes longer.
+_OF_FEW_ROWS = {"xla_gpu_dot_merger_threshold_mb": 4096}
+
+
 class ModelStep:
     """A function ``step(model, *arguments, **options)`` under jit.
 
     Args:
       step: the function; its options are hashable.
       donated: numbers of the arguments that are.
+      few_rows: whether it multiplies few rows with all weights, as decode does.
     """
 
-    def __init__(self, step: Callable[..., Any], donated: Sequence[int]):
+    def __init__(self, step: Callable[..., Any], donated: Sequence[int], *, few_rows: bool = False):
         def run(program: Any, arrays: Sequence[Any], *arguments: Any) -> Any:
             return program(arrays, *arguments)
 
         run.__name__ = step.__name__
         numbers = [number + 2 for number in donated]
-        self._jitted = jax.jit(run, static_argnums=0, donate_argnums=numbers)
+        jitted = functools.partial(jax.jit, run, static_argnums=0, donate_argnums=numbers)
+        self._jitted = jitted()
+        self._on_gpu = jitted(compiler_options=_OF_FEW_ROWS) if few_rows else self._jitted
         self._step = step
         self._known: dict[int, _Known] = {}
         self._compiled: set[Any] = set()
@@ -103,7 +112,7 @@ class ModelStep:
     def __call__(self, weights: Weights, *arguments: Any, **options: Any) -> Any:
         program, arrays = self._program(weights, arguments, options)
         _check_alive(arrays)
-        return self._jitted(program, arrays, *arguments)
+        return self._jit_for(arguments)(program, arrays, *arguments)
 
     def compilation(
         self, weights: Weights, *arguments: Any, **options: Any
@@ -115,11 +124,15 @@ class ModelStep:
         if types in self._compiled:  # JAX would take milliseconds to find that out
             return lambda: None
         self._compiled.add(types)
-        return self._jitted.lower(program, arrays, *arguments).compile
+        return self._jit_for(arguments).lower(program, arrays, *arguments).compile
 
     def lower(self, weights: Weights, *arguments: Any, **options: Any) -> Any:
         """As of a function under jit."""
         return self._jitted.lower(*self._program(weights, arguments, options), *arguments)
+
+    def _jit_for(self, arguments: Sequence[Any]) -> Any:
+        given = (leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.Array))
+        return self._on_gpu if platform_of(*given) == "gpu" else self._jitted
 
     def _program(
         self, weights: Weights, arguments: tuple[Any, ...], options: dict[str, Any]

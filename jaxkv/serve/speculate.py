@@ -235,7 +235,7 @@ def decode(
     return now, cache, new
 
 
-@functools.partial(ModelStep, donated=[0, 2])
+@functools.partial(ModelStep, donated=[0, 2], few_rows=True)
 def _decode(
     model: Model,
     speculating: Speculating,

@@ -75,7 +75,7 @@ def prefill(
     return cache.with_groups(groups)
 
 
-@functools.partial(ModelStep, donated=[1])
+@functools.partial(ModelStep, donated=[1], few_rows=True)
 def decode(
     model: Model,
     rows: Rows,
@@ -126,7 +126,7 @@ class Drafting(NamedTuple):
     draft: Any  # what it remembers
 
 
-@functools.partial(ModelStep, donated=[1, 3])
+@functools.partial(ModelStep, donated=[1, 3], few_rows=True)
 def speculate(
     model: Model,
     rows: Rows,
