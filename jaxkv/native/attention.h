@@ -22,16 +22,18 @@ inline void Join(Attention& job, int64_t row, float* sum) {
   const float* highest = &job.highest[row * job.chunks];
   const float* total = &job.total[row * job.chunks];
   const float most = std::max(sink, *std::max_element(highest, highest + job.chunks));
-  float everything = std::exp(sink - most);
+  float everything = std::exp(sink - most), second = 0;
   std::fill_n(sum, job.head_dim, 0.0f);
   for (int64_t chunk = 0; chunk < job.chunks; ++chunk) {
     const float* mix = job.MixOf(row / job.rows(), chunk, row % job.rows());
     const float weight = Exp(Vec{} + (highest[chunk] - most))[0];
     everything += weight * total[chunk];
+    second += weight * job.second[row * job.chunks + chunk];
     for (int64_t d = 0; d < job.head_dim; d += kLanes)
       Store(sum + d, Load(sum + d) + Load(mix + d) * weight);
   }
   for (int64_t d = 0; d < job.head_dim; ++d) sum[d] = everything == 0 ? 0 : sum[d] / everything;
+  job.second_share[row] = everything == 0 ? 0 : second / everything;
   job.log_total[row] = everything == 0 ? kLowest : most + std::log(everything);
 }
 
@@ -60,9 +62,10 @@ void AttendIn(Attention& job, int64_t threads) {
   const int64_t smallest = std::max<int64_t>(kBlock, kSmallestUnit / slot_bytes);
   job.chunks = std::clamp<int64_t>(longest / smallest, 1, most_chunks);
   const int64_t rows = slots.batch * job.rows();
-  static thread_local Scratch arranged, highest, total, mix, sum;
+  static thread_local Scratch arranged, highest, total, second, mix, sum;
   Unit::Arrange(job, arranged);
   job.highest = highest.Room(rows * job.chunks), job.total = total.Room(rows * job.chunks);
+  job.second = second.Room(rows * job.chunks);
   job.mix = mix.Room(rows * job.chunks * job.head_dim);
   Pool::Get().Run(slots.batch * slots.lists * job.chunks, threads, all * slot_bytes > kWorthWaking,
                   [&](int64_t unit) { RunUnit<Unit>(job, unit); });

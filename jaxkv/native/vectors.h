@@ -178,6 +178,11 @@ inline Vec Together(Vec v, Combine combine) {
   return v;
 }
 inline Vec Larger(Vec a, Vec b) { return a > b ? a : b; }
+inline bool Any(Ints lanes) {  // of what comparisons give
+  int32_t some = 0;
+  UNROLL for (int i = 0; i < kLanes; ++i) some |= lanes[i];
+  return some != 0;
+}
 inline Vec Added(Vec a, Vec b) { return a + b; }
 
 // exp of each lane, to 2 ulp where x is in [-87, 88]; below, 1.6e-38; of NaN, NaN.

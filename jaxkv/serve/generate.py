@@ -17,9 +17,10 @@ from jaxkv.counts import check_count
 from jaxkv.devices import platform_at
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.memory.session import Session
+from jaxkv.serve.calibration import Constants, with_constants
 from jaxkv.serve.decode import Chunk, Program, State
 from jaxkv.serve.decode import prefill_chunk as best_chunk
-from jaxkv.serve.model_step import Model
+from jaxkv.serve.model_step import Model, Weights
 from jaxkv.serve.sampling import Sampling
 from jaxkv.show.progress import progress_bar
 
@@ -103,6 +104,7 @@ def generate(
     max_context_length: int | None = None,
     codec: Codec | str | Sequence[Codec | str] | None = None,
     config: AnyConfig | None = None,
+    constants: Constants | None = None,
     prefill_chunk: int | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     tracker: MemoryTracker | None = None,
@@ -119,8 +121,7 @@ def generate(
       max_new_tokens: tokens to add to each prompt, at most.
       sampling: how a token is drawn; greedy unless said.
       seed: of the draws, an int32: one for all, or one per prompt. A sequence's tokens depend on
-        its own seed and prompt, so equal prompts need different seeds to differ. With a `Centred`
-        codec they depend on the other prompts too, whose means they share.
+        its own seed and prompt, so equal prompts need different seeds to differ.
       stop_tokens: ids that end a sequence; the model's own ``stop_tokens`` if None, which those of
         `jaxkv.models` have.
       max_context_length: slots per sequence; the next power of two that holds the longest if
@@ -128,6 +129,8 @@ def generate(
       codec: of the cache, one or one per layer, by value or by name; the model's choice if None.
       config: the whole cache config, for a model without a ``cache_config`` method; instead of
         ``max_context_length`` and ``codec``.
+      constants: what a codec with state has learned, from `jaxkv.calibrate`; if None, what it
+        learns from 128 tokens that have nothing to do with the prompts.
       prefill_chunk: tokens of each prompt that are computed at once. If None, what suits the device
         and the prompts: 128 on a CPU, elsewhere up to 16,384 of all prompts together, but beside
         a window no more than that or 1,024. Layers with a window have room for it in their rings.
@@ -174,6 +177,10 @@ def generate(
 
     with session(config, tracker=tracker, device=device, mesh=mesh, axes=axes) as live:
         marks = [time.perf_counter()]
+        weights = Weights.of(model)
+        if spread is not None:
+            weights = weights.spread_over(spread.automatic.mesh)
+        live.cache = with_constants(weights, live.cache, constants, mesh)
         program.compile(chunks, state, live.cache)
         marks.append(time.perf_counter())
         num_prefilled = sum(int(num_tokens.sum()) for _, num_tokens in chunks)

@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -96,13 +96,14 @@ def read_manifest(path: Path) -> Any:
 
 @contextlib.contextmanager
 def opened(
-    path: Path, layout_of: Callable[[Any], Layout]
+    path: Path, layout_of: Callable[[Any, Collection[str]], Layout]
 ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
     """The manifest and the tensors of a file, every byte checked, mapped but not copied.
 
     Args:
       path: the file.
-      layout_of: manifest -> the tensors that it must have. It raises for a bad manifest.
+      layout_of: manifest, and the names of the file's tensors -> those that it must have. It raises
+        for a bad manifest.
 
     Yields:
       The manifest and read-only arrays, which must not be used after the block.
@@ -113,7 +114,7 @@ def opened(
     """
     with path.open("rb") as file:
         header, manifest, checksums = _read_header(path, file)
-        layout = _in_file_order(layout_of(manifest))
+        layout = _in_file_order(layout_of(manifest, checksums.keys()))
         named = checksums.keys() == layout.keys()
         if not named or header != _header(manifest, layout, checksums):
             raise SnapshotError(

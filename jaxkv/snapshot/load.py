@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,8 @@ def opened(
 ) -> Iterator[tuple[Manifest, dict[str, np.ndarray]]]:
     """What a file says of itself and its tensors, every byte checked; see `container.opened`."""
 
-    def layout_of(json: Any) -> container.Layout:
-        return manifest.read(file, json, codec, addressing).layout()
+    def layout_of(json: Any, found: Collection[str]) -> container.Layout:
+        return manifest.read(file, json, codec, addressing).layout(found)
 
     with container.opened(file, layout_of) as (json, tensors):
         saved = manifest.read(file, json, codec, addressing)

@@ -1,7 +1,7 @@
 """What a snapshot says of itself: plain JSON, of which every field is checked when read."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from jaxkv.snapshot.group import Group
 
 FORMAT = 1
 _LARGEST = 2**31 - 1
+# State that `Centred` did not have, and no vector of an older file was stored under.
+_SINCE_THEN = ".sinks"
 _SHAPE = ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size")
 
 
@@ -48,9 +50,19 @@ class Manifest:
             configs, self.group_of_layer
         )  # fmt: skip
 
-    def layout(self) -> Layout:
-        """The tensors that such a file has: ``group.sequence.leaf``, and ``sequence.tokens``."""
+    def layout(self, found: Collection[str] | None = None) -> Layout:
+        """The tensors that such a file has: ``group.sequence.leaf``, and ``sequence.tokens``.
+
+        Args:
+          found: the names in a file that may be older: jaxkv 0.6 wrote no ``sinks``.
+        """
         tensors = [*self._vectors()]
+        if found is not None:
+            tensors = [
+                (name, spec)
+                for name, spec in tensors
+                if name in found or not name.endswith(_SINCE_THEN)
+            ]
         if self.has_tokens:
             tensors += [
                 (f"{sequence}.tokens", Spec("int32", (length,)))
