@@ -222,7 +222,9 @@ def _merged(request: Request, chosen: Implementation) -> Grouped:
     if request.sinks is not None:  # once
         sinks = jnp.where(share.rank == 0, request.sinks, LOWEST)
         request = dataclasses.replace(request, sinks=sinks)
-    if request.offsets is None:  # nobody asks for positions but the mask, which asks for order
+    if (
+        not request.cache.codec_state
+    ):  # nobody asks for positions but the mask, which asks for order
         own = share.inner, share.own(request.positions + 1) - 1, share.own(request.lengths)
         cache = dataclasses.replace(request.cache, index=own[0])
         request = dataclasses.replace(request, cache=cache, positions=own[1], lengths=own[2])
