@@ -42,7 +42,8 @@ _FRACTIONS = np.round(2.0 ** (np.arange(_OCTAVE) / _OCTAVE) * 2048) / 2048  # 12
 _TRIED = np.arange(-5, 13)
 # Where a number's level is looked up: numbers up to 6 deviations, in parts of 1 / 64.
 _CELLS, _PER_DEVIATION = 384, 64
-_FEW = 4.0  # tokens whose weight what all pairs share has in a pair's variance
+# Of the mean of all pairs' variances, in one pair's, so that a few tokens make no wild ones.
+_TOKENS_OF_ALL = 1.0
 _WEIGHT_BITS = 20  # of the largest term, so that a sum of 512 whole ones is exact
 
 
@@ -358,10 +359,12 @@ def _constants(codec: Stair, vectors: Tokens, positions: Positions, queries: Arr
     squares = _of_pairs(codec.rope, jnp.where(jnp.isfinite(left), left * left, 0))
     lengths = squares.sum(axis=-1, keepdims=True)
     squares = jnp.where(lengths[1] < lengths[0], squares[1], squares[0])
-    squares = jnp.where(real[:, None, None], squares, 0)
-    count = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1)
-    shared = jnp.mean(squares, axis=(0, 2))[:, None] * (len(real) / count)
-    variance = (jnp.sum(squares, axis=0) + _FEW * shared) / (count + _FEW)
+    later = (positions > 0).reshape(-1)  # of the first tokens nothing is left
+    squares = jnp.where(later[:, None, None], squares, 0)
+    count = jnp.sum(later, dtype=jnp.float32)
+    total = jnp.sum(squares, axis=0)
+    shared = jnp.mean(total, axis=-1, keepdims=True) / jnp.maximum(count, 1)
+    variance = (total + _TOKENS_OF_ALL * shared) / (count + _TOKENS_OF_ALL)
     variance = jnp.where(shared > 0, variance, 1)
     energy = jnp.ones_like(variance)
     if queries is not None:

@@ -86,8 +86,8 @@ def with_constants(
         raise ValueError(f"constants must have the shapes {expected}, got {given}.")
     groups = []
     for group, state in zip(cache.groups, found, strict=True):
-        own = {
-            name: jax.device_put(jnp.asarray(state[name], array.dtype), array.sharding)
+        own = {  # copies, for a step is given the cache's arrays to keep
+            name: jax.device_put(jnp.array(state[name], array.dtype), array.sharding)
             for name, array in group.codec_state.items()
         }
         groups.append(group.with_codec_state(own))
