@@ -268,8 +268,8 @@ class Stair(Codec):
         squares = sizes * sizes * weights
         most = jnp.max(squares, axis=-1, keepdims=True)
         unit = _power_of_two(_WEIGHT_BITS - _exponent(most))
-        energy = jnp.sum(_whole(squares * unit), axis=-1, keepdims=True)
-        shares = jnp.sum(_whole(weights * np.float32(2.0**12)), axis=-1, keepdims=True)
+        energy = _total(squares * unit)
+        shares = _total(weights * np.float32(2.0**12))
         mean = energy.astype(jnp.float32) / shares.astype(jnp.float32)
         middle = _eighths_of_root(mean * (np.float32(2.0**12) / unit))
         first, tables, levels = map(jnp.asarray, _tables(tuple(self._runs(head_dim))))
@@ -285,15 +285,15 @@ class Stair(Codec):
             fraction, power = _scale(code)
             left = sizes - level * (fraction * power)  # 9 bits times 12: exact
             left = jnp.minimum(left * left * weights, most)
-            return jnp.sum(_whole(left * unit), axis=-1, keepdims=True)
+            return _total(left * unit)
 
         def keep_the_better(number: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-            code = jnp.clip(middle + number + int(_TRIED[0]), 1, _NOT_FINITE - 1)
+            code = jnp.clip(middle + number.astype(jnp.int32) + int(_TRIED[0]), 1, _NOT_FINITE - 1)
             wrong = error(code)
             better = wrong < best[0]
             return jnp.where(better, wrong, best[0]), jnp.where(better, code, best[1])
 
-        nothing = jnp.full(energy.shape, np.iinfo(np.int32).max), jnp.ones_like(middle)
+        nothing = jnp.full_like(energy, np.iinfo(np.int32).max), jnp.ones_like(middle)
         _, code = lax.fori_loop(0, len(_TRIED), keep_the_better, nothing)
         positive = level_numbers(code)[0]
         packed = self._packed(positive, numbers < 0)
@@ -456,5 +456,7 @@ def _power_of_two(exponent: Int32[Array, "*shape"]) -> Float[Array, "*shape"]:
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
-def _whole(numbers: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
-    return jnp.round(numbers).astype(jnp.int32)
+def _total(numbers: Float[Array, "*shape count"]) -> Int32[Array, "*shape 1"]:
+    """The sum of whole numbers, the same in any order."""
+    whole = jnp.round(numbers).astype(jnp.int32)
+    return jnp.sum(whole, axis=-1, keepdims=True, dtype=jnp.int32)
