@@ -69,7 +69,7 @@ def held(cache, row=0):
         places = np.asarray(positions).reshape(batch, -1)[row]
         for leaf in cache.storage.values():
             vectors = np.asarray(index.read(leaf, layer, 0, index.extent))
-            vectors = vectors.reshape(2, batch, len(places), -1)[:, row]
+            vectors = vectors.reshape(len(vectors), batch, len(places), -1)[:, row]
             for slot in np.flatnonzero(places >= 0):
                 position = int(places[slot])
                 found[position] = found.get(position, b"") + vectors[:, slot].tobytes()
