@@ -12,7 +12,18 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 
 from jaxkv.codecs import hadamard
 from jaxkv.codecs.centres import centres_of, in_a_row, is_nearer_to_second
-from jaxkv.codecs.codec import Codec, LeafSpec, LeafSpecs, Leaves, Positions, State, Tokens, Vectors
+from jaxkv.codecs.codec import (
+    Codec,
+    LeafSpec,
+    LeafSpecs,
+    Leaves,
+    Positions,
+    State,
+    Tokens,
+    Vectors,
+    leaf_specs,
+    state_specs,
+)
 from jaxkv.codecs.offsets import Offsets, chosen
 from jaxkv.codecs.packing import pack, packed_bytes, unpack
 from jaxkv.codecs.rope import Rope, to_12_bits
@@ -103,11 +114,11 @@ class Stair(Codec):
 
     def leaves(self, head_dim: int) -> LeafSpecs:
         size = sum(packed_bytes(count, width) for width, count in self._runs(head_dim))
-        values = self._values.leaves(head_dim)
+        values = leaf_specs(self._values, head_dim)
         return {
             "key_codes": LeafSpec((size,), "uint8", sides=1),
             "key_scales": LeafSpec((), "uint8", sides=1),
-            **{f"value_{name}": LeafSpec(*spec, sides=1) for name, spec in values.items()},
+            **{f"value_{name}": spec._replace(sides=1) for name, spec in values.items()},
         }
 
     def state(self, head_dim: int) -> LeafSpecs:
@@ -198,7 +209,7 @@ class Stair(Codec):
         return Offsets(state["means"], self.rope, state["sinks"])
 
     def _unset(self, kv_heads: int, head_dim: int) -> State:
-        specs = self.state(head_dim).items()
+        specs = state_specs(self, head_dim).items()
         return {
             name: jnp.zeros((sides, kv_heads, *shape), dtype)
             for name, (shape, dtype, sides) in specs
@@ -416,7 +427,9 @@ def _tables(
     runs: tuple[tuple[int, int], ...],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each number where its table begins; cells to levels' numbers; and these levels."""
-    first, cells, levels = [], [], []
+    first: list[int] = []
+    cells: list[np.ndarray] = []
+    levels: list[float] = []
     middles = (np.arange(_CELLS) + 0.5) / _PER_DEVIATION
     for number, (width, count) in enumerate(runs):
         own = np.asarray(_LEVELS[width], np.float32) * np.float32(_UNIT)
