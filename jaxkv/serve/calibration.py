@@ -103,7 +103,7 @@ def _learned(
     device = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     if tokens is None:
         one = create(_plain(config, 1), device=device)
-        tokens = _drawn(_num_logits(weights, jnp.zeros((1, 1), jnp.int32), one))
+        tokens = _drawn(_num_logits(weights, jnp.zeros((1, 1), jnp.int32), one)).tolist()
     ids = jnp.asarray(np.asarray(tokens, np.int32))[None]
     return _learn(weights, ids, create(_plain(config, ids.size), device=device))
 

@@ -151,7 +151,7 @@ def _decode(request: Request, interpret: object) -> tuple[Grouped, LogTotal]:
     if turns:
         mix *= half_turn(head_dim)
     if (offsets := request.offsets) is not None:
-        mix += share[..., None] * offsets.values[:, None]
+        mix += share[..., None] * offsets.vectors[1][:, None]
     return mix[:, :, None], log_total[:, :, None]
 
 
