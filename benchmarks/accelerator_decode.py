@@ -98,7 +98,7 @@ def cache_config(model: Decoder, batch: int, length: int, codec: str) -> jaxkv.K
 def _compile(program: Program, config: jaxkv.KVCacheConfig, length: int) -> None:
     compile_fill(config, length)
     cache = jax.eval_shape(functools.partial(jaxkv.create, config))
-    program.compile([], _state(config), cache)
+    program.compile_decode(_state(config), cache)
 
 
 def _state(config: jaxkv.KVCacheConfig) -> State:

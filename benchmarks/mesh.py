@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -42,6 +43,7 @@ def run(quick: bool) -> Iterator[Table]:
         yield _split_context(context, layers, rates)
     for name, shape in (_SMALL if small else _SHAPES).items():
         yield _decode(name, shape, 8, 256 if small else 8192, rates)
+        yield _serve(name, shape, 4 if small else 16, 128 if small else 2048)
 
 
 def _counts() -> list[int]:
@@ -185,6 +187,58 @@ def _decode(
         del holder, model, state, compiled
     title = f"Tensor parallel decode, {name} shapes, bfloat16, {rows_of} x {context:,}"
     return Table(title, rows, _gains(rows, {2: 1.7, 8: 5.0}))
+
+
+def _serve(name: str, shape: tuple[int, ...], rows_per_rank: int, context: int) -> Table:
+    """An engine with as many rows on each data rank, and twice as many requests."""
+    count = _counts()[-1]
+    splits = [{"heads": 1}]
+    if count > 1:
+        splits += [{"batch": count}, {"heads": count}]
+    if count > 2:
+        splits += [{"batch": 2, "heads": count // 2}]
+    rows: list[Row] = []
+    for sizes in splits:
+        place = _mesh(**sizes)
+        model, num_rows = _random_model(shape, place), rows_per_rank * sizes.get("batch", 1)
+        pool = jaxkv.Paged(16, num_pages=num_rows * context // 16)
+        config = model.cache_config(
+            max_context_length=context, batch_size=num_rows, addressing=pool
+        )
+        devices = math.prod(sizes.values())
+        with jaxkv.Engine(model, config, **place if devices > 1 else {}) as engine:
+            _answered(engine, 1, context)  # compiles
+            tokens, seconds = _answered(engine, 2 * num_rows, context)
+        rate = tokens / seconds / devices
+        rows.append(
+            {
+                "devices": devices,
+                "split": " x ".join(f"{what} {size}" for what, size in sizes.items()),
+                "rows": num_rows,
+                "tokens/s": tokens / seconds,
+                "tokens/s of a device": rate,
+                "share of one alone": rate / rows[0]["tokens/s of a device"] if rows else 1.0,
+            }
+        )
+        print(f"  engine, {name}:", *rows[-1].values(), file=sys.stderr, flush=True)
+        del engine, model
+    notes = [] if jax.devices()[0].platform != "cpu" else [
+        "devices of a CPU share its cores: of n of them each can have 1/n at best, and that is "
+        "no figure of scaling"
+    ]  # fmt: skip
+    return Table(f"Engine, {name} shapes, answers of {context // 4} tokens", rows, notes)
+
+
+def _answered(engine: jaxkv.Engine, num_requests: int, context: int) -> tuple[int, float]:
+    """Tokens of answers, and seconds, prompts of half the context included."""
+    numbers = np.random.default_rng(num_requests).integers(0, 512, (num_requests, context // 2))
+    requests = [
+        engine.submit(prompt, max_new_tokens=context // 4, stop_tokens=()) for prompt in numbers
+    ]
+    started = time.perf_counter()
+    while engine.busy:
+        engine.step()
+    return sum(len(request.tokens) for request in requests), time.perf_counter() - started
 
 
 def _stepped(compiled: Any, holder: list[Any], state: Any, tokens: jax.Array) -> jax.Array:

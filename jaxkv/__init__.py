@@ -8,13 +8,13 @@ from jaxkv.addressing import Addressing, Contiguous, Kept, Paged, Ring
 from jaxkv.attention import attend, explain, fetched_blocks, observed
 from jaxkv.cache.axes import Axes
 from jaxkv.cache.config import KVCacheConfig
-from jaxkv.cache.create import create
 from jaxkv.cache.host import offload, prefetch
 from jaxkv.cache.hybrid import HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.newest import Newest
 from jaxkv.cache.rearrange import copy_pages, fork, select
 from jaxkv.cache.regroup import gather, spread
+from jaxkv.cache.shards import partition_specs
 from jaxkv.cache.verbs import advance, append, check, layer, next_positions, reset, truncate
 from jaxkv.codecs import Centred, Codec, Dense, Float8, Int8, KeysValues, Rope, Rotated, Stair
 from jaxkv.errors import (
@@ -30,6 +30,7 @@ from jaxkv.errors import (
     UnknownRequestError,
 )
 from jaxkv.memory import MemoryTracker, Plan, Purpose, plan, session
+from jaxkv.memory.create import create
 from jaxkv.models.known import cache_config
 from jaxkv.models.shape import wide_at_the_ends
 from jaxkv.placement import HostMemory
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from jaxkv import (  # noqa: F401, for type checkers
         codecs,
         compression,
+        evaluation,
         integrations,
         models,
         paging,
@@ -123,6 +125,7 @@ __all__ = [
     "next_positions",
     "observed",
     "offload",
+    "partition_specs",
     "plan",
     "plots",
     "prefetch",
@@ -142,6 +145,7 @@ __all__ = [
 _MODULES = (
     "codecs",
     "compression",
+    "evaluation",
     "integrations",
     "models",
     "paging",

@@ -62,7 +62,7 @@ for name in MODELS:
 #
 # Llama 3 8B on a card of 24 GB: its weights take 16.1 GB as bfloat16, and leave 7.9 GB. Two
 # sequences of 32K tokens do not fit, and `plan` says what does. The same question from a shell:
-# `jaxkv plan Llama-3-8B --context 32k --batch 2 --device 7.9GB`.
+# `jaxkv plan Llama-3-8B --context 32k --batch 2 --device 24GB`.
 
 # %%
 llama = jaxkv.cache_config("Llama-3-8B", max_context_length=32_768, batch_size=2)

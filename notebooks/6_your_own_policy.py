@@ -157,3 +157,23 @@ print("compiled for", step._cache_size(), "shape")
 held = cache.index.positions[0]  # of the first layer
 before = (held < int(cache.lengths) - 64).sum(axis=1)
 print("tokens of each head that a window of 64 would have lost:", before.tolist())
+
+# %% [markdown]
+# ## Where people use it
+#
+# `generate` compresses a prompt's cache before it answers, by a policy of your own or by the name
+# of one that is shipped; `jaxkv generate --policy snapkv --keep 0.5` is the same in a shell.
+# `evaluate` asks about contexts that policies have compressed, as does
+# `jaxkv eval --policy mine.py:large_values`. Here, the perplexity of what follows a context:
+
+# %%
+from jaxkv.evaluation import evaluate
+
+result = jaxkv.generate(
+    model, [prompt.tolist()], max_new_tokens=24, policy=attended_and_large, keep=0.5
+)
+print(result.config.describe())
+
+policies = {"mine": large_values, "snapkv": "snapkv"}
+for score in evaluate(model, tokenizer, policies, context=320, samples=1, keep=[0.25]):
+    print(f"{score.policy:16}{score.perplexity:.2f}")

@@ -5,6 +5,8 @@ import re
 
 import jax
 
+from tests.haste import AS_USERS_DO
+
 # What may yield an array as large as a cache leaf: instructions that hand one on or write a
 # part of it. The inside of every fusion is in the text too, so a fused copy is seen.
 _PASS_OR_WRITE_A_PART = {
@@ -42,4 +44,9 @@ def _local_shape(leaf):
 
 def compile_donating(function, cache, *arguments):
     """The program of ``function(cache, ...)`` with the cache donated; shapes suffice."""
-    return jax.jit(function, donate_argnums=0).lower(cache, *arguments).compile()
+    return compiled_as_users_do(jax.jit(function, donate_argnums=0).lower(cache, *arguments))
+
+
+def compiled_as_users_do(lowered):
+    """The program that XLA makes outside of tests, where nobody is in haste."""
+    return lowered.compile(compiler_options=AS_USERS_DO)

@@ -12,7 +12,7 @@ TABLE = np.random.default_rng(0).standard_normal((16, 2, 16), np.float32)
 
 def sharp_decoder(**fields):
     shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
-    config = DecoderConfig(64, 32, 48, **shape, **fields)
+    config = DecoderConfig(64, 32, 48, **shape | fields)
     model = Decoder(config, rngs=nnx.Rngs(0))
     # Sharper than at the start of training, so that the most likely token is never a near tie.
     model.embed_tokens.weight[...] = model.embed_tokens.weight[...] * 30

@@ -3,6 +3,7 @@
 import sys
 
 import jax
+import pytest
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType
 
@@ -28,7 +29,28 @@ def main(port, number, processes, axis):
         assert process_allgather(cache.lengths, tiled=True).tolist() == [3, 3]
         assert "devices by" in session.report()
         session.cache = cache
+    if axis != "context":
+        check_engine(model, config, place)
     print("right", number)
+
+
+def check_engine(model, config, place):
+    """Every process submits the same, so all keep the same books."""
+
+    def tokens(**options):
+        with jaxkv.Engine(model, pool, prefill_chunk=4, decode_steps=4, **options) as engine:
+            requests = [engine.submit(prompt, max_new_tokens=12) for prompt in PROMPTS * 3]
+            engine.run()
+            engine.pages.check()
+            assert engine.pages.usage().hit_tokens > 0
+            return [request.tokens for request in requests]
+
+    pool = config.replace(addressing=jaxkv.Paged(4, num_pages=16))
+    assert tokens(**place) == tokens()
+    with pytest.raises(
+        jaxkv.ConfigError, match="swap_space must be 0 where devices are in several"
+    ):
+        jaxkv.Engine(model, pool, swap_space=1 << 20, **place)
 
 
 if __name__ == "__main__":

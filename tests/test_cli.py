@@ -3,8 +3,10 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from jaxkv.cli.compiled import keep_compiled
 from jaxkv.cli.main import COMMANDS, main
 
 
@@ -22,11 +24,43 @@ def run(capsys):
 
 
 def test_does_not_fit(run):
-    status, out, err = run("plan Llama-3-8B --context 32k --batch 8 --device 24GB")
+    status, out, err = run("plan Llama-3-8B --context 32k --batch 8 --device 24GB --weights 0B")
     assert (status, err) == (1, "")
     assert "34.4 GB (34,359,738,400 bytes)" in out
     assert "no, 10.4 GB too large" in out
     assert "22,888 tokens a sequence, or 5 sequences" in out
+
+
+def test_over_devices_beside_the_weights(run):
+    line = "plan llama-3-70b --context 32k --batch 64 --devices 8 --device 80GB --tensor 8"
+    status, out, _ = run(line)
+    facts = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line)
+    assert status == 1
+    assert facts["spread over"].strip() == "8 devices; bytes are those of each"
+    assert "64 sequences x 32768 tokens x 80 layers x 8 KV heads x 128" in facts["KV cache"]
+    assert "85.9 GB (85,899,346,176 bytes)" in facts["needs"]
+    assert "17.6 GB (17,638,426,624 bytes)" in facts["weights"]  # 70,553,706,496 x 2 over 8
+    assert facts["fits"].strip() == "no, 23.5 GB too large; the weights leave 62.4 GB"
+    left = 80 * 10**9 - 17_638_426_624
+    assert f"{(left // 64 - 4) // (2 * 80 * 128 * 2):,} tokens a sequence" in facts["at most"]
+    assert f"or {left // (2 * 80 * 128 * 2 * 32_768 + 4)} sequences" in facts["at most"]
+    assert json.loads(run(f"{line} --json")[1])["weights_bytes"] == 17_638_426_624
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ("--devices 8", "8 KV heads x 128, bfloat16"),
+        ("--devices 8 --sequence 4", "8 devices"),
+        ("--data 2 --tensor 4", "8 devices"),
+        ("--devices 8 --tensor 2 --sequence 2", "8 devices"),
+    ],
+)
+def test_devices_that_are_not_named_share_heads_and_then_sequences(run, options, sizes):
+    status, out, _ = run(f"plan Llama-3-8B --context 8k --batch 4 --device H100 {options}")
+    assert status == 0
+    assert sizes in out
+    assert "copies" not in out
 
 
 def test_fits_as_json(run):
@@ -46,6 +80,7 @@ def test_a_folder_or_its_config(run, tmp_path, name):
     status, out, _ = run(f"plan {tmp_path / name} --context 100 --device 1MB")
     assert status == 0
     assert "100 tokens x 3 layers x 2 KV heads x 16, bfloat16" in out
+    assert "The weights are not counted: jaxkv does not know them." in out
 
 
 def test_without_a_size_this_machines_device_is_asked(run, monkeypatch):
@@ -68,7 +103,17 @@ def test_without_a_size_this_machines_device_is_asked(run, monkeypatch):
         ("plan gpt2 --batch 0", "batch_size must be an int of at least 1"),
         ("plan gpt2 --context 0", "max_context_length must be an int of at least 1"),
         ("plan gpt2 --context lots", "argument --context: Not a number of tokens: 'lots'"),
-        ("plan gpt2 --device big", "argument --device: Not a size in bytes: 'big'"),
+        ("plan gpt2 --device big", "argument --device: Not a device: 'big'. Expected its memory"),
+        ("plan gpt2 --device 24", "needs a unit, got '24'. Write 24GB."),
+        ("plan gpt2 --device A100", "or a card: T4, L4, L40S, A100-40, A100-80"),
+        ("plan gpt2 --weights 2", "argument --weights: A size needs a unit, got '2'. Write 2GB."),
+        ("plan gpt2 --devices 8 --tensor 3", "--devices 8 must be a multiple of --tensor 3."),
+        (
+            "plan gpt2 --devices 8 --tensor 2 --data 2",
+            "--devices 8 must be the product of --tensor 2 x --data 2.",
+        ),
+        ("plan gpt2 --devices 0", "--devices must be at least 1, got 0"),
+        ("plan gpt2 --devices 5", "num_kv_heads must be a multiple of 5"),
         ("plan gpt2 --batch two", "argument --batch: invalid int value: 'two'"),
         ("plan gpt2 --codec int3", "argument --codec: invalid choice: 'int3'"),
         ("plan", "the following arguments are required: model"),
@@ -107,6 +152,32 @@ def test_an_interruption_is_no_traceback(run, monkeypatch):
 
     monkeypatch.setitem(COMMANDS, "plan", COMMANDS["plan"]._replace(run=interrupt))
     assert run("plan gpt2") == (130, "", "")
+
+
+def test_a_pipe_that_nobody_reads_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    line = [sys.executable, "-m", "jaxkv", "plan", "gpt2", "--context", "1", "--device", "1MB"]
+    done = subprocess.run(line, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_what_is_compiled_is_kept_where_the_user_has_not_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        jax.config.update(names[0], "/mine")
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
+        keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == "/mine"
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxkv" / "xla")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"chat"}))  # which is for people

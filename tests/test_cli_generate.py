@@ -85,6 +85,28 @@ def test_every_way_to_show_an_answer_has_the_space_before_it(folder, tokenizer, 
     assert [prompt + line["text"] for prompt, line in zip(prompts, lines, strict=True)] == texts
 
 
+@pytest.mark.usefixtures("tokenizer")
+def test_prompts_from_stdin_and_answers_that_end_before_a_text(folder, capsys, monkeypatch):
+    options = ["--model", str(folder), "--temperature", "0", "--max-new-tokens", "8"]
+    assert main(["generate", "w3 größe", *options, "--json"]) == 0
+    (free,) = json.loads(capsys.readouterr().out)["answers"]
+    stop = free["text"][4:7]  # wherever tokens end
+    before = free["text"][: free["text"].index(stop)]
+    for more in (["--json"], ["--stream-every", "1"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("w3 größe"))
+        assert main(["generate", "-", *options, "--stop", stop, *more]) == 0
+        out = capsys.readouterr().out
+        if "--json" in more:
+            (answer,) = json.loads(out)["answers"]
+            assert (answer["text"], answer["finish"]) == (before, "stop")
+        else:
+            assert out.startswith(f"w3 größe{before}\n\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps("w3 größe")))
+    assert main(["batch", "-", *options, "--stop", stop]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["text"], answer["finish"]) == (before, "stop")
+
+
 def test_an_answer_may_begin_within_a_character():
     tokenizer = byte_tokenizer()
     assert decode_answer(tokenizer, [97, 195], [169, 33]) == "é!"
@@ -96,7 +118,7 @@ def test_a_prompt_that_is_not_ascii_in_a_c_locale(folder, monkeypatch):
     typed = "w1 größe".encode().decode("ascii", "surrogateescape")  # what Python gives there
     line = ["jaxkv", "generate", "--model", str(folder), "--prompt", typed, "--temperature", "0"]
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "argv", [*line, "--max-new-tokens", "1"])
+    monkeypatch.setattr(sys, "argv", [*line, "--max-new-tokens", "1", "--no-compilation-cache"])
     monkeypatch.setattr(sys, "stdout", shown)
     assert main() == 0
     shown.flush()
@@ -137,6 +159,9 @@ def test_logits_that_are_no_numbers_are_told_of(folder, tmp_path, capsys):
         (["--model", "FOLDER", "--prompt", "hello"], "no tokenizer, so --prompt takes token"),
         (["--model", "FOLDER", "--prompt", "41"], "token 41, outside the vocabulary of 40 tokens"),
         (["--model", "FOLDER", "--prompt", "1", "--context", "8"], "and the context holds 8"),
+        (["--model", "FOLDER", "1", "--stop", "x"], "no tokenizer, so its answers have no text"),
+        (["1", "--policy", "snapkv", "--keep", "0"], "keep must be from 1 to"),
+        (["1", "--policy", "snapkv"], "Give both, such as policy='snapkv', keep=0.5"),
         (["--temperature", "-1"], "temperature must be 0, or from 1.2e-38 to 8.5e+37, got -1.0"),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],

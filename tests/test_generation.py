@@ -1,5 +1,6 @@
 """`generate` against a loop anybody could write: one token at a time, no cache at all."""
 
+import gc
 import itertools
 import logging
 
@@ -11,6 +12,7 @@ import pytest
 import jaxkv
 from jaxkv.serve import decode
 from jaxkv.serve import generate as generation
+from tests.compiled import compiled_as_users_do
 from tests.decoders import look_up, sharp_decoder
 
 CONTEXT = 192
@@ -87,7 +89,7 @@ def test_padding_leaves_no_trace(config):
     chunk = np.zeros((1, decode.PREFILL_CHUNK), np.int32)
     chunk[0, :5] = prompt
     program = decode.Program.of(look_up, jaxkv.Sampling(), ())
-    padded, _ = program.prefill((chunk, np.array([5], np.int32)), jaxkv.create(config))
+    padded, *_ = program.prefill((chunk, np.array([5], np.int32)), jaxkv.create(config))
     _, alone = jax.jit(look_up)(jnp.array([prompt]), jaxkv.create(config))
     for mine, other in zip(jax.tree.leaves(padded), jax.tree.leaves(alone), strict=True):
         np.testing.assert_array_equal(mine, other)
@@ -192,7 +194,7 @@ def test_decode_is_in_place(model):
     program = decode.Program.of(model, jaxkv.Sampling(), ())
     state = decode.State(*(jnp.zeros(2, jnp.int32) for _ in range(3)))
     lowered = decode._decode.lower(program.weights, state, cache, **program._options())
-    memory = lowered.compile().memory_analysis()
+    memory = compiled_as_users_do(lowered).memory_analysis()
     assert memory.alias_size_in_bytes >= cache.size_bytes
     assert memory.temp_size_in_bytes < 0.2 * cache.size_bytes
 
@@ -268,6 +270,7 @@ def test_an_error_of_the_model_leaves_nothing_behind(model):
     with pytest.raises(RuntimeError, match="no such weights"):
         jaxkv.generate(broken, [[1]], max_new_tokens=1, config=config, tracker=tracker)
     assert tracker.total_usage() == 0
+    gc.collect()  # jax 0.7 has a cycle with what an error held
     assert len(jax.live_arrays()) <= before
 
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxkv
 from jaxkv.addressing import ADDRESSINGS
 from jaxkv.attention import IMPLEMENTATIONS
-from tests.compiled import assert_in_place, compile_donating
+from tests.compiled import assert_in_place, compile_donating, compiled_as_users_do
 from tests.oracle import EACH_ONCE, KINDS, ROTATED, SMALL, layer_step, random_step, step
 
 LAYERS, KV_HEADS, HEAD_DIM, SLOTS = 3, 2, 16, 1 << 20
@@ -194,7 +194,7 @@ def test_the_proof_fails_for_a_bad_program(program, reason):
 
 def test_the_proof_fails_without_donation():
     cache = abstract_cache("float32")
-    compiled = jax.jit(append).lower(cache, vectors(cache)).compile()
+    compiled = compiled_as_users_do(jax.jit(append).lower(cache, vectors(cache)))
     with pytest.raises(AssertionError, match=r"copy of a whole leaf|not aliased"):
         assert_in_place(compiled, cache)
 

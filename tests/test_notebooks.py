@@ -80,7 +80,7 @@ def test_it_says_nothing_of_the_machine_it_was_run_on(path):
     assert not re.search(r"/(home|Users|root|tmp|opt|usr|work|content)/", json.dumps(notebook))
 
 
-@pytest.mark.slow_cases(r"^[1-7]_")
+@pytest.mark.slow_cases(r"^[1-8]_")
 @each_notebook
 def test_it_prints_what_is_committed_without_a_network(path, monkeypatch, tmp_path):
     def refuse(*_):

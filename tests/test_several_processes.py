@@ -4,7 +4,12 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+import jaxkv
+from jaxkv.snapshot import inspect
+from tests.snapshot.test_snapshot import with_random_bits
 
 pytestmark = pytest.mark.slow
 
@@ -41,3 +46,18 @@ def test_a_cache_over_several_processes_is_written_and_read_outside_jit():
 )
 def test_a_mesh_over_several_processes_answers_as_one_device(axis, processes, devices):
     run("tests.mesh_process", str(processes), axis, processes=processes, devices=devices)
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(2, 1), (2, 4), (4, 2)])
+def test_each_process_saves_and_loads_what_its_devices_hold(tmp_path, processes, devices):
+    config = jaxkv.KVCacheConfig(2, 16, 8, 4, batch_size=4, codec=jaxkv.Int8())
+    one = with_random_bits(jaxkv.create(config), np.array([7, 3, 5, 1], np.int32), None)
+    jaxkv.save(one, tmp_path / "one")
+    arguments = str(processes), str(tmp_path)
+    run("tests.snapshot_process", *arguments, processes=processes, devices=devices)
+    os.rename(
+        tmp_path / "away", inspect(tmp_path / "first.kv").parts.path(tmp_path / "first.kv", 1)
+    )
+    for file in ("first.kv", "second.kv"):  # on one device again
+        jaxkv.save(jaxkv.load(tmp_path / file), tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == (tmp_path / "one").read_bytes()

@@ -12,6 +12,7 @@ from jax import lax
 import jaxkv
 from jaxkv.codecs import CODECS
 from jaxkv.memory import plan
+from tests.compiled import compile_donating
 from tests.oracle import (
     HEADS,
     OPTIONS,
@@ -184,7 +185,7 @@ def compiled_decode(context, place=PLACE, program=decode_step, addressing=jaxkv.
     shape = {"max_context_length": context, "head_dim": 64}
     cache = jaxkv.create(config_of(placement=place, addressing=addressing, **shape))
     hidden = jnp.ones((1, 4, 64), jnp.float32)
-    return jax.jit(program, donate_argnums=0).lower(cache, hidden).compile(), cache, hidden
+    return compile_donating(program, cache, hidden), cache, hidden
 
 
 def decode_in_a_loop(cache, hidden):

@@ -4,8 +4,10 @@ What they take is said by `bits`; `Store` asks it.
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 import jaxkv
@@ -65,3 +67,49 @@ class PerTensorFloat8(Emulated):
     def encode(self, vectors: Array) -> dict[str, Array]:
         clipped = jnp.clip(vectors.astype(jnp.float32), -448, 448)
         return {"data": clipped.astype(jnp.float8_e4m3fn).astype(jnp.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TurboQuant(Emulated):
+    """A length in float16, and numbers turned by one random rotation to the nearest of few levels.
+
+    Zandieh et al., "TurboQuant" (2025), section 3.1: the levels are the best ones for a coordinate
+    of a random unit vector, which is nearly a normal number.
+    """
+
+    code_bits: int
+    head_dim: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"TurboQuant-{self.code_bits}"
+
+    @property
+    def bits(self) -> float:
+        return self.code_bits + 16 / self.head_dim
+
+    def encode(self, vectors: Array) -> dict[str, Array]:
+        vectors, rotation = vectors.astype(jnp.float32), jnp.asarray(_rotation(self.head_dim))
+        length = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+        length = lax.reduce_precision(length, exponent_bits=5, mantissa_bits=10)
+        levels = jnp.asarray(_normal_levels(self.code_bits) / self.head_dim**0.5)
+        turned = jnp.einsum("...d,ed->...e", vectors / jnp.where(length == 0, 1, length), rotation)
+        codes = jnp.searchsorted((levels[1:] + levels[:-1]) / 2, turned)
+        return {"data": jnp.einsum("...e,ed->...d", levels[codes] * length, rotation)}
+
+
+@functools.cache
+def _rotation(size: int) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(0).standard_normal((size, size)))[0].astype("float32")
+
+
+@functools.cache
+def _normal_levels(bits: int) -> np.ndarray:
+    """By Lloyd's iteration over a fine grid of a normal distribution."""
+    grid = np.linspace(-6, 6, 24_001)
+    weight = np.exp(-(grid**2) / 2)
+    levels = np.linspace(-2.5, 2.5, 1 << bits)
+    for _ in range(2_000):
+        cells = np.searchsorted((levels[1:] + levels[:-1]) / 2, grid)
+        levels = np.bincount(cells, weight * grid) / np.bincount(cells, weight)
+    return levels.astype("float32")

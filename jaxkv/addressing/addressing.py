@@ -196,6 +196,12 @@ class Plain(_Defaults):
     page_size: int | None = None
     num_pages: int | None = None
 
+    def with_heads(self, num_kv_heads: int) -> Self:
+        return self
+
+    def shared_by(self, devices: int) -> Self:
+        return self
+
 
 class PlainIndex(_Defaults):
     """An index of slots anywhere, which are never written over: inherit, and say what differs."""
@@ -244,6 +250,12 @@ class Addressing(Traits, Protocol):
     @property
     def num_pages(self) -> int | None:
         """Pages of a pool that sequences share; None where each owns its slots."""
+
+    def with_heads(self, num_kv_heads: int) -> Self:
+        """The same for a cache of so many KV heads, as one device of several has."""
+
+    def shared_by(self, devices: int) -> Self:
+        """What each of several devices has that share the sequences, or their tokens, evenly."""
 
     def num_slots(self, max_context_length: int, batch_size: int | None) -> int:
         """The size of the buffer's ctx axis."""

@@ -72,6 +72,16 @@ class Kept(Plain):
         return "kept"
 
     @property
+    def num_pages(self) -> int | None:  # type: ignore[override]
+        return self.within.num_pages
+
+    def with_heads(self, num_kv_heads: int) -> Self:
+        return dataclasses.replace(self, num_kv_heads=num_kv_heads)
+
+    def shared_by(self, devices: int) -> Self:
+        return dataclasses.replace(self, within=self.within.shared_by(devices))
+
+    @property
     def state(self) -> tuple[str, ...]:
         """Names of the numbers that a policy keeps per token and head."""
         return self.sums if isinstance(self.sums, tuple) else ("sums",) * self.sums

@@ -59,6 +59,13 @@ class KeptByHead(Plain):
     def name(self) -> str:
         return "kept by head"
 
+    def with_heads(self, num_kv_heads: int) -> Self:
+        places = self.places * num_kv_heads // self.num_kv_heads
+        return dataclasses.replace(self, num_kv_heads=num_kv_heads, places=places)
+
+    def shared_by(self, devices: int) -> Self:
+        return dataclasses.replace(self, places=self.places // devices)
+
     def num_slots(self, max_context_length: int, batch_size: int | None) -> int:
         return self.new * (batch_size or 1) + ceil_div(self.places, self.num_kv_heads)
 

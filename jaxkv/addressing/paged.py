@@ -51,6 +51,10 @@ class Paged(Plain):
     def name(self) -> str:
         return "paged"
 
+    def shared_by(self, devices: int) -> Self:
+        own = None if self.num_pages is None else self.num_pages // devices
+        return dataclasses.replace(self, num_pages=own)
+
     def pages_per_sequence(self, max_context_length: int) -> int:
         """Entries of one sequence's row of the page table."""
         return ceil_div(max_context_length, self.page_size)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,11 @@ from jaxkv.attention.observed import Call, notify
 from jaxkv.attention.products import sums_in_place
 from jaxkv.attention.reference import reference, reference_part
 from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
-from jaxkv.attention.streamed import is_streamed, streamed
+from jaxkv.attention.streamed import is_streamed, streamed, streamed_part
+from jaxkv.cache.axes import words_of_copies
 from jaxkv.cache.checks import check_counts, check_layer, check_queries, layer_exists
-from jaxkv.cache.hybrid import AnyCache, in_its_group
+from jaxkv.cache.groups import in_its_group
+from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of
 from jaxkv.cache.shards import in_each_shard, local_shapes
 from jaxkv.cache.verbs import or_nan, real_of
@@ -52,6 +54,7 @@ class Implementation(NamedTuple):
       reads_host_memory: whether it can serve caches that are there.
       turns: whether it turns queries and outputs itself, as the codec wants.
       caps: whether it knows a softcap.
+      part: the function with the log of its total too, by which parts of a context are merged.
     """
 
     run: Callable[[Request], Grouped]
@@ -88,6 +91,13 @@ def _reference_is_wasteful(cache: KVCache, tokens: int, heads: int, platform: st
     return None
 
 
+class Asked(NamedTuple):
+    """What a call asks for that not every implementation gives."""
+
+    softcap: bool = False
+    part: bool = False
+
+
 # The first that can and should, serves; blockwise always can, but for host memory.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     # On a CPU host memory is the memory that it reads.
@@ -116,11 +126,45 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         jax.jit(blockwise), _no_reason, _no_reason, part=jax.jit(blockwise_part)
     ),
     "streamed": Implementation(
-        jax.jit(streamed), streamed_cannot_serve, _no_reason, reads_host_memory=True
+        jax.jit(streamed),
+        streamed_cannot_serve,
+        _no_reason,
+        reads_host_memory=True,
+        part=jax.jit(streamed_part),
     ),
 }
 
 
+@overload
+def attend(
+    cache: AnyCache,
+    /,
+    queries: Float[Array, "*batch tokens heads head_dim"],
+    *,
+    layer: Layer,
+    num_tokens: NumTokens | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    implementation: str | None = None,
+    partial: Literal[False] = False,
+) -> Float[Array, "*batch tokens heads head_dim"]: ...
+@overload
+def attend(
+    cache: AnyCache,
+    /,
+    queries: Float[Array, "*batch tokens heads head_dim"],
+    *,
+    layer: Layer,
+    num_tokens: NumTokens | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    implementation: str | None = None,
+    partial: Literal[True],
+) -> tuple[Float[Array, "*batch tokens heads head_dim"], Float[Array, "*batch tokens heads"]]: ...
 @in_its_group
 def attend(
     cache: KVCache,
@@ -133,7 +177,8 @@ def attend(
     window: int | None = None,
     sinks: Float[Array, " heads"] | None = None,
     implementation: str | None = None,
-) -> Float[Array, "*batch tokens heads head_dim"]:
+    partial: bool = False,
+) -> Any:
     """Attention of the next tokens over the cache, causal: prefill, chunk and decode alike.
 
     Call it after `append` with the same tokens, before `advance`.
@@ -149,10 +194,15 @@ def attend(
       sinks: one learned logit per head, added to the softmax denominator only (gpt-oss).
       implementation: a name in `IMPLEMENTATIONS`; None picks the first that can serve, see
         `explain`. A named one is used or an error, never replaced.
+      partial: give the log-sum-exp of the logits too, for this to be one part of what queries see:
+        of a context in several caches or on several devices. ``sinks`` are for one part alone.
 
     Returns:
       The attention output, of the queries' shape and dtype. Zeros for a query that sees nothing,
-      NaN if a traced layer does not exist.
+      NaN if a traced layer does not exist. Where ``partial``, with the log-sum-exp, float32
+      ``[*batch, tokens, heads]``: -1e30 for a query that sees nothing, so that differences are
+      numbers. Outputs of parts are merged by the softmax of theirs (Rabe & Staats,
+      "Self-attention does not need O(n^2) memory", 2021, section 3). Both can be differentiated.
 
     Raises:
       IndexError, TypeError, ValueError: a bad layer, dtype, shape or option.
@@ -163,32 +213,47 @@ def attend(
     >>> cache = jaxkv.append(cache, keys, values, layer=0)
     >>> jaxkv.attend(cache, jnp.ones((3, 2, 4)), layer=0).shape
     (3, 2, 4)
+
+    One query over two caches, such as a document that many requests share and a request's own:
+
+    >>> query = jnp.ones((1, 2, 4))
+    >>> document, own = (jaxkv.advance(cache, tokens) for tokens in (1, 2))
+    >>> parts = [jaxkv.attend(each, query, layer=0, partial=True) for each in (document, own)]
+    >>> outputs, logs = (jnp.stack(each) for each in zip(*parts))
+    >>> weights = jax.nn.softmax(logs, axis=0)  # over a mesh axis: with pmax and psum
+    >>> merged = (weights[..., None] * outputs).sum(axis=0)
+    >>> [f"{weight:.1f}" for weight in weights[:, 0, 0]]  # by the tokens seen: 2 and 3
+    ['0.4', '0.6']
     """
     _check_call(cache, queries, window, softcap, sinks)
     *_, tokens, heads, _ = queries.shape
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
     num_tokens = real_of(cache, tokens, num_tokens)
-    if window is not None and cache.spread is not None and cache.spread.size("context") > 1:
+    shapes = local_shapes(cache)
+    if window is not None and shapes.index.share is not None:
         raise ValueError(
             "attend: window= is not served where the context is split over devices, which keep "
             "every token. Leave context out of the cache's axes, or window= out of the call."
         )
     platform = platform_of(buffer_of(cache), queries)
-    if cache.spread is not None:
-        platform = cache.spread.platform
-    names = _serving(local_shapes(cache), tokens, heads, softcap, platform, implementation)
+    if (spread := cache.spread or cache.part_of) is not None:
+        platform = spread.platform
+    asked = Asked(softcap is not None, partial or shapes.index.share is not None)
+    names = _serving(shapes, tokens, heads, asked, platform, implementation)
     number = check_layer(cache, layer)
     notify(Call(cache, queries, layer, num_tokens))
     if tokens == 0:
-        return queries
+        return (queries, jnp.zeros(queries.shape[:-1], jnp.float32)) if partial else queries
     arrays = cache, queries, number, num_tokens, scale, sinks
-    call = functools.partial(_serve, *arrays, softcap=softcap, window=window)
+    serve: Any = _serve_part if partial else _serve
+    call = functools.partial(serve, *arrays, softcap=softcap, window=window)
     runs = {name: functools.partial(call, chosen=IMPLEMENTATIONS[name]) for name in names.values()}
     if platform is not None:
         output = runs[names[platform]]()
     else:
         output = by_platform({each: runs[name] for each, name in names.items()})
-    return or_nan(output, layer_exists(cache, layer))
+    exists = layer_exists(cache, layer)
+    return jax.tree.map(lambda numbers: or_nan(numbers, exists), output)
 
 
 @one_program("chosen", "softcap", "window")
@@ -202,19 +267,44 @@ def _serve(
     sinks: Array | None,
     *,
     chosen: Implementation,
-    softcap: float | None,
-    window: int | None,
+    **options: Any,
 ) -> Array:
-    options: dict[str, Any] = {"softcap": softcap, "window": window, "sinks": sinks}
-    turn = not chosen.turns
-    request = request_of(cache, queries, layer, num_tokens, scale=scale, turn=turn, **options)
-    output = chosen.run(request) if cache.index.share is None else _merged(request, chosen)
-    if turn:
+    options |= {"scale": scale, "sinks": sinks, "turn": not chosen.turns}
+    request = request_of(cache, queries, layer, num_tokens, **options)
+    output = chosen.run(request) if cache.index.share is None else _merged(request, chosen)[0]
+    return _as_given(output, queries, cache, chosen)
+
+
+@one_program("chosen", "softcap", "window")
+@in_each_shard(("batch", None, "heads", None), ("batch", None, "heads"))
+def _serve_part(
+    cache: KVCache,
+    queries: Array,
+    layer: Layer,
+    num_tokens: NumTokens | None,
+    scale: float | None,
+    sinks: Array | None,
+    *,
+    chosen: Implementation,
+    **options: Any,
+) -> tuple[Array, Array]:
+    assert chosen.part is not None
+    options |= {"scale": scale, "sinks": sinks, "turn": not chosen.turns}
+    request = request_of(cache, queries, layer, num_tokens, **options)
+    part = chosen.part(request) if cache.index.share is None else _merged(request, chosen)
+    output, log_total = part
+    log_total = jnp.moveaxis(log_total, 1, 2).reshape(queries.shape[:-1])
+    return _as_given(output, queries, cache, chosen), log_total
+
+
+def _as_given(output: Grouped, queries: Array, cache: KVCache, chosen: Implementation) -> Array:
+    """The output as the queries came: not turned, and in their order and dtype."""
+    if not chosen.turns:
         output = cache.config.codec.unrotate(output)
     return jnp.moveaxis(output, 1, 2).reshape(queries.shape).astype(queries.dtype)
 
 
-def _merged(request: Request, chosen: Implementation) -> Grouped:
+def _merged(request: Request, chosen: Implementation) -> tuple[Grouped, LogTotal]:
     """Over all devices that have a share of the context."""
     share = request.cache.index.share
     assert chosen.part is not None
@@ -222,16 +312,15 @@ def _merged(request: Request, chosen: Implementation) -> Grouped:
     if request.sinks is not None:  # once
         sinks = jnp.where(share.rank == 0, request.sinks, LOWEST)
         request = dataclasses.replace(request, sinks=sinks)
-    if (
-        not request.cache.codec_state
-    ):  # nobody asks for positions but the mask, which asks for order
+    if not request.cache.codec_state:  # nobody asks for positions but the mask: for order
         own = share.inner, share.own(request.positions + 1) - 1, share.own(request.lengths)
         cache = dataclasses.replace(request.cache, index=own[0])
         request = dataclasses.replace(request, cache=cache, positions=own[1], lengths=own[2])
     output, log_total = chosen.part(request)
-    weights = jnp.exp(log_total - lax.pmax(log_total, share.axis))
+    highest = lax.pmax(lax.stop_gradient(log_total), share.axis)  # it cancels out
+    weights = jnp.exp(log_total - highest)
     total, mix = lax.psum((weights, output * weights[..., None]), share.axis)
-    return mix / total[..., None]
+    return mix / total[..., None], highest + jnp.log(total)
 
 
 def explain(
@@ -263,13 +352,16 @@ def explain(
     (cache,) = cache.groups
     heads = heads or cache.config.num_kv_heads
     platform = _expected_platform(cache)
+    lines, spread = [], cache.spread
+    if spread is not None and (copies := spread.copies(cache.config)) > 1:
+        lines.append(f"copies: {words_of_copies(copies, spread.copied_bytes(cache.config))}")
     cache = local_shapes(cache)
-    chosen = _first_choice(cache, tokens, heads, softcap, platform)
-    lines = []
+    asked = Asked(softcap is not None, cache.index.share is not None)
+    chosen = _first_choice(cache, tokens, heads, asked, platform)
     for name in IMPLEMENTATIONS:
         if name == chosen:
             verdict = "used"
-        elif reason := _reason_against(name, cache, tokens, heads, softcap, platform):
+        elif reason := _reason_against(name, cache, tokens, heads, asked, platform):
             verdict = f"not used, {reason}"
         else:
             verdict = f"not needed, {chosen} comes first"
@@ -281,14 +373,14 @@ def _serving(
     cache: KVCache,
     tokens: int,
     heads: int,
-    softcap: float | None,
+    asked: Asked,
     platform: str | None,
     named: str | None,
 ) -> dict[str, str]:
     """For each platform that the call may be for, who serves there."""
     platforms = PLATFORMS if platform is None else (platform,)
     if named is None:
-        return {each: _first_choice(cache, tokens, heads, softcap, each) for each in platforms}
+        return {each: _first_choice(cache, tokens, heads, asked, each) for each in platforms}
     if named not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {named!r}."
@@ -296,7 +388,7 @@ def _serving(
     own = IMPLEMENTATIONS[named].platform
     if platform is None and own is not None:
         platforms = (own,)
-    if reason := _cannot_serve(named, cache, tokens, softcap, platforms[0]):
+    if reason := _cannot_serve(named, cache, tokens, asked, platforms[0]):
         raise ValueError(
             f"implementation {named!r} cannot serve this call: {reason}. Leave implementation= "
             "out, and one that can is chosen."
@@ -304,10 +396,8 @@ def _serving(
     return dict.fromkeys(platforms, named)
 
 
-def _first_choice(
-    cache: KVCache, tokens: int, heads: int, softcap: float | None, platform: str
-) -> str:
-    call = cache, tokens, heads, softcap, platform
+def _first_choice(cache: KVCache, tokens: int, heads: int, asked: Asked, platform: str) -> str:
+    call = cache, tokens, heads, asked, platform
     reasons = {name: _reason_against(name, *call) for name in IMPLEMENTATIONS}
     for name, reason in reasons.items():
         if not reason:
@@ -316,14 +406,14 @@ def _first_choice(
 
 
 def _reason_against(
-    name: str, cache: KVCache, tokens: int, heads: int, softcap: float | None, platform: str
+    name: str, cache: KVCache, tokens: int, heads: int, asked: Asked, platform: str
 ) -> str | None:
-    reason = _cannot_serve(name, cache, tokens, softcap, platform)
+    reason = _cannot_serve(name, cache, tokens, asked, platform)
     return reason or IMPLEMENTATIONS[name].should_not_serve(cache, tokens, heads, platform)
 
 
 def _cannot_serve(
-    name: str, cache: KVCache, tokens: int, softcap: float | None, platform: str
+    name: str, cache: KVCache, tokens: int, asked: Asked, platform: str
 ) -> str | None:
     if is_streamed(cache) and name != "streamed":
         if not IMPLEMENTATIONS[name].reads_host_memory:
@@ -334,17 +424,17 @@ def _cannot_serve(
         return "the newest tokens are in a cache of their own"
     if reason := IMPLEMENTATIONS[name].cannot_serve(cache, tokens, platform):
         return reason
-    if cache.index.share is not None and IMPLEMENTATIONS[name].part is None:
-        return "it gives no parts to merge, and the context is on several devices"
-    if softcap is not None and not IMPLEMENTATIONS[name].caps:
+    if asked.part and IMPLEMENTATIONS[name].part is None:
+        return "it gives no log-sum-exp, by which parts of a context are merged"
+    if asked.softcap and not IMPLEMENTATIONS[name].caps:
         return "it has no softcap"
     return None
 
 
 def _expected_platform(cache: KVCache) -> str:
     """The cache's platform; inside jit, where it is not known yet, the default device's."""
-    if cache.spread is not None:
-        return cache.spread.platform
+    if (spread := cache.spread or cache.part_of) is not None:
+        return spread.platform
     return platform_of(buffer_of(cache)) or default_device().platform
 
 

@@ -38,6 +38,11 @@ def notify(call: Call) -> None:
         calls.append(call)
 
 
+def is_watched() -> bool:
+    """Are calls being watched for? Then none may be hidden in a jitted function's own trace."""
+    return _calls.get() is not None
+
+
 @contextlib.contextmanager
 def watch() -> Iterator[list[Call]]:
     """The calls of `attend` inside the block, in order. Use it inside what is jitted."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.addressing.addressing import PlainIndex
 from jaxkv.attention.blockwise import KEY_BLOCK, with_newest
-from jaxkv.attention.call import Grouped, Request
+from jaxkv.attention.call import Grouped, LogTotal, Request
 from jaxkv.attention.older import block_size, first_on_device, turns_of
 from jaxkv.attention.online import Online
 from jaxkv.cache.host import on_the_device
@@ -38,9 +38,15 @@ def is_streamed(cache: KVCache) -> bool:
 
 def streamed(request: Request) -> Grouped:
     """Attend to what is on the device, then to older blocks as they arrive."""
+    return streamed_part(request)[0]
+
+
+def streamed_part(request: Request) -> tuple[Grouped, LogTotal]:
+    """The same with the log of its total, by which parts of a context are merged."""
     end = first_on_device(request)
     state = _with_newest(request, Online.start(request), end)
-    return with_newest(request, _with_older(request, state, end)).output()
+    state = with_newest(request, _with_older(request, state, end))
+    return state.output(), state.log_total()
 
 
 def _with_newest(request: Request, state: Online, end: Int[Array, " batch"]) -> Online:

@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.errors import ConfigError
+from jaxkv.show.text import format_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +70,14 @@ class Spread:
         return 1 if name is None else self.mesh.shape[name]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The mesh axes that split a cache."""
+        return tuple(name for name in dataclasses.astuple(self.axes) if name is not None)
+
+    @property
     def platform(self) -> str:
         """Of its devices."""
         return self.mesh.devices.flat[0].platform
-
-    @property
-    def local_device(self) -> Any:
-        """One of this process's devices in the mesh, which stands for all: they hold as much."""
-        return self.mesh.local_devices[0]
 
     @property
     def automatic(self) -> "Spread":
@@ -95,9 +96,19 @@ class Spread:
         """Devices that hold the same KV head, where there are more devices than heads."""
         return max(self.size("heads") // config.num_kv_heads, 1)
 
+    def copied_bytes(self, config: KVCacheConfig) -> int:
+        """How many bytes of what one device holds would not be there without copies of KV heads."""
+        copies = self.copies(config)
+        return self.local(config).size_bytes * (copies - 1) // copies
+
     def held(self, config: KVCacheConfig) -> KVCacheConfig:
         """Of all arrays together: copies of a KV head count as heads."""
-        return config.replace(num_kv_heads=config.num_kv_heads * self.copies(config))
+        return _with_heads(config, config.num_kv_heads * self.copies(config))
+
+    def whole(self, before: KVCacheConfig, own: KVCacheConfig) -> KVCacheConfig:
+        """Of all devices' parts together, after a verb; it can change sequences and placement."""
+        sequences = own.batch_size and own.batch_size * self.size("batch")
+        return before.replace(batch_size=sequences, placement=own.placement)
 
     def local(self, config: KVCacheConfig, *only: str) -> KVCacheConfig:
         """Of what one device holds.
@@ -112,27 +123,14 @@ class Spread:
             self.size(what) if not only or what in only else 1
             for what in ("batch", "heads", "context")
         )
-        if config.placement is not None:
-            raise ConfigError(
-                "axes: a cache with HostMemory is not spread over a mesh yet. Leave placement out, "
-                "or spread it by device=, a NamedSharding over KV heads."
-            )
         held = self.held(config)
+        _check_divides("num_kv_heads", held.num_kv_heads, heads, self.axes.heads)
+        own = _with_heads(held, held.num_kv_heads // heads)
         fields: dict[str, Any] = {}
-        if heads > 1:
-            _check_divides("num_kv_heads", held.num_kv_heads, heads, self.axes.heads)
-            fields["num_kv_heads"] = held.num_kv_heads // heads
-        else:
-            fields["num_kv_heads"] = held.num_kv_heads
         if batch > 1:
             if config.batch_size is None:
                 raise ConfigError("axes: batch needs a config with a batch_size, got None.")
-            if config.codec_state:
-                raise ConfigError(
-                    f"axes: a {config.codec.name} cache is not split by batch, since its codec's "
-                    "state is of all sequences. Leave batch out of its axes; heads and context "
-                    "split it."
-                )
+            _check_state(config)
             _check_divides("batch_size", config.batch_size, batch, self.axes.batch)
             fields["batch_size"] = config.batch_size // batch
         if context > 1:
@@ -143,10 +141,20 @@ class Spread:
         pages = config.addressing.num_pages
         if pages is not None and batch * context > 1:
             _check_divides("num_pages", pages, batch * context, "batch or context")
-            addressing: Any = config.addressing
-            own_pages = pages // (batch * context)
-            fields["addressing"] = dataclasses.replace(addressing, num_pages=own_pages)
-        return config.replace(**fields)
+        return own.replace(addressing=own.addressing.shared_by(batch * context), **fields)
+
+
+def _with_heads(config: KVCacheConfig, num_kv_heads: int) -> KVCacheConfig:
+    addressing = config.addressing.with_heads(num_kv_heads)
+    return config.replace(num_kv_heads=num_kv_heads, addressing=addressing)
+
+
+def words_of_copies(copies: int, copied_bytes: int) -> str:
+    """What copies of KV heads cost, for plans and explanations."""
+    return (
+        f"each KV head is on {copies} devices, so that {format_bytes(copied_bytes)} of what each "
+        f"holds are copies; a context split over {copies} of them needs none"
+    )
 
 
 def _check_divides(field: str, value: int, parts: int, axis: str | None) -> None:
@@ -154,6 +162,17 @@ def _check_divides(field: str, value: int, parts: int, axis: str | None) -> None
         raise ConfigError(
             f"axes: {field} must be a multiple of {parts} to be split over {axis!r}, got {value}."
         )
+
+
+def _check_state(config: KVCacheConfig) -> None:
+    """Refuse codecs that learn from all sequences, and not from those on other devices."""
+    for each in (config, config.newest_config):
+        if each is not None and each.codec_state and not each.codec.learns_over_devices:
+            raise ConfigError(
+                f"axes: a {each.codec.name} cache is not split by batch, since its codec's state "
+                "is of all sequences, and update_state sees those of one device. Leave batch out "
+                "of its axes; heads and context split it."
+            )
 
 
 def _check_context(config: KVCacheConfig) -> None:

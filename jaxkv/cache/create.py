@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import jax
@@ -52,6 +52,7 @@ def create(
       A `KVCache`, or a `HybridCache` for a `HybridConfig`.
 
     Raises:
+      CacheAllocationError: it does not fit; the message says what would.
       ConfigError: 2**30 or more positions, or slots times KV heads; or what the axes cannot split.
       ValueError: a sharding of more axes than that, or both a device and axes.
 
@@ -66,7 +67,11 @@ def create(
         raise ValueError(f"create: give device= or axes=, not both; got {device} and {axes}.")
 
     def made(group: KVCacheConfig) -> KVCache:
-        return _create(group, device) if spread is None else _create_spread(group, spread)
+        if spread is not None:
+            return _create_spread(group, spread)
+        # All in one place that is named, for a step returns it so, and compiles once then.
+        named = default_device() if group.in_host_memory and device is None else device
+        return _create(group, named)
 
     if isinstance(config, HybridConfig):
         return HybridCache(tuple(made(group) for group in config.groups), config)
@@ -90,7 +95,7 @@ def config_of_a_device(config: AnyConfig, spread: Spread | None) -> AnyConfig:
 @functools.lru_cache(maxsize=256)
 def shapes_of(config: KVCacheConfig) -> KVCache:
     """The cache of a config, of shapes in place of arrays."""
-    return jax.eval_shape(lambda: _create(config, None))
+    return jax.eval_shape(lambda: _create(config, None, host_zeros=jnp.zeros))
 
 
 @functools.lru_cache(maxsize=256)
@@ -112,15 +117,32 @@ def specs_of(config: KVCacheConfig, spread: Spread) -> tuple[PartitionSpec, ...]
 def _create_spread(config: KVCacheConfig, spread: Spread) -> KVCache:
     local = spread.local(config)
     _check_numbers(local)
-    made = jax.shard_map(
-        lambda: jax.tree.leaves(_create(local, None)),
-        mesh=spread.mesh,
-        in_specs=(),
-        out_specs=list(specs_of(config, spread)),
-        check_vma=False,
+    specs: Any = jax.tree.unflatten(jax.tree.structure(shapes_of(config)), specs_of(config, spread))
+    storage = _in_host_memory(config, spread, specs.storage) if config.in_host_memory else {}
+    elsewhere = dataclasses.replace(
+        specs, storage={name: spec for name, spec in specs.storage.items() if name not in storage}
     )
-    cache = jax.tree.unflatten(jax.tree.structure(shapes_of(config)), jax.jit(made)())
-    return dataclasses.replace(cache, spread=spread)
+
+    def own() -> Any:
+        made = _create(local, None, host_zeros=lambda *_, device: None)
+        return jax.tree.unflatten(jax.tree.structure(elsewhere), jax.tree.leaves(made))
+
+    made = jax.shard_map(own, mesh=spread.mesh, in_specs=(), out_specs=elsewhere, check_vma=False)
+    cache: KVCache = jax.jit(made)()
+    return dataclasses.replace(cache, storage=cache.storage | storage, spread=spread)
+
+
+def _in_host_memory(
+    config: KVCacheConfig, spread: Spread, specs: dict[str, PartitionSpec]
+) -> Leaves:
+    """The buffers of a cache that has them there: on each device's host, those of its part."""
+    whole = shapes_of(spread.held(config)).storage
+    return {
+        name: zeros_in_host_memory(
+            whole[name].shape, whole[name].dtype, NamedSharding(spread.mesh, spec)
+        )
+        for name, spec in specs.items()
+    }
 
 
 def _check_numbers(config: KVCacheConfig) -> None:
@@ -134,11 +156,10 @@ def _check_numbers(config: KVCacheConfig) -> None:
         )
 
 
-def _create(config: KVCacheConfig, device: Any) -> KVCache:
+def _create(
+    config: KVCacheConfig, device: Any, host_zeros: Callable[..., Any] = zeros_in_host_memory
+) -> KVCache:
     _check_numbers(config)
-    if config.in_host_memory and device is None:
-        # All in one place that is named, for a step returns it so, and compiles once then.
-        device = default_device()
     platform = _platform(device)
 
     def buffers(num_slots: int, allocate: Any = jnp.zeros) -> Leaves:
@@ -162,9 +183,7 @@ def _create(config: KVCacheConfig, device: Any) -> KVCache:
         index = jax.device_put(index, NamedSharding(device.mesh, PartitionSpec()))
     elif isinstance(device, jax.Device):
         index, resident = jax.device_put((index, resident), device)
-    storage = buffers(
-        config.num_slots, zeros_in_host_memory if config.in_host_memory else jnp.zeros
-    )
+    storage = buffers(config.num_slots, host_zeros if config.in_host_memory else jnp.zeros)
     newest = None if config.newest_config is None else _create(config.newest_config, device)
     return KVCache(storage, index, config, codec_state, resident, newest)
 

@@ -10,7 +10,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
 from jaxkv.cache.checks import check_alive
-from jaxkv.cache.hybrid import in_every_group
+from jaxkv.cache.groups import in_every_group
 from jaxkv.cache.kv_cache import KVCache, Layer, buffer_of
 from jaxkv.cache.vectors import read
 from jaxkv.codecs import Leaves, bitcast

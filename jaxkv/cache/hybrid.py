@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from collections.abc import Sequence
+from typing import Any, Self, TypeVar
 
 import jax
 from jaxtyping import Array, Bool, Int
@@ -191,57 +191,6 @@ class HybridCache:
 AnyConfig = KVCacheConfig | HybridConfig
 AnyCache = KVCache | HybridCache
 SameCache = TypeVar("SameCache", bound=AnyCache)  # of the type that was given
-
-
-_Options = ParamSpec("_Options")
-_Result = TypeVar("_Result")
-
-
-def in_its_group(
-    verb: Callable[Concatenate[KVCache, _Options], _Result],
-) -> Callable[Concatenate[AnyCache, _Options], _Result]:
-    """Let a verb with ``layer=`` read the group that has the layer."""
-
-    @functools.wraps(verb)
-    def on_any_cache(
-        cache: AnyCache, *arguments: _Options.args, **options: _Options.kwargs
-    ) -> _Result:
-        group, options["layer"] = cache.config.locate(options["layer"])
-        return verb(cache.groups[group], *arguments, **options)
-
-    return on_any_cache
-
-
-def changing_its_group(
-    verb: Callable[Concatenate[KVCache, _Options], KVCache],
-) -> Callable[Concatenate[SameCache, _Options], SameCache]:
-    """Let a verb with ``layer=`` change the group that has the layer."""
-
-    @functools.wraps(verb)
-    def on_any_cache(
-        cache: SameCache, *arguments: _Options.args, **options: _Options.kwargs
-    ) -> SameCache:
-        number, options["layer"] = cache.config.locate(options["layer"])
-        groups = list(cache.groups)
-        groups[number] = verb(groups[number], *arguments, **options)
-        return cache.with_groups(groups)  # type: ignore[return-value]
-
-    return on_any_cache
-
-
-def in_every_group(
-    verb: Callable[Concatenate[KVCache, _Options], KVCache],
-) -> Callable[Concatenate[SameCache, _Options], SameCache]:
-    """Let a verb that changes a cache change every group."""
-
-    @functools.wraps(verb)
-    def on_any_cache(
-        cache: SameCache, *arguments: _Options.args, **options: _Options.kwargs
-    ) -> SameCache:
-        groups = [verb(group, *arguments, **options) for group in cache.groups]
-        return cache.with_groups(groups)  # type: ignore[return-value]
-
-    return on_any_cache
 
 
 def check_static_layer(config: AnyConfig, layer: Any) -> int:

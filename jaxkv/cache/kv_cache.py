@@ -36,7 +36,7 @@ NumTokens = int | Int[Array, "*batch"]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["storage", "index", "codec_state", "resident", "newest", "real_tokens"],
-    meta_fields=["config", "spread"],
+    meta_fields=["config", "spread", "part_of"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class KVCache:
@@ -56,6 +56,7 @@ class KVCache:
         them; else None.
       real_tokens: in a step that is padded, how many of its tokens are still to come; else None.
       spread: over which axes of a mesh, where it was created with some; else None.
+      part_of: the same where this is one device's part of such a cache, inside `jax.shard_map`.
 
     >>> import jax, jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 64, num_kv_heads=1, head_dim=16))
@@ -73,6 +74,7 @@ class KVCache:
     newest: "KVCache | None" = None
     real_tokens: Int[Array, "*batch"] | None = None
     spread: Spread | None = None
+    part_of: Spread | None = None
 
     @property
     def groups(self) -> tuple["KVCache"]:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Int
 
 from jaxkv.cache.checks import check_alive, check_rows, rows_exist
 from jaxkv.cache.config import KVCacheConfig
-from jaxkv.cache.hybrid import SameCache, in_every_group
+from jaxkv.cache.groups import in_every_group
+from jaxkv.cache.hybrid import SameCache
 from jaxkv.cache.kv_cache import KVCache, buffer_of
 from jaxkv.cache.shards import beside_storage, in_each_shard
 from jaxkv.cache.verbs import where_in_range
@@ -41,19 +42,30 @@ def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache
     [5, 5, 5]
     """
     check_alive(cache)
-    chosen = rows if isinstance(rows, jax.Array) else on_device(np.asarray(rows, np.int32))
+    given = rows if isinstance(rows, jax.Array) else np.asarray(rows, np.int32)
+    chosen = on_device(given)
     check_rows(cache, chosen)
-    own = _within_devices(cache, chosen)
+    own = _within_devices(cache, given)
     select_rows = _select
     if cache.pages is not None and cache.pages.shared:  # rows go on in the pages that they had
         select_rows = beside_storage(_select)
     elif in_host_memory(buffer_of(cache)):  # which no compiled program gathers from
+        _check_here(cache)
         select_rows = _selected
     selected = select_rows(cache, own)
     return where_in_range(selected, rows_exist(cache, chosen))
 
 
-def _within_devices(cache: KVCache, rows: Int[Array, " rows"]) -> Int[Array, " rows"]:
+def _check_here(cache: KVCache) -> None:
+    if cache.spread is not None:
+        raise ValueError(
+            "select: sequences of a cache in host memory are copied by the host, and this one is "
+            f"spread over {cache.spread.mesh.size} devices by {cache.spread.axes}. Bring it to them"
+            " with jaxkv.prefetch first; jaxkv.offload brings it back."
+        )
+
+
+def _within_devices(cache: KVCache, rows: Int[Array | np.ndarray, " rows"]) -> Int[Array, " rows"]:
     """The numbers of these rows on their devices, where the batch is split over some.
 
     Raises:
@@ -61,7 +73,7 @@ def _within_devices(cache: KVCache, rows: Int[Array, " rows"]) -> Int[Array, " r
     """
     parts = 1 if cache.spread is None else cache.spread.size("batch")
     if parts == 1:
-        return rows
+        return on_device(rows)
     each = cache.config.batch_size // parts  # type: ignore[operator]
     cure = (
         f"Each of {parts} devices has {each} sequences, in their order, and gives the new batch its"
@@ -123,7 +135,8 @@ def copy_pages(
     In place under donation: only the pages' own bytes move.
 
     Args:
-      sources: pages of the pool, ``int32[pages]``.
+      sources: pages of the pool, ``int32[pages]``; where the batch is split over devices, whose
+        pages are counted from 0 on each, a part for each.
       destinations: as many pages, each named once; one below 0 or past the pool is skipped, so
         that calls can be padded to one shape.
 

@@ -6,15 +6,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.checks import check_alive, check_here
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.create import shapes_of, specs_of
-from jaxkv.cache.hybrid import AnyCache, in_every_group
+from jaxkv.cache.groups import in_every_group
+from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
+from jaxkv.devices import default_device
 from jaxkv.errors import ConfigError
+from jaxkv.placement import host_sharding, in_host_memory
 from jaxkv.programs import moves_data
 
 
@@ -41,11 +44,11 @@ def gather(cache: KVCache, *, device: Any = None) -> KVCache:
     if (spread := cache.spread) is None:
         return cache
     check_here(cache)
-    config, copies = cache.config, spread.copies(cache.config)
-    _check_pages(config, spread)
-    whole = _moved(cache, lambda leaf: _in_order(leaf, config, spread)[:, :, :, ::copies])
-    own = jax.tree.unflatten(jax.tree.structure(shapes_of(config)), jax.tree.leaves(whole))
-    return jax.device_put(_with_numbers(own, spread, 1), device)
+    config = cache.config
+    _check_pages(cache, spread)
+    whole = _moved(cache, lambda leaf: _in_order(leaf, config, spread))
+    once = _by_copies(whole, spread, _each_once)
+    return _placed(_with_numbers(once, spread, 1), device)
 
 
 @moves_data
@@ -74,25 +77,64 @@ def _spread(cache: KVCache, spread: Spread) -> KVCache:
     check_alive(cache)
     if cache.spread is not None:
         raise ConfigError(f"spread: it is spread already, by {cache.spread.axes}; gather it first.")
-    config, copies = cache.config, spread.copies(cache.config)
+    config = cache.config
     spread.local(config)  # or an error that says what cannot be split
-    _check_pages(config, spread)
+    _check_pages(cache, spread)
     if cache.index.pages is not None and cache.index.pages.shared and spread.size("batch") > 1:
         raise ConfigError(
             "spread: the pages of a shared pool are of no device. Give each part of the batch a "
             "pool of its own with jaxkv.create, or split it by heads alone."
         )
-    parts = _moved(cache, lambda leaf: np.repeat(_dealt(leaf, config, spread), copies, axis=3))
-    parts = _with_numbers(parts, spread, -1)
+    dealt = _moved(cache, lambda leaf: _dealt(leaf, config, spread))
+    copied = _by_copies(dealt, spread, lambda leaf, axis, copies: np.repeat(leaf, copies, axis))
+    parts = _with_numbers(copied, spread, -1)
     specs = specs_of(config, spread)
     leaves = [
         jax.make_array_from_callback(
-            leaf.shape, NamedSharding(spread.mesh, spec), np.asarray(leaf).__getitem__
+            leaf.shape,
+            host_sharding(sharding) if in_host_memory(old) else sharding,
+            np.asarray(leaf).__getitem__,
         )
-        for leaf, spec in zip(jax.tree.leaves(parts), specs, strict=True)
+        for leaf, old, sharding in zip(
+            jax.tree.leaves(parts),
+            jax.tree.leaves(cache),
+            (NamedSharding(spread.mesh, spec) for spec in specs),
+            strict=True,
+        )
     ]
     whole = jax.tree.unflatten(jax.tree.structure(shapes_of(config)), leaves)
     return dataclasses.replace(whole, spread=spread)
+
+
+def _placed(cache: KVCache, device: Any) -> KVCache:
+    """What the host holds, where its config says."""
+    there = device
+    if cache.config.in_host_memory:
+        home = device or default_device()
+        home = home if isinstance(home, Sharding) else SingleDeviceSharding(home)
+        there = host_sharding(home)
+    beside = jax.device_put(dataclasses.replace(cache, storage={}), device)
+    return dataclasses.replace(beside, storage=jax.device_put(cache.storage, there))
+
+
+def _by_copies(
+    cache: KVCache, spread: Spread, change: Callable[[np.ndarray, int, int], np.ndarray]
+) -> KVCache:
+    """With this done along the axis of KV heads, where several devices have each, to each array."""
+    once, held = shapes_of(cache.config), shapes_of(spread.held(cache.config))
+
+    def changed(leaf: np.ndarray, own: Any, copied: Any) -> np.ndarray:
+        for axis, (size, sizes) in enumerate(zip(own.shape, copied.shape, strict=True)):
+            if sizes > size:
+                leaf = change(np.asarray(leaf), axis, sizes // size)
+        return leaf
+
+    leaves = map(changed, *(jax.tree.leaves(tree) for tree in (cache, once, held)))
+    return jax.tree.unflatten(jax.tree.structure(once), list(leaves))
+
+
+def _each_once(leaf: np.ndarray, axis: int, copies: int) -> np.ndarray:
+    return np.take(leaf, range(0, leaf.shape[axis], copies), axis)
 
 
 def _moved(cache: KVCache, move: Callable[[np.ndarray], np.ndarray]) -> KVCache:
@@ -125,7 +167,14 @@ def _dealt(leaf: np.ndarray, config: KVCacheConfig, spread: Spread) -> np.ndarra
     return np.moveaxis(parts, 5, 3).reshape(leaf.shape)
 
 
-def _check_pages(config: KVCacheConfig, spread: Spread) -> None:
+def _check_pages(cache: KVCache, spread: Spread) -> None:
+    config = cache.config
+    index: Any = cache.index
+    if index.per_head and index.run_lengths is not None and spread.mesh.size > 1:
+        raise ConfigError(
+            "heads of this compressed cache keep different numbers of tokens, packed on each device"
+            " for itself. Gather it before jaxkv.compress, or keep one number of tokens per layer."
+        )
     if config.addressing.page_size is not None and spread.size("context") > 1:
         raise ConfigError(
             "the pages of a cache that is split by context hold other tokens than pages of one "
@@ -135,12 +184,14 @@ def _check_pages(config: KVCacheConfig, spread: Spread) -> None:
 
 def _with_numbers(cache: KVCache, spread: Spread, sign: int) -> KVCache:
     """Pages, which each device counts from 0, counted over all devices; or the other way round."""
-    paged, parts = cache.pages, spread.size("batch")
+    index: Any = cache.index
+    paged, parts = index.pages, spread.size("batch")
     if paged is None or parts == 1:
         return cache
     table, pages = paged.table, cache.config.num_slots // paged.page_size // parts
     rows = np.arange(len(table), dtype=np.int32)[:, None]
     first = rows // (len(table) // parts) * pages
-    table = np.where(table < 0, table, table + np.int32(sign) * first)  # type: ignore[assignment]
-    index: Any = cache.index
-    return dataclasses.replace(cache, index=dataclasses.replace(index, table=table))
+    table = np.where(table < 0, table, table + np.int32(sign) * first)
+    numbered = dataclasses.replace(paged, table=table)
+    index = numbered if index is paged else dataclasses.replace(index, within=numbered)
+    return dataclasses.replace(cache, index=index)

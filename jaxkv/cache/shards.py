@@ -10,24 +10,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array
 
 from jaxkv.addressing.interleaved import Interleaved, whole
 from jaxkv.cache.axes import Spread
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.create import shapes_of, specs_of
-from jaxkv.cache.kv_cache import KVCache, books_of_index
-from jaxkv.programs import one_program
+from jaxkv.cache.kv_cache import KVCache, books_of_index, buffer_of
+from jaxkv.placement import host_sharding, in_host_memory
+from jaxkv.programs import promotes_ranks
 
 P = ParamSpec("P")
 R = TypeVar("R")
-What = tuple[str | None, ...]  # what each axis of an array is: "batch", "heads", "context" or None
+# What each axis of an array is: "batch", "heads" of queries, "kv_heads", "context" or None.
+What = tuple[str | None, ...]
 
 # Of arguments, by name. The batch axis is absent where the cache has none.
 _ARGUMENTS: dict[str, What] = {
-    **dict.fromkeys(("keys", "values", "queries"), ("batch", None, "heads", None)),
-    **dict.fromkeys(("num_tokens", "length", "in_range", "rows"), ("batch",)),
+    **dict.fromkeys(("keys", "values"), ("batch", None, "kv_heads", None)),
+    "queries": ("batch", None, "heads", None),
+    # Those of a KV head together.
+    "grouped_queries": ("batch", None, "kv_heads", None),
+    "layer_queries": (None, "batch", None, "kv_heads", None),
+    **dict.fromkeys(("scores", "remembered"), (None, "batch", "kv_heads", None)),
+    "limits": (None, "batch", "kv_heads"),
+    "pages": ("batch", None),
+    **dict.fromkeys(("num_tokens", "length", "in_range", "rows", "since"), ("batch",)),
+    **dict.fromkeys(("numbers", "sources", "destinations"), ("batch",)),  # of pages
+    "contents": (None, None, None, "heads"),
     "sinks": ("heads",),
 }
 
@@ -51,26 +62,24 @@ def in_each_shard(
             spread: Spread | None = cache.spread
             if spread is None:
                 return work(cache, *arrays, **options)
+            check_outside(cache, work.__name__)
             named = list(zip(names, arrays, strict=False))
-            after = config_of(cache, *arrays) if config_of else cache.config
+            after = config_of(cache, *arrays, **options) if config_of else cache.config
 
-            def on_shard(leaves: list[Any], ranks: Array, parts: list[Any]) -> Any:
+            def on_shard(cache: Any, parts: list[Any]) -> Any:
                 own = (
-                    _own_part(cache, name, part)
+                    _own_heads(cache, name, part)
                     for (name, _), part in zip(named, parts, strict=True)
                 )
-                result = work(_local_cache(cache, leaves, ranks[0]), *own, **options)  # type: ignore[arg-type]
-                return result if given else jax.tree.leaves(_as_stored(result))
+                result = work(own_part(cache), *own, **options)  # type: ignore[arg-type]
+                return result if given else _of_all(result, spread, after)
 
-            ranks = np.arange(spread.size("context"), dtype=np.int32)
-            of_arrays = [_spec_of(cache, *pair) for pair in named]
-            specs = _specs(cache, cache.config), spread.spec("context"), of_arrays
-            results: Any = tuple(spread.spec(*_present(cache, what)) for what in given)
+            specs = specs_like(cache, cache.config), [_spec_of(cache, *pair) for pair in named]
+            results: Any = tuple(_spec(spread, _present(cache, what)) for what in given)
             results = results[0] if len(results) == 1 else results
-            output = _shard_map(spread, on_shard, specs, results or _specs(cache, after))(
-                jax.tree.leaves(cache), jnp.asarray(ranks), list(arrays)
-            )
-            return output if given else _whole_cache(cache, output, after)
+            mapped = _shard_map(spread, on_shard, specs, results or specs_like(cache, after))
+            output = mapped(cache, list(arrays))
+            return _one_of_each_copy(cache, given, output) if given else output
 
         return run  # type: ignore[return-value]
 
@@ -82,28 +91,106 @@ def beside_storage(work: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(work)
     def run(cache: Any, *arrays: Any) -> Any:
-        if cache.spread is not None:  # whose parts a program is told of together
-            return work(cache, *arrays)  # type: ignore[call-arg]
         changed: Any = work(dataclasses.replace(cache, storage={}), *arrays)  # type: ignore[call-arg]
         return dataclasses.replace(changed, storage=cache.storage)
 
     return run  # type: ignore[return-value]
 
 
-def _local_cache(cache: KVCache, leaves: list[Any], rank: Array) -> KVCache:
-    """The cache of one device, from its parts of all arrays."""
-    spread, config = cache.spread, cache.config
+def is_within(spread: Spread) -> bool:
+    """Whether this is traced for one device: in a `jax.shard_map` over the axes that split a cache.
+
+    Raises:
+      ValueError: over some of them, and not all.
+    """
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes) & set(spread.names)
+    if manual and manual < set(spread.names):
+        raise ValueError(
+            f"this jax.shard_map is over {sorted(manual)}, and the cache is split over "
+            f"{sorted(spread.names)}. Map over all of them, with jaxkv.partition_specs(cache)."
+        )
+    return bool(manual)
+
+
+def check_outside(cache: Any, what: str) -> None:
+    """Refuse one device's part of a cache, for what works on the whole."""
+    if any(group.spread is not None and is_within(group.spread) for group in cache.groups):
+        raise ValueError(
+            f"{what.strip('_')}: this works on the whole cache, and here is one device's part of "
+            "it. Call it outside of the jax.shard_map."
+        )
+
+
+def own_part(cache: KVCache) -> KVCache:
+    """The cache of one device, of one that is spread, in a `jax.shard_map` over its axes."""
+    spread, leaves = cache.spread, jax.tree.leaves(cache)
     assert spread is not None
-    return _interleaved(spread, _structure(cache, spread.local(config)).unflatten(leaves), rank)
+    own = _structure(cache, spread.local(cache.config)).unflatten(leaves)
+    axis = spread.axes.context
+    newest = own.newest and dataclasses.replace(own.newest, part_of=spread)
+    own = dataclasses.replace(own, part_of=spread, newest=newest)
+    return own if axis is None else _interleaved(spread, own, lax.axis_index(axis))
+
+
+def _of_all(own: Any, spread: Spread, config: KVCacheConfig) -> KVCache:
+    """The other way: a device's part of each array of a cache that is spread."""
+    stored = dataclasses.replace(own, index=whole(own.index))
+    cache: KVCache = _structure(own, config).unflatten(jax.tree.leaves(stored))
+    return dataclasses.replace(cache, spread=spread)
+
+
+def where_it_is(verb: Callable[..., Any], cache: KVCache, *arguments: Any, **options: Any) -> Any:
+    """What a verb gives: inside a user's own `jax.shard_map`, of one device's part of the cache."""
+    spread = cache.spread
+    if spread is None or not is_within(spread):
+        return verb(cache, *arguments, **options)
+    result = verb(own_part(cache), *arguments, **options)
+    if not isinstance(result, KVCache):
+        return result
+    return _of_all(result, spread, spread.whole(cache.config, result.config))
+
+
+def partition_specs(cache: Any) -> Any:
+    """How each array of a cache is split: ``in_specs`` and ``out_specs`` of one's own shard_map.
+
+    Inside it the verbs work on one device's part of the cache: `append` and `attend` take keys and
+    queries of its own sequences and heads, and what `attend` gives is of them. Where several
+    devices have the same KV head, each takes that head's keys.
+
+    Returns:
+      The cache, with a `jax.sharding.PartitionSpec` for each array; an empty one for each array of
+      a cache that is not spread.
+
+    >>> import jax, jax.numpy as jnp, jaxkv
+    >>> from jax.sharding import PartitionSpec
+    >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    >>> config = jaxkv.KVCacheConfig(1, 16, 1, 4, batch_size=2)
+    >>> cache = jaxkv.create(config, mesh=mesh, axes=jaxkv.Axes(batch="data"))
+    >>> specs = jaxkv.partition_specs(cache)
+    >>> def step(cache, vectors):
+    ...     cache = jaxkv.append(cache, vectors, vectors, layer=0)
+    ...     return jaxkv.advance(cache, 3)
+    >>> in_specs = (specs, PartitionSpec("data"))
+    >>> options = {"mesh": mesh, "in_specs": in_specs, "out_specs": specs, "check_vma": False}
+    >>> run = jax.jit(jax.shard_map(step, **options))
+    >>> run(cache, jnp.ones((2, 3, 1, 4))).lengths.tolist()
+    [3, 3]
+    """
+    return cache.with_groups([specs_like(group, group.config) for group in cache.groups])
 
 
 def local_shapes(cache: KVCache) -> KVCache:
-    """The same as shapes: what is asked who could serve a call of it."""
+    """The cache of one device as shapes: what is asked who could serve a call of it."""
     spread, config = cache.spread, cache.config
     if spread is None:
         return cache
     rank = jax.ShapeDtypeStruct((), jnp.int32)
-    return _interleaved(spread, shapes_of(spread.local(config)), rank)
+    own: Any = shapes_of(spread.local(config))
+    if in_host_memory(buffer_of(cache)):
+        there = host_sharding(SingleDeviceSharding(spread.mesh.local_devices[0]))
+        storage = {name: leaf.update(sharding=there) for name, leaf in own.storage.items()}
+        own = dataclasses.replace(own, storage=storage)
+    return _interleaved(spread, own, rank)
 
 
 def _interleaved(spread: Spread, cache: KVCache, rank: Any) -> KVCache:
@@ -114,54 +201,90 @@ def _interleaved(spread: Spread, cache: KVCache, rank: Any) -> KVCache:
     return dataclasses.replace(cache, index=index)
 
 
-def _whole_cache(cache: KVCache, leaves: list[Any], config: KVCacheConfig) -> KVCache:
-    own = _structure(cache, config).unflatten(leaves)
-    return dataclasses.replace(own, spread=cache.spread)
+def _structure(cache: Any, config: KVCacheConfig) -> Any:
+    """Of a cache of this config, with the buffers and the padded step that this one has."""
+    return jax.tree.structure(_with_those_of(cache, shapes_of(config)))
 
 
-def _as_stored(cache: Any) -> Any:
-    return dataclasses.replace(cache, index=whole(cache.index))
+def _with_those_of(cache: Any, other: KVCache) -> KVCache:
+    storage = {name: other.storage[name] for name in cache.storage}
+    return dataclasses.replace(other, storage=storage, real_tokens=cache.real_tokens)
 
 
-def _structure(cache: KVCache, config: KVCacheConfig) -> Any:
-    """Of a cache of this config, in the midst of a padded step where this one is."""
-    return jax.tree.structure(dataclasses.replace(shapes_of(config), real_tokens=cache.real_tokens))
-
-
-def _specs(cache: KVCache, config: KVCacheConfig) -> list[PartitionSpec]:
+def specs_like(cache: KVCache, config: KVCacheConfig) -> KVCache:
+    """How each array of a cache of this config is split, that is spread as this one is."""
     spread = cache.spread
-    assert spread is not None
-    specs = list(specs_of(config, spread))
-    if cache.real_tokens is not None:
-        specs.append(spread.spec("batch") if jnp.ndim(cache.real_tokens) else PartitionSpec())
-    return specs
+    if spread is None:
+        return jax.tree.map(lambda _: PartitionSpec(), cache)
+    specs: Any = jax.tree.unflatten(jax.tree.structure(shapes_of(config)), specs_of(config, spread))
+    specs = dataclasses.replace(_with_those_of(cache, specs), spread=spread)
+    if cache.real_tokens is None:
+        return specs
+    of_tokens = spread.spec("batch") if jnp.ndim(cache.real_tokens) else PartitionSpec()
+    return dataclasses.replace(specs, real_tokens=of_tokens)
 
 
 def _present(cache: KVCache, what: What) -> What:
-    single = cache.config.batch_size is None and what[:1] == ("batch",)
-    return what[1:] if single else what
+    if cache.config.batch_size is not None:
+        return what
+    return tuple(each for each in what if each != "batch")
+
+
+def _spec(spread: Spread, what: What) -> PartitionSpec:
+    return spread.spec(*("heads" if each == "kv_heads" else each for each in what))
 
 
 def _spec_of(cache: KVCache, name: str, value: Any) -> Any:
     spread = cache.spread
     assert spread is not None
     what = _present(cache, _ARGUMENTS.get(name, ()))
-    if name in ("keys", "values") and spread.copies(cache.config) > 1:
-        what = tuple(None if each == "heads" else each for each in what)
-    return jax.tree.map(
-        lambda leaf: spread.spec(*what) if jnp.ndim(leaf) else PartitionSpec(), value
-    )
+    if spread.copies(cache.config) > 1:  # whole, for a device to take the head that it has
+        what = tuple(None if each == "kv_heads" else each for each in what)
+    spec = _spec(spread, what)
+    return jax.tree.map(lambda leaf: spec if jnp.ndim(leaf) else PartitionSpec(), value)
 
 
-def _own_part(cache: KVCache, name: str, part: Any) -> Any:
-    """Of new vectors, the one head that several devices have copies of; anything else as it is."""
+def _own_heads(cache: KVCache, name: str, part: Any) -> Any:
+    """Of KV heads, the one that several devices have copies of; anything else as it is."""
+    spread, config = cache.spread, cache.config
+    assert spread is not None
+    copies = spread.copies(config)
+    what = _present(cache, _ARGUMENTS.get(name, ()))
+    if "kv_heads" not in what or copies == 1:
+        return part
+    axis, number = what.index("kv_heads"), lax.axis_index(spread.axes.heads) // copies
+
+    def own(array: Array) -> Array:
+        size = array.shape[axis] // config.num_kv_heads
+        return lax.dynamic_slice_in_dim(array, number * size, size, axis)
+
+    return jax.tree.map(own, part)
+
+
+def _one_of_each_copy(cache: KVCache, given: tuple[What, ...], output: Any) -> Any:
+    """Results of KV heads that several devices have, each head once."""
     spread = cache.spread
     assert spread is not None
     copies = spread.copies(cache.config)
-    if name in ("keys", "values") and copies > 1:
-        number = lax.axis_index(spread.axes.heads) // copies
-        return lax.dynamic_slice_in_dim(part, number, 1, axis=-2)
-    return part
+    if copies == 1:
+        return output
+
+    def once(what: What, result: Any) -> Any:
+        what = _present(cache, what)
+        if "kv_heads" not in what:
+            return result
+        axis = what.index("kv_heads")
+        together = _spec(spread, tuple(None if each == "kv_heads" else each for each in what))
+
+        def of(array: Array) -> Array:
+            array = resharded(spread, together, array)
+            return lax.slice_in_dim(array, 0, array.shape[axis], copies, axis)
+
+        return jax.tree.map(of, result)
+
+    if len(given) == 1:
+        return once(given[0], output)
+    return tuple(once(what, result) for what, result in zip(given, output, strict=True))
 
 
 def _shard_map(
@@ -185,7 +308,7 @@ def _is_a(kind: type, value: Any) -> bool:
 
 def resharded(spread: Spread, spec: PartitionSpec, array: Array) -> Array:
     """The array as its reader wants it, which nobody sees to where axes are explicit."""
-    if not spread.is_explicit:
+    if not spread.is_explicit or in_host_memory(array):  # which is where it was created
         return array
     return jax.sharding.reshard(array, NamedSharding(spread.mesh, spec))
 
@@ -194,14 +317,28 @@ def books_of(cache: KVCache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Outside jit, the length of each sequence, its room, and whether it is intact."""
     if cache.spread is None:
         return books_of_index(cache.index)
-    with jax.ensure_compile_time_eval():
-        lengths, room, intact = jax.device_get(_books(cache))
+    leaves, structure = jax.tree.flatten(dataclasses.replace(cache, storage={}))
+    types = tuple((leaf.shape, leaf.dtype, _placement_of(leaf)) for leaf in leaves)
+    lengths, room, intact = jax.device_get(
+        _books(structure, types)(jax.tree.unflatten(structure, leaves))
+    )
     return lengths, room, intact
 
 
-@one_program()
-def _books(cache: KVCache) -> Any:
-    return everywhere(cache, _own_books(cache))
+def _placement_of(leaf: Any) -> Any:
+    """Where an array must be; None for one that goes to wherever it is needed."""
+    return leaf.sharding if getattr(leaf, "committed", False) else None
+
+
+@functools.lru_cache(maxsize=256)
+@promotes_ranks
+def _books(structure: Any, types: tuple[tuple[Any, Any, Any], ...]) -> Any:
+    """A compiled program, which runs where a function is traced too."""
+    leaves = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype, sharding in types
+    ]
+    books = jax.jit(lambda cache: everywhere(cache, _own_books(cache)))
+    return books.lower(jax.tree.unflatten(structure, leaves)).compile()
 
 
 @in_each_shard(("batch",), ("batch",), ("batch",))
@@ -213,12 +350,21 @@ def _own_books(cache: KVCache) -> tuple[Array, Array, Array]:
 
 def everywhere(cache: Any, arrays: R) -> R:
     """The arrays, whole on every device where the cache is spread: a process reads no other's."""
+    return _placed(cache, arrays)
+
+
+def by_row(cache: Any, arrays: R) -> R:
+    """Arrays of something per sequence, where the cache is spread on the devices of each."""
+    return _placed(cache, arrays, "batch")
+
+
+def _placed(cache: Any, arrays: R, *what: str) -> R:
     spread = cache.groups[0].spread
     if spread is None:
         return arrays
     place = jax.sharding.reshard if spread.is_explicit else lax.with_sharding_constraint
-    whole = NamedSharding(spread.mesh, PartitionSpec())
-    return jax.tree.map(lambda array: place(array, whole), arrays)
+    sharding = NamedSharding(spread.mesh, spread.spec(*what))
+    return jax.tree.map(lambda array: place(array, sharding), arrays)
 
 
 def check_whole(cache: Any, verb: str) -> None:
@@ -229,4 +375,16 @@ def check_whole(cache: Any, verb: str) -> None:
                 f"{verb}: this cache is spread over {group.spread.mesh.size} devices by "
                 f"{group.spread.axes}, and {verb} takes it on one. Bring it there with "
                 "jaxkv.gather, and back with jaxkv.spread."
+            )
+
+
+def check_sequences_whole(cache: Any, verb: str) -> None:
+    """Refuse a cache whose sequences are dealt out, for what compares the tokens of a sequence."""
+    for group in cache.groups:
+        spread = group.spread or group.part_of
+        if spread is not None and spread.size("context") > 1:
+            raise ValueError(
+                f"{verb}: the context of this cache is split over {spread.size('context')} "
+                f"devices, and {verb} compares all tokens of a sequence. Gather it first, with "
+                "jaxkv.gather; jaxkv.spread brings it back, by batch and heads."
             )

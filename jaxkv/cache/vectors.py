@@ -31,8 +31,10 @@ def encode(
     """Leaves ``[sides, *batch, tokens, kv_heads, ...]``, and the codec's state of all layers."""
     codec = cache.config.codec
     vectors = refuse_gradient(codec, jnp.stack([keys, values]))
-    asked = {"queries": queries} if codec.asks_queries else {}
-    own = codec.update_state(state_of(cache, layer), vectors, positions, cache.lengths, **asked)
+    also: dict[str, Any] = {"queries": queries} if codec.asks_queries else {}
+    if cache.part_of is not None and codec.learns_over_devices:
+        also["axis"] = cache.part_of.axes.batch
+    own = codec.update_state(state_of(cache, layer), vectors, positions, cache.lengths, **also)
     encoded = codec.encode_tokens(vectors, own, positions)
     state = {name: whole.at[layer].set(own[name]) for name, whole in cache.codec_state.items()}
     return encoded, state

@@ -22,14 +22,9 @@ from jaxkv.cache.checks import (
     check_vectors,
     layer_exists,
 )
+from jaxkv.cache.groups import changing_its_group, in_every_group, in_its_group
 from jaxkv.cache.host import append_to_host
-from jaxkv.cache.hybrid import (
-    AnyCache,
-    SameCache,
-    changing_its_group,
-    in_every_group,
-    in_its_group,
-)
+from jaxkv.cache.hybrid import AnyCache, SameCache
 from jaxkv.cache.kv_cache import OUT_OF_RANGE, KVCache, Layer, NumTokens, buffer_of
 from jaxkv.cache.shards import beside_storage, books_of, in_each_shard, resharded
 from jaxkv.cache.vectors import encode, read
@@ -113,15 +108,20 @@ def _append(
     values: Array,
     num_layer: Layer,
     num_tokens: NumTokens | None,
-    queries: Array | None = None,
+    grouped_queries: Array | None = None,
 ) -> KVCache:
     tokens = keys.shape[-3]
     positions = token_positions(cache, tokens, num_tokens)
-    encoded, codec_state = encode(cache, num_layer, keys, values, positions, queries)
+    encoded, codec_state = encode(cache, num_layer, keys, values, positions, grouped_queries)
     newest = cache.newest
     if newest is not None:
         newest = append(
-            newest, keys, values, layer=num_layer, num_tokens=num_tokens, queries=queries
+            newest,
+            keys,
+            values,
+            layer=num_layer,
+            num_tokens=num_tokens,
+            queries=grouped_queries,
         )
     cache = dataclasses.replace(cache, codec_state=codec_state, newest=newest)
     if in_host_memory(buffer_of(cache)):
@@ -248,19 +248,18 @@ def _read_all(cache: KVCache, number: Layer) -> tuple[Array, Array]:
     if spread is None:
         return keys[..., 0, :, :], values[..., 0, :, :]
     axis = len(cache.config.batch_shape)
-    copies = spread.copies(cache.config)
-    heads = "heads" if copies == 1 else None
+    heads = "heads" if spread.copies(cache.config) == 1 else None
     together = spread.spec(*["batch"] * axis, None, None, heads, None)
 
     def in_order(vectors: Array) -> Array:
         vectors = resharded(spread, together, vectors)
         slots = vectors.shape[axis] * vectors.shape[axis + 1]
-        return vectors.reshape(*vectors.shape[:axis], slots, *vectors.shape[-2:])[..., ::copies, :]
+        return vectors.reshape(*vectors.shape[:axis], slots, *vectors.shape[-2:])
 
     return in_order(keys), in_order(values)
 
 
-_DEALT = ("batch", None, "context", "heads", None)
+_DEALT = ("batch", None, "context", "kv_heads", None)
 
 
 @in_each_shard(_DEALT, _DEALT)

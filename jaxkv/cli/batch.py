@@ -1,13 +1,14 @@
 """``jaxkv batch``: a file of prompts through the engine, all over one pool of pages."""
 
 import argparse
+import contextlib
 import functools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from jaxkv.addressing import Paged
 from jaxkv.cli.command import Command, argument_type
@@ -18,6 +19,7 @@ from jaxkv.cli.model_options import (
     load_model,
     nan_message,
     sampling_of,
+    stop_strings_of,
     unicode_text,
 )
 from jaxkv.counts import ceil_div
@@ -33,18 +35,20 @@ examples:
       the model that comes with jaxkv answers each line, to standard output in the same order
   jaxkv batch prompts.jsonl --model ./Qwen2.5-0.5B --rows 16 --pool 64k --output answers.jsonl
       16 requests at once over one pool of 65,536 tokens
+  head -5 prompts.jsonl | jaxkv batch -
+      lines of standard input
   jaxkv batch prompts.jsonl --output answers.jsonl --json
       the report as JSON
 
 A line is a text in quotes, or an object: {"prompt": TEXT or [token ids]}, or {"messages":
 [{"role": "user", "content": TEXT}, ...]} for a model with a chat template; and if wanted
-"max_new_tokens", "seed", "stop_tokens" (ids) and "salt" (only equal ones share pages). Lines
-that start alike are computed once.
+"max_new_tokens", "seed", "stop_tokens" (ids), "stop_strings" and "salt" (only equal ones share
+pages). Lines that start alike are computed once.
 
 exit status: 0 done, 1 some lines could not be run or their logits are no numbers, and are named,
 2 none could be run
 """
-_FIELDS = {"prompt", "messages", "max_new_tokens", "seed", "stop_tokens", "salt"}
+_FIELDS = {"prompt", "messages", "max_new_tokens", "seed", "stop_tokens", "stop_strings", "salt"}
 
 
 class _Line(NamedTuple):
@@ -53,7 +57,9 @@ class _Line(NamedTuple):
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="one prompt per line, as JSON")
+    parser.add_argument(
+        "file", metavar="FILE", help="one prompt per line, as JSON; - for standard input"
+    )
     add_model_arguments(parser, temperature=0.0)
     add = parser.add_argument
     add("--rows", type=int, default=8, metavar="N", help="requests at once (default: 8)")
@@ -73,6 +79,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     sampling = sampling_of(options)
     model, tokenizer = load_model(options)
+    stop_strings = stop_strings_of(options, tokenizer)
     lines, bad = _read(options, tokenizer)
     longest = max(
         (len(line.fields["prompt"]) + line.fields["max_new_tokens"] for line in lines), default=1
@@ -85,7 +92,9 @@ def _run(options: argparse.Namespace) -> int:
         codec=options.codec,
         addressing=Paged(options.page_size, max(1, pool // options.page_size)),
     )
-    with Engine(model, config, sampling=sampling) as engine:
+    with Engine(
+        model, config, sampling=sampling, tokenizer=tokenizer, stop_strings=stop_strings
+    ) as engine:
         requests: list[tuple[int, Request]] = []
         for number, fields in lines:
             try:
@@ -113,7 +122,7 @@ def _read(options: argparse.Namespace, tokenizer: Any) -> tuple[list[_Line], lis
     """The lines that say something, and what is wrong with the others."""
     lines, bad = [], []
     chat = functools.cache(lambda: load_chat(options, tokenizer))
-    with open(options.file, encoding="utf-8") as file:
+    with _opened(options.file) as file:
         for number, text in enumerate(file, 1):
             if not text.strip():
                 continue
@@ -128,6 +137,10 @@ def _read(options: argparse.Namespace, tokenizer: Any) -> tuple[list[_Line], lis
             } | fields
             lines.append(_Line(number, fields))
     return lines, bad
+
+
+def _opened(path: str) -> contextlib.AbstractContextManager[TextIO]:
+    return contextlib.nullcontext(sys.stdin) if path == "-" else open(path, encoding="utf-8")
 
 
 def _parsed(text: str, tokenizer: Any, chat: Callable[[], Any]) -> dict[str, Any]:
@@ -169,7 +182,9 @@ def _answers(requests: list[tuple[int, Request]], tokenizer: Any) -> Iterator[st
     for number, request in requests:
         answer = {
             "line": number,
-            "text": decode_answer(tokenizer, request.prompt.tokens.tolist(), request.tokens),
+            "text": request.text
+            if tokenizer is not None
+            else decode_answer(None, request.prompt.tokens.tolist(), request.tokens),
             "tokens": request.tokens,
             "finish": request.finish_reason,
             "cached_tokens": request.num_cached,

@@ -12,6 +12,7 @@ from jaxkv.cli.model_options import (
     load_model,
     nan_message,
     sampling_of,
+    stop_strings_of,
     unicode_text,
 )
 from jaxkv.counts import ceil_div
@@ -22,7 +23,7 @@ _EXAMPLES = """\
 examples:
   jaxkv chat --model SmolLM2-135M-Instruct.Q4_1.gguf
       asks for a line, answers it, and so on; Ctrl-D ends
-  jaxkv chat --model ./Qwen2.5-0.5B-Instruct --prompt 'What is the capital of France?'
+  jaxkv chat --model ./Qwen2.5-0.5B-Instruct 'What is the capital of France?'
       one answer; a Hugging Face folder with a chat template
   jaxkv chat --model model.gguf --system 'Answer in one word.' < questions.txt
       a line is a turn
@@ -38,13 +39,15 @@ _PREFILL_CHUNK, _DECODE_STEPS = 32, 2
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, temperature=0.0, max_new_tokens=512)
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this and end")
+    parser.add_argument("text", nargs="?", metavar="PROMPT", help="answer this and end")
+    parser.add_argument("--prompt", metavar="TEXT", help="likewise")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
 
 
 def _run(options: argparse.Namespace) -> int:
     sampling = sampling_of(options)
     model, tokenizer = load_model(options)
+    stop_strings = stop_strings_of(options, tokenizer)
     chat = load_chat(options, tokenizer)
     trained = getattr(getattr(model.config, "rope", None), "max_position_embeddings", _CONTEXT)
     context = options.context or min(_CONTEXT, trained)
@@ -63,13 +66,16 @@ def _run(options: argparse.Namespace) -> int:
         sampling=sampling,
         prefill_chunk=_PREFILL_CHUNK,
         decode_steps=_DECODE_STEPS,
+        tokenizer=tokenizer,
+        stop_strings=stop_strings,
     ) as engine:
-        for number, question in enumerate(_questions(options.prompt)):
+        asked = options.text if options.prompt is None else options.prompt
+        for number, question in enumerate(_questions(asked)):
             messages.append({"role": "user", "content": question})
             prompt = chat.encode(messages)
             room = min(options.max_new_tokens, max(1, context - len(prompt)))
             request = engine.submit(prompt, max_new_tokens=room, seed=options.seed + number)
-            text = _shown(engine, request, TextStream(tokenizer, prompt))
+            text = _shown(engine, request, TextStream(tokenizer, prompt, stop_strings))
             messages.append({"role": "assistant", "content": text})
             if request.finish_reason == "nan":
                 print(f"jaxkv chat: {nan_message(len(request.tokens))}", file=sys.stderr)
@@ -97,14 +103,10 @@ def _questions(prompt: str | None) -> Iterator[str]:
 
 def _shown(engine: Engine, request: Request, stream: TextStream) -> str:
     """Print an answer as it comes, and return it."""
-    text = ""
     for token in engine.stream(request):
-        new = stream([token])
-        print(new, end="", flush=True)
-        text += new
-    rest = stream.rest()
-    print(rest)
-    return text + rest
+        print(stream([token]), end="", flush=True)
+    print(stream.rest())
+    return stream.text
 
 
 CHAT = Command(

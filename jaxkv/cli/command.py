@@ -2,7 +2,9 @@
 
 import argparse
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+Number = TypeVar("Number", int, float)
 
 
 class Command(NamedTuple):
@@ -14,10 +16,10 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace], int]
 
 
-def argument_type(parse: Callable[[str], int]) -> Callable[[str], int]:
+def argument_type(parse: Callable[[str], Number]) -> Callable[[str], Number]:
     """A parser whose own words argparse shows: only those of an ArgumentTypeError."""
 
-    def parse_argument(text: str) -> int:
+    def parse_argument(text: str) -> Number:
         try:
             return parse(text)
         except ValueError as error:

@@ -5,16 +5,19 @@ import json
 import sys
 from typing import Any
 
-from jaxkv.cli.command import Command
+from jaxkv.cli.command import Command, argument_type
 from jaxkv.cli.model_options import (
+    POLICY_NAMES,
     add_model_arguments,
     encode,
     load_model,
     nan_message,
     sampling_of,
+    stop_strings_of,
     unicode_text,
 )
 from jaxkv.memory import MemoryTracker, Purpose, device_memory
+from jaxkv.serve.decode import TOKENS_PER_DISPATCH
 from jaxkv.serve.generate import Generation, generate
 from jaxkv.show.text import format_bytes
 from jaxkv.show.tokens import TextStream, decode_answer, decode_prompt
@@ -23,14 +26,18 @@ _EXAMPLES = """\
 examples:
   jaxkv generate
       the model that comes with jaxkv writes some Python
-  jaxkv generate --prompt 'class Stack:' --temperature 0.7 --seed 3
-      a continuation of your own prompt
+  jaxkv generate 'class Stack:' --temperature 0.7 --seed 3 --stop 'def '
+      a continuation of your own prompt, which ends before a text
+  jaxkv generate - < story.txt
+      of what standard input says
   jaxkv generate --model ./Qwen2.5-0.5B --prompt 'Hello' --context 4k --dtype bfloat16
       a Hugging Face folder (config.json, *.safetensors, tokenizer.json), or a Hub name
   jaxkv generate --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'Hello'
       a GGUF file
-  jaxkv generate --prompt 'def a' --prompt 'def b' --json
+  jaxkv generate 'def a' 'def b' --json
       several prompts at once, the answers and figures as JSON
+  jaxkv generate - --policy snapkv --keep 0.5 < long.py
+      half of the prompt's tokens stay in the cache, those that its end looks at
 
 exit status: 0 done, 1 logits that are no numbers ended an answer, 2 the question was not
 understood or the model could not be loaded
@@ -45,25 +52,42 @@ class Point:
 """
 
 
+def _tokens_or_share(text: str) -> int | float:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise ValueError(f"Not a number of tokens or a share of them: {text!r}") from None
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, temperature=0.6)
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="text to go on from; give it again for several at once",
-    )
-    parser.add_argument("--json", action="store_true", help="print answers and figures as JSON")
+    add = parser.add_argument
+    add("texts", nargs="*", metavar="PROMPT", help="text to go on from; - reads standard input")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="likewise")
+    add("--policy", choices=POLICY_NAMES, help="which tokens of the prompts stay; needs --keep")
+    add(
+        "--keep", type=argument_type(_tokens_or_share), metavar="N",
+        help="how many: a number of tokens, or a share of them such as 0.5",
+    )  # fmt: skip
+    add(
+        "--stream-every", type=int, default=TOKENS_PER_DISPATCH, metavar="N",
+        help=f"tokens that are shown at once (default: {TOKENS_PER_DISPATCH})",
+    )  # fmt: skip
+    add("--json", action="store_true", help="print answers and figures as JSON")
 
 
 def _run(options: argparse.Namespace) -> int:
     sampling = sampling_of(options)
     model, tokenizer = load_model(options)
+    stop_strings = stop_strings_of(options, tokenizer)
     tracker = MemoryTracker()
     tracker.track(model, purpose=Purpose.WEIGHTS, name=options.model or "embedded model")
-    texts = [unicode_text(text) for text in options.prompt or [_DEFAULT_PROMPT]]
+    asked = [*options.texts, *options.prompt] or [_DEFAULT_PROMPT]
+    texts = [unicode_text(sys.stdin.read() if text == "-" else text) for text in asked]
     prompts = [encode(tokenizer, text) for text in texts]
-    stream = None if options.json or len(texts) > 1 else _Stream(tokenizer, prompts[0])
+    stream = (
+        None if options.json or len(texts) > 1 else _Stream(tokenizer, prompts[0], stop_strings)
+    )
     result = generate(
         model,
         prompts,
@@ -72,18 +96,22 @@ def _run(options: argparse.Namespace) -> int:
         seed=[options.seed + number for number in range(len(prompts))],
         max_context_length=options.context,
         codec=options.codec,
+        tokenizer=tokenizer,
+        stop_strings=stop_strings,
+        policy=options.policy,
+        keep=options.keep,
         on_tokens=stream,
+        stream_every=options.stream_every,
         tracker=tracker,
     )
+    shown = result.texts or [
+        decode_answer(None, prompt, tokens)
+        for prompt, tokens in zip(prompts, result.tokens, strict=True)
+    ]
     answers = [
-        {
-            "prompt": text,
-            "text": decode_answer(tokenizer, prompt, tokens),
-            "tokens": tokens,
-            "finish": why,
-        }
-        for text, prompt, tokens, why in zip(
-            texts, prompts, result.tokens, result.finish_reasons, strict=True
+        {"prompt": text, "text": answer, "tokens": tokens, "finish": why}
+        for text, answer, tokens, why in zip(
+            texts, shown, result.tokens, result.finish_reasons, strict=True
         )
     ]
     figures = _figures(result, tracker)
@@ -93,6 +121,8 @@ def _run(options: argparse.Namespace) -> int:
         if stream is None:
             for number, answer in enumerate(answers, 1):
                 print(f"--- {number} ---\n{answer['prompt']}{answer['text']}")
+        else:
+            stream.end()
         print(f"\n\n{_summary(result, figures)}")
     failed = [number for number, answer in enumerate(answers, 1) if answer["finish"] == "nan"]
     for number in failed:
@@ -104,12 +134,15 @@ def _run(options: argparse.Namespace) -> int:
 class _Stream:
     """Prints a text as its tokens arrive, prompt first, whole characters only."""
 
-    def __init__(self, tokenizer: Any, prompt: list[int]):
-        self._stream = TextStream(tokenizer, prompt)
+    def __init__(self, tokenizer: Any, prompt: list[int], stop_strings: list[str]):
+        self._stream = TextStream(tokenizer, prompt, stop_strings)
         print(decode_prompt(tokenizer, prompt), end="", flush=True)
 
     def __call__(self, number: int, new: list[int]) -> None:
         print(self._stream(new), end="", flush=True)
+
+    def end(self) -> None:
+        print(self._stream.rest(), end="")
 
 
 def _figures(result: Generation, tracker: MemoryTracker) -> dict[str, Any]:

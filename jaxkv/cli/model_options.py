@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import os
+import sys
 from typing import Any
 
 from jaxkv.cli.command import argument_type
@@ -9,23 +11,17 @@ from jaxkv.codecs import CODECS
 from jaxkv.memory import parse_tokens
 from jaxkv.serve.sampling import Sampling
 
+# Policies of which the name says enough.
+POLICY_NAMES = ("streaming_llm", "snapkv", "tova", "keydiff", "h2o", "random")
 
-def add_model_arguments(
-    parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int = 200
-) -> None:
-    """The model, its cache and its draws, with these numbers unless others are given."""
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model and its cache."""
     add = parser.add_argument
     add(
         "--model",
         metavar="FOLDER",
         help="a Hugging Face folder or name, or a GGUF file (default: jaxkv's own)",
-    )
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=max_new_tokens,
-        metavar="N",
-        help=f"most new tokens per prompt (default: {max_new_tokens})",
     )
     add(
         "--context",
@@ -40,6 +36,27 @@ def add_model_arguments(
         help="dtype of the weights",
     )
     add("--codec", choices=CODECS, help="codec of the cache (default: the model's dtype)")
+    add(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile anew, and keep nothing (default: in ~/.cache/jaxkv/xla, or where "
+        "JAX_COMPILATION_CACHE_DIR says)",
+    )
+
+
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int = 200
+) -> None:
+    """The model, its cache and its draws, with these numbers unless others are given."""
+    add_checkpoint_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"most new tokens per prompt (default: {max_new_tokens})",
+    )
     own = f"generation_config.json's, else {temperature:g}"
     shown = f"temperature of the draws; 0 takes the most likely (default: {own})"
     add("--temperature", type=float, help=shown)
@@ -63,6 +80,13 @@ def add_model_arguments(
         default=0,
         help="random seed of the first prompt; prompt i uses seed + i",
     )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end an answer before this text; give it again for several",
+    )
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -70,7 +94,34 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     from jaxkv import models
 
     model, tokenizer = models.load(options.model, dtype=options.dtype)
+    say_if_the_kernel_is_missing(options.command)
     return model.for_context(options.context) if options.context else model, tokenizer
+
+
+def say_if_the_kernel_is_missing(command: str) -> None:
+    """On stderr, why decode is slower than it could be on this CPU; it is built on first use."""
+    import jax
+
+    from jaxkv.native import unavailable
+
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return
+    if (reason := unavailable()) and os.environ.get("JAXKV_NATIVE") != "0":
+        print(
+            f"jaxkv {command}: decode is slower than it could be, without the CPU kernel: {reason}",
+            file=sys.stderr,
+        )
+
+
+def stop_strings_of(options: argparse.Namespace, tokenizer: Any) -> list[str]:
+    """The texts that end an answer.
+
+    Raises:
+      ValueError: there is no tokenizer, or one is no text.
+    """
+    if options.stop and tokenizer is None:
+        raise ValueError("this model has no tokenizer, so its answers have no text for --stop")
+    return [unicode_text(text) for text in options.stop]
 
 
 def load_chat(options: argparse.Namespace, tokenizer: Any) -> Any:

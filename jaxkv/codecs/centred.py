@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from jaxkv.codecs.centres import centres_of, in_a_row, is_nearer_to_second
+from jaxkv.codecs.centres import centres_of, in_a_row, is_nearer_to_second, where_all
 from jaxkv.codecs.codec import (
     Codec,
     LeafSpec,
@@ -124,13 +124,25 @@ class Centred(Codec):
     def offsets(self, state: State) -> Offsets:
         return Offsets(state["means"], self.rope, state.get("sinks"))
 
+    @property
+    def learns_over_devices(self) -> bool:
+        return True
+
     def update_state(
-        self, state: State, vectors: Tokens, positions: Positions, lengths: Int[Array, "*batch"]
+        self,
+        state: State,
+        vectors: Tokens,
+        positions: Positions,
+        lengths: Int[Array, "*batch"],
+        *,
+        axis: str | None = None,
     ) -> State:
         """The centres of these tokens if the cache is empty and they were never set."""
         was_set = jnp.any(jnp.stack([jnp.any(array != 0) for array in state.values()]))
-        unset = jnp.all(lengths == 0) & ~was_set
-        return _set_once(self, unset, state, vectors, positions)
+        empty = jnp.all(lengths == 0)
+        # Centres are the same on all devices, which must agree on what they send each other.
+        unset = ~was_set & (empty if axis is None else True)
+        return _set_once(self, unset, state, vectors, positions, empty, axis)
 
     def encode_tokens(self, vectors: Tokens, state: State, positions: Positions) -> Leaves:
         wide = vectors.astype(jnp.float32)
@@ -186,13 +198,20 @@ class Centred(Codec):
 
 
 # A jit of its own: outside one, a cond is compiled anew on each call.
-@functools.partial(jax.jit, static_argnames="codec")
+@functools.partial(jax.jit, static_argnames=("codec", "axis"))
 def _set_once(
-    codec: Centred, unset: Array, state: State, vectors: Tokens, positions: Positions
+    codec: Centred,
+    unset: Array,
+    state: State,
+    vectors: Tokens,
+    positions: Positions,
+    empty: Array,
+    axis: str | None,
 ) -> State:
     def fresh() -> State:
         both = in_a_row(vectors, positions, codec.rope)
-        means, sinks = centres_of(both, positions.reshape(-1))
-        return {"means": means, "sinks": sinks} if "sinks" in state else {"means": means}
+        means, sinks = centres_of(both, positions.reshape(-1), axis)
+        found = {"means": means, "sinks": sinks} if "sinks" in state else {"means": means}
+        return found if axis is None else where_all(empty, axis, found, state)
 
     return lax.cond(unset, fresh, lambda: state)

@@ -101,7 +101,7 @@ class Codec(Protocol):
         """The whole numbers that the codes of the first leaf stand for, lowest first.
 
         The second leaf is one bfloat16 scale per vector. Codes of 256 levels are int8, those of
-        fewer are laid out by `jaxkv.codecs.packing.pack`.
+        2, 4, 8 or 16 are laid out by `jaxkv.codecs.packing.pack`. None for any other layout.
         """
         return None
 
@@ -161,6 +161,13 @@ class Codec(Protocol):
     @property
     def asks_queries(self) -> bool:
         """Whether `update_state` takes ``queries=``, those of the same tokens, or None."""
+        return False
+
+    @property
+    def learns_over_devices(self) -> bool:
+        """Whether `update_state` takes ``axis=``, the mesh axis over which other devices have other
+        sequences of the same cache, or None, and gives all of them one state.
+        """
         return False
 
     def update_state(

@@ -11,7 +11,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 
 from jaxkv.codecs import hadamard
-from jaxkv.codecs.centres import centres_of, in_a_row, is_nearer_to_second
+from jaxkv.codecs.centres import (
+    centres_of,
+    in_a_row,
+    is_nearer_to_second,
+    sums_over,
+    where_all,
+)
 from jaxkv.codecs.codec import (
     Codec,
     LeafSpec,
@@ -112,6 +118,10 @@ class Stair(Codec):
     def asks_queries(self) -> bool:
         return True
 
+    @property
+    def learns_over_devices(self) -> bool:
+        return True
+
     def leaves(self, head_dim: int) -> LeafSpecs:
         size = sum(packed_bytes(count, width) for width, count in self._runs(head_dim))
         values = leaf_specs(self._values, head_dim)
@@ -158,11 +168,15 @@ class Stair(Codec):
         vectors: Tokens,
         positions: Positions,
         lengths: Int[Array, "*batch"],
+        *,
         queries: Float[Array, "*batch tokens heads head_dim"] | None = None,
+        axis: str | None = None,
     ) -> State:
         """The constants of these tokens if the cache is empty and they were never set."""
-        unset = jnp.all(lengths == 0) & ~jnp.any(state["weights"] != 0)
-        return _set_once(self, unset, state, vectors, positions, queries)
+        empty = jnp.all(lengths == 0)
+        # They are the same on all devices, which must agree on what they send each other.
+        unset = ~_is_set(state) & (empty if axis is None else True)
+        return _set_once(self, unset, state, vectors, positions, queries, empty, axis)
 
     # A jit of its own: outside one, a loop is compiled anew on each call.
     @functools.partial(jax.jit, static_argnames="self")
@@ -348,7 +362,7 @@ class Stair(Codec):
 
 
 # A jit of its own: outside one, a cond is compiled anew on each call.
-@functools.partial(jax.jit, static_argnames="codec")
+@functools.partial(jax.jit, static_argnames=("codec", "axis"))
 def _set_once(
     codec: Stair,
     unset: Array,
@@ -356,24 +370,34 @@ def _set_once(
     vectors: Tokens,
     positions: Positions,
     queries: Array | None,
+    empty: Array,
+    axis: str | None,
 ) -> State:
-    return lax.cond(
-        unset, lambda: _constants(codec, vectors, positions, queries), lambda: dict(state)
-    )
+    def fresh() -> State:
+        found = _constants(codec, vectors, positions, queries, axis)
+        return found if axis is None else where_all(empty, axis, found, state)
+
+    return lax.cond(unset, fresh, lambda: dict(state))
 
 
-def _constants(codec: Stair, vectors: Tokens, positions: Positions, queries: Array | None) -> State:
+def _constants(
+    codec: Stair,
+    vectors: Tokens,
+    positions: Positions,
+    queries: Array | None,
+    axis: str | None,
+) -> State:
     both, head_dim = in_a_row(vectors, positions, codec.rope), vectors.shape[-1]
     real = (positions >= 0).reshape(-1)
-    mean, first = centres_of(both, positions.reshape(-1))
+    mean, first = centres_of(both, positions.reshape(-1), axis)
     left = jnp.stack([both[0] - centre[0] for centre in (mean, first)])
     squares = _of_pairs(codec.rope, jnp.where(jnp.isfinite(left), left * left, 0))
     lengths = squares.sum(axis=-1, keepdims=True)
     squares = jnp.where(lengths[1] < lengths[0], squares[1], squares[0])
     later = (positions > 0).reshape(-1)  # of the first tokens nothing is left
     squares = jnp.where(later[:, None, None], squares, 0)
-    count = jnp.sum(later, dtype=jnp.float32)
-    total = jnp.sum(squares, axis=0)
+    sums = jnp.sum(squares, axis=0), jnp.sum(later, dtype=jnp.float32)
+    total, count = sums_over(axis, sums)
     shared = jnp.mean(total, axis=-1, keepdims=True) / jnp.maximum(count, 1)
     variance = (total + _TOKENS_OF_ALL * shared) / (count + _TOKENS_OF_ALL)
     variance = jnp.where(shared > 0, variance, 1)
@@ -381,7 +405,7 @@ def _constants(codec: Stair, vectors: Tokens, positions: Positions, queries: Arr
     if queries is not None:
         wide = queries.astype(jnp.float32).reshape(len(real), variance.shape[0], -1, head_dim)
         wide = jnp.where(jnp.isfinite(wide) & real[:, None, None, None], wide, 0)
-        energy = jnp.mean(_of_pairs(codec.rope, wide * wide), axis=(0, 2))
+        energy = sums_over(axis, jnp.mean(_of_pairs(codec.rope, wide * wide), axis=(0, 2)))
     product = energy * variance
     if head_dim % 2:
         product = product.at[:, -1].set(0)  # a number without a mate stays the last

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxkv.cache.kv_cache import KVCache
-from jaxkv.compression.scoring import LayerScores, for_all_slots, held_positions
+from jaxkv.cache.shards import books_of, check_sequences_whole
+from jaxkv.compression.scoring import LayerScores, for_all_slots, positions_of_slots
 from jaxkv.devices import is_concrete
 
 # One number, one per layer, or one per layer, sequence and head; a float is a share of tokens.
@@ -71,9 +72,8 @@ def adaptive(
         ``sinks`` and ``recent`` tokens of `jaxkv.compress`.
       across_layers: whether the heads of all layers share, and not those of each.
     """
-    positions = np.stack(
-        [np.asarray(held_positions(cache, layer)) for layer in range(cache.config.num_layers)]
-    )
+    check_sequences_whole(cache, "adaptive")
+    positions = np.asarray(positions_of_slots(cache))
     given, lowest = np.asarray(for_all_slots(cache, scores)), float(np.finfo(np.float32).min)
     ranked = np.nan_to_num(given, nan=lowest, posinf=np.inf, neginf=lowest)
     ranked = np.where(positions >= 0, ranked, -np.inf)
@@ -109,7 +109,7 @@ def host_lengths(cache: KVCache, why: str) -> np.ndarray:
             f"inside jit the lengths are not known, so {why}: give numbers of tokens, or compress "
             "outside jit."
         )
-    return np.asarray(cache.lengths).reshape(-1)
+    return books_of(cache)[0].reshape(-1)
 
 
 def pyramid(num_layers: int, mean: int, *, least: int) -> tuple[int, ...]:

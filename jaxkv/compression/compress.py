@@ -1,6 +1,7 @@
 """After prefill: score, choose, and gather what stays into a smaller cache."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxkv.addressing import (
 from jaxkv.cache.checks import check_alive
 from jaxkv.cache.hybrid import AnyCache, HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import KVCache
-from jaxkv.cache.shards import check_whole
+from jaxkv.cache.shards import check_outside, check_sequences_whole
 from jaxkv.compression.budgets import Keep, host_lengths, is_by_head, limits_of
 from jaxkv.compression.gather import gathered
 from jaxkv.compression.scoring import (
@@ -32,6 +33,7 @@ from jaxkv.compression.scoring import (
 from jaxkv.counts import ceil_div
 from jaxkv.devices import is_concrete
 from jaxkv.policies import Policy, StatefulPolicy
+from jaxkv.policies.policy import refuse_name
 from jaxkv.programs import moves_data
 
 
@@ -74,7 +76,8 @@ def compress(
     Raises:
       ValueError: a number of tokens that cannot be kept, scores of another shape, a policy
         without the queries that it needs, or pages that do not fit.
-      TypeError: a cache with a window, or something that needs lengths while they are traced.
+      TypeError: a cache with a window, a policy's name, or something that needs lengths while they
+        are traced.
 
     >>> import jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 100, num_kv_heads=1, head_dim=4))
@@ -83,8 +86,10 @@ def compress(
     >>> small.size_bytes / cache.size_bytes, int(small.lengths)
     (0.4, 80)
     """
-    check_whole(cache, "compress")
+    check_sequences_whole(cache, "compress")
+    check_outside(cache, "compress")
     check_alive(cache)
+    refuse_name(policy, "compress")
     options = {"new": new, "sinks": sinks, "recent": recent, "pages": pages}
     if len(cache.groups) > 1 and pages is not None:
         raise ValueError(
@@ -137,7 +142,7 @@ def _compressed(
 
     by_head = is_by_head(keep)
     per_layer = limits.reshape(len(limits), -1)
-    sizes = per_layer.sum(axis=1) if by_head else per_layer.max(axis=1)
+    sizes = _places(limits, cache) if by_head else per_layer.max(axis=1)
     pages, pool = options["pages"], None
     if pages is not None:
         if by_head or len(set(sizes.tolist())) > 1:
@@ -163,12 +168,29 @@ def _compressed(
             pool=pool,
             pages=pages,
             config=config.replace(num_layers=len(chosen), addressing=addressing, placement=None),
-            addressing=addressing,
             sinks=options["sinks"],
             recent=options["recent"],
         )
         parts.append((layers[chosen], smaller))
     return parts
+
+
+def _places(limits: np.ndarray, cache: KVCache) -> np.ndarray:
+    """Of each layer, those for vectors of all heads: as many on each device as the fullest needs.
+
+    Args:
+      limits: ``[layers, *batch, kv_heads]``.
+    """
+    spread, (layers, *batch, kv_heads) = cache.spread, limits.shape
+    parts = devices = 1
+    if spread is not None:
+        parts = spread.size("batch")
+        devices = spread.size("heads") // spread.copies(cache.config)
+    shape = (layers, parts, math.prod(batch) // parts, devices, kv_heads // devices)
+    needed = limits.reshape(shape).sum(axis=(2, 4)).max(axis=(1, 2))
+    if parts * devices > 1:  # whole slots of all of a device's heads
+        needed = ceil_div(needed, kv_heads // devices) * (kv_heads // devices)
+    return needed * parts * devices
 
 
 def _joined(parts: list[Part]) -> AnyCache:
@@ -189,7 +211,7 @@ def _like(addressing: Addressing, in_pool: bool) -> Contiguous | Paged:
 
 def _checked_pages(cache: KVCache, pages: Array, slots: int) -> Int[Array, "*batch pages"]:
     """Pages of the cache's pool for ``slots`` slots per sequence, none of them its own."""
-    index = cache.index.pages
+    index, parts = cache.index.pages, 1 if cache.spread is None else cache.spread.size("batch")
     if index is None or not index.shared:
         raise ValueError(
             f"compress: pages are of a shared pool, and this cache is {cache.config.addressing}. "
@@ -203,17 +225,18 @@ def _checked_pages(cache: KVCache, pages: Array, slots: int) -> Int[Array, "*bat
             f"pages of {index.page_size}, got {list(pages.shape)}."
         )
     if is_concrete(pages, index.table):
-        given, num_pages = np.asarray(pages).ravel(), cache.config.num_slots // index.page_size
-        bad = (given < 0) | (given >= num_pages) | np.isin(given, np.asarray(index.table))
-        if bad.any() or len(set(given.tolist())) < len(given):
-            raise ValueError(
-                f"compress: pages must be different ones of {num_pages} that the sequences do not "
-                f"have yet, got {given.tolist()}."
-            )
+        num_pages = cache.config.num_slots // index.page_size // parts
+        taken = np.asarray(index.table).reshape(parts, -1)
+        for given, theirs in zip(np.asarray(pages).reshape(parts, -1), taken, strict=True):
+            bad = (given < 0) | (given >= num_pages) | np.isin(given, theirs)
+            if bad.any() or len(set(given.tolist())) < len(given):
+                raise ValueError(
+                    f"compress: pages must be different ones of {num_pages} that the sequences do "
+                    f"not have yet, got {given.tolist()}."
+                )
     return pages
 
 
 def of_layers(arrays: Array | Sequence[Array], layers: np.ndarray) -> Array:
-    if isinstance(arrays, Sequence):
-        return jnp.stack([arrays[layer] for layer in layers])
-    return arrays[layers]
+    """Those of some layers."""
+    return jnp.stack([arrays[layer] for layer in layers])

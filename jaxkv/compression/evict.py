@@ -12,11 +12,11 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxkv.addressing import KeptIndex
-from jaxkv.attention import observed
+from jaxkv.attention.observed import observed
 from jaxkv.cache.checks import check_alive
 from jaxkv.cache.hybrid import AnyCache, SameCache
 from jaxkv.cache.kv_cache import KVCache
-from jaxkv.cache.shards import check_whole
+from jaxkv.cache.shards import in_each_shard, where_it_is
 from jaxkv.compression.compress import of_layers
 from jaxkv.compression.gather import move, moves_of, picked, write_heads
 from jaxkv.compression.scoring import (
@@ -26,6 +26,7 @@ from jaxkv.compression.scoring import (
     per_sequence,
 )
 from jaxkv.policies import Policy, StatefulPolicy
+from jaxkv.policies.policy import refuse_name
 from jaxkv.programs import promotes_ranks
 
 
@@ -52,7 +53,8 @@ def evict(
       policy: see `jaxkv.policies`.
       tokens: how many are to come next, at most ``cache.index.new``.
       queries: of the newest tokens, ``[layers, *batch, window, heads, head_dim]``, for policies
-        that look at them. With `HeavyHitters` those of each token once, in every call.
+        that look at them. One that remembers (`jaxkv.policies.StatefulPolicy`) needs those of each
+        token once, in every call.
       sinks: first tokens of a sequence, which stay whatever a policy says, infinity included.
       recent: newest tokens, likewise. A head that keeps fewer than ``sinks + recent`` keeps those
         of them that score highest.
@@ -60,7 +62,7 @@ def evict(
         what is about to be moved. Without, it keeps a copy of the cache to be sure.
 
     Raises:
-      TypeError: a cache of another addressing.
+      TypeError: a cache of another addressing, or a policy's name.
       ValueError: more tokens than there are slots for new ones, or no queries for a policy that
         needs them.
 
@@ -75,14 +77,14 @@ def evict(
     >>> int(cache.lengths), cache.config.num_slots
     (20, 8)
     """
-    check_whole(cache, "evict")
     check_alive(cache)
+    refuse_name(policy, "evict")
     groups = []
     for number, group in enumerate(cache.groups):
         if group.index.per_head or len(cache.groups) == 1:
             layers = np.asarray(cache.config.layers_of(number))
             own = None if queries is None else of_layers(queries, layers)
-            group = _evict(group, policy, tokens, own, sinks, recent, after)
+            group = where_it_is(_evict, group, policy, tokens, own, sinks, recent, after)
         groups.append(group)
     return cache.with_groups(groups)  # type: ignore[return-value]
 
@@ -146,10 +148,26 @@ def _evict(
             f"evict: {tokens} tokens are to come, and there are slots for {index.new} new ones. "
             "Give the model fewer at a time, or create the cache with a larger new."
         )
+    options: dict[str, Any] = {"policy": policy, "tokens": tokens, "sinks": sinks, "recent": recent}
+    return _with_room(cache, queries, _is_there(after, cache), **options)
+
+
+@in_each_shard()
+def _with_room(
+    cache: KVCache,
+    layer_queries: Any,
+    after: Array | bool,
+    *,
+    policy: Policy,
+    tokens: int,
+    sinks: int,
+    recent: int,
+) -> KVCache:
     if isinstance(policy, StatefulPolicy):
-        cache = dataclasses.replace(cache, index=_observed(cache, policy, queries))
+        cache = dataclasses.replace(cache, index=_observed(cache, policy, layer_queries))
+    index = _index_of(cache)
     full = index.within.lengths + tokens > index.new
-    return _chosen_again(cache, policy, queries, full, sinks, recent, after)
+    return _chosen_again(cache, policy, layer_queries, full, sinks, recent, after)
 
 
 def _index_of(cache: KVCache) -> KeptIndex:
@@ -167,8 +185,9 @@ def _observed(cache: KVCache, policy: StatefulPolicy, queries: LayerQueries | No
     if index.state is None or index.state.tokens.keys() != set(policy.state):
         who = type(policy).__name__
         raise ValueError(
-            f"{who} needs a cache that keeps its numbers: one that jaxkv.compress made with {who}, "
-            f"or one with addressing=jaxkv.Kept(..., sums={policy.state!r})."
+            f"{who} needs a cache that keeps its numbers: one that jaxkv.compress made with {who} "
+            "and one number of tokens for all heads, or one with addressing=jaxkv.Kept(..., "
+            f"sums={policy.state!r})."
         )
     return index.with_state(observed_state(cache, policy, queries, index.state))
 
@@ -180,7 +199,7 @@ def _chosen_again(
     full: Array,
     sinks: int,
     recent: int,
-    after: Array | None,
+    after: Array | bool,
 ) -> KVCache:
     """Full sequences with the best of their kept and new tokens at the places of kept ones."""
     new = _index_of(cache).new
@@ -215,14 +234,14 @@ def _chosen_again(
         return dataclasses.replace(state, storage=storage, index=index)
 
     # Not a cond, which would copy the whole cache on its way through (XLA on a CPU, jax 0.10).
-    turns = jnp.where(full.any() & _is_there(after), cache.config.num_layers, 0)
+    turns = jnp.where(full.any() & after, cache.config.num_layers, 0)
     state = lax.fori_loop(0, turns, one_layer, cache)
     return dataclasses.replace(state, index=_index_of(state).with_new_slots_free(full))
 
 
-def _is_there(after: Array | None) -> Array | bool:
+def _is_there(after: Array | None, cache: KVCache) -> Array | bool:
     """True, once an array is computed; `lax.optimization_barrier` orders nothing on a CPU."""
     if after is None:
         return True
-    first = after.reshape(-1)[0]
+    first = after.reshape(-1)[0] if cache.spread is None else after.max()  # however it is split
     return ~(jnp.isinf(first) & (first == 0))

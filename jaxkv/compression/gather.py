@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxkv.addressing import Kept, KeptByHead, KeptIndex, PolicyState
+from jaxkv.addressing import KeptIndex, PolicyState
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.shards import in_each_shard
 from jaxkv.codecs import Leaves
 from jaxkv.compression.scoring import LayerScores, held_positions, per_sequence
 from jaxkv.placement import in_host_memory, read_slots, scatter, to_device, to_host
@@ -94,11 +95,7 @@ def move(values: Array, origins: Array, targets: Array) -> Array:
     return values.at[heads, places].set(moved, mode="drop")
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "addressing", "sinks", "recent"),
-    donate_argnames="pool",
-)
+@functools.partial(jax.jit, static_argnames=("config", "sinks", "recent"), donate_argnames="pool")
 def gathered(
     cache: KVCache,
     scores: LayerScores,
@@ -109,7 +106,6 @@ def gathered(
     pool: Leaves | None = None,
     pages: Int[Array, "*batch pages"] | None = None,
     config: KVCacheConfig,
-    addressing: Kept | KeptByHead,
     sinks: int,
     recent: int,
 ) -> KVCache:
@@ -117,11 +113,43 @@ def gathered(
 
     With a ``pool``, in these pages of it. It is the other's own buffers then, which comes without.
     """
+    in_pool = pool is not None
+    if pool is not None:
+        cache = dataclasses.replace(cache, storage=pool)
+    tokens, since = (None, None) if remembered is None else (remembered.tokens, remembered.since)
+    arrays = scores, tokens, since, layers, limits, pages
+    options: dict[str, Any] = {
+        "config": config,
+        "in_pool": in_pool,
+        "sinks": sinks,
+        "recent": recent,
+    }
+    return _gathered(dataclasses.replace(cache, real_tokens=None), *arrays, **options)
+
+
+@in_each_shard(config_of=lambda cache, *arrays, config, **options: config)
+def _gathered(
+    cache: KVCache,
+    scores: LayerScores,
+    remembered: dict[str, Array] | None,
+    since: Array | None,
+    layers: Int[Array, " kept_layers"],
+    limits: Int[Array, "kept_layers *batch kv_heads"],
+    pages: Int[Array, "*batch pages"] | None,
+    *,
+    config: KVCacheConfig,
+    in_pool: bool,
+    sinks: int,
+    recent: int,
+) -> KVCache:
+    if cache.part_of is not None:
+        config = cache.part_of.local(config)
+    addressing: Any = config.addressing
     index: KeptIndex = addressing.init(config.max_context_length, config.batch_size)
     index = dataclasses.replace(index, lengths=cache.lengths)
     index = index.with_runs(limits)
     keep = index.extent - index.new
-    if pool is None:
+    if not in_pool:
         storage = {
             name: jnp.zeros(
                 (len(layers), leaf.shape[1], config.num_slots, *leaf.shape[3:]), leaf.dtype
@@ -132,7 +160,7 @@ def gathered(
         assert index.pages is not None
         assert pages is not None
         index = dataclasses.replace(index, within=index.pages.with_table(pages))
-        storage = pool
+        storage = cache.storage
 
     def choose(scores: Array, positions: Array, limit: Array) -> tuple[Array, Array]:
         return select(scores, positions, keep, most=limit, sinks=sinks, recent=recent)
@@ -140,7 +168,7 @@ def gathered(
     def one_layer(state: Any, job: Any) -> Any:
         storage, index = state
         number, layer, limit = job
-        source = cache if pool is None else dataclasses.replace(cache, storage=storage)
+        source = dataclasses.replace(cache, storage=storage) if in_pool else cache
         positions = held_positions(cache, layer)
         slots, kept = per_sequence(cache, choose)(scores[layer], positions, limit)
         logical = jnp.broadcast_to(index.new + jnp.arange(keep, dtype=jnp.int32), slots.shape)
@@ -161,8 +189,8 @@ def gathered(
                 own = jnp.take_along_axis(found[layer], slots, axis=-1)
                 return array.at[number, ..., index.new :].set(own)
 
-            kept_state = index.state.map(chosen, remembered.tokens)
-            index = index.with_state(dataclasses.replace(kept_state, since=remembered.since))
+            kept_state = index.state.map(chosen, remembered)
+            index = index.with_state(dataclasses.replace(kept_state, since=since))
         return (moved, index), None
 
     jobs = jnp.arange(len(layers), dtype=jnp.int32), layers, limits

@@ -12,13 +12,15 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing import PolicyState
 from jaxkv.cache.kv_cache import KVCache, Layer
-from jaxkv.cache.shards import check_whole
+from jaxkv.cache.shards import check_sequences_whole, in_each_shard, where_it_is
 from jaxkv.cache.vectors import read
 from jaxkv.policies import Policy, StatefulPolicy
 from jaxkv.policies.policy import needed
+from jaxkv.programs import one_program
 
 LayerScores = Float[Array, "layers *batch kv_heads slots"]
 LayerQueries = Float[Array, "layers *batch window heads head_dim"]
+_BY_HEAD = (None, "batch", "kv_heads", None)
 
 
 # Compiled once for a policy and a shape of cache, outside jit too; a policy is static.
@@ -38,12 +40,16 @@ def score(cache: KVCache, policy: Policy, queries: LayerQueries | None = None) -
     >>> jaxkv.compression.score(cache, jaxkv.policies.SinksAndRecent(sinks=1)).shape
     (2, 1, 4)
     """
-    check_whole(cache, "score")
+    check_sequences_whole(cache, "score")
+    return where_it_is(_score, cache, queries, policy=policy)
 
+
+@in_each_shard(_BY_HEAD)
+def _score(cache: KVCache, layer_queries: LayerQueries | None, *, policy: Policy) -> LayerScores:
     def one_layer(layer: Layer, queries: Array | None) -> Array:
         return per_sequence(cache, policy)(*held(cache, layer, queries))
 
-    return map_layers(cache, one_layer, queries)
+    return map_layers(cache, one_layer, layer_queries)
 
 
 @_jit
@@ -55,7 +61,20 @@ def observed_state(
 ) -> PolicyState:
     """What a policy remembers after these queries of the newest tokens; of them alone if None."""
     given = needed(queries, type(policy).__name__)
-    first_query = cache.lengths - given.shape[-3]
+    if before is None:
+        shape = (*cache.config.batch_shape, cache.config.num_kv_heads, cache.index.extent)
+        none = jnp.zeros((cache.config.num_layers, *shape), jnp.float32)
+        since = cache.lengths - given.shape[-3]
+        before = PolicyState(dict.fromkeys(policy.state, none), since)
+    tokens = _observed(cache, given, before.tokens, policy=policy)
+    return dataclasses.replace(before, tokens=tokens)
+
+
+@in_each_shard(_BY_HEAD)
+def _observed(
+    cache: KVCache, layer_queries: Array, remembered: dict[str, Array], *, policy: StatefulPolicy
+) -> dict[str, Array]:
+    first_query = cache.lengths - layer_queries.shape[-3]
 
     def one_layer(layer: Layer, queries: Array, tokens: dict[str, Array]) -> dict[str, Array]:
         keys, values, _, positions = held(cache, layer, queries)
@@ -64,22 +83,32 @@ def observed_state(
         tokens = {name: jnp.where(was_there, array, 0) for name, array in tokens.items()}
         return per_sequence(cache, policy.observe)(tokens, keys, values, queries, positions)
 
-    if before is None:
-        shape = (*cache.config.batch_shape, cache.config.num_kv_heads, cache.index.extent)
-        none = jnp.zeros((cache.config.num_layers, *shape), jnp.float32)
-        before = PolicyState(dict.fromkeys(policy.state, none), first_query)
-    return dataclasses.replace(before, tokens=map_layers(cache, one_layer, given, before.tokens))
+    observed: dict[str, Array] = map_layers(cache, one_layer, layer_queries, remembered)
+    return observed
 
 
 @_jit
 def remembered_scores(cache: KVCache, policy: StatefulPolicy, state: PolicyState) -> LayerScores:
     """Scores from what a policy remembers."""
+    return _remembered(cache, state.tokens, state.since, policy=policy)
 
+
+@in_each_shard(_BY_HEAD)
+def _remembered(
+    cache: KVCache, remembered: dict[str, Array], since: Array, *, policy: StatefulPolicy
+) -> LayerScores:
     def one_layer(layer: Layer, tokens: dict[str, Array]) -> Array:
         positions = held_positions(cache, layer)
-        return per_sequence(cache, policy.scores)(tokens, positions, state.since)
+        return per_sequence(cache, policy.scores)(tokens, positions, since)
 
-    return map_layers(cache, one_layer, state.tokens)
+    return map_layers(cache, one_layer, remembered)
+
+
+@one_program()
+@in_each_shard(_BY_HEAD)
+def positions_of_slots(cache: KVCache) -> Int[Array, "layers *batch kv_heads slots"]:
+    """The positions of the tokens in all layers' logical slots, -1 for none."""
+    return map_layers(cache, lambda layer: held_positions(cache, layer))
 
 
 def for_all_slots(cache: KVCache, scores: Array) -> LayerScores:

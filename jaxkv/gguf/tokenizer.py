@@ -81,7 +81,7 @@ def _byte_level(header: Header, tokens: list[str], types: Sequence[int], cut: st
     """BPE over bytes, as GPT-2 (Radford et al., 2019) and most models since have it."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    merges = [tuple(merge.split(" ", 1)) for merge in _texts(header, "merges")]
+    merges = [_two_tokens(merge) for merge in _texts(header, "merges")]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut in _AS_LLAMA3))
     if cut in _AS_GPT2:
@@ -99,6 +99,11 @@ def _byte_level(header: Header, tokens: list[str], types: Sequence[int], cut: st
     if cut in _AS_QWEN2:
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer
+
+
+def _two_tokens(merge: str) -> tuple[str, str]:
+    first, _, second = merge.partition(" ")
+    return first, second
 
 
 def _sentencepiece(header: Header, tokens: list[str], types: Sequence[int], cut: Any) -> Any:

@@ -1,7 +1,6 @@
 """What the hooks of both Flax libraries do with a call: check it, append, attend, advance."""
 
 import dataclasses
-import functools
 import math
 import operator
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.attention import attend
+from jaxkv.attention.observed import is_watched
 from jaxkv.cache.checks import check_alive, check_counts, check_room
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.create import create
@@ -95,15 +95,14 @@ def cached_attention(
     check_alive(cache)
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
     check_room(cache, tokens if num_tokens is None else num_tokens)
-    output, cache = _step(cache, query, key, value, num_tokens, **options)
+    step = _step if is_watched() else _jitted_step
+    output, cache = step(cache, query, key, value, num_tokens, **options)
     output = output.reshape(*batch, *output.shape[-3:])
     if sound is not None:
         output = jnp.where(sound[..., None, None, None], output, jnp.nan)
     return output, cache
 
 
-# Outside jit each operation would be compiled by itself, some sixty for every new shape.
-@functools.partial(jax.jit, static_argnames=("scale", "softcap", "window"))
 def _step(
     cache: KVCache,
     query: Array,
@@ -115,6 +114,10 @@ def _step(
     cache = append(cache, key, value, layer=0, num_tokens=num_tokens, queries=query)
     output = attend(cache, query, layer=0, num_tokens=num_tokens, **options)
     return output, advance(cache, key.shape[-3] if num_tokens is None else num_tokens)
+
+
+# Outside jit each operation would be compiled by itself, some sixty for every new shape.
+_jitted_step = jax.jit(_step, static_argnames=("scale", "softcap", "window"))
 
 
 def _real_tokens(

@@ -7,7 +7,8 @@ import numpy as np
 
 from jaxkv.addressing import Addressing, Contiguous
 from jaxkv.cache.config import KVCacheConfig
-from jaxkv.cache.hybrid import AnyCache, in_its_group
+from jaxkv.cache.groups import in_its_group
+from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.shards import check_whole
 from jaxkv.cache.verbs import advance, append, check

@@ -9,8 +9,9 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from jaxkv.devices import Device, default_device
+from jaxkv.memory.cards import parse_device
 from jaxkv.memory.machine import process_bytes, tightest_bound
-from jaxkv.show.text import format_bytes, parse_bytes
+from jaxkv.show.text import format_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def device_memory(device: Device | int | str | None = None) -> DeviceMemory:
 
     Args:
       device: a `jax.Device`, None for JAX's default one, or the size of a device that is
-        not here: bytes, or text such as ``"24GB"`` or ``"24GiB"``.
+        not here: bytes, or text such as ``"24GB"``, ``"24GiB"`` or ``"H100"``.
 
     Raises:
       TypeError, ValueError: not a device or a size.
@@ -77,6 +78,22 @@ def device_memory(device: Device | int | str | None = None) -> DeviceMemory:
         return _of_device(device)
     size = _size(device)
     return DeviceMemory("given", "given", size, size, 0)
+
+
+def memory_within(device: Device, limit: int | str | None) -> DeviceMemory:
+    """What a device has, or what a limit on all live JAX arrays there leaves of it.
+
+    Raises:
+      TypeError, ValueError: the limit is no size.
+    """
+    memory = _of_device(device)
+    if limit is None:
+        return memory
+    most, live = _size(limit), live_array_bytes(device)
+    free = max(most - live, 0)
+    if memory.free_bytes is not None:
+        free = min(free, memory.free_bytes)
+    return DeviceMemory(f"{device} with a limit", "given", most, free, live)
 
 
 def live_array_bytes(device: Device) -> int:
@@ -129,7 +146,7 @@ def _of_device(device: Any) -> DeviceMemory:
 
 
 def _size(device: Any) -> int:
-    size = parse_bytes(device) if isinstance(device, str) else device
+    size = parse_device(device) if isinstance(device, str) else device
     try:
         size = None if isinstance(size, bool) else operator.index(size)
     except TypeError:

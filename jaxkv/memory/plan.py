@@ -1,18 +1,23 @@
 """Will it fit, and what would: answered before any memory is touched."""
 
+import collections
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from typing import Any
 
+import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxkv.cache.axes import Axes, Spread
+from jaxkv.cache.axes import Axes, Spread, words_of_copies
 from jaxkv.cache.create import config_of_a_device
 from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import CODECS, Codec
 from jaxkv.devices import Device
 from jaxkv.errors import ConfigError
-from jaxkv.memory.device import DeviceMemory, device_memory
+from jaxkv.memory.device import DeviceMemory, bytes_by_device, device_memory
 from jaxkv.placement import HostMemory
 from jaxkv.show.text import format_bytes, pairs, table
 
@@ -55,8 +60,11 @@ class Plan:
       codecs: the same for every codec in `jaxkv.codecs.CODECS`.
       host_bytes: how many of ``needed_bytes`` are in host memory, see `HostMemory`. They count
         against the device only where it is a CPU, whose memory that is.
-      num_devices: over which the cache is spread; all else is of one of them.
+      num_devices: over which the cache is spread; bytes are those of each, tokens and sequences of
+        all together.
       head_copies: devices that hold the same KV head, where there are more devices than heads.
+      copied_bytes: how many of ``needed_bytes`` would not be there without such copies.
+      weights_bytes: bytes of the weights beside the cache, as given.
       streamed: the same cache with `HostMemory` as its placement; None where it has that
         already or cannot have it.
 
@@ -79,6 +87,8 @@ class Plan:
     streamed: StreamedPlan | None = None
     num_devices: int = 1
     head_copies: int = 1
+    copied_bytes: int = 0
+    weights_bytes: int = 0
 
     @property
     def smaller_codec(self) -> CodecPlan | None:
@@ -94,17 +104,14 @@ class Plan:
         facts = [
             ("KV cache", self.config.describe()),
             ("needs", f"{format_bytes(self.needed_bytes)} ({self.needed_bytes:,} bytes)"),
+            *self._beside(),
             ("device", self._device()),
-            ("fits", _verdict(bytes_against(self.config, self.memory), self.memory.free_bytes)),
+            ("fits", self._verdict()),
             ("at most", self._at_most()),
         ]
         if self.num_devices > 1:
-            spread = f"{self.num_devices} devices, of which each holds what is said here"
-            if self.head_copies > 1:
-                spread += f"; each KV head is on {self.head_copies} of them"
+            spread = f"{self.num_devices} devices; bytes are those of each"
             facts.insert(0, ("spread over", spread))
-        if self.host_bytes:
-            facts.insert(2, ("of it", f"{format_bytes(self.host_bytes)} in host memory"))
         if self.streamed is not None and self.streamed.fits and not self.fits:
             facts.append(("streamed", self._streamed(self.streamed)))
         headers = ("codec", "bytes", "fits", "max context", "max batch")
@@ -115,6 +122,29 @@ class Plan:
         if memory.source == "given":
             return f"{format_bytes(memory.limit_bytes or 0)}, as given"
         return f"{memory.device}: {memory.describe_free()} (source: {memory.source})"
+
+    def _beside(self) -> Iterator[tuple[str, str]]:
+        """Where the bytes of the cache are, and what stands beside it."""
+        if self.host_bytes:
+            yield "of it", f"{format_bytes(self.host_bytes)} in host memory"
+        if self.head_copies > 1:
+            yield "copies", words_of_copies(self.head_copies, self.copied_bytes)
+        if self.weights_bytes:
+            yield "weights", f"{format_bytes(self.weights_bytes)} ({self.weights_bytes:,} bytes)"
+
+    def _verdict(self) -> str:
+        free, needed = self.memory.free_bytes, self.needed_bytes
+        if _has_its_own(self.memory):
+            needed -= self.host_bytes
+        if free is None:
+            return "unknown: the device does not say what memory it has"
+        left = free - self.weights_bytes
+        if left < 0:
+            return f"no, the weights alone are {format_bytes(-left)} too large"
+        beside = f"; the weights leave {format_bytes(left)}" if self.weights_bytes else ""
+        if needed > left:
+            return f"no, {format_bytes(needed - left)} too large{beside}"
+        return f"yes, in {(needed + self.weights_bytes) / free:.1%} of what is free{beside}"
 
     def _streamed(self, streamed: StreamedPlan) -> str:
         device, host = format_bytes(streamed.device_bytes), format_bytes(streamed.host_bytes)
@@ -145,15 +175,19 @@ def plan(
     *,
     mesh: Mesh | AbstractMesh | None = None,
     axes: Axes | None = None,
+    weights: Any = 0,
 ) -> Plan:
     """Will this cache fit, and what would? Allocates nothing.
 
     Args:
       config: the cache.
       device: a `jax.Device` (None for JAX's default one), asked for what is free now; or the
-        size of a device that is not here: bytes, or text such as ``"24GB"`` or ``"24GiB"``.
+        size of a device that is not here: bytes, or text such as ``"24GB"``, ``"24GiB"`` or
+        ``"H100"``.
       mesh, axes: the devices over which the cache is spread and how, as in `jaxkv.create`; a
         `jax.sharding.AbstractMesh` for some that are not here. The plan is of one of them.
+      weights: what stands on the device beside the cache and is not there yet: bytes, or a pytree
+        of arrays or shapes, such as a model, of which the fullest device counts.
 
     Raises:
       ConfigError: what the axes cannot split.
@@ -165,20 +199,21 @@ def plan(
     >>> answer.fits, answer.needed_bytes, answer.max_context_length, answer.max_batch_size
     (True, 17179869248, 11444, 22)
     """
-    spread = Spread.of(mesh, axes)
-    found = plan_within(config_of_a_device(config, spread), device_memory(device))
-    if spread is None:
-        return found
-    copies = max(spread.copies(group) for group in config.groups)
-    return dataclasses.replace(found, num_devices=spread.mesh.size, head_copies=copies)
+    spread, memory, beside = Spread.of(mesh, axes), device_memory(device), _bytes_of(weights)
+    left = memory
+    if memory.free_bytes is not None:
+        left = dataclasses.replace(memory, free_bytes=memory.free_bytes - beside)
+    found = plan_within(config, left, spread)
+    return dataclasses.replace(found, memory=memory, weights_bytes=beside)
 
 
-def plan_within(config: AnyConfig, memory: DeviceMemory) -> Plan:
+def plan_within(config: AnyConfig, memory: DeviceMemory, spread: Spread | None = None) -> Plan:
     """`plan` against memory that was looked at already."""
-    chosen = _codec_plan(config, memory)
-    rows = {name: _other_codec_plan(config, codec, memory) for name, codec in CODECS.items()}
+    own = config_of_a_device(config, spread)
+    chosen = _codec_plan(own, memory, spread)
+    rows = {name: _other_codec_plan(own, codec, memory, spread) for name, codec in CODECS.items()}
     rows[chosen.codec] = chosen
-    return Plan(
+    found = Plan(
         config,
         memory,
         chosen.needed_bytes,
@@ -186,8 +221,17 @@ def plan_within(config: AnyConfig, memory: DeviceMemory) -> Plan:
         chosen.max_context_length,
         chosen.max_batch_size,
         codecs=tuple(row for row in rows.values() if row is not None),
-        host_bytes=config.host_bytes,
-        streamed=_streamed_plan(config, memory),
+        host_bytes=own.host_bytes,
+        streamed=_streamed_plan(own, memory),
+    )
+    if spread is None:
+        return found
+    return dataclasses.replace(
+        found,
+        streamed=None,  # host memory is of no mesh
+        num_devices=spread.mesh.size,
+        head_copies=max(spread.copies(group) for group in config.groups),
+        copied_bytes=sum(spread.copied_bytes(group) for group in config.groups),
     )
 
 
@@ -196,17 +240,39 @@ def needed_bytes(config: AnyConfig) -> int:
     return config.size_bytes + config.index_bytes
 
 
-def _other_codec_plan(config: AnyConfig, codec: Codec, memory: DeviceMemory) -> CodecPlan | None:
+def _bytes_of(weights: Any) -> int:
+    """A number of bytes, or those of arrays on the device that has most of them."""
+    if isinstance(weights, int | np.integer):
+        if weights < 0:
+            raise ValueError(f"weights must be at least 0 bytes, got {weights}.")
+        return int(weights)
+    held: collections.Counter[Any] = collections.Counter()
+    nowhere = 0  # shapes, which count on every device
+    for leaf in jax.tree.leaves(weights):
+        if isinstance(leaf, jax.Array):
+            held.update(bytes_by_device(leaf))
+        elif hasattr(leaf, "dtype"):
+            nowhere += math.prod(leaf.shape) * leaf.dtype.itemsize
+    return nowhere + max(held.values(), default=0)
+
+
+def _other_codec_plan(
+    config: AnyConfig, codec: Codec, memory: DeviceMemory, spread: Spread | None
+) -> CodecPlan | None:
     try:
-        return _codec_plan(config.replace(codec=codec), memory)
+        return _codec_plan(config.replace(codec=codec), memory, spread)
     except ValueError:  # it cannot store vectors of this head_dim: no choice
         return None
 
 
 def bytes_against(config: AnyConfig, memory: DeviceMemory) -> int:
     """`needed_bytes` less those that are in the host's memory and not the device's."""
-    own_memory = memory.source in ("memory_stats", "given", "unknown")
-    return needed_bytes(config) - (config.host_bytes if own_memory else 0)
+    return needed_bytes(config) - (config.host_bytes if _has_its_own(memory) else 0)
+
+
+def _has_its_own(memory: DeviceMemory) -> bool:
+    """Whether a device's memory is not that of its host."""
+    return memory.source in ("memory_stats", "given", "unknown")
 
 
 def _streamed_plan(config: AnyConfig, memory: DeviceMemory) -> StreamedPlan | None:
@@ -222,15 +288,26 @@ def _streamed_plan(config: AnyConfig, memory: DeviceMemory) -> StreamedPlan | No
     return StreamedPlan(needed_bytes(streamed) - host, host, free is None or held <= free)
 
 
-def _codec_plan(config: AnyConfig, memory: DeviceMemory) -> CodecPlan:
+def _codec_plan(config: AnyConfig, memory: DeviceMemory, spread: Spread | None) -> CodecPlan:
+    """Of the config of one device; tokens and sequences are those of all together."""
     free = memory.free_bytes
+    context, batch = (
+        _largest(config, field, memory) for field in ("max_context_length", "batch_size")
+    )
     return CodecPlan(
         codec=config.codec_name,
         needed_bytes=needed_bytes(config),
         fits=free is None or bytes_against(config, memory) <= free,
-        max_context_length=_largest(config, "max_context_length", memory),
-        max_batch_size=_largest(config, "batch_size", memory),
+        max_context_length=_of_all(context, spread, "context"),
+        max_batch_size=_of_all(batch, spread, "batch"),
     )
+
+
+def _of_all(count: int | None, spread: Spread | None, what: str) -> int | None:
+    """What devices take together of which each takes so much."""
+    if count is None or spread is None:
+        return count
+    return min(count * spread.size(what), MAX_COUNT)
 
 
 def _largest(config: AnyConfig, field: str, memory: DeviceMemory) -> int | None:
@@ -246,14 +323,6 @@ def _largest(config: AnyConfig, field: str, memory: DeviceMemory) -> int | None:
         else:
             too_many = middle
     return fitting
-
-
-def _verdict(needed: int, free: int | None) -> str:
-    if free is None:
-        return "unknown: the device does not say what memory it has"
-    if needed <= free:
-        return f"yes, in {needed / free:.1%} of what is free"
-    return f"no, {format_bytes(needed - free)} too large"
 
 
 def _count(count: int | None) -> str:

@@ -144,6 +144,7 @@ def session(
     device: Device | None = None,
     mesh: Mesh | None = None,
     axes: Axes | None = None,
+    limit: int | str | None = None,
 ) -> Iterator[Session]:
     """Allocate a cache, hold it through updates, and free it when the block ends.
 
@@ -155,6 +156,8 @@ def session(
       tracker: the ledger to count it in; one of its own if None.
       device: where; JAX's default device if None.
       mesh, axes: the devices over which the cache is spread and how, as in `jaxkv.create`.
+      limit: the most that all JAX arrays on a device may take, the cache included: bytes, or text
+        such as ``"24GB"``. What the device has if None.
 
     Yields:
       The `Session`: ``session.cache`` is to be set to the result of each step.
@@ -173,9 +176,18 @@ def session(
     >>> tracker.total_usage()
     0
     """
-    tracker = MemoryTracker() if tracker is None else tracker
-    cache = allocate(config, device=device, mesh=mesh, axes=axes)
-    held = Session(config, tracker, cache, Spread.of(mesh, axes))
+    cache = allocate(config, device=device, mesh=mesh, axes=axes, limit=limit)
+    with holding(cache, tracker=tracker, spread=Spread.of(mesh, axes)) as held:
+        yield held
+
+
+@contextlib.contextmanager
+def holding(
+    cache: AnyCache, *, tracker: MemoryTracker | None = None, spread: Spread | None = None
+) -> Iterator[Session]:
+    """A `session` of a cache that is there already, which is freed when the block ends."""
+    config, tracker = cache.config, MemoryTracker() if tracker is None else tracker
+    held = Session(config, tracker, cache, spread)
     try:
         allocation = tracker.track(held.cache, purpose=Purpose.KV_CACHE, name=config.describe())
         try:

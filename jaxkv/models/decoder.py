@@ -151,7 +151,7 @@ class Decoder(Model):
         vocab, hidden = config.vocab_size, config.hidden_size
         self.config = config
         self.embed_tokens = Embedding(vocab, hidden, rngs=rngs, dtype=dtype)
-        self.layers = nnx.List(
+        self.layers = nnx.data(
             [Block(config, layer, rngs=rngs, dtype=dtype) for layer in range(config.num_layers)]
         )
         self.norm = _norm(hidden, config, dtype)

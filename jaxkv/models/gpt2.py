@@ -223,7 +223,7 @@ class GPT2(Model):
         self.config = config
         self.wte = Embedding(vocab, hidden, rngs=rngs, dtype=dtype)
         self.wpe = Embedding(config.max_positions, hidden, rngs=rngs, dtype=dtype)
-        self.h = nnx.List([Block(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)])
+        self.h = nnx.data([Block(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)])
         self.ln_f = LayerNorm(hidden, eps=config.layer_norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(hidden, vocab, rngs=rngs, dtype=dtype)

@@ -127,12 +127,20 @@ def known_shape(name: str) -> Shape:
     >>> known_shape("meta-llama/Meta-Llama-3-8B-Instruct")
     Shape(num_layers=32, num_kv_heads=8, head_dim=128, windows=())
     """
-    shapes = {known.lower(): shape for known, shape in KNOWN_MODELS.items()}
+    return KNOWN_MODELS[known_name(name)]
+
+
+def known_name(name: str) -> str:
+    """What the table calls a public model; as `known_shape`.
+
+    >>> known_name("meta-llama/Meta-Llama-3-8B-Instruct")
+    'Llama-3-8B'
+    """
+    spelled = {known.lower(): known for known in KNOWN_MODELS}
     named = _TUNED.sub("", _PREFIX.sub("", name.lower()))
     for plain in (named, _VERSION.sub("", named)):
-        if plain in shapes:
-            return shapes[plain]
-    spelled = {known.lower(): known for known in KNOWN_MODELS}
+        if plain in spelled:
+            return spelled[plain]
     close = [spelled[match] for match in difflib.get_close_matches(named, spelled, n=3)]
     hint = f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(KNOWN_MODELS)}."
     raise ConfigError(f"No file, folder or known model is called {name!r}. {hint}")

@@ -23,7 +23,7 @@ from jaxkv.models.decoder import Decoder
 from jaxkv.models.gpt2 import GPT2, GPT2Config
 from jaxkv.models.hf_fields import eos_token_ids, hf_decoder
 from jaxkv.models.model import Model
-from jaxkv.models.sharding import sharding_of
+from jaxkv.models.sharding import sharding_of, split_axis
 from jaxkv.models.source import Source, Tensors, source_of
 from jaxkv.show.progress import progress_bar
 
@@ -90,6 +90,21 @@ def load(
     return model, source.tokenizer()
 
 
+def num_parameters(folder: str | os.PathLike[str], devices: int = 1) -> int:
+    """Numbers of a folder's or GGUF file's model on one of the devices that share its heads.
+
+    Raises:
+      CheckpointError: a config that `load` refuses.
+    """
+    config = _read_config(source_of(folder))
+    kind: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
+    model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
+    return sum(
+        param.size // (1 if split_axis(model, path, param, devices) is None else devices)
+        for path, _, param, _ in _params(model)
+    )
+
+
 def save(model: Model, folder: str | os.PathLike[str]) -> None:
     """Write ``config.json`` and ``model.safetensors`` so that `load` and transformers read them.
 
@@ -109,7 +124,7 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for _, name, param, transposed in _params(model):
-        array = np.asarray(param.get_value())
+        array = np.asarray(param[...])
         tensors[name] = np.ascontiguousarray(array.T if transposed else array)
     safetensors.numpy.save_file(tensors, path / SINGLE_FILE, metadata={"format": "pt"})
     config = model.config.to_hf() | {"torch_dtype": model.dtype.name}
@@ -157,14 +172,15 @@ def _fill(model: Model, stored: Tensors, folder: Path, spread: Spread | None) ->
     """Put every tensor of a checkpoint in its place in an abstract model."""
     params = list(_params(model))
     tensors = _matched(params, stored, model.checkpoint_prefix, folder)
+    filled = []
     with progress_bar("Loading weights", sum(param.size for _, _, param, _ in params)) as advance:
         for at, name, param, transposed in params:
             array = tensors[name].read().astype(param.dtype, copy=False)
             array = np.ascontiguousarray(array.T if transposed else array)
             place = None if spread is None else sharding_of(model, at, param, spread)
-            param.set_value(jax.device_put(array, place))
+            filled.append((at, param.replace(jax.device_put(array, place))))
             advance(param.size)
-    nnx.update(model, nnx.from_flat_state([(path, param) for path, _, param, _ in params]))
+    nnx.update(model, nnx.from_flat_state(filled))
 
 
 def _matched(

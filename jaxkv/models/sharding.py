@@ -28,12 +28,20 @@ def sharding_of(model: Model, path: Sequence[Any], param: nnx.Param[Any], spread
     Args:
       path: the names that lead to it, as in a checkpoint.
     """
-    name, size = spread.axes.heads, spread.size("heads")
     axes: list[str | None] = [None] * len(param.shape)
-    at = _split_axis(model, [str(part) for part in path], len(param.shape), size)
-    if at is not None and param.shape[at] % size == 0:
-        axes[at] = name
+    at = split_axis(model, path, param, spread.size("heads"))
+    if at is not None:
+        axes[at] = spread.axes.heads
     return NamedSharding(spread.mesh, PartitionSpec(*axes))
+
+
+def split_axis(
+    model: Model, path: Sequence[Any], param: nnx.Param[Any], devices: int
+) -> int | None:
+    """The axis of a parameter that is split over so many devices; None for one that is on all."""
+    names = [str(part) for part in path]
+    at = _split_axis(model, names, len(param.shape), devices)
+    return at if at is not None and param.shape[at] % devices == 0 else None
 
 
 def _split_axis(model: Model, path: list[str], ndim: int, size: int) -> int | None:

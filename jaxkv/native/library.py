@@ -110,6 +110,8 @@ def _processor() -> str:
 
 
 def _summary(error: Exception) -> str:
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"the compiler took longer than {error.timeout:.0f} s"
     output = getattr(error, "stderr", None)
     lines = output.decode(errors="replace").strip().splitlines() if output else []
     return lines[0] if lines else str(error)

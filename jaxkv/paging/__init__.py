@@ -5,6 +5,7 @@ from collections.abc import Hashable
 
 from jaxkv.paging.allocator import PageAllocator, Usage
 from jaxkv.paging.group import Group
+from jaxkv.paging.pools import Pools
 from jaxkv.paging.prefix_index import Event
 from jaxkv.paging.prompt import Content, Prompt
 from jaxkv.paging.sequence import Admission, Copy
@@ -16,6 +17,7 @@ __all__ = [
     "Event",
     "Group",
     "PageAllocator",
+    "Pools",
     "Prompt",
     "Usage",
     "restore",

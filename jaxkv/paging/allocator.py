@@ -204,6 +204,15 @@ class PageAllocator:
         >>> pages.find(pages.prompt([1, 2, 3, 4, 5, 7]))
         5
         """
+        held = self.check_restore(request, prompt, length)
+        sequence = HeldSequence(prompt, length)
+        sequence.num_published = 0
+        for group, numbers in zip(self.groups, held, strict=True):
+            sequence.tables.append([-1] * numbers.start + [group.pool.take() for _ in numbers])
+        self.sequences[request] = sequence
+
+    def check_restore(self, request: Request, prompt: Prompt, length: int) -> list[range]:
+        """Raise what `restore` would, or say which pages of a sequence it would take, by group."""
         self.check_new(request, prompt)
         total = max(length, len(prompt))
         check_fits(self.groups, total)
@@ -211,11 +220,7 @@ class PageAllocator:
         reserve = self.reserve if self.sequences else 0
         needed = [len(numbers) + reserve for numbers in held]
         check_free(self.groups, needed, f"no room for {total} tokens of request {request!r}")
-        sequence = HeldSequence(prompt, length)
-        sequence.num_published = 0
-        for group, numbers in zip(self.groups, held, strict=True):
-            sequence.tables.append([-1] * numbers.start + [group.pool.take() for _ in numbers])
-        self.sequences[request] = sequence
+        return held
 
     def extend(self, request: Request, length: int) -> None:
         """Give a request pages for its first ``length`` tokens, where it has none yet.
@@ -319,10 +324,14 @@ class PageAllocator:
         Raises:
           ValueError: a request still runs.
         """
-        if self.sequences:
-            raise ValueError(f"{len(self.sequences)} requests still hold pages: release them first")
+        self.check_idle()
         for group in self.groups:
             group.pool.forget_cached()
+
+    def check_idle(self) -> None:
+        """Raise `ValueError` if a request holds pages."""
+        if self.sequences:
+            raise ValueError(f"{len(self.sequences)} requests still hold pages: release them first")
 
     def usage(self) -> Usage:
         """Capacity, what is held and cached, the most that was held, waste, hits."""

@@ -97,7 +97,15 @@ def to_device(array: Array) -> Array:
 def zeros_in_host_memory(shape: tuple[int, ...], dtype: Any, device: Any) -> Array:
     """As `jnp.zeros`, in the host memory of a device or a sharding."""
     sharding = device if isinstance(device, Sharding) else SingleDeviceSharding(device)
-    return jax.device_put(np.zeros(shape, dtype), host_sharding(sharding))
+    placed = host_sharding(sharding)
+    part = np.zeros(placed.shard_shape(shape), dtype)
+    if len(placed.device_set) == 1:
+        return jax.device_put(part, placed)
+    parts = [  # other processes make theirs
+        jax.device_put(part, SingleDeviceSharding(each, memory_kind=placed.memory_kind))
+        for each in placed.addressable_devices
+    ]
+    return jax.make_array_from_single_device_arrays(shape, placed, parts)
 
 
 def host_sharding(sharding: Sharding) -> Sharding:
@@ -106,7 +114,7 @@ def host_sharding(sharding: Sharding) -> Sharding:
     Raises:
       ValueError: the backend has none that JAX knows of.
     """
-    device: Any = next(iter(sharding.device_set))
+    device: Any = next(iter(sharding.addressable_devices))
     kinds = [memory.kind for memory in device.addressable_memories()]
     for kind in _HOST_KINDS:
         if kind in kinds:

@@ -23,6 +23,32 @@ POLICIES: dict[str, Policy] = {
     "oracle": Oracle(),
 }
 
+
+# What a name alone does not say.
+_NEED_MORE = {
+    "expected_attention": "the frequencies of the model's rope: ExpectedAttention(frequencies=...)",
+    "oracle": "queries that are to come: jaxkv.compress(..., queries=...)",
+}
+
+
+def named_policy(policy: Policy | str) -> Policy:
+    """A policy by its name in `POLICIES`; any other is handed back.
+
+    Raises:
+      ValueError: a name that there is not, or of a policy that needs more than its name.
+
+    >>> named_policy("snapkv") == QueryWindow()
+    True
+    """
+    if not isinstance(policy, str):
+        return policy
+    if policy not in POLICIES:
+        raise ValueError(f"There is no policy {policy!r}; there are {', '.join(POLICIES)}.")
+    if policy in _NEED_MORE:
+        raise ValueError(f"The policy {policy!r} needs {_NEED_MORE[policy]}, not its name alone.")
+    return POLICIES[policy]
+
+
 __all__ = [
     "POLICIES",
     "ExpectedAttention",
@@ -35,6 +61,7 @@ __all__ = [
     "SinksAndRecent",
     "StatefulPolicy",
     "attention_weights",
+    "named_policy",
     "query_positions",
     "reconstruction_scores",
     "select",

@@ -1,6 +1,7 @@
 """What every policy must lie between: chance, and knowing the future."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ class Random:
     """
 
     seed: int = 0
+    window: ClassVar[int] = 0  # queries that it looks at
 
     def __call__(
         self, keys: Vectors, values: Vectors, queries: Queries | None, positions: Positions

@@ -1,6 +1,7 @@
 """Keys that are unlike the others."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -17,6 +18,8 @@ class KeyDiff:
     Park et al., "KeyDiff: key similarity-based KV cache eviction" (2025), section 3. Needs no
     queries, so it fits any attention kernel and serves before any question is known.
     """
+
+    window: ClassVar[int] = 0  # queries that it looks at
 
     def __call__(
         self, keys: Vectors, values: Vectors, queries: Queries | None, positions: Positions

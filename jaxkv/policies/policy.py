@@ -24,7 +24,12 @@ QUERY_BLOCK = 128  # queries whose weights are in memory at once
 
 
 class Policy(Protocol):
-    """What `jaxkv.compress` and `jaxkv.evict` call, for each layer and sequence."""
+    """What `jaxkv.compress` and `jaxkv.evict` call, for each layer and sequence.
+
+    One that looks at few queries may say at how many of the newest, in an attribute ``window``:
+    `jaxkv.generate` then keeps no more for it. Without, it is shown those of the whole prompt.
+    It must be hashable, as functions and frozen dataclasses are: programs are compiled for it.
+    """
 
     def __call__(
         self, keys: Vectors, values: Vectors, queries: Queries | None, positions: Positions
@@ -50,6 +55,10 @@ class StatefulPolicy(Policy, Protocol):
 
     What it remembers is numbers per token and head, float32, by name. They stand beside the tokens
     in the cache's index (`jaxkv.Kept(..., sums=policy.state)`), which moves, saves and forks them.
+    Give them names that no other policy uses: a cache tells by these whose they are.
+
+    `jaxkv.compress` calls `observe` once, from zeros, with the queries that it is given; then each
+    `jaxkv.evict` does, room or no room, with those of its step.
     """
 
     @property
@@ -66,6 +75,9 @@ class StatefulPolicy(Policy, Protocol):
         positions: Positions,
     ) -> dict[str, Scores]:
         """The numbers after the queries of the newest tokens; those of a new token are zero before.
+
+        The queries' own tokens are among the keys. Each call has other queries than the last one,
+        ``len(queries)`` of them: a sum that fades, fades by as many steps.
 
         Args:
           keys, values, queries, positions: as when it is called.
@@ -103,6 +115,19 @@ def needed(queries: Queries | None, who: str) -> Queries:
             "them with the logits."
         )
     return queries
+
+
+def refuse_name(policy: object, who: str) -> None:
+    """Refuse a policy's name, where the policy itself is needed.
+
+    Raises:
+      TypeError: it is a string.
+    """
+    if isinstance(policy, str):
+        raise TypeError(
+            f"{who}: policy must be a function or a policy such as jaxkv.policies.KeyDiff(), got "
+            f"the name {policy!r}. jaxkv.policies.POLICIES has policies by name."
+        )
 
 
 def attention_weights(

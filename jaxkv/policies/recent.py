@@ -1,6 +1,7 @@
 """The first tokens and the newest."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -21,6 +22,7 @@ class SinksAndRecent:
     """
 
     sinks: int = 4
+    window: ClassVar[int] = 0  # queries that it looks at
 
     def __call__(
         self, keys: Vectors, values: Vectors, queries: Queries | None, positions: Positions

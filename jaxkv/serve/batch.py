@@ -1,4 +1,4 @@
-"""The requests that run or wait: their rows, their pages, and the steps that move them on."""
+"""The requests that run or wait: where each runs, and the steps that move all of them on."""
 
 import collections
 import contextlib
@@ -12,20 +12,21 @@ import numpy as np
 from jaxkv.cache.axes import Spread
 from jaxkv.errors import ModelChangedError, PoolFullError
 from jaxkv.memory.session import Session
-from jaxkv.paging import Copy, PageAllocator, Prompt
+from jaxkv.paging import Copy, Pools
 from jaxkv.serve import steps
 from jaxkv.serve.calibration import Constants, with_constants
 from jaxkv.serve.figures import Figures
 from jaxkv.serve.model_step import Model, Watch, Weights
+from jaxkv.serve.rank import Rank
 from jaxkv.serve.request import MOST_STOP_TOKENS, Request
 from jaxkv.serve.sampling import Sampling
-from jaxkv.serve.swap import SwapSpace, pages_in_use
+from jaxkv.serve.swap import SwapSpace
 
 Arrived = list[tuple[Request, list[int]]]
 
 
 class Batch:
-    """A row of the cache for each request that runs.
+    """A row of the cache for each request that runs, on one of the data ranks.
 
     Args:
       model, sampling: of every step.
@@ -35,7 +36,7 @@ class Batch:
       swap_space: bytes of host memory for pages of requests that had to make room.
 
     Attributes:
-      rows: the request of each row, or None.
+      ranks: the rows of the cache, in order.
       waiting: requests without a row, the next first.
     """
 
@@ -44,7 +45,7 @@ class Batch:
         model: Model,
         sampling: Sampling,
         session: Session,
-        pages: PageAllocator,
+        pages: Pools,
         *,
         prefill_chunk: int,
         decode_steps: int,
@@ -52,10 +53,11 @@ class Batch:
         spread: Spread | None = None,
         constants: Constants | None = None,
     ):
-        self.rows: list[Request | None] = [None] * (session.config.batch_size or 1)
+        num_rows = (session.config.batch_size or 1) // len(pages)
+        self.ranks = [Rank(number, own, num_rows) for number, own in enumerate(pages)]
         self.waiting: collections.deque[Request] = collections.deque()
         self.pages, self.figures = pages, Figures()
-        self._swap = SwapSpace(swap_space, self.figures)
+        self._swap = SwapSpace(swap_space, self.figures, len(pages))
         self._model = model
         self._watch = Watch(Weights.of(model))
         self._spread = spread
@@ -65,10 +67,14 @@ class Batch:
         self._chunk, self._decode_steps = prefill_chunk, decode_steps
 
     @property
+    def rows(self) -> list[Request | None]:
+        """The request of each row of the cache, or None."""
+        return [row for rank in self.ranks for row in rank.rows]
+
+    @property
     def running(self) -> list[Request]:
-        """The requests that have rows, those admitted first first."""
-        rows: dict[Any, Request] = {row.number: row for row in self.rows if row is not None}
-        return [rows[number] for number in self.pages.sequences]
+        """The requests that have rows; of each rank, those admitted first first."""
+        return [request for rank in self.ranks for request in rank.running]
 
     @property
     def begun(self) -> list[Request]:
@@ -76,9 +82,14 @@ class Batch:
         return [*self.running, *(request for request in self.waiting if request.begun)]
 
     @property
-    def prefilling(self) -> list[Request]:
-        """Those of them whose prompts are not all computed yet."""
-        return [request for request in self.running if request.is_prefilling]
+    def most_decoding(self) -> int:
+        """Of requests whose prompts are computed, on the rank that has most of them."""
+        return max(len(rank.running) - len(rank.prefilling) for rank in self.ranks)
+
+    def rank_of(self, request: Request) -> Rank:
+        """Where a request runs."""
+        assert request.rank is not None, "it has a row"
+        return self.ranks[request.rank]
 
     @contextlib.contextmanager
     def weights_as_they_are(self) -> Iterator[None]:
@@ -118,7 +129,7 @@ class Batch:
 
     def exchange(self, model: Model) -> None:
         """Another model, or other weights of this one, for requests that then all begin anew."""
-        for request in reversed(self.running):
+        for request in sorted(self.running, key=lambda request: request.number, reverse=True):
             self._wait_again(request)
         for request in self.begun:
             self._swap.drop(request)
@@ -135,92 +146,118 @@ class Batch:
 
     def admit_waiting(self) -> None:
         """Give waiting requests rows and pages, in their order, while they last."""
-        with contextlib.suppress(PoolFullError):
-            while self.waiting and None in self.rows:
-                request = self.waiting[0]
+        while self.waiting and self._admit(self.waiting[0]):
+            self.waiting.popleft()
+
+    def _admit(self, request: Request) -> bool:
+        """Give it a row and pages; False if there are none, or it had better wait."""
+        for rank in self._choices(request):
+            with contextlib.suppress(PoolFullError):
                 if request in self._swap:
-                    self._resume(request)
-                elif self._is_computing(request.prompt):
-                    return
+                    self._resume(request, rank)
                 else:
-                    self._admit(request)
-                self.rows[self.rows.index(None)] = self.waiting.popleft()
+                    self._begin(request, rank)
+                return True
+        return False
 
-    def _is_computing(self, prompt: Prompt) -> bool:
-        """Will a running prefill leave more of this prompt in the pool than there is now?"""
-        others = self.prefilling if prompt.reuse else []
-        ahead = max((other.prompt.num_common(prompt) for other in others), default=0)
-        if ahead < prompt.num_shareable:
-            ahead -= ahead % self._chunk
-        return ahead > 0 and ahead > self.pages.find(prompt)
+    def _choices(self, request: Request) -> list[Rank]:
+        """Ranks with a row for it: where most of its prompt is found, and then the emptiest, first.
 
-    def _admit(self, request: Request) -> None:
+        One that is computing what it could find there a little later is none of them.
+        """
+        kept, prompt = request in self._swap, request.prompt
+        free = [rank for rank in self.ranks if None in rank.rows]
+        ready = [rank for rank in free if kept or not rank.is_computing(prompt)]
+        return sorted(
+            ready, key=lambda rank: (rank.pages.find(prompt), rank.free_share), reverse=True
+        )
+
+    def _begin(self, request: Request, rank: Rank) -> None:
         """Pages for its prompt and for what it answered before."""
-        admission = self.pages.admit(request.number, request.prompt, ahead=len(request.tokens))
-        self._copy(admission.copies)
+        admission = rank.pages.admit(request.number, request.prompt, ahead=len(request.tokens))
+        rank.seat(request)
+        self._copy(rank, admission.copies)
         request.length, request.shares = admission.num_cached, admission.num_cached > 0
         if request.num_cached is None:
             request.num_cached = admission.num_cached
 
-    def _resume(self, request: Request) -> None:
+    def _resume(self, request: Request, rank: Rank) -> None:
         """Other pages with what was kept of its old ones; nothing of it is computed again."""
-        self.pages.restore(request.number, request.prompt, request.length)
-        cache = self._session.cache
-        pages = pages_in_use(self.pages, request, self.rows.index(None), cache)
-        self._session.cache = self._swap.put_back(request, cache, pages)
-        self.pages.advance(request.number, request.length)
+        rank.pages.restore(request.number, request.prompt, request.length)
+        rank.seat(request)
+        self._session.cache = self._swap.put_back(request, rank, self._session.cache)
+        rank.pages.advance(request.number, request.length)
 
-    def fork(self, request: Request, child: Request) -> None:
-        """Give a request a free row, and the tokens of one that runs.
+    def fork(self, request: Request, child: Request) -> bool:
+        """Give a request a row and the tokens of one that runs; False if there is none beside it.
 
         Raises:
           PoolFullError: not enough pages are free.
         """
-        rows = self.rows.index(request), self.rows.index(None)
-        self._copy(self.pages.fork(request.number, child.number), rows)
+        rank = self.rank_of(request)
+        if None not in rank.rows:
+            return False
+        rows = rank.rows.index(request), rank.rows.index(None)
+        self._copy(rank, rank.pages.fork(request.number, child.number), rows)
         child.length, child.shares = request.length, request.shares
         child.num_cached = child.prompt.num_shareable
-        self.rows[rows[1]] = child
+        rank.seat(child)
+        return True
 
     def leave(self, request: Request) -> None:
         """Take the row and the pages of a request, or its place among those that wait."""
         if request in self.rows:
-            self.rows[self.rows.index(request)] = None
-            self.pages.release(request.number)
+            self.rank_of(request).leave(request)
         else:
             self.waiting.remove(request)
             self._swap.drop(request)
 
     def prefill(self, num_chunks: int) -> None:
-        """Compute up to this many chunks of prompts, in order of admission."""
-        for request in self.prefilling:
-            while num_chunks and request in self.rows and request.is_prefilling:
-                self._prefill_chunk(request)
-                num_chunks -= 1
+        """Compute up to this many chunks of prompts on each rank, in order of admission."""
+        for _ in range(num_chunks):
+            requests = [self._with_room_for_a_chunk(rank) for rank in self.ranks]
+            if not any(requests):
+                return
+            self._prefill_chunks(requests)
 
-    def _prefill_chunk(self, request: Request) -> None:
-        end = min(request.length + self._chunk, request.prompt.num_shareable)
-        if not self._make_room(request, end):
-            return
-        chunk = request.prompt.tokens[request.length : end]
-        tokens = np.zeros((1, self._chunk), np.int32)
-        tokens[0, : len(chunk)] = chunk
-        num_tokens, start = np.array([[len(chunk)], [request.length]], np.int32)
-        given = tokens, num_tokens, start, self._tables([request])
+    def _with_room_for_a_chunk(self, rank: Rank) -> Request | None:
+        """The request whose prompt is next on a rank; None if there is none, or it had to wait."""
+        request = next(iter(rank.prefilling), None)
+        if request is None or not self._make_room(rank, request, self._end_of_chunk(request)):
+            return None
+        return request
+
+    def _end_of_chunk(self, request: Request) -> int:
+        return min(request.length + self._chunk, request.prompt.num_shareable)
+
+    def _prefill_chunks(self, requests: Sequence[Request | None]) -> None:
+        """A chunk of a prompt on each rank, of all in one step; a rank without one rests."""
+        tokens = np.zeros((len(requests), self._chunk), np.int32)
+        num_tokens, start = np.zeros((2, len(requests)), np.int32)
+        for row, request in enumerate(requests):
+            if request is not None:
+                chunk = request.prompt.tokens[request.length : self._end_of_chunk(request)]
+                tokens[row, : len(chunk)] = chunk
+                num_tokens[row], start[row] = len(chunk), request.length
+        given = tokens, num_tokens, start, self._tables(requests)
         tokens, num_tokens, start, tables = jax.device_put(given)
         self._session.cache = steps.prefill(
             self._weights, tokens, num_tokens, start, tables, self._session.cache
         )
-        request.length = end
-        self.pages.advance(request.number, request.length)
-        self.figures.prefilled_tokens += len(chunk)
+        for request in requests:
+            if request is not None:
+                end = self._end_of_chunk(request)
+                self.figures.prefilled_tokens += end - request.length
+                request.length = end
+                self.rank_of(request).pages.advance(request.number, end)
 
     def decode(self) -> Arrived:
         """Find the next tokens of all requests whose prompts are computed."""
-        for request in self.running:
-            if request in self.rows and not request.is_prefilling:  # not preempted meanwhile
-                ahead = min(self._decode_steps, request.max_new_tokens - request.num_decoded)
-                self._make_room(request, request.length + ahead)
+        for rank in self.ranks:
+            for request in rank.running:
+                if request in rank.rows and not request.is_prefilling:  # not preempted meanwhile
+                    ahead = min(self._decode_steps, request.max_new_tokens - request.num_decoded)
+                    self._make_room(rank, request, request.length + ahead)
         rows = [None if r is None or r.is_prefilling else r for r in self.rows]
         if not any(rows):
             return []
@@ -236,11 +273,11 @@ class Batch:
             if decoded is not None:
                 tokens, logprobs, failed = new.of(row)
                 fresh = decoded.take(tokens, logprobs, failed and not decoded.shares)
-                self.pages.advance(decoded.number, decoded.length)
+                self.rank_of(decoded).pages.advance(decoded.number, decoded.length)
                 self.figures.generated_tokens += len(fresh)
                 self.figures.repeated_tokens += len(tokens) - len(fresh)
                 arrived.append((decoded, fresh))
-                if failed:
+                if failed and decoded.finish_reason != "stop":  # by a string that came before
                     self._distrust(decoded)
         self.figures.look(self.pages.usage())
         for decoded, _ in arrived:
@@ -280,27 +317,26 @@ class Batch:
             table = np.full((len(rows), group.pages.table.shape[-1]), -1, np.int32)
             for row, request in zip(table, rows, strict=True):
                 if request is not None:
-                    pages = self.pages.table(request.number, number)
+                    pages = self.rank_of(request).pages.table(request.number, number)
                     row[: len(pages)] = pages
             tables.append(table)
         return tuple(tables)
 
-    def _make_room(self, request: Request, length: int) -> bool:
+    def _make_room(self, rank: Rank, request: Request, length: int) -> bool:
         """Assign pages for this many tokens, preempting requests admitted last; False if itself."""
         while True:
             try:
-                self.pages.extend(request.number, length)
+                rank.pages.extend(request.number, length)
                 return True
             except PoolFullError:
-                victim = self.running[-1]
-                self._preempt(victim)
+                victim = rank.running[-1]
+                self._preempt(rank, victim)
                 if victim is request:
                     return False
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, rank: Rank, request: Request) -> None:
         """Take its pages. They come back, or are computed again in the same way: the same bits."""
-        cache, row = self._session.cache, self.rows.index(request)
-        if not self._swap.keep(request, cache, pages_in_use(self.pages, request, row, cache)):
+        if not self._swap.keep(request, rank, self._session.cache):
             request.length = 0
         request.num_preemptions += 1
         self.figures.preemptions += 1
@@ -312,7 +348,7 @@ class Batch:
         Tokens of a chunk spoil those before them too, for zero times NaN is NaN. So who found
         pages in the pool computes them for itself before it is said to have failed.
         """
-        self.pages.withdraw(request.number)
+        self.rank_of(request).pages.withdraw(request.number)
         if request.shares:
             request.length = 0
             request.prompt = dataclasses.replace(request.prompt, reuse=False)
@@ -322,14 +358,15 @@ class Batch:
         self.leave(request)
         self.waiting.appendleft(request)
 
-    def _copy(self, copies: list[Copy], rows: tuple[int, int] = (-1, -1)) -> None:
+    def _copy(self, rank: Rank, copies: list[Copy], rows: tuple[int, int] = (-1, -1)) -> None:
         """Pages and, from row to row, newest tokens. Before the next step; padded to one shape."""
-        num_groups, num_pools = len(self.pages.groups), len(steps.pools_of(self._session.cache))
+        num_groups = len(rank.pages.groups)
+        num_pools = len(steps.pools_of(self._session.cache))
         if not copies and (num_pools == num_groups or rows[1] < 0):
             return
-        pairs = np.full((2, num_pools, 1), -1, np.int32)
-        pairs[:, num_groups:, 0] = np.array(rows)[:, None]
+        pairs = np.full((2, num_pools, len(self.ranks)), -1, np.int32)
+        pairs[:, num_groups:, rank.number] = np.array(rows)[:, None]
         for copy in copies:
-            pairs[:, copy.group, 0] = copy.source, copy.destination
+            pairs[:, copy.group, rank.number] = copy.source, copy.destination
         sources, destinations = jax.device_put((tuple(pairs[0]), tuple(pairs[1])))
         self._session.cache = steps.copy(sources, destinations, self._session.cache)

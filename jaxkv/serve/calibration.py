@@ -14,6 +14,7 @@ from jaxkv.addressing import Contiguous
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.create import create
 from jaxkv.cache.hybrid import AnyCache, AnyConfig, HybridConfig
+from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Codec, State
 from jaxkv.serve.model_step import Model, ModelStep, Weights
 
@@ -77,21 +78,32 @@ def with_constants(
       ValueError: constants of another config.
     """
     held = [array for group in cache.groups for array in group.codec_state.values()]
-    if not held or any(np.asarray(array).any() for array in held):  # those of a loaded prefix
+    if not held or any(map(_is_set, held)):  # by a loaded prefix
         return cache
     found = _learned(weights, cache.config, mesh=mesh) if constants is None else constants
-    expected = [jax.tree.map(jnp.shape, group.codec_state) for group in cache.groups]
+    expected = [
+        {name: shape for name, (shape, _) in group.config.codec_state.items()}
+        for group in cache.groups
+    ]
     given = [jax.tree.map(jnp.shape, dict(state)) for state in found]
     if given != expected:
         raise ValueError(f"constants must have the shapes {expected}, got {given}.")
-    groups = []
-    for group, state in zip(cache.groups, found, strict=True):
-        own = {  # copies, for a step is given the cache's arrays to keep
-            name: jax.device_put(jnp.array(state[name], array.dtype), array.sharding)
-            for name, array in group.codec_state.items()
-        }
-        groups.append(group.with_codec_state(own))
-    return cache.with_groups(groups)
+    pairs = zip(cache.groups, found, strict=True)
+    return cache.with_groups([group.with_codec_state(_placed(group, own)) for group, own in pairs])
+
+
+def _is_set(array: Array) -> bool:
+    return any(np.asarray(shard.data).any() for shard in array.addressable_shards)
+
+
+def _placed(group: KVCache, state: State) -> State:
+    """Copies where the cache has them, for a step is given its arrays to keep."""
+    copies = 1 if group.spread is None else group.spread.copies(group.config)
+    own = {}
+    for name, array in group.codec_state.items():
+        heads = jnp.repeat(jnp.asarray(state[name], array.dtype), copies, axis=2)
+        own[name] = jax.device_put(jnp.array(heads), array.sharding)
+    return own
 
 
 def _learned(

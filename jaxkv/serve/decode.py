@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
+from jaxkv.attention.observed import observed
 from jaxkv.cache.axes import Spread
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.shards import everywhere
@@ -81,15 +82,22 @@ def _prefill(
     tokens: Int[Array, "batch chunk"],
     num_tokens: Int[Array, " batch"],
     cache: AnyCache,
-) -> tuple[AnyCache, Array]:
+    *,
+    observe: bool,
+) -> tuple[AnyCache, Array, Any]:
     """Take one chunk of every prompt, without its padding.
 
     Returns:
-      The cache, and the lengths once more, to wait for while the next step has the cache.
+      The cache, the lengths once more, to wait for while the next step has the cache, and the
+      chunk's queries if they are to be observed.
     """
-    _, cache = model(tokens, padded_after(cache, num_tokens))
+    cache, queries = padded_after(cache, num_tokens), None
+    if observe:
+        _, cache, queries = observed(model)(tokens, cache)
+    else:
+        _, cache = model(tokens, cache)
     cache = padded_after(cache, None)
-    return cache, cache.lengths
+    return cache, cache.lengths, queries
 
 
 @functools.partial(ModelStep, donated=[0, 1])
@@ -140,6 +148,8 @@ class Program:
     weights: Weights
     sampling: Sampling
     stop_tokens: tuple[int, ...]
+    num_steps: int
+    observe: bool
 
     @classmethod
     def of(
@@ -147,20 +157,32 @@ class Program:
         model: Model,
         sampling: Sampling,
         stop_tokens: Sequence[int],
+        *,
+        num_steps: int = TOKENS_PER_DISPATCH,
+        observe: bool = False,
         on: Spread | None = None,
     ) -> "Program":
-        """With the model's arrays where the cache is going to be."""
-        weights = Weights.of(model) if on is None else Weights.of(model).spread_over(on.mesh)
-        return cls(weights, sampling, tuple(int(token) for token in stop_tokens))
+        """With the model's arrays where the cache is going to be.
 
-    def compile(self, chunks: list[Chunk], state: State, cache: AnyCache) -> None:
-        """Compile first, so that timings of the steps do not include XLA's."""
+        Args:
+          num_steps: of decode between two looks of the host.
+          observe: does prefill give the prompts' queries?
+          on: the mesh.
+        """
+        weights = Weights.of(model) if on is None else Weights.of(model).spread_over(on.mesh)
+        stops = tuple(int(token) for token in stop_tokens)
+        return cls(weights, sampling, stops, num_steps, observe)
+
+    # Compiled first, so that timings of the steps do not include XLA's.
+    def compile_prefill(self, chunks: list[Chunk], cache: AnyCache) -> None:
         if chunks:
-            _prefill.lower(self.weights, *chunks[0], cache).compile()
+            _prefill.lower(self.weights, *chunks[0], cache, observe=self.observe).compile()
+
+    def compile_decode(self, state: State, cache: AnyCache) -> None:
         _decode.lower(self.weights, state, cache, **self._options()).compile()
 
-    def prefill(self, chunk: Chunk, cache: AnyCache) -> tuple[AnyCache, Array]:
-        return _prefill(self.weights, *jax.device_put(chunk), cache)
+    def prefill(self, chunk: Chunk, cache: AnyCache) -> tuple[AnyCache, Array, Any]:
+        return _prefill(self.weights, *jax.device_put(chunk), cache, observe=self.observe)
 
     def decode(self, state: State, cache: AnyCache) -> tuple[State, AnyCache, New]:
         return _decode(self.weights, state, cache, **self._options())
@@ -169,5 +191,5 @@ class Program:
         return {
             "sampling": self.sampling,
             "stop_tokens": self.stop_tokens,
-            "num_steps": TOKENS_PER_DISPATCH,
+            "num_steps": self.num_steps,
         }

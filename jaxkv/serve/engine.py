@@ -1,6 +1,7 @@
 """Continuous batching over one paged pool: many requests, each with an answer of its own."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -8,11 +9,12 @@ from jax.sharding import Mesh
 
 from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.checks import checked_prompt
+from jaxkv.cache.create import config_of_a_device
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.devices import platform_at
 from jaxkv.errors import ConfigError, ModelChangedError, PoolFullError, UnknownRequestError
 from jaxkv.memory import MemoryTracker, session
-from jaxkv.paging import PageAllocator, Prompt
+from jaxkv.paging import PageAllocator, Pools, Prompt
 from jaxkv.serve.batch import Arrived, Batch
 from jaxkv.serve.calibration import Constants
 from jaxkv.serve.checks import check_config, check_request
@@ -21,6 +23,7 @@ from jaxkv.serve.model_step import Model
 from jaxkv.serve.request import Request
 from jaxkv.serve.sampling import Sampling
 from jaxkv.show.progress import progress_bar
+from jaxkv.show.stop_strings import StopStrings
 
 
 class Engine:
@@ -41,11 +44,13 @@ class Engine:
       sampling: how tokens are drawn; greedy unless said.
       stop_tokens: ids that end any request; the model's own ``stop_tokens`` if None, which those
         of `jaxkv.models` have.
+      tokenizer: a `tokenizers.Tokenizer`, for stop strings and `Request.text`.
+      stop_strings: texts that end any request; its ``text`` ends before them.
       prefill_chunk: tokens of a prompt that a step takes, and pages are found again in multiples of
         it. If None, 128 on a CPU and 256 elsewhere, where a step takes hardly longer for it.
-      decode_steps: tokens of an answer between two looks of the host.
-      token_budget: tokens, prefilled and decoded, that a round is to stay within; at least one
-        chunk is prefilled. If None, 512 on a CPU and 2,048 elsewhere.
+      decode_steps: tokens of an answer between two looks of the host; 1 to stream each as it comes.
+      token_budget: tokens, prefilled and decoded, that a round is to stay within on each data
+        rank; at least one chunk is prefilled. If None, 512 on a CPU and 2,048 elsewhere.
       sharing: False to compute every prompt anew.
       swap_space: bytes of host memory in which preempted requests may keep their pages; those
         that find no room there are computed again. `Figures` reports what is used.
@@ -53,15 +58,18 @@ class Engine:
         `update`, what it learns from 128 tokens that have nothing to do with the requests.
       tracker: a ledger that the cache is entered in.
       device: where the cache lives.
-      mesh, axes: the devices over which KV heads are spread, as in `jaxkv.create`. Arrays of the
-        model that are on one device are copied to all of the mesh.
+      mesh, axes: the devices over which requests and KV heads are spread, as in `jaxkv.create`.
+        Each part of the batch, a data rank, has a pool of pages of its own: requests share what
+        they have in common there. One goes where most of its prompt is found, and then where most
+        pages are free. Arrays of the model that are on one device are copied to all of the mesh.
 
     Attributes:
-      pages: the books of the pool; ``pages.usage()`` and ``pages.check()`` may be called any time.
+      pages: the books, of the pool of each data rank, see `jaxkv.paging.Pools`; of one unless the
+        batch is split. ``pages.usage()`` and ``pages.check()`` may be called any time.
       figures: what the engine did so far.
 
     Raises:
-      ConfigError: a cache that is no shared paged pool.
+      ConfigError: a cache that is no shared paged pool, or that the axes cannot split.
       CacheAllocationError: it does not fit.
 
     >>> import jax, jaxkv
@@ -82,6 +90,8 @@ class Engine:
         *,
         sampling: Sampling = Sampling(),
         stop_tokens: Sequence[int] | None = None,
+        tokenizer: Any = None,
+        stop_strings: str | Sequence[str] = (),
         prefill_chunk: int | None = None,
         decode_steps: int = 8,
         token_budget: int | None = None,
@@ -93,28 +103,33 @@ class Engine:
         mesh: Mesh | None = None,
         axes: Axes | None = None,
     ):
-        spread = _checked_spread(mesh, axes)
+        spread = _checked_spread(mesh, axes, swap_space)
         on_cpu = (platform_at(device) if spread is None else spread.platform) == "cpu"
         prefill_chunk = (128 if on_cpu else 256) if prefill_chunk is None else prefill_chunk
         token_budget = (512 if on_cpu else 2048) if token_budget is None else token_budget
+        local = config_of_a_device(config, spread)
         groups, page_size = check_config(
-            config, prefill_chunk, decode_steps, token_budget, swap_space
+            local, prefill_chunk, decode_steps, token_budget, swap_space
         )
         self.config = config
         self._vocabulary = getattr(model, "vocab_size", None)
         stops = getattr(model, "stop_tokens", ()) if stop_tokens is None else stop_tokens
         self._stop_tokens, self._budget = tuple(stops), token_budget
+        self._tokenizer = tokenizer
+        self._stop_strings = StopStrings.of(stop_strings, tokenizer)
         self._chunk, self._decode_steps = prefill_chunk, decode_steps
         self._num_submitted = 0
-        self.pages = PageAllocator(
+        books = functools.partial(
+            PageAllocator,
             groups,
             page_size=page_size,
             chunk=prefill_chunk,
             # For the tokens that each running request will need next.
-            reserve=min(config.batch_size or 1, min(group.num_pages for group in groups) // 8),
+            reserve=min(local.batch_size or 1, min(group.num_pages for group in groups) // 8),
             fingerprint=f"{type(model).__qualname__} {config}".encode(),
             sharing=sharing,
         )
+        self.pages = Pools(books() for _ in range(1 if spread is None else spread.size("batch")))
         self._stack = contextlib.ExitStack()
         self._held = self._stack.enter_context(
             session(
@@ -145,6 +160,7 @@ class Engine:
         max_new_tokens: int,
         seed: int = 0,
         stop_tokens: Sequence[int] = (),
+        stop_strings: str | Sequence[str] = (),
         salt: bytes | str = b"",
     ) -> Request:
         """Put a prompt in the queue.
@@ -154,36 +170,43 @@ class Engine:
           max_new_tokens: of the answer, at most.
           seed: of its draws, an int32.
           stop_tokens: ids that end it, besides the engine's.
+          stop_strings: texts that end it, likewise; for an engine with a tokenizer.
           salt: requests share pages with those of the same salt only. Give each tenant one of
             its own, chosen by the server, or one could learn from timing what others asked.
 
         Raises:
           CacheFullError: prompt and answer can never fit.
-          ValueError: an empty prompt, a token outside the vocabulary, a bad limit or seed.
+          ValueError: an empty prompt, a token outside the vocabulary, a bad limit or seed, or stop
+            strings without a tokenizer.
         """
         ids = checked_prompt(prompt, self._vocabulary)
-        named, stops = self.pages.prompt(ids, salt=salt), (*self._stop_tokens, *stop_tokens)
-        request = self._new_request(named, max_new_tokens, seed, stops)
+        named, stops = self.pages[0].prompt(ids, salt=salt), (*self._stop_tokens, *stop_tokens)
+        own = StopStrings.of(stop_strings, self._tokenizer).strings
+        strings = StopStrings((*self._stop_strings.strings, *own))
+        request = self._new_request(named, max_new_tokens, seed, stops, strings)
         self._batch.waiting.append(request)
         return request
 
     def fork(self, request: Request, *, seed: int) -> Request:
         """Another request that goes on from where this one is, with draws of its own.
 
-        It shares all full pages at once if a row and pages for it are free, and waits otherwise.
+        It shares all full pages at once if a row and pages for it are free on the same devices,
+        and waits otherwise.
 
         Raises:
           UnknownRequestError: not a request of this engine, or one that has ended.
           ValueError: a bad seed.
         """
         self._check_alive(request)
-        child = self._new_request(request.prompt, request.max_new_tokens, seed, request.stop_tokens)
+        child = self._new_request(
+            request.prompt, request.max_new_tokens, seed, request.stop_tokens, request.stop_strings
+        )
         child.tokens, child.logprobs = list(request.tokens), list(request.logprobs)
-        rows = self._batch.rows
-        if request in rows and None in rows and not (request.is_prefilling or self._batch.waiting):
+        running = request in self._batch.rows and not request.is_prefilling
+        if running and not self._batch.waiting:
             with contextlib.suppress(PoolFullError):
-                self._batch.fork(request, child)
-                return child
+                if self._batch.fork(request, child):
+                    return child
         self._batch.waiting.append(child)
         return child
 
@@ -246,8 +269,7 @@ class Engine:
 
     def _round(self) -> Arrived:
         self._batch.admit_waiting()
-        num_decoding = len(self._batch.running) - len(self._batch.prefilling)
-        budget = self._budget - num_decoding * self._decode_steps
+        budget = self._budget - self._batch.most_decoding * self._decode_steps
         self._batch.prefill(max(1, budget // self._chunk))
         return self._batch.decode()
 
@@ -308,11 +330,18 @@ class Engine:
         self._held.cache = cache
 
     def _new_request(
-        self, prompt: Prompt, max_new_tokens: int, seed: int, stop_tokens: Sequence[int]
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        seed: int,
+        stop_tokens: Sequence[int],
+        stop_strings: StopStrings,
     ) -> Request:
         stops = tuple(dict.fromkeys(map(int, stop_tokens)))
-        check_request(self.config, self.pages, len(prompt), max_new_tokens, seed, stops)
-        request = Request(self._num_submitted, prompt, max_new_tokens, seed, stops)
+        check_request(self.config, self.pages[0], len(prompt), max_new_tokens, seed, stops)
+        request = Request(
+            self._num_submitted, prompt, max_new_tokens, seed, stops, stop_strings, self._tokenizer
+        )
         self._num_submitted += 1
         return request
 
@@ -324,12 +353,20 @@ class Engine:
             )
 
 
-def _checked_spread(mesh: Mesh | None, axes: Axes | None) -> Spread | None:
-    """Over KV heads alone, so far: one pool, whose pages all devices have."""
+def _checked_spread(mesh: Mesh | None, axes: Axes | None, swap_space: int) -> Spread | None:
+    """How the cache is spread, unless the engine cannot have it so."""
     spread = Spread.of(mesh, axes)
-    if spread is not None and spread.size("batch") * spread.size("context") > 1:
+    if spread is None:
+        return None
+    if spread.size("context") > 1:
         raise ConfigError(
-            f"Engine: axes must name heads alone, got {axes}: there is one pool of pages, and all "
-            "devices have each. Run an Engine for each part of the batch."
+            f"Engine: axes must name batch and heads alone, got {axes}: a page whose tokens are "
+            "split by context is not one page of the books. generate takes a split context."
         )
-    return None if spread is None else spread.automatic
+    if swap_space and len(spread.mesh.local_devices) < spread.mesh.size:
+        raise ConfigError(
+            f"Engine: swap_space must be 0 where devices are in several processes, got "
+            f"{swap_space}: a process cannot read the pages of another. Preempted requests are "
+            "computed again."
+        )
+    return spread.automatic

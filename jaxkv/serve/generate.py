@@ -1,9 +1,10 @@
 """From prompts to new tokens: the loop that a user calls."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -16,13 +17,20 @@ from jaxkv.codecs import Codec
 from jaxkv.counts import check_count
 from jaxkv.devices import platform_at
 from jaxkv.memory import MemoryTracker, session
-from jaxkv.memory.session import Session
+from jaxkv.memory.session import Session, holding
 from jaxkv.serve.calibration import Constants, with_constants
-from jaxkv.serve.decode import Chunk, Program, State
+from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Chunk, Program, State
 from jaxkv.serve.decode import prefill_chunk as best_chunk
-from jaxkv.serve.model_step import Model, Weights
+from jaxkv.serve.ending import Ending
+from jaxkv.serve.model_step import Model
 from jaxkv.serve.sampling import Sampling
 from jaxkv.show.progress import progress_bar
+from jaxkv.show.stop_strings import StopStrings
+
+if TYPE_CHECKING:  # loaded when they are asked for
+    from jaxkv.compression.budgets import Keep
+    from jaxkv.policies import Policy
+    from jaxkv.serve.compressed import Compression
 
 _SMALLEST_CONTEXT = 512
 # A layer with a window keeps a chunk beside it: no longer a one than that, or than the window.
@@ -59,11 +67,13 @@ class Generation:
     """What `generate` returns; lists are in the order of the prompts.
 
     Attributes:
-      tokens: the new tokens, a stop token included.
+      tokens: the new tokens, a stop token included, and those that complete a stop string.
       logprobs: of each new token under the model, before temperature and filters.
-      finish_reasons: ``"stop"`` for a stop token, ``"length"`` for ``max_new_tokens``, ``"nan"``
-        where the model's next logits were no distribution, see `sample`.
-      config: of the cache that was used; its ``size_bytes`` were held.
+      finish_reasons: ``"stop"`` for a stop token or string, ``"length"`` for ``max_new_tokens``,
+        ``"nan"`` where the model's next logits were no distribution, see `sample`.
+      config: of the cache that was used; its ``size_bytes`` were held. With a policy, of the
+        smaller one that decode used.
+      texts: of the answers, before a stop string; None without a tokenizer.
 
     >>> import jax, jaxkv
     >>> def count_up(tokens, cache):  # a "model" that answers token + 1
@@ -79,18 +89,30 @@ class Generation:
     finish_reasons: list[str]
     timings: Timings
     config: AnyConfig
+    texts: list[str] | None = None
 
 
-@dataclasses.dataclass
 class _Answer:
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    failed: bool = False
+    """What was found for a prompt so far."""
 
-    def finish_reason(self, stop_tokens: Sequence[int]) -> str:
-        if self.failed:
-            return "nan"
-        return "stop" if self.tokens[-1] in stop_tokens else "length"
+    def __init__(self, prompt: np.ndarray, ending: Ending):
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: str | None = None
+        self._prompt, self._ending = prompt, ending
+
+    def take(self, tokens: list[int], logprobs: list[float], failed: bool) -> list[int]:
+        """Enter what a dispatch found, as `New.of` says it, and return what of it counts."""
+        if self.finish_reason is not None:  # by a stop string, which the device knows nothing of
+            return []
+        answer, known = [*self.tokens, *tokens], len(self.tokens)
+        count, self.finish_reason = self._ending.of(self._prompt, answer, known, failed)
+        self.tokens = answer[:count]
+        self.logprobs += logprobs[: count - known]
+        return answer[known:count]
+
+    def text(self) -> str:
+        return self._ending.text_of(self._prompt, self.tokens)
 
 
 def generate(
@@ -101,12 +123,17 @@ def generate(
     sampling: Sampling = Sampling(),
     seed: int | Sequence[int] = 0,
     stop_tokens: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    stop_strings: str | Sequence[str] = (),
     max_context_length: int | None = None,
     codec: Codec | str | Sequence[Codec | str] | None = None,
     config: AnyConfig | None = None,
     constants: Constants | None = None,
+    policy: "Policy | str | None" = None,
+    keep: "Keep | None" = None,
     prefill_chunk: int | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
+    stream_every: int = TOKENS_PER_DISPATCH,
     tracker: MemoryTracker | None = None,
     device: Any = None,
     mesh: Mesh | None = None,
@@ -119,11 +146,15 @@ def generate(
         nnx module) is passed to jit as such; a plain function closes over its own.
       prompts: token ids, at least one a prompt.
       max_new_tokens: tokens to add to each prompt, at most.
-      sampling: how a token is drawn; greedy unless said.
+      sampling: how a token is drawn; greedy unless said, whatever a checkpoint's files say:
+        ``jaxkv.models.load_sampling(folder)`` is what these do.
       seed: of the draws, an int32: one for all, or one per prompt. A sequence's tokens depend on
         its own seed and prompt, so equal prompts need different seeds to differ.
       stop_tokens: ids that end a sequence; the model's own ``stop_tokens`` if None, which those of
         `jaxkv.models` have.
+      tokenizer: a `tokenizers.Tokenizer`, for stop strings and the answers' texts.
+      stop_strings: texts that end a sequence, also where they begin or end within a token. The
+        answer's text ends before them.
       max_context_length: slots per sequence; the next power of two that holds the longest if
         None. Keep it the same over calls to compile once.
       codec: of the cache, one or one per layer, by value or by name; the model's choice if None.
@@ -131,18 +162,24 @@ def generate(
         ``max_context_length`` and ``codec``.
       constants: what a codec with state has learned, from `jaxkv.calibrate`; if None, what it
         learns from 128 tokens that have nothing to do with the prompts.
+      policy: which tokens of the prompts stay, by value or by a name of `jaxkv.policies.POLICIES`:
+        after the prefill the cache is compressed, as by `jaxkv.compress`, and decode goes on over
+        what was kept. See `jaxkv.policies.Policy` for the queries that it is shown.
+      keep: how many; an int compiles decode once, a share once for each longest prompt.
       prefill_chunk: tokens of each prompt that are computed at once. If None, what suits the device
         and the prompts: 128 on a CPU, elsewhere up to 16,384 of all prompts together, but beside
         a window no more than that or 1,024. Layers with a window have room for it in their rings.
       on_tokens: called as ``on_tokens(prompt_number, new_tokens)`` as they arrive, some at a
-        time. No progress bar is shown then.
+        time. No progress bar is shown then. `jaxkv.models.TextStream` makes text of them.
+      stream_every: tokens of a prompt that arrive at once, at most; 1 for each by itself.
       tracker: a ledger that the cache is entered in.
       device: where the cache lives.
       mesh, axes: the devices over which the cache is spread and how, as in `jaxkv.create`.
         Arrays of the model that are on one device are copied to all of the mesh.
 
     Raises:
-      ValueError: an empty prompt, a token outside the vocabulary, a context too short.
+      ValueError: an empty prompt, a token outside the vocabulary, a context too short, stop strings
+        without a tokenizer, a policy without ``keep``, or for a cache over a mesh.
       CacheAllocationError: the cache does not fit.
 
     >>> import jax, jax.numpy as jnp, jaxkv
@@ -166,53 +203,103 @@ def generate(
     check_count("generate: prefill_chunk", chunk)
     config = _cache_config(model, checked, max_new_tokens, max_context_length, codec, chunk, config)
     stops = getattr(model, "stop_tokens", ()) if stop_tokens is None else stop_tokens
+    check_count("generate: stream_every", stream_every)
+    strings = StopStrings.of(stop_strings, tokenizer)
     spread = Spread.of(mesh, axes)
     if spread is not None:
         mesh = spread.automatic.mesh
-    program = Program.of(model, sampling, stops, on=spread and spread.automatic)
-    state = _start(checked, max_new_tokens, seed)
+    compression = _compression(policy, keep, spread)
     chunks = list(_chunks(checked, chunk))
-    answers = [_Answer() for _ in checked]
+    program = Program.of(
+        model,
+        sampling,
+        stops,
+        num_steps=stream_every,
+        observe=compression is not None and compression.window != 0,
+        on=spread and spread.automatic,
+    )
+    state = _start(checked, max_new_tokens, seed)
+    ending = Ending(max_new_tokens, program.stop_tokens, strings, tokenizer)
+    answers = [_Answer(prompt, ending) for prompt in checked]
     streams = on_tokens is not None
+    num_prefilled = sum(int(num_tokens.sum()) for _, num_tokens in chunks)
+    num_wanted = len(checked) * max_new_tokens
+    clock = _Clock()
 
-    with session(config, tracker=tracker, device=device, mesh=mesh, axes=axes) as live:
-        marks = [time.perf_counter()]
-        weights = Weights.of(model)
-        if spread is not None:
-            weights = weights.spread_over(spread.automatic.mesh)
-        live.cache = with_constants(weights, live.cache, constants, mesh)
-        program.compile(chunks, state, live.cache)
-        marks.append(time.perf_counter())
-        num_prefilled = sum(int(num_tokens.sum()) for _, num_tokens in chunks)
-        with progress_bar("prefill", num_prefilled, quiet=streams) as advance_bar:
-            for (_, num_tokens), done in _prefilled(program, chunks, live):
-                jax.block_until_ready(done)
-                advance_bar(int(num_tokens.sum()))
-        marks.append(time.perf_counter())
-        num_wanted = len(checked) * max_new_tokens
-        with progress_bar("decode", num_wanted, quiet=streams) as advance_bar:
-            while jax.device_get(state.remaining).any():
-                state, live.cache, new = program.decode(state, live.cache)
-                new = jax.device_get(new)
+    with contextlib.ExitStack() as stack:
+        live = stack.enter_context(
+            session(config, tracker=tracker, device=device, mesh=mesh, axes=axes)
+        )
+        with clock.runs("compile"):
+            live.cache = with_constants(program.weights, live.cache, constants, mesh)
+            program.compile_prefill(chunks, live.cache)
+            if compression is None:
+                program.compile_decode(state, live.cache)
+        with clock.runs("prefill"):
+            with progress_bar("prefill", num_prefilled, quiet=streams) as advance_bar:
+                for (_, num_tokens), done, queries in _prefilled(program, chunks, live):
+                    jax.block_until_ready(done)
+                    if compression is not None:
+                        compression.see(queries, num_tokens, num_chunks=len(chunks))
+                    advance_bar(int(num_tokens.sum()))
+            if compression is not None and chunks:
+                small = compression.apply(live.cache, new=max_new_tokens)
+                stack.close()
+                live = stack.enter_context(holding(small, tracker=tracker))
+        if compression is not None:
+            with clock.runs("compile"):
+                program.compile_decode(state, live.cache)
+        with (
+            clock.runs("decode"),
+            progress_bar("decode", num_wanted, quiet=streams) as advance_bar,
+        ):
+            while any(answer.finish_reason is None for answer in answers):
+                state, live.cache, found = program.decode(state, live.cache)
+                found = jax.device_get(found)
                 for number, answer in enumerate(answers):
-                    tokens, logprobs, failed = new.of(number)
-                    answer.tokens += tokens
-                    answer.logprobs += logprobs
-                    answer.failed |= failed
+                    tokens = answer.take(*found.of(number))
                     if on_tokens is not None and tokens:
                         on_tokens(number, tokens)
                     advance_bar(len(tokens))
-        marks.append(time.perf_counter())
+        config = live.config
 
-    compile_seconds, prefill_seconds, decode_seconds = np.diff(marks).tolist()
-    decoded = sum(len(answer.tokens) for answer in answers)
     return Generation(
         tokens=[answer.tokens for answer in answers],
         logprobs=[answer.logprobs for answer in answers],
-        finish_reasons=[answer.finish_reason(program.stop_tokens) for answer in answers],
-        timings=Timings(compile_seconds, prefill_seconds, num_prefilled, decode_seconds, decoded),
+        finish_reasons=[answer.finish_reason or "length" for answer in answers],
+        timings=Timings(
+            clock.seconds["compile"],
+            clock.seconds["prefill"],
+            num_prefilled,
+            clock.seconds["decode"],
+            sum(len(answer.tokens) for answer in answers),
+        ),
         config=config,
+        texts=None if tokenizer is None else [answer.text() for answer in answers],
     )
+
+
+class _Clock:
+    """Seconds that the parts of a generation took."""
+
+    def __init__(self) -> None:
+        self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
+
+    @contextlib.contextmanager
+    def runs(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+
+def _compression(
+    policy: "Policy | str | None", keep: "Keep | None", spread: Spread | None
+) -> "Compression | None":
+    if policy is None and keep is None:
+        return None
+    from jaxkv.serve.compressed import Compression
+
+    return Compression.of(policy, keep, spread)
 
 
 def _start(prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[int]) -> State:
@@ -262,13 +349,13 @@ def _chunks(prompts: list[np.ndarray], size: int) -> Iterator[Chunk]:
 
 def _prefilled(
     program: Program, chunks: list[Chunk], live: Session
-) -> Iterator[tuple[Chunk, jax.Array]]:
-    """Each chunk and what tells that it is computed, when the next one is on its way."""
-    last: list[tuple[Chunk, jax.Array]] = []
+) -> Iterator[tuple[Chunk, jax.Array, Any]]:
+    """Each chunk, what tells that it is computed and its queries, when the next is on its way."""
+    last: list[tuple[Chunk, jax.Array, Any]] = []
     for chunk in chunks:
-        live.cache, done = program.prefill(chunk, live.cache)
+        live.cache, done, queries = program.prefill(chunk, live.cache)
         yield from last
-        last = [(chunk, done)]
+        last = [(chunk, done, queries)]
     yield from last
 
 

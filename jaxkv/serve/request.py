@@ -2,8 +2,11 @@
 
 import dataclasses
 import time
+from typing import Any
 
 from jaxkv.paging import Prompt
+from jaxkv.serve.ending import Ending
+from jaxkv.show.stop_strings import StopStrings
 
 # Tokens that end a request, those of the engine and its own together: a fixed shape to compile.
 MOST_STOP_TOKENS = 16
@@ -19,13 +22,17 @@ class Request:
       max_new_tokens: the most tokens of the answer.
       seed: of its draws.
       stop_tokens: ids that end it, the engine's included.
-      tokens: the answer so far, a stop token included.
+      stop_strings: texts that end it, the engine's included.
+      tokenizer: of its engine; None for none.
+      tokens: the answer so far, a stop token included, and what completed a stop string.
       logprobs: of each, under the model before temperature and filters.
       finish_reason: ``"stop"``, ``"length"``, ``"cancelled"``, or ``"nan"`` where the model's next
         logits were no distribution, see `jaxkv.sample`; None while it is not over.
       num_cached: prompt tokens that were in the pool when it first ran.
       num_preemptions: times that its pages were taken from it, to be computed again later.
       submitted, first_token: times by `time.perf_counter`, the second None until it came.
+      rank: the part of the batch that it runs on, or ran on last, where the batch is split over
+        devices (0 where not); None before it first ran.
     """
 
     number: int
@@ -33,6 +40,8 @@ class Request:
     max_new_tokens: int
     seed: int
     stop_tokens: tuple[int, ...]
+    stop_strings: StopStrings = StopStrings()
+    tokenizer: Any = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
@@ -40,6 +49,7 @@ class Request:
     num_preemptions: int = 0
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     first_token: float | None = None
+    rank: int | None = None
     # Tokens whose keys and values are in its pages; those of the answer follow the prompt's.
     length: int = 0
     # Did others compute some of them?
@@ -48,6 +58,21 @@ class Request:
     @property
     def done(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def text(self) -> str:
+        """The answer so far as text, before a stop string.
+
+        Raises:
+          ValueError: its engine has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("Request.text needs an Engine with tokenizer=.")
+        return self._ending.text_of(self.prompt.tokens, self.tokens)
+
+    @property
+    def _ending(self) -> Ending:
+        return Ending(self.max_new_tokens, self.stop_tokens, self.stop_strings, self.tokenizer)
 
     @property
     def begun(self) -> bool:
@@ -78,17 +103,13 @@ class Request:
 
     def take(self, tokens: list[int], logprobs: list[float], failed: bool) -> list[int]:
         """Enter what a dispatch found, as `New.of` says it, and return what of it is new."""
-        known = len(self.tokens) - self.num_decoded
-        new = tokens[known:]
+        again = len(self.tokens) - self.num_decoded
+        answer, known = [*self.tokens, *tokens[again:]], len(self.tokens)
+        count, self.finish_reason = self._ending.of(self.prompt.tokens, answer, known, failed)
+        new = answer[known:count]
         self.length += len(tokens)
         self.tokens += new
-        self.logprobs += logprobs[known:]
+        self.logprobs += logprobs[again : again + len(new)]
         if new and self.first_token is None:
             self.first_token = time.perf_counter()
-        if failed:
-            self.finish_reason = "nan"
-        elif new and new[-1] in self.stop_tokens:
-            self.finish_reason = "stop"
-        elif len(self.tokens) == self.max_new_tokens:
-            self.finish_reason = "length"
         return new

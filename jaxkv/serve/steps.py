@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.rearrange import copied, select, slots_of_pages
+from jaxkv.cache.shards import by_row, everywhere, in_each_shard
 from jaxkv.cache.verbs import padded_after
 from jaxkv.codecs import Leaves
 from jaxkv.placement import scatter
@@ -47,23 +48,26 @@ class Rows(NamedTuple):
 @functools.partial(ModelStep, donated=[4])
 def prefill(
     model: Model,
-    tokens: Int[Ints, "1 chunk"],
-    num_tokens: Int[Array, "1"],
-    start: Int[Ints, "1"],
+    tokens: Int[Ints, "ranks chunk"],
+    num_tokens: Int[Array, " ranks"],
+    start: Int[Ints, " ranks"],
     tables: Tables,
     cache: AnyCache,
 ) -> AnyCache:
-    """Compute one chunk of one prompt, padded on the right.
+    """Compute one chunk of one prompt on each data rank, padded on the right.
 
-    One sequence a step, from a multiple of the chunk: so a page's bits depend on the tokens up
-    to it and on nothing else, and a page found is a page computed. That is also why it neither
-    reads nor writes `Newest` tokens, which stand in no page.
+    One sequence a step and rank, from a multiple of the chunk: so a page's bits depend on the
+    tokens up to it and on nothing else, and a page found is a page computed. That is also why it
+    neither reads nor writes `Newest` tokens, which stand in no page.
     """
-    row = _placed(_plain(select(cache, [0])), tables, start, start)
-    _, row = model(jnp.asarray(tokens), padded_after(row, num_tokens))
+    tokens, num_tokens, start = by_row(cache, tuple(map(jnp.asarray, (tokens, num_tokens, start))))
+    batch = cache.config.batch_size or 1
+    first_rows = list(range(0, batch, batch // len(tokens)))  # which stand for their ranks
+    sequences = _placed(_plain(select(cache, first_rows)), tables, start, start)
+    _, sequences = model(tokens, padded_after(sequences, num_tokens))
     groups = [
         dataclasses.replace(group, storage=written.storage).with_codec_state(written.codec_state)
-        for group, written in zip(cache.groups, row.groups, strict=True)
+        for group, written in zip(cache.groups, sequences.groups, strict=True)
     ]
     return cache.with_groups(groups)
 
@@ -78,6 +82,7 @@ def decode(
     num_steps: int,
 ) -> tuple[AnyCache, New]:
     """Up to ``num_steps`` tokens of each row that has any remaining."""
+    rows = by_row(cache, jax.tree.map(jnp.asarray, rows))
     seeds = jnp.asarray(rows.seeds)
 
     def unfinished(carry: Any) -> Any:
@@ -108,7 +113,7 @@ def decode(
     new = New(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     placed = _placed(cache, rows.tables, rows.lengths, rows.prompts)
     *_, cache, new = lax.while_loop(unfinished, one_step, (0, *rows[:2], placed, new))
-    return cache, new
+    return cache, everywhere(cache, new)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -117,7 +122,10 @@ def copy(
     destinations: Sequence[Int[Ints, " copies"]],
     cache: AnyCache,
 ) -> AnyCache:
-    """Copy pages within each of the cache's `pools_of`; a destination of -1 is skipped."""
+    """Copy pages within each of the cache's `pools_of`; a destination of -1 is skipped.
+
+    Of arrays of pages, here and below, each data rank has its part, in order.
+    """
     pools = [
         copied(pool, *map(jnp.asarray, pages))
         for pool, *pages in zip(pools_of(cache), sources, destinations, strict=True)
@@ -129,25 +137,30 @@ def copy(
 def read(pages: Sequence[Int[Ints, " pages"]], cache: AnyCache) -> tuple[Leaves, ...]:
     """What pages of each pool hold, ``[layers, sides, pages * page_size, ...]``; any for -1."""
     return tuple(
-        {
-            name: leaf.at[:, :, slots_of_pages(pool, jnp.maximum(own, 0))].get(mode="clip")
-            for name, leaf in pool.storage.items()
-        }
-        for pool, own in zip(pools_of(cache), pages, strict=True)
+        _read(pool, jnp.asarray(own)) for pool, own in zip(pools_of(cache), pages, strict=True)
     )
+
+
+@in_each_shard((None, None, "batch", "heads"))
+def _read(pool: KVCache, numbers: Int[Array, " pages"]) -> Leaves:
+    slots = slots_of_pages(pool, jnp.maximum(numbers, 0))
+    return {name: leaf.at[:, :, slots].get(mode="clip") for name, leaf in pool.storage.items()}
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def write(
     pages: Sequence[Int[Ints, " pages"]], contents: Sequence[Leaves], cache: AnyCache
 ) -> AnyCache:
-    """The inverse of `read`; a page of -1 is skipped."""
-    pools = []
-    for pool, own, leaves in zip(pools_of(cache), pages, contents, strict=True):
-        slots = slots_of_pages(pool, jnp.asarray(own))
-        storage = {name: scatter(leaf, slots, leaves[name]) for name, leaf in pool.storage.items()}
-        pools.append(dataclasses.replace(pool, storage=storage))
-    return _with_pools(cache, pools)
+    """The inverse of `read`, of one rank's contents; a page of -1 is skipped."""
+    given = zip(pools_of(cache), pages, contents, strict=True)
+    return _with_pools(cache, [_written(pool, jnp.asarray(own), each) for pool, own, each in given])
+
+
+@in_each_shard()
+def _written(pool: KVCache, numbers: Int[Array, " pages"], contents: Leaves) -> KVCache:
+    slots = slots_of_pages(pool, numbers)
+    storage = {name: scatter(leaf, slots, contents[name]) for name, leaf in pool.storage.items()}
+    return dataclasses.replace(pool, storage=storage)
 
 
 def without_codec_state(cache: AnyCache) -> AnyCache:
@@ -163,13 +176,17 @@ def without_codec_state(cache: AnyCache) -> AnyCache:
 
 def pools_of(cache: AnyCache) -> tuple[KVCache, ...]:
     """The pool of each group, and then their `Newest` tokens, where a page is that of a row."""
-    groups = cache.groups
-    return *groups, *(group.newest for group in groups if group.newest is not None)
+    newest = [
+        dataclasses.replace(group.newest, spread=group.spread)
+        for group in cache.groups
+        if group.newest is not None
+    ]
+    return *cache.groups, *newest
 
 
 def _with_pools(cache: AnyCache, pools: Sequence[KVCache]) -> AnyCache:
     num_groups = len(cache.groups)
-    newest = iter(pools[num_groups:])
+    newest = (dataclasses.replace(each, spread=None) for each in pools[num_groups:])
     groups = [
         group if group.newest is None else dataclasses.replace(group, newest=next(newest))
         for group in pools[:num_groups]

@@ -9,9 +9,9 @@ from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.rearrange import page_size_of
 from jaxkv.counts import ceil_div
-from jaxkv.paging import PageAllocator
 from jaxkv.serve import steps
 from jaxkv.serve.figures import Figures
+from jaxkv.serve.rank import Rank
 from jaxkv.serve.request import Request
 
 # Pages of each pool that one program moves, so that it is compiled once.
@@ -28,33 +28,31 @@ class SwapSpace:
     Args:
       size_bytes: at most.
       figures: where ``swapped_bytes`` are counted.
+      num_ranks: data ranks of the engine.
     """
 
-    def __init__(self, size_bytes: int, figures: Figures):
-        self._size_bytes, self._figures = size_bytes, figures
+    def __init__(self, size_bytes: int, figures: Figures, num_ranks: int):
+        self._size_bytes, self._figures, self._num_ranks = size_bytes, figures, num_ranks
         self._kept: dict[Request, list[list[HostLeaves]]] = {}
 
     def __contains__(self, request: Request) -> bool:
         return request in self._kept
 
-    def keep(self, request: Request, cache: AnyCache, pages: Pages) -> bool:
-        """Copy these pages of a request, or do nothing: False if there is no room for them."""
-        pools = steps.pools_of(cache)
+    def keep(self, request: Request, rank: Rank, cache: AnyCache) -> bool:
+        """Copy the pages of a request that runs there, or do nothing: False without room for it."""
+        pools, pages = steps.pools_of(cache), pages_in_use(rank, request, cache)
         needed = sum(
-            len(own) * page_size_of(pool) * pool.config.bytes_per_token
+            len(own) * page_size_of(pool) * _bytes_per_token(pool)
             for pool, own in zip(pools, pages, strict=True)
         )
         if not 0 < needed <= self._size_bytes - self._figures.swapped_bytes:
             return False
         self._kept[request] = []
         for numbers in _portions(pages):
-            contents = jax.device_get(steps.read(jax.device_put(_padded(numbers)), cache))
-            # Copies, for a part of what a device gave would keep all of it in memory.
+            given = jax.device_put(self._padded(numbers, rank))
+            contents = jax.device_get(steps.read(given, cache))
             self._kept[request].append([
-                {
-                    name: np.array(leaf[:, :, : len(own) * page_size_of(pool)])
-                    for name, leaf in leaves.items()
-                }
+                {name: _first(leaf, len(own), pool, rank) for name, leaf in leaves.items()}
                 for pool, own, leaves in zip(pools, numbers, contents, strict=True)
             ])  # fmt: skip
         self._figures.swapped_bytes += needed
@@ -62,14 +60,16 @@ class SwapSpace:
         self._figures.most_swapped_bytes, self._figures.swaps = most, self._figures.swaps + 1
         return True
 
-    def put_back(self, request: Request, cache: AnyCache, pages: Pages) -> AnyCache:
-        """The cache, donated, with what was kept of a request in these pages, as many as before."""
+    def put_back(self, request: Request, rank: Rank, cache: AnyCache) -> AnyCache:
+        """The cache, donated, with what was kept of a request in the pages that it has now."""
+        pages = pages_in_use(rank, request, cache)
         for numbers, contents in zip(_portions(pages), self._kept[request], strict=True):
             padded = tuple(
                 {name: _filled_up(leaf, pool) for name, leaf in leaves.items()}
                 for pool, leaves in zip(steps.pools_of(cache), contents, strict=True)
             )
-            cache = steps.write(*jax.device_put((_padded(numbers), padded)), cache)
+            given = jax.device_put((self._padded(numbers, rank), padded))
+            cache = steps.write(*given, cache)
         self.drop(request)
         return cache
 
@@ -78,13 +78,27 @@ class SwapSpace:
         for contents in self._kept.pop(request, []):
             self._figures.swapped_bytes -= sum(leaf.nbytes for leaf in jax.tree.leaves(contents))
 
+    def _padded(self, pages: Pages, rank: Rank) -> tuple[np.ndarray, ...]:
+        """As a program takes them: a part for each rank."""
+        padded = np.full((len(pages), self._num_ranks, PAGES_AT_ONCE), -1, np.int32)
+        for row, own in zip(padded, pages, strict=True):
+            row[rank.number, : len(own)] = own
+        return tuple(padded.reshape(len(pages), -1))
 
-def pages_in_use(books: PageAllocator, request: Request, row: int, cache: AnyCache) -> Pages:
-    """The pages of a request, in this row, that hold tokens which a later query may see."""
-    end = ceil_div(request.length, books.page_size)
-    tables = [books.table(request.number, number)[:end] for number in range(len(books.groups))]
+
+def pages_in_use(rank: Rank, request: Request, cache: AnyCache) -> Pages:
+    """The pages of a request, in its row, that hold tokens which a later query may see."""
+    end = ceil_div(request.length, rank.pages.page_size)
+    groups = range(len(rank.pages.groups))
+    tables = [rank.pages.table(request.number, number)[:end] for number in groups]
     num_rings = len(steps.pools_of(cache)) - len(tables)
-    return [*(table[table >= 0] for table in tables), *[np.array([row])] * num_rings]
+    row = np.array([rank.rows.index(request)])
+    return [*(table[table >= 0] for table in tables), *[row] * num_rings]
+
+
+def _bytes_per_token(pool: KVCache) -> int:
+    """Copies of a KV head on several devices included."""
+    return sum(leaf.nbytes // leaf.shape[2] for leaf in pool.storage.values())
 
 
 def _portions(pages: Pages) -> list[Pages]:
@@ -93,11 +107,10 @@ def _portions(pages: Pages) -> list[Pages]:
     return [[own[start : start + PAGES_AT_ONCE] for own in pages] for start in starts]
 
 
-def _padded(pages: Pages) -> tuple[np.ndarray, ...]:
-    return tuple(
-        np.concatenate([own, np.full(PAGES_AT_ONCE - len(own), -1)]).astype(np.int32)
-        for own in pages
-    )
+def _first(leaf: np.ndarray, num_pages: int, pool: KVCache, rank: Rank) -> np.ndarray:
+    """A copy of what the first pages of a rank hold, or all that was read would stay in memory."""
+    start, size = rank.number * PAGES_AT_ONCE, page_size_of(pool)
+    return np.array(leaf[:, :, start * size : (start + num_pages) * size])
 
 
 def _filled_up(leaf: np.ndarray, pool: KVCache) -> np.ndarray:

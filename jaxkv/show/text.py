@@ -64,6 +64,25 @@ def parse_bytes(text: str) -> int:
     return int(Decimal(number) * step ** " kmgt".index(prefix.lower() or " "))
 
 
+def parse_size(text: str) -> int:
+    """`parse_bytes` of a size that says its unit: nobody means 24 bytes by ``24``.
+
+    Raises:
+      ValueError: likewise, and for a plain number.
+
+    >>> parse_size("16GB")
+    16000000000
+    """
+    if is_number(text):
+        raise ValueError(f"A size needs a unit, got {text!r}. Write {text.strip()}GB.")
+    return parse_bytes(text)
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number and no more."""
+    return text.strip().replace(".", "", 1).isdecimal()
+
+
 def parse_tokens(text: str) -> int:
     """Tokens from ``32k`` (32,768: context lengths are counted in 1024s) or a plain number.
 

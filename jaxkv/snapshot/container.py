@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -96,14 +96,18 @@ def read_manifest(path: Path) -> Any:
 
 @contextlib.contextmanager
 def opened(
-    path: Path, layout_of: Callable[[Any, Collection[str]], Layout]
+    path: Path,
+    layout_of: Callable[[Any], Layout],
+    wanted: Callable[[str], bool] = lambda name: True,
+    may_lack: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
     """The manifest and the tensors of a file, every byte checked, mapped but not copied.
 
     Args:
       path: the file.
-      layout_of: manifest, and the names of the file's tensors -> those that it must have. It raises
-        for a bad manifest.
+      layout_of: manifest -> the tensors that it must have. It raises for a bad manifest.
+      wanted: name -> whether the tensor is read; of others nothing is.
+      may_lack: name -> whether an older file is whole without the tensor.
 
     Yields:
       The manifest and read-only arrays, which must not be used after the block.
@@ -114,7 +118,9 @@ def opened(
     """
     with path.open("rb") as file:
         header, manifest, checksums = _read_header(path, file)
-        layout = _in_file_order(layout_of(manifest, checksums.keys()))
+        complete = layout_of(manifest).items()
+        held = {name: spec for name, spec in complete if name in checksums or not may_lack(name)}
+        layout = _in_file_order(held)
         named = checksums.keys() == layout.keys()
         if not named or header != _header(manifest, layout, checksums):
             raise SnapshotError(
@@ -129,7 +135,8 @@ def opened(
                 f"bytes, and its header describes {expected:,}. Copy or save it again."
             )
         with contextlib.closing(_Mapped(file)) as mapped:
-            tensors = dict(mapped.tensors(layout, len(header)))
+            every = mapped.tensors(layout, len(header))
+            tensors = {name: tensor for name, tensor in every if wanted(name)}
             _verify(path, tensors, checksums)
             yield manifest, tensors
 
@@ -228,7 +235,7 @@ def _verify(path: Path, tensors: dict[str, np.ndarray], checksums: dict[str, str
     def checksum(name: str) -> str:
         return hashlib.sha256(tensors[name].reshape(-1).view(np.uint8).data).hexdigest()
 
-    with ThreadPoolExecutor(min(len(tensors), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(len(tensors), os.cpu_count() or 1) or 1) as pool:
         found = dict(zip(tensors, pool.map(checksum, tensors), strict=True))
     if bad := sorted(name for name in tensors if found[name] != checksums[name]):
         raise SnapshotError(

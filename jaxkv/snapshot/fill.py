@@ -20,8 +20,8 @@ from jaxkv.errors import CacheFullError, SnapshotError
 from jaxkv.placement import in_host_memory, scatter, write_slots
 from jaxkv.snapshot.group import Group
 from jaxkv.snapshot.kept_fill import KeptFill
-from jaxkv.snapshot.manifest import Manifest
 from jaxkv.snapshot.places import named, places_of, state_of_file
+from jaxkv.snapshot.vectors import Vectors
 
 # Tokens that are on their way to the device at once, and so in its memory beside the cache.
 _TOKENS_AT_ONCE = 512
@@ -37,7 +37,7 @@ class Fill:
         lengths: Sequence[int],
         cache: KVCache,
         rows: Sequence[int],
-        tensors: dict[str, np.ndarray],
+        tensors: dict[str, Any],
         first: np.ndarray | None = None,
     ):
         self._cache = cache
@@ -101,10 +101,11 @@ def _written(leaf: Array, slots: Int[Array, " tokens"], portion: Array, run: int
     return lax.fori_loop(0, len(leaf), one_layer, leaf)
 
 
-def _portion(leaf: Array, stored: np.ndarray, found: np.ndarray, size: int) -> Array:
+def _portion(leaf: Array, stored: Vectors, found: np.ndarray, size: int) -> Array:
     """Some tokens of a file, filled up to ``size``, on the leaf's devices and cut as it is cut."""
-    portion = np.zeros((*stored.shape[:2], size, *stored.shape[3:]), leaf.dtype)
-    portion[:, :, : len(found)] = stored[:, :, found].view(leaf.dtype)
+    vectors = stored.of_tokens(found).view(leaf.dtype)
+    portion = np.zeros((*vectors.shape[:2], size, *vectors.shape[3:]), leaf.dtype)
+    portion[:, :, : len(found)] = vectors
     if in_host_memory(leaf):
         return jax.device_put(portion, leaf.sharding.with_memory_kind("device"))
     try:
@@ -178,22 +179,19 @@ class Fills(NamedTuple):
 
 def fills_of(
     file: Path,
-    saved: Manifest,
-    number: int,
+    group: Group,
+    lengths: Sequence[int],
     cache: KVCache,
     rows: Sequence[int],
-    tensors: dict[str, np.ndarray],
+    tensors: dict[str, Any],
 ) -> Fills:
     """The fills of one group of layers, which have checked everything once they are made."""
-    group, own = saved.groups[number], named(tensors, f"{number}.")
     kind = KeptFill if cache.index.per_head else Fill
-    fill = kind(file, group, saved.lengths, cache, rows, own)
+    fill = kind(file, group, lengths, cache, rows, tensors)
     newest = resident = None
     if group.of_newest is not None and cache.newest is not None:
-        of_newest, first = named(own, "newest."), np.subtract(saved.lengths, group.of_newest.held)
-        newest = Fill(
-            file, group.of_newest, saved.lengths, cache.newest, rows, of_newest, first=first
-        )
+        of_newest, first = named(tensors, "newest."), np.subtract(lengths, group.of_newest.held)
+        newest = Fill(file, group.of_newest, lengths, cache.newest, rows, of_newest, first=first)
     if cache.resident is not None:
-        resident = Fill(file, group, saved.lengths, on_the_device(cache), rows, own)
+        resident = Fill(file, group, lengths, on_the_device(cache), rows, tensors)
     return Fills(fill, newest, resident, cache, rows)

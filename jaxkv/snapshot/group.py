@@ -1,7 +1,7 @@
 """What a file has of one kind of layer, and the tensors that takes."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.codecs import leaf_specs
@@ -31,6 +31,12 @@ class Group:
         if config is None or self.newest is None:
             return None
         return Group(config, self.written, self.newest)
+
+    def of_sequences(self, rows: Sequence[int]) -> "Group":
+        """The same of some sequences."""
+        written, held = (tuple(each[row] for row in rows) for each in (self.written, self.held))
+        newest = None if self.newest is None else tuple(self.newest[row] for row in rows)
+        return dataclasses.replace(self, written=written, held=held, newest=newest)
 
     @property
     def is_compressed(self) -> bool:

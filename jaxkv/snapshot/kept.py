@@ -75,6 +75,10 @@ class KeptSource:
         elif index.state is not None and leaf == "since":
             yield np.asarray(index.state.since).reshape(-1)[sequence]
 
+    def state(self, name: str) -> np.ndarray:
+        """What its codec has learned."""
+        return np.asarray(self.cache.codec_state[name])
+
     def _vectors(self, sequence: int, leaf: str) -> Iterator[np.ndarray]:
         config, layers = self.cache.config, buffer_of_layers(self.cache, leaf)
         dtype, places = (

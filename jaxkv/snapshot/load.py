@@ -1,16 +1,18 @@
 """Going on from a saved cache."""
 
 import contextlib
+import functools
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
 from jaxkv.addressing import Addressing
+from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.create import create
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.cache.newest import Newest
@@ -18,12 +20,15 @@ from jaxkv.codecs import Codec
 from jaxkv.errors import CacheFullError, ConfigError, SnapshotError
 from jaxkv.memory.allocate import allocate
 from jaxkv.programs import moves_data, on_device
-from jaxkv.snapshot import container, manifest
-from jaxkv.snapshot.fill import fills_of
+from jaxkv.snapshot import container, manifest, parts
+from jaxkv.snapshot.fill_shares import fill_of_group, wanted_by
 from jaxkv.snapshot.fingerprint import differences, fingerprint
 from jaxkv.snapshot.kept import check_kept
 from jaxkv.snapshot.manifest import Manifest
+from jaxkv.snapshot.parts import Wanted, every_share
+from jaxkv.snapshot.processes import all_or_none
 from jaxkv.snapshot.save import Tokens, token_ids
+from jaxkv.snapshot.split import Share, Split
 
 
 def inspect(
@@ -57,13 +62,17 @@ def load(
     codec: Codec | None = None,
     newest: Newest | None = None,
     device: Any = None,
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
     into: AnyCache | None = None,
     rows: Sequence[int] | None = None,
 ) -> AnyCache:
     """The cache that `save` wrote: what comes after is bitwise what it would have been.
 
     The whole file is checked before any memory of the device is touched. It is mapped, and goes
-    to the device (each shard to its own) some hundred tokens at a time.
+    to the device (each shard to its own) some hundred tokens at a time. Of one that several
+    processes wrote, each process that loads it opens only the parts that its devices need some of.
+    With several processes all of them call this, and where one fails all do.
 
     Args:
       path: the file.
@@ -76,13 +85,16 @@ def load(
       codec: the one that it was saved with, if it is not one of jaxkv's own.
       newest: the finer copies that it must have; whichever it has if None.
       device: where the new cache lives: a `jax.Device` or `jax.sharding.Sharding`.
+      mesh, axes: the devices over which the new cache is spread and how, as in `jaxkv.create`,
+        whatever it was spread over when it was saved. A compressed one is read by one device first.
       into: a cache to load into instead of a new one, of the same layers, heads and codec. It is
         donated: use the one that is returned. Pages of a pool must be assigned before.
       rows: which sequences of ``into`` the file's are; all if None.
 
     Raises:
       OSError: no such file.
-      SnapshotError: a file that is damaged, or of another model, prompt or kind of cache.
+      SnapshotError: a file that is damaged, or of another model, prompt or kind of cache; a part
+        that is missing, damaged or of another save; another process could not load it.
       CacheFullError: longer than the context, or than the pages assigned.
       CacheAllocationError: the new cache does not fit in memory.
       ValueError: rows that ``into`` has not, or not as many as the file's sequences.
@@ -96,42 +108,69 @@ def load(
     (3, 64)
     """
     file = Path(path)
-    with opened(file, codec, addressing) as (saved, tensors):
-        if model is not None:
-            check_model(file, saved, model)
-        if newest is not None:
-            _check_newest(file, saved, newest)
-        if tokens is not None:
-            _check_tokens(file, saved, tensors, tokens)
-        if into is None:
-            cache = _new(file, saved, max_context_length, addressing, device)
-            rows = range(len(saved.lengths))
-        else:
-            cache = jax.tree.map(on_device, into)
-            rows = _checked_rows(file, saved, into, rows)
-        fills = [
-            fills_of(file, saved, number, group, rows, tensors)
-            for number, group in enumerate(cache.groups)
-        ]
+    spread = Spread.of(mesh, axes) if into is None else into.groups[0].spread
+    if spread is not None and device is not None:
+        raise ValueError(f"load: give device= or axes=, not both; got {device} and {axes}.")
+
+    def new(saved: Manifest) -> AnyCache:
+        return _new(file, saved, max_context_length, addressing, device, spread)
+
+    with contextlib.ExitStack() as stack:
+        with all_or_none(spread):
+            wanted = wanted_by(into, spread)
+            saved, tensors = stack.enter_context(opened(file, codec, addressing, wanted))
+            if spread is not None:
+                _check_heads_share_tokens(file, saved)
+            if model is not None:
+                check_model(file, saved, model)
+            if newest is not None:
+                _check_newest(file, saved, newest)
+            if tokens is not None:
+                _check_tokens(file, saved, tensors, tokens)
+            if into is None:
+                cache, chosen = new(saved), list(range(len(saved.lengths)))
+            else:
+                chosen = _checked_rows(file, saved, into, rows)
+                cache = jax.tree.map(on_device, into)
+            fills = [
+                fill_of_group(file, saved, number, group, chosen, tensors)
+                for number, group in enumerate(cache.groups)
+            ]
         filled = tuple(fill() for fill in fills)  # once all of them are known to fit
     return cache.with_groups(filled)
 
 
 @contextlib.contextmanager
 def opened(
-    file: Path, codec: Codec | None, addressing: Addressing | None
-) -> Iterator[tuple[Manifest, dict[str, np.ndarray]]]:
-    """What a file says of itself and its tensors, every byte checked; see `container.opened`."""
+    file: Path,
+    codec: Codec | None,
+    addressing: Addressing | None,
+    wanted: Wanted = every_share,
+) -> Iterator[tuple[Manifest, dict[str, Any]]]:
+    """What a file says of itself and its tensors, every byte checked; see `container.opened`.
 
-    def layout_of(json: Any, found: Collection[str]) -> container.Layout:
-        return manifest.read(file, json, codec, addressing).layout(found)
+    Vectors come as `Vectors`, but for those of compressed caches. Of a file in parts only those
+    are there that are wanted.
+    """
 
-    with container.opened(file, layout_of) as (json, tensors):
+    def layout_of(json: Any) -> container.Layout:
+        return manifest.read(file, json, codec, addressing).layout()
+
+    with container.opened(file, layout_of, may_lack=Manifest.may_lack) as (json, tensors):
         saved = manifest.read(file, json, codec, addressing)
-        for number, group in enumerate(saved.groups):
-            if group.is_compressed:
-                check_kept(file, saved, number, tensors)
-        yield saved, tensors
+        for name, spec in saved.layout().items():
+            if name not in tensors:
+                tensors[name] = np.zeros(spec.shape, spec.dtype)
+        tokens = {name: tensors.pop(name) for name in saved.token_layout()}
+        if saved.parts is None:
+            for number, group in enumerate(saved.groups):
+                if group.is_compressed:
+                    check_kept(file, saved, number, tensors)
+            yield saved, tokens | parts.together(Split(), saved.groups, {Share(0, 0, 0): tensors})
+            return
+        needed = functools.partial(wanted, saved.config)
+        with parts.opened(file, saved.parts, saved.groups, saved.lengths, needed) as vectors:
+            yield saved, tokens | vectors
 
 
 def _check_newest(file: Path, saved: Manifest, newest: Newest) -> None:
@@ -143,12 +182,22 @@ def _check_newest(file: Path, saved: Manifest, newest: Newest) -> None:
             )
 
 
+def _check_heads_share_tokens(file: Path, saved: Manifest) -> None:
+    for group in saved.groups:
+        if group.is_compressed:
+            raise SnapshotError(
+                f"{file} was saved after jaxkv.compress, whose heads keep tokens of their own, and "
+                "is loaded on one device. Bring it to the mesh with jaxkv.spread then."
+            )
+
+
 def _new(
     file: Path,
     saved: Manifest,
     max_context_length: int | None,
     addressing: Addressing | None,
     device: Any,
+    spread: Spread | None,
 ) -> AnyCache:
     fields = {"max_context_length": max_context_length, "addressing": addressing}
     try:
@@ -164,6 +213,8 @@ def _new(
     _check_compressed(file, saved, config)
     if isinstance(device, Sharding):
         return create(config, device=device)
+    if spread is not None:
+        return allocate(config, mesh=spread.mesh, axes=spread.axes)
     return allocate(config, device=device)
 
 
@@ -226,9 +277,7 @@ def check_model(file: Path, saved: Manifest, model: Any) -> None:
         raise SnapshotError(f"{file} is of another model: {'; '.join(different)}.")
 
 
-def _check_tokens(
-    file: Path, saved: Manifest, tensors: dict[str, np.ndarray], tokens: Tokens
-) -> None:
+def _check_tokens(file: Path, saved: Manifest, tensors: dict[str, Any], tokens: Tokens) -> None:
     if not saved.has_tokens:
         raise SnapshotError(
             f"{file} does not say which tokens it holds. Save it with tokens=, or load it without."

@@ -1,7 +1,7 @@
 """What a snapshot says of itself: plain JSON, of which every field is checked when read."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from jaxkv.errors import SnapshotError
 from jaxkv.snapshot.container import Layout, Spec
 from jaxkv.snapshot.fingerprint import Fingerprint
 from jaxkv.snapshot.group import Group
+from jaxkv.snapshot.parts import Parts
 
-FORMAT = 1
+FORMATS = (1, 2)  # one file; several, of which the first names the others
 _LARGEST = 2**31 - 1
-# State that `Centred` did not have, and no vector of an older file was stored under.
-_SINCE_THEN = ".sinks"
+_SINCE_0_7 = ".sinks"  # of a `Centred` codec's state; zeros for all that was stored before
 _SHAPE = ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size")
 
 
@@ -33,6 +33,7 @@ class Manifest:
       has_tokens: whether the token ids are in the file too.
       groups: one, or for a hybrid cache one a kind of layer.
       group_of_layer: as in `HybridConfig`; None for a plain cache.
+      parts: where the vectors are, if several processes saved them; None for in this file.
     """
 
     saved_by: str
@@ -41,6 +42,7 @@ class Manifest:
     has_tokens: bool
     groups: tuple[Group, ...]
     group_of_layer: tuple[int, ...] | None
+    parts: Parts | None = None
 
     @property
     def config(self) -> AnyConfig:
@@ -50,24 +52,10 @@ class Manifest:
             configs, self.group_of_layer
         )  # fmt: skip
 
-    def layout(self, found: Collection[str] | None = None) -> Layout:
-        """The tensors that such a file has: ``group.sequence.leaf``, and ``sequence.tokens``.
-
-        Args:
-          found: the names in a file that may be older: jaxkv 0.6 wrote no ``sinks``.
-        """
-        tensors = [*self._vectors()]
-        if found is not None:
-            tensors = [
-                (name, spec)
-                for name, spec in tensors
-                if name in found or not name.endswith(_SINCE_THEN)
-            ]
-        if self.has_tokens:
-            tensors += [
-                (f"{sequence}.tokens", Spec("int32", (length,)))
-                for sequence, length in enumerate(self.lengths)
-            ]
+    def layout(self) -> Layout:
+        """Its tensors: ``sequence.tokens`` and, where it has no parts, ``group.sequence.leaf``."""
+        tensors = [*self._vectors()] if self.parts is None else []
+        tensors += self.token_layout().items()
         layout = dict(tensors)
         if len(layout) < len(tensors):
             names = [name for name, _ in tensors]
@@ -78,6 +66,16 @@ class Manifest:
             )
         return layout
 
+    @staticmethod
+    def may_lack(name: str) -> bool:
+        """Whether files of jaxkv 0.6 are without this tensor, which is zeros then."""
+        return name.endswith(_SINCE_0_7)
+
+    def token_layout(self) -> Layout:
+        """Those of the token ids."""
+        rows = enumerate(self.lengths) if self.has_tokens else ()
+        return {f"{row}.tokens": Spec("int32", (length,)) for row, length in rows}
+
     def _vectors(self) -> Iterator[tuple[str, Spec]]:
         for number, group in enumerate(self.groups):
             for name, spec in group.layout(self.lengths):
@@ -86,7 +84,10 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         groups = [_group_json(group) for group in self.groups]
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"format": FORMAT, **fields, "groups": groups}
+        parts = fields.pop("parts")
+        if parts is None:  # as files ever were
+            return {"format": 1, **fields, "groups": groups}
+        return {"format": 2, **fields, "groups": groups, "parts": dataclasses.asdict(parts)}
 
 
 def read(
@@ -103,11 +104,13 @@ def read(
       SnapshotError: a field that is missing, not there in this format, or out of its range.
     """
     reader = _Reader(path, codec, addressing)
-    if isinstance(json, dict) and json.get("format") != FORMAT:
+    if isinstance(json, dict) and json.get("format") not in FORMATS:
         raise SnapshotError(
-            f"{path} has format {json.get('format')!r}; this version of jaxkv reads {FORMAT}. "
-            f"It was saved by {json.get('saved_by')!r}."
+            f"{path} has format {json.get('format')!r}; this version of jaxkv reads "
+            f"{' and '.join(map(str, FORMATS))}. It was saved by {json.get('saved_by')!r}."
         )
+    if isinstance(json, dict) and "part" in json:
+        raise SnapshotError(f"{path} is one part of a snapshot. Load the file that names it.")
     try:
         return reader.manifest(json)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
@@ -122,8 +125,11 @@ class _Reader:
         self._given = {"codec": codec, "addressing": addressing}
 
     def manifest(self, json: Any) -> Manifest:
+        in_parts = isinstance(json, dict) and json.get("format") == 2
         saved_by, lengths, model, has_tokens, groups, group_of_layer = self._fields(
-            json, "saved_by lengths model has_tokens groups group_of_layer", also=("format",)
+            json,
+            "saved_by lengths model has_tokens groups group_of_layer",
+            also=("format", "parts") if in_parts else ("format",),
         )
         if not isinstance(saved_by, str) or not isinstance(has_tokens, bool):
             raise ValueError("saved_by must be text and has_tokens true or false.")
@@ -136,12 +142,15 @@ class _Reader:
             has_tokens,
             tuple(self._group(group, lengths) for group in groups),
             None if group_of_layer is None else self._counts("group_of_layer", group_of_layer),
+            Parts.of_json(json["parts"]) if in_parts else None,
         )
         if group_of_layer is None and len(groups) > 1:
             raise ValueError("several groups need a group_of_layer.")
         sequences = manifest.config.batch_size or 1  # a HybridConfig checks what it is made of
         if len(lengths) != sequences:
             raise ValueError(f"{len(lengths)} lengths for {sequences} sequences.")
+        if manifest.parts is not None:
+            manifest.parts.check(manifest.config)
         return manifest
 
     def _group(self, json: Any, lengths: list[int]) -> Group:

@@ -50,8 +50,6 @@ def state_of_file(file: Path, cache: KVCache, tensors: dict[str, np.ndarray]) ->
     own, state = cache.codec_state, {}
     is_set = any(np.asarray(array).any() for array in own.values())
     for name, array in own.items():
-        if name not in tensors:  # of a file older than it: its vectors are under zeros
-            tensors = tensors | {name: np.zeros(array.shape, array.dtype)}
         if is_set and (np.asarray(array) != tensors[name]).any():
             raise SnapshotError(
                 f"{file} was saved with other {name} than the cache that it is to be loaded into, "
@@ -62,7 +60,7 @@ def state_of_file(file: Path, cache: KVCache, tensors: dict[str, np.ndarray]) ->
     return state
 
 
-def named(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def named(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The tensors whose names begin with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 

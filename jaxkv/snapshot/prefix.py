@@ -2,21 +2,19 @@
 
 import dataclasses
 import os
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
-from jaxkv.cache.rearrange import select
-from jaxkv.cache.shards import check_whole
 from jaxkv.codecs import Codec
 from jaxkv.errors import CacheFullError, SnapshotError
-from jaxkv.paging import PageAllocator
+from jaxkv.paging import PageAllocator, Pools
 from jaxkv.programs import moves_data, on_device
 from jaxkv.snapshot.fill import Fill
 from jaxkv.snapshot.load import check_kind, check_model, opened
@@ -27,7 +25,7 @@ from jaxkv.snapshot.places import named, state_of_file
 def load_prefix(
     path: str | os.PathLike[str],
     cache: AnyCache,
-    pages: PageAllocator,
+    pages: PageAllocator | Pools,
     *,
     model: Any,
     salt: bytes | str = b"",
@@ -43,7 +41,8 @@ def load_prefix(
       path: a file that `save` wrote of one sequence, with ``tokens=`` and ``model=``.
       cache: of a shared pool. It is donated: use the one that is returned, as in
         ``engine.cache = jaxkv.load_prefix(path, engine.cache, engine.pages, model=model)``.
-      pages: the books of the pool.
+      pages: the books of the pool. Where the batch is split over devices, those of each part: it
+        is written to all that do not have it.
       model: what must have written the file; see `jaxkv.snapshot.fingerprint`.
       salt: of the requests that may find it.
       codec: the one that it was saved with, if it is not one of jaxkv's own.
@@ -52,9 +51,9 @@ def load_prefix(
       OSError: no such file.
       SnapshotError: a file that is damaged, of another model or kind of cache, of several
         sequences, or that does not name its tokens. The pool was not touched.
-      PoolFullError: not enough pages are free now. Neither.
+      PoolFullError: not enough pages are free now, on one of the ranks. Neither.
       CacheFullError: longer than the context or the whole pool. Neither.
-      TypeError, ValueError: no shared pool, or one that shares nothing.
+      TypeError, ValueError: no shared pool, or one that shares nothing or is split by context.
 
     >>> import tempfile, jaxkv
     >>> prompt = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 16, 1, 4)), 5)
@@ -66,15 +65,15 @@ def load_prefix(
     >>> pages.find(pages.prompt([1, 2, 3, 4, 5, 6])), pages.find(pages.prompt([1, 2, 3, 4, 9, 9]))
     (5, 4)
     """
-    check_whole(cache, "load_prefix")
     cache = jax.tree.map(on_device, cache)
-    file, groups = Path(path), cache.groups
-    _check_pool(groups, pages)
+    file, groups, pools = Path(path), cache.groups, Pools.of(pages)
+    _check_pool(groups, pools)
     with opened(file, codec, None) as (saved, tensors):
         check_model(file, saved, model)
         check_kind(file, saved, cache)
-        for number, group in enumerate(groups):
-            state_of_file(file, group, named(tensors, f"{number}."))
+        of_groups = [_tensors_of(group, tensors, number) for number, group in enumerate(groups)]
+        for group, own in zip(groups, of_groups, strict=True):
+            state_of_file(file, group, own)
         if len(saved.lengths) != 1 or not saved.has_tokens:
             raise SnapshotError(
                 f"{file} holds {len(saved.lengths)} sequences, with"
@@ -88,27 +87,28 @@ def load_prefix(
                 f"more is longer than the context of {cache.config.max_context_length}."
             )
         # All but the last token of a prompt are shared, so it has one more, which is never found.
-        prompt = pages.prompt([*tensors["0.tokens"].tolist(), 0], salt=salt)
-        if pages.find(prompt) == length:
-            return cache
+        prompt = pools[0].prompt([*tensors["0.tokens"].tolist(), 0], salt=salt)
         request = f"the prefix in {file}"
-        pages.restore(request, prompt, length)
+        without = [rank for rank, own in enumerate(pools) if own.find(prompt) < length]
+        if not without:
+            return cache
+        for rank in without:
+            pools[rank].check_restore(request, prompt, length)
+        for rank in without:
+            pools[rank].restore(request, prompt, length)
         try:
-            fills = [
-                Fill(
-                    file,
-                    saved.groups[number],
-                    saved.lengths,
-                    _row(group, pages.table(request, number)),
-                    [0],
-                    named(tensors, f"{number}."),
-                )
-                for number, group in enumerate(groups)
-            ]
+            fills = []
+            for number, group in enumerate(groups):
+                rows = _rows(group, pools, without, request, number)
+                lengths, own = [length] * len(without), _of_each(of_groups[number], len(without))
+                fill = Fill(file, saved.groups[number], lengths, rows, range(len(without)), own)
+                fills.append(fill)
             filled = [fill() for fill in fills]  # once all of them are known to fit
-            pages.advance(request, length)
+            for rank in without:
+                pools[rank].advance(request, length)
         finally:
-            pages.release(request)
+            for rank in without:
+                pools[rank].release(request)
     written = [
         dataclasses.replace(group, storage=row.storage).with_codec_state(row.codec_state)
         for group, row in zip(groups, filled, strict=True)
@@ -116,26 +116,68 @@ def load_prefix(
     return cache.with_groups(written)
 
 
-def _check_pool(groups: tuple[KVCache, ...], pages: PageAllocator) -> None:
-    pools = [group.pool.num_pages for group in pages.groups]
+def _check_pool(groups: tuple[KVCache, ...], pools: Pools) -> None:
+    spread = groups[0].spread
+    if spread is not None and spread.size("context") > 1:
+        raise ValueError(
+            "load_prefix: pages of a cache that is split by context hold other tokens than those "
+            "of a file. Leave context out of its axes."
+        )
+    ranks = 1 if spread is None else spread.size("batch")
+    books = [[group.pool.num_pages for group in pages.groups] for pages in pools]
     sizes = [
-        group.config.num_slots // group.pages.page_size
+        group.config.num_slots // group.pages.page_size // ranks
         for group in groups
         if group.pages is not None and group.pages.shared
     ]
-    if sizes != pools or len(sizes) != len(groups):
+    if [sizes] * ranks != books or len(sizes) != len(groups):
         raise TypeError(
-            f"load_prefix needs a cache with shared pools of {pools} pages, those of its books, "
-            f"got {[group.config.addressing for group in groups]}."
+            f"load_prefix needs a cache with shared pools of {_one_or_all(books)} pages, those of "
+            f"its books, got {[group.config.addressing for group in groups]}"
+            f"{f', split over {ranks} ranks' if ranks > 1 else ''}."
         )
-    if not pages.sharing:
+    if not pools[0].sharing:
         raise ValueError("load_prefix: the pool was made with sharing=False, so nothing is found.")
 
 
-def _row(group: KVCache, table: Int[np.ndarray, " pages"]) -> KVCache:
-    """One sequence of a pool, empty, with these pages."""
-    row = select(group, [0])
-    assert row.pages is not None
-    padded = np.full(row.pages.table.shape, -1, np.int32)
-    padded[0, : len(table)] = table
-    return row.with_pages(jnp.asarray(padded), row.lengths)
+def _one_or_all(books: list[list[int]]) -> list[int] | list[list[int]]:
+    return books[0] if len(books) == 1 else books
+
+
+def _tensors_of(group: KVCache, tensors: dict[str, Any], number: int) -> dict[str, Any]:
+    """Of a group, each KV head as often as devices hold it."""
+    own, copies = named(tensors, f"{number}."), 1
+    if group.spread is not None:
+        copies = group.spread.copies(group.config)
+    if copies == 1:
+        return own
+    state = {name: np.repeat(own[name], copies, axis=2) for name in group.codec_state}
+    leaves = {f"0.{leaf}": own[f"0.{leaf}"].with_copies(copies) for leaf in group.storage}
+    return own | state | leaves
+
+
+def _of_each(tensors: dict[str, np.ndarray], num_ranks: int) -> dict[str, np.ndarray]:
+    """Of as many sequences as ranks, which all are the file's first."""
+    first = named(tensors, "0.")
+    return tensors | {
+        f"{row}.{name}": tensor for row in range(num_ranks) for name, tensor in first.items()
+    }
+
+
+def _rows(
+    group: KVCache, pools: Pools, ranks: Sequence[int], request: Hashable, number: int
+) -> KVCache:
+    """An empty sequence on each of these ranks, with the pages that a request has there.
+
+    Here pages are counted over all ranks: an array that is split has the slots of each in turn.
+    """
+    index = group.config.addressing.init(group.config.max_context_length, len(ranks))
+    assert index.pages is not None
+    tables = np.full(index.pages.table.shape, -1, np.int32)
+    for row, rank in zip(tables, ranks, strict=True):
+        table = pools[rank].table(request, number)
+        first = rank * pools[rank].groups[number].pool.num_pages
+        row[: len(table)] = np.where(table < 0, table, table + first)
+    index = index.pages.with_table(jnp.asarray(tables))
+    config = group.config.replace(batch_size=len(ranks))
+    return KVCache(group.storage, index, config, group.codec_state)

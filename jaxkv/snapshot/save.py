@@ -1,28 +1,28 @@
 """Saving a cache to a file."""
 
-import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxkv.cache.axes import Spread
 from jaxkv.cache.checks import check_here
 from jaxkv.cache.hybrid import AnyCache
-from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.regroup import gather
+from jaxkv.cache.shards import books_of
 from jaxkv.cache.verbs import check
-from jaxkv.codecs import leaf_specs
 from jaxkv.programs import moves_data
 from jaxkv.snapshot import container
 from jaxkv.snapshot.fingerprint import fingerprint
-from jaxkv.snapshot.group import Group
-from jaxkv.snapshot.kept import KeptSource
 from jaxkv.snapshot.manifest import Manifest
-from jaxkv.snapshot.places import Places, buffer_of_layers, places_of, written_of
+from jaxkv.snapshot.parts import Parts, parts_named_by, remove, share_of
+from jaxkv.snapshot.processes import all_or_none, processes_of
+from jaxkv.snapshot.sources import Shares, Sources, sources_of_all, sources_of_shares
+from jaxkv.snapshot.split import shares_of
 
 Tokens = Sequence[int] | Sequence[Sequence[int]] | Int[Array, "*batch tokens"]
 
@@ -41,6 +41,11 @@ def save(
     other sequences' pages are left out. It appears under its name when all of it is on disk, so
     a crash leaves the old file or the new one; every byte is under a checksum.
 
+    A cache that is spread over a mesh is not gathered. The devices of one process write the file
+    that one device would. Several processes, all of which call this, write one part each, of what
+    their devices hold, beside the file; the file itself names them, and is written last. They must
+    see the same folder.
+
     Args:
       cache: of any codec and addressing, single, batched, hybrid or compressed.
       path: the file; replaced if there is one.
@@ -52,6 +57,7 @@ def save(
       CacheFullError, CacheClosedError: the cache is not sound.
       ValueError: tokens that are not as many as the cache holds.
       OSError: the file cannot be written. What was there before is as it was.
+      SnapshotError: another process could not write its part. Likewise.
 
     >>> import tempfile, jaxkv
     >>> cache = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 16, 1, 4)), 3)
@@ -64,32 +70,75 @@ def save(
 
     check(cache)
     for group in cache.groups:
-        check_here(group)
-    cache = gather(cache)
-    sources = [_sources_of(group) for group in cache.groups]
-    lengths = tuple(np.asarray(cache.lengths).reshape(-1).tolist())
+        if group.spread is None or group.index.per_head:
+            check_here(group)
+    if any(group.index.per_head for group in cache.groups):
+        cache = gather(cache)  # a number of tokens per head is not written by parts
+    lengths = tuple(books_of(cache.groups[0])[0].reshape(-1).tolist())
     ids = None if tokens is None else token_ids(tokens, cache.config.batch_size, lengths)
+    spread, shares = cache.groups[0].spread, sources_of_shares(cache)
+    if spread is None:
+        sources, parts = [Sources.of(group) for group in cache.groups], None
+    else:
+        sources = sources_of_all(cache, shares_of(spread, cache.config)[0], shares)
+        parts = Parts.of(spread, cache.config)
     manifest = Manifest(
         saved_by=f"jaxkv {__version__}",
         lengths=lengths,
         model=None if model is None else fingerprint(model),
         has_tokens=ids is not None,
-        groups=tuple(_described(*both) for both in sources),
+        groups=tuple(each.described for each in sources),
         group_of_layer=cache.config.group_of_layer,
+        parts=parts,
     )
 
     def pieces(name: str) -> Iterator[np.ndarray]:
         first, rest = name.split(".", 1)
         if ids is not None and rest == "tokens":
             return iter([ids[int(first)]])
-        own, newest = sources[int(first)]
-        source = newest if newest is not None and rest.startswith("newest.") else own
-        sequence, _, leaf = rest.removeprefix("newest.").partition(".")
-        if sequence in source.cache.codec_state:
-            return iter([np.asarray(source.cache.codec_state[sequence])])
-        return source.pieces(int(sequence), leaf)
+        return sources[int(first)].pieces(rest)
 
-    container.write(Path(path), manifest.to_json(), manifest.layout(), pieces)
+    def write() -> None:
+        container.write(Path(path), manifest.to_json(), manifest.layout(), pieces)
+
+    if spread is None or parts is None:
+        before = parts_named_by(Path(path))
+        write()
+        remove(before)
+    else:
+        _save_parts(Path(path), manifest, parts, spread, shares, write)
+
+
+def _save_parts(
+    file: Path,
+    manifest: Manifest,
+    parts: Parts,
+    spread: Spread,
+    shares: Shares,
+    write: Callable[[], None],
+) -> None:
+    """A part by each process, then, once all are on disk, the file that names them by the first."""
+    number = processes_of(spread).index(jax.process_index())
+    own = parts.path(file, number)
+
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        share, rest = share_of(name)
+        kind, rest = rest.split(".", 1)
+        return shares[share][int(kind)].pieces(rest)
+
+    layout, before = parts.layout(number, manifest.groups, manifest.lengths), parts_named_by(file)
+    try:
+        with all_or_none(spread):
+            container.write(own, parts.to_json(number), layout, pieces)
+        with all_or_none(spread):
+            if number == 0:
+                parts.check_here(file)
+                write()
+                remove(before)
+    except BaseException:
+        if own not in parts_named_by(file):
+            remove([own])
+        raise
 
 
 def token_ids(tokens: Tokens, batch_size: int | None, lengths: Sequence[int]) -> list[np.ndarray]:
@@ -110,42 +159,3 @@ def token_ids(tokens: Tokens, batch_size: int | None, lengths: Sequence[int]) ->
             f"{[len(row) for row in ids]}. Truncate the cache to the tokens that you have."
         )
     return [row.astype(np.int32) for row in ids]
-
-
-def _sources_of(cache: KVCache) -> tuple["KeptSource | _Source", "_Source | None"]:
-    """A cache and, where it has one, that of its newest tokens."""
-    own = KeptSource.of(cache) if cache.index.per_head else _Source.of(cache)
-    return own, None if cache.newest is None else _Source.of(cache.newest)
-
-
-def _described(own: "KeptSource | _Source", newest: "_Source | None") -> Group:
-    held = None if newest is None else newest.described.held
-    return dataclasses.replace(own.described, newest=held)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """A cache, and where its tokens are."""
-
-    cache: KVCache
-    places: list[Places]
-
-    @classmethod
-    def of(cls, cache: KVCache) -> "_Source":
-        return cls(cache, places_of(cache.index))
-
-    @property
-    def described(self) -> Group:
-        written = tuple(written_of(self.cache.index).tolist())
-        return Group(self.cache.config, written, tuple(len(p.slots) for p in self.places))
-
-    def pieces(self, sequence: int, leaf: str) -> Iterator[np.ndarray]:
-        """One sequence's positions, or a leaf of its codec, layer by layer."""
-        positions, slots = self.places[sequence]
-        if leaf == "positions":
-            yield positions
-            return
-        config, layers = self.cache.config, buffer_of_layers(self.cache, leaf)
-        dtype = leaf_specs(config.codec, config.head_dim)[leaf].dtype
-        for layer in range(config.num_layers):
-            yield np.asarray(layers[layer][:, slots]).view(jnp.dtype(dtype))

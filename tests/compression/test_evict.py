@@ -218,3 +218,7 @@ def test_what_cannot_evict_is_refused():
         jaxkv.evict(cache, KeyDiff(), tokens=4)
     with pytest.raises(ValueError, match=r"sums=\('sums',\)"):
         jaxkv.evict(cache, HeavyHitters(), queries=jnp.zeros((2, 1, 4, 8)))
+    with pytest.raises(TypeError, match=r"evict: .*the name 'keydiff'.*POLICIES"):
+        jaxkv.evict(cache, "keydiff")
+    with pytest.raises(TypeError, match=r"compress: .*the name 'keydiff'.*POLICIES"):
+        jaxkv.compress(full, "keydiff", keep=4)

@@ -43,23 +43,24 @@ def submit_all(running, new=NEW):
 
 def poison_blank(running):
     """NaN in every page that nobody holds and nothing can find."""
-    for number, group in enumerate(running.pages.groups):
-        free = [page for page, count in enumerate(group.pool.references) if not count]
-        blank = [page for page in free if page not in group.pool.index.contents]
-        pages = np.zeros(group.pool.num_pages, bool)
-        pages[blank] = True
-        cache = running.cache.groups[number]
+    groups = []
+    for number, cache in enumerate(running.cache.groups):
+        pools = [books.groups[number].pool for books in running.pages]
+        blank = [
+            not count and page not in pool.index.contents
+            for pool in pools
+            for page, count in enumerate(pool.references)
+        ]
         storage = {
             name: jnp.where(
-                np.repeat(pages, PAGE).reshape(-1, *[1] * (leaf.ndim - 3)),
+                np.repeat(blank, PAGE).reshape(-1, *[1] * (leaf.ndim - 3)),
                 jnp.asarray(np.nan if leaf.dtype == jnp.float32 else 127).astype(leaf.dtype),
                 leaf,
             )
             for name, leaf in cache.storage.items()
         }
-        groups = list(running.cache.groups)
-        groups[number] = dataclasses.replace(cache, storage=storage)
-        running._held.cache = running.cache.with_groups(groups)
+        groups.append(dataclasses.replace(cache, storage=storage))
+    running._held.cache = running.cache.with_groups(groups)
 
 
 def run(running):
@@ -74,7 +75,7 @@ def run(running):
 
 def contents(running, request, length):
     """The stored keys and values of a request's tokens, whatever pages they are in, as bytes."""
-    pages = running.pages.table(request.number)
+    pages = running.pages[0].table(request.number)
     slots = (pages[:, None] * PAGE + np.arange(PAGE)).reshape(-1)[:length]
     return {name: np.asarray(leaf)[:, :, slots] for name, leaf in running.cache.storage.items()}
 

@@ -12,7 +12,7 @@ from flax import nnx
 import jaxkv
 from jaxkv.integrations.linen import CachedAttention, MultiHeadDotProductAttention, map_caches
 from jaxkv.integrations.nnx import MultiHeadAttention
-from tests.compiled import assert_in_place
+from tests.compiled import assert_in_place, compiled_as_users_do
 from tests.integrations.test_flax import causal, in_chunks, random_input
 
 LAYERS, HEADS, WIDTH, LENGTH = 2, 2, 8, 12
@@ -105,7 +105,8 @@ def test_a_donated_step_decodes_and_keeps_its_buffers(make):
 def test_a_donated_step_is_in_place(make):
     model, x = make(LONG), jax.ShapeDtypeStruct((2, 1, WIDTH), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    compiled = donating(model).lower(variables["params"], variables["cache"], x).compile()
+    lowered = donating(model).lower(variables["params"], variables["cache"], x)
+    compiled = compiled_as_users_do(lowered)
     held = LONG if make is CarriedModel else LONG.replace(num_layers=1)
     assert_in_place(compiled, jax.eval_shape(lambda: jaxkv.create(held)))
 

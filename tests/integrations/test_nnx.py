@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import jaxkv
-from jaxkv.integrations.nnx import MultiHeadAttention, add_caches, map_caches
-from tests.compiled import assert_in_place
+from jaxkv.integrations.nnx import AsModel, MultiHeadAttention, add_caches, map_caches
+from tests.compiled import assert_in_place, compiled_as_users_do
 from tests.integrations.test_flax import random_input
 
 LAYERS, HEADS, WIDTH, LENGTH = 2, 2, 8, 12
@@ -140,7 +140,7 @@ def test_a_donated_step_is_in_place(kind, tokens):
     make = KINDS[kind]
     model = nnx.eval_shape(lambda: make(LONG))
     x = jax.ShapeDtypeStruct((2, tokens, WIDTH), jnp.float32)
-    compiled = nnx.jit(call, donate_argnums=0).lower(model, x).compile()
+    compiled = compiled_as_users_do(nnx.jit(call, donate_argnums=0).lower(model, x))
     assert_in_place(
         compiled, abstract_cache(LONG.replace(num_layers=1 if make is with_hooks else 2))
     )
@@ -241,7 +241,8 @@ def test_a_layer_scan_that_carries_the_cache():
 def test_a_layer_scan_that_carries_the_cache_is_in_place():
     blocks, cache = stacked_blocks(), abstract_cache(LONG)
     step = nnx.jit(scan_with_the_cache_carried, donate_argnums=2)
-    assert_in_place(step.lower(blocks, jnp.zeros((2, 1, WIDTH)), cache).compile(), cache)
+    lowered = step.lower(blocks, jnp.zeros((2, 1, WIDTH)), cache)
+    assert_in_place(compiled_as_users_do(lowered), cache)
 
 
 # --- the verbs over a model --------------------------------------------------------------------
@@ -295,7 +296,9 @@ def test_features_of_two_kinds_are_cross_attention():
 
 
 def test_a_model_without_attention_modules():
-    with pytest.raises(ValueError, match=r"No flax.nnx.MultiHeadAttention in this Linear"):
+    with pytest.raises(
+        ValueError, match=r"in this Linear. An attention class of your own .*notebooks/2"
+    ):
         add_caches(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), max_context_length=8)
 
 
@@ -311,3 +314,59 @@ def test_parameters_load_both_ways():
     other = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=nnx.Rngs(3))
     nnx.update(other, nnx.state(ours, nnx.Param))
     np.testing.assert_array_equal(other(x, is_causal=True), expected)
+
+
+class Gpt(nnx.Module):
+    """As a user wrote it, with tokens, positions and logits."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(1)
+        self.tokens = nnx.Embed(32, WIDTH, rngs=rngs)
+        self.positions = nnx.Embed(16, WIDTH, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs) for _ in range(LAYERS)])
+
+    def __call__(self, tokens, positions, **options):
+        x = self.tokens(tokens) + self.positions(positions)
+        for block in self.blocks:
+            x = block(x, **options)
+        return self.tokens.attend(9 * x)
+
+
+def with_positions(model, tokens, positions):
+    return model(tokens, positions)
+
+
+@pytest.mark.slow_cases("snapkv")
+@pytest.mark.parametrize(
+    "options", [{}, {"policy": "snapkv", "keep": 1.0}], ids=["plain", "snapkv"]
+)
+def test_a_model_that_holds_its_caches_generates(options):
+    """Tokens are Flax's own, by its attention over the whole text each time."""
+
+    @jax.jit
+    def logits(model, text):
+        positions = jnp.arange(16, dtype=jnp.int32)
+        mask = nnx.make_causal_mask(text)
+        return model(text, positions, mask=mask)
+
+    plain, model = Gpt(), Gpt()
+    add_caches(model, max_context_length=1, batch_size=1)
+    prompts = [[3, 7, 1, 12, 30], [9, 4]]
+    adapted = AsModel(model, with_positions)
+    result = jaxkv.generate(
+        adapted, prompts, max_new_tokens=6, max_context_length=16, prefill_chunk=4, **options
+    )
+    for prompt, tokens in zip(prompts, result.tokens, strict=True):
+        text = np.zeros((1, 16), np.int32)
+        text[0, : len(prompt) + 6] = prompt + tokens
+        expected = logits(plain, jnp.asarray(text))[0].argmax(axis=-1)
+        assert tokens == expected[len(prompt) - 1 :][:6].tolist()
+
+
+def test_what_is_no_model_that_holds_caches():
+    with pytest.raises(ValueError, match="no CachedAttention in this Gpt"):
+        AsModel(Gpt())
+    blocks = stacked_blocks()
+    add_caches(blocks, max_context_length=1, batch_size=1)
+    with pytest.raises(ValueError, match=r"stacked for nnx.scan .* Give it layers in an nnx.List"):
+        AsModel(blocks)

@@ -140,3 +140,15 @@ def test_other_errors_pass_as_they_are(monkeypatch):
 def test_a_size_is_no_device_to_allocate_on(device):
     with pytest.raises(TypeError, match=r"must be a jax\.Device or None, got"):
         allocate(TINY, device=device)
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, MemoryError()])
+def test_create_says_what_would_fit_too(monkeypatch, fake_stats, codecs, error):
+    def fail(config, device):
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("jaxkv.cache.create"), "_create", fail)
+    fake_stats(bytes_limit=24 * 10**9, bytes_in_use=24 * 10**9 - 412 * 10**6)
+    codecs(jaxkv.Dense("float32"), jaxkv.Dense("bfloat16"), Int8())
+    with pytest.raises(jaxkv.CacheAllocationError, match=r"free of 24.0 GB; 3143 tokens would fit"):
+        jaxkv.create(LLAMA3)

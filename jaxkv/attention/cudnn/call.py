@@ -6,13 +6,21 @@ devices, so that a program can be compiled for any. It is not JAX's public API: 
 moves here.
 """
 
+import inspect
+from typing import Any
+
 import jax.numpy as jnp
 from jax._src.cudnn.fused_attention_stablehlo import (
     AttentionLayout,
     MaskType,
+    _dot_product_attention_fwd,
     _dot_product_attention_fwd_p_wrapper,
 )
 from jaxtyping import Array, Float, Int
+
+# jax 0.12 has an argument more: a function of logits, which nobody here has.
+_takes_function = "score_mod" in inspect.signature(_dot_product_attention_fwd).parameters
+_NO_FUNCTION: dict[str, Any] = {"score_mod": None} if _takes_function else {}
 
 
 def call(
@@ -63,4 +71,5 @@ def call(
         layout=AttentionLayout.BTNH.value,
         sliding_window_length=window,
         is_training=True,  # which returns the logsumexp
+        **_NO_FUNCTION,
     )

@@ -68,7 +68,11 @@ def add_caches(
     modules = [module for _, module in nnx.iter_modules(model)]
     attentions = [each for each in modules if isinstance(each, nnx.MultiHeadAttention)]
     if not attentions:
-        raise ValueError(f"No flax.nnx.MultiHeadAttention in this {type(model).__name__}.")
+        raise ValueError(
+            f"No flax.nnx.MultiHeadAttention in this {type(model).__name__}. An attention class of "
+            "your own calls jaxkv.append and jaxkv.attend itself, in some eight lines: see "
+            'notebooks/2_bring_your_own_flax_model, "Your own attention class".'
+        )
     stacks = [_stack(each) for each in attentions]
     for each, stack in zip(attentions, stacks, strict=True):
         config = layer_config(

@@ -1,0 +1,59 @@
+"""Verbs of one cache for one of several groups of layers, and for one device's part of it."""
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+from jaxkv.cache.hybrid import AnyCache, SameCache
+from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.shards import where_it_is
+
+_Options = ParamSpec("_Options")
+_Result = TypeVar("_Result")
+
+
+def in_its_group(
+    verb: Callable[Concatenate[KVCache, _Options], _Result],
+) -> Callable[Concatenate[AnyCache, _Options], _Result]:
+    """Let a verb with ``layer=`` read the group that has the layer."""
+
+    @functools.wraps(verb)
+    def on_any_cache(
+        cache: AnyCache, *arguments: _Options.args, **options: _Options.kwargs
+    ) -> _Result:
+        group, options["layer"] = cache.config.locate(options["layer"])
+        return where_it_is(verb, cache.groups[group], *arguments, **options)
+
+    return on_any_cache
+
+
+def changing_its_group(
+    verb: Callable[Concatenate[KVCache, _Options], KVCache],
+) -> Callable[Concatenate[SameCache, _Options], SameCache]:
+    """Let a verb with ``layer=`` change the group that has the layer."""
+
+    @functools.wraps(verb)
+    def on_any_cache(
+        cache: SameCache, *arguments: _Options.args, **options: _Options.kwargs
+    ) -> SameCache:
+        number, options["layer"] = cache.config.locate(options["layer"])
+        groups = list(cache.groups)
+        groups[number] = where_it_is(verb, groups[number], *arguments, **options)
+        return cache.with_groups(groups)  # type: ignore[return-value]
+
+    return on_any_cache
+
+
+def in_every_group(
+    verb: Callable[Concatenate[KVCache, _Options], KVCache],
+) -> Callable[Concatenate[SameCache, _Options], SameCache]:
+    """Let a verb that changes a cache change every group."""
+
+    @functools.wraps(verb)
+    def on_any_cache(
+        cache: SameCache, *arguments: _Options.args, **options: _Options.kwargs
+    ) -> SameCache:
+        groups = [where_it_is(verb, group, *arguments, **options) for group in cache.groups]
+        return cache.with_groups(groups)  # type: ignore[return-value]
+
+    return on_any_cache
