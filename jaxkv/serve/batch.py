@@ -15,6 +15,7 @@ from jaxkv.errors import ModelChangedError, PoolFullError
 from jaxkv.memory.session import Session
 from jaxkv.paging import Copy, Pools
 from jaxkv.serve import steps
+from jaxkv.serve.calibration import Constants, with_constants
 from jaxkv.serve.figures import Figures
 from jaxkv.serve.model_step import Model, Watch, Weights, spread_over
 from jaxkv.serve.rank import Rank
@@ -53,6 +54,7 @@ class Batch:
         decode_steps: int,
         swap_space: int,
         spread: Spread | None = None,
+        constants: Constants | None = None,
         draft: Draft | StatefulDraft | None = None,
         num_guesses: int = 0,
     ):
@@ -64,6 +66,7 @@ class Batch:
         self._model = model
         self._watch = Watch(Weights.of(model))
         self._spread = spread
+        self._constants, self._calibrated = constants, False
         self._copies: tuple[Watch, Weights] | None = None
         self._sampling, self._session = sampling, session
         self._chunk, self._decode_steps = prefill_chunk, decode_steps
@@ -115,10 +118,18 @@ class Batch:
                 )
             self._forget(weights)
         self._weights = weights if self._spread is None else self._copied(weights, self._spread)
+        if not self._calibrated:
+            self._calibrate()
         try:
             yield
         finally:
             del self._weights
+
+    def _calibrate(self) -> None:
+        """Before anything is computed: with constants of this model, not of the first request."""
+        mesh = None if self._spread is None else self._spread.mesh
+        cache = with_constants(self._weights, self._session.cache, self._constants, mesh)
+        self._session.cache, self._calibrated = cache, True
 
     def _copied(self, weights: Weights, spread: Spread) -> Weights:
         """The weights on all devices of the mesh, copied anew only where they were exchanged."""
@@ -140,6 +151,7 @@ class Batch:
         """What was computed with others, of which nothing is in use."""
         self.pages.forget()
         self._session.cache = steps.without_codec_state(self._session.cache)
+        self._constants, self._calibrated = None, False  # they were of the old ones
         self._watch = Watch(weights)
 
     def admit_waiting(self) -> None:

@@ -62,6 +62,8 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
         return f"scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
     if config.num_slots < TILE:
         return f"it reads {TILE} slots at once, and the cache has {config.num_slots}"
+    if (offsets := codec.offsets(cache.codec_state)) is not None and offsets.second is not None:
+        return "it reads vectors that were stored less one centre, not two"
     if index.share is not None and config.codec_state:
         return f"it cannot read {codec.name} where the context is on several devices"
     ordered = index.by_position or index.ring or index.share
@@ -149,7 +151,7 @@ def _decode(request: Request, interpret: object) -> tuple[Grouped, LogTotal]:
     if turns:
         mix *= half_turn(head_dim)
     if (offsets := request.offsets) is not None:
-        mix += share[..., None] * offsets.values[:, None]
+        mix += share[..., None] * offsets.vectors[1][:, None]
     return mix[:, :, None], log_total[:, :, None]
 
 
@@ -199,7 +201,7 @@ def _added(request: Request, rows: int) -> tuple[Float[Array, "batch kv_heads sl
     index, offsets = request.cache.index, request.offsets
     if offsets is None or request.offset_queries is None:
         return ()
-    queries = request.offset_queries[:, :, 0]
+    queries = request.offset_queries[:, :, 0, :, 0]
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - queries.shape[2]), (0, 0)))
     if not index.by_position:
         positions = request.key_positions(0, index.extent)
