@@ -15,7 +15,8 @@ from benchmarks.report import environment, header
 _MOST_BUSY = 0.1
 PARTS = (
     *("startup", "allocation", "append", "attention", "codecs", "decode", "paging", "engine"),
-    *("snapshot", "streaming", "compression", "quality", "mesh", "draft", "accelerator"),
+    *("snapshot", "streaming", "compression", "quality", "codecs-real", "mesh", "draft"),
+    "accelerator",
 )
 
 
@@ -35,7 +36,9 @@ def main(arguments: list[str]) -> None:
     figures = []
     for part in options.parts or PARTS:
         started, others = time.monotonic(), OtherLoad()
-        for table in importlib.import_module(f"benchmarks.{part}").run(options.quick):
+        for table in importlib.import_module(f"benchmarks.{part.replace('-', '_')}").run(
+            options.quick
+        ):
             print(f"\n{table}", flush=True)
             figures.append({"title": table.title, "rows": table.rows, "notes": table.notes})
         seconds, busy = time.monotonic() - started, others.share()

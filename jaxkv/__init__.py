@@ -16,7 +16,7 @@ from jaxkv.cache.rearrange import copy_pages, fork, select
 from jaxkv.cache.regroup import gather, spread
 from jaxkv.cache.shards import partition_specs
 from jaxkv.cache.verbs import advance, append, check, layer, next_positions, reset, truncate
-from jaxkv.codecs import Centred, Codec, Dense, Float8, Int8, KeysValues, Rope, Rotated
+from jaxkv.codecs import Centred, Codec, Dense, Float8, Int8, KeysValues, Rope, Rotated, Stair
 from jaxkv.errors import (
     CacheAllocationError,
     CacheClosedError,
@@ -34,6 +34,7 @@ from jaxkv.memory.create import create
 from jaxkv.models.known import cache_config
 from jaxkv.models.shape import wide_at_the_ends
 from jaxkv.placement import HostMemory
+from jaxkv.serve.calibration import calibrate
 from jaxkv.serve.generate import Generation, Speculation, Timings, generate
 from jaxkv.serve.sampling import Sampling, sample
 
@@ -99,12 +100,14 @@ __all__ = [
     "Sampling",
     "SnapshotError",
     "Speculation",
+    "Stair",
     "Timings",
     "UnknownRequestError",
     "advance",
     "append",
     "attend",
     "cache_config",
+    "calibrate",
     "check",
     "compress",
     "copy_pages",

@@ -222,12 +222,12 @@ def test_what_is_left_by_compression_is_read_natively_too(codecs):
 def test_its_bytes_are_announced(batch_size):
     config = config_of(batch_size=batch_size)
     cache = jaxkv.create(config)
-    slots, means = (12 + 3) * (batch_size or 1), 2 * 2 * 2 * 16 * 4
+    slots, centres = (12 + 3) * (batch_size or 1), 2 * 2 * 2 * 2 * 16 * 4
     coarse, finer = (2 * 2 * 2 * (16 * bits // 8 + 2) for bits in (2, 4))
     assert config.size_bytes == cache.size_bytes
-    assert config.size_bytes == (slots - 3 * (batch_size or 1)) * coarse + 2 * means + finer * 3 * (
-        batch_size or 1
-    )
+    assert config.size_bytes == (
+        slots - 3 * (batch_size or 1)
+    ) * coarse + 2 * centres + finer * 3 * (batch_size or 1)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert held == config.size_bytes + config.index_bytes
 

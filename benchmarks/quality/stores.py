@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import jaxkv
+from benchmarks.quality.emulated import Emulated
 from benchmarks.quality.kivi import kivi_bits, kivi_flushed
 from jaxkv.codecs import bytes_per_token
 from jaxkv.show.progress import progress_bar
@@ -38,6 +39,8 @@ class Store:
         """Scales included; means of a `Centred` codec, which no token adds to, are not."""
         if self.bits:
             return self.bits(head_dim, tokens)
+        if isinstance(self.codec, Emulated):
+            return self.codec.bits
         bits = 8 * bytes_per_token(self.codec, head_dim) / (2 * head_dim)
         if self.newest is None:
             return bits
@@ -65,7 +68,8 @@ def _random_keys(cache: jaxkv.KVCache, chunk: int) -> jaxkv.KVCache:
     return dataclasses.replace(cache, storage={"data": data.at[:, 0].set(shuffled)})
 
 
-def _kivi(bits: int) -> Store:
+def kivi(bits: int) -> Store:
+    """KIVI with a residual of 32 tokens."""
     return Store(
         jaxkv.Dense("float32"),
         functools.partial(kivi_flushed, bits=bits),
@@ -96,7 +100,7 @@ STORES: dict[str, Store] = {
     "rotated2": Store(jaxkv.Rotated(2)),
     "rotated2-centred": Store(jaxkv.Centred(jaxkv.Rotated(2))),
     "rotated2-centred, newest 16": _newest(jaxkv.Rotated(2), jaxkv.Rotated(4)),
-    "KIVI-2 (emulated)": _kivi(bits=2),
+    "KIVI-2 (emulated)": kivi(bits=2),
     "1 bit (control)": Store(jaxkv.Rotated(1), control=True),
     "other keys (control)": Store(jaxkv.Dense("float32"), _random_keys, control=True),
 }

@@ -28,7 +28,7 @@ from jaxkv.attention.reference import reference, reference_part
 from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
 from jaxkv.attention.streamed import is_streamed, streamed, streamed_part
 from jaxkv.cache.axes import words_of_copies
-from jaxkv.cache.checks import check_counts, check_layer, layer_exists
+from jaxkv.cache.checks import check_counts, check_layer, check_queries, layer_exists
 from jaxkv.cache.groups import in_its_group
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens, buffer_of
@@ -315,7 +315,7 @@ def _merged(request: Request, chosen: Implementation) -> tuple[Grouped, LogTotal
     if request.sinks is not None:  # once
         sinks = jnp.where(share.rank == 0, request.sinks, LOWEST)
         request = dataclasses.replace(request, sinks=sinks)
-    if request.offsets is None:  # nobody asks for positions but the mask, which asks for order
+    if not request.cache.codec_state:  # nobody asks for positions but the mask: for order
         own = share.inner, share.own(request.positions + 1) - 1, share.own(request.lengths)
         cache = dataclasses.replace(request.cache, index=own[0])
         request = dataclasses.replace(request, cache=cache, positions=own[1], lengths=own[2])
@@ -448,33 +448,11 @@ def _check_call(
     softcap: float | None,
     sinks: Array | None,
 ) -> None:
-    config = cache.config
-    if not jnp.issubdtype(queries.dtype, jnp.floating):
-        raise TypeError(f"queries must be a float array, got {queries.dtype}.")
-    shape, axes = (
-        queries.shape,
-        ["batch"] * len(config.batch_shape) + ["tokens", "heads", "head_dim"],
-    )
-    fits = (
-        len(shape) == len(axes)
-        and shape[:-3] == config.batch_shape
-        and shape[-1] == config.head_dim
-        and shape[-2] % config.num_kv_heads == 0
-    )
-    if not fits:
-        expected = [
-            *config.batch_shape,
-            "tokens",
-            f"a multiple of {config.num_kv_heads}",
-            config.head_dim,
-        ]
+    check_queries(cache, queries)
+    heads = queries.shape[-2]
+    if cache.spread is not None and heads % cache.spread.size("heads"):
         raise ValueError(
-            f"queries must be [{', '.join(axes)}] = [{', '.join(map(str, expected))}], "
-            f"got {list(shape)}."
-        )
-    if cache.spread is not None and shape[-2] % cache.spread.size("heads"):
-        raise ValueError(
-            f"attend: {shape[-2]} query heads cannot be split over the "
+            f"attend: {heads} query heads cannot be split over the "
             f"{cache.spread.size('heads')} devices that share the heads of this cache. Let as many "
             "devices share them as divide their number, and others the batch or the context."
         )
@@ -482,5 +460,5 @@ def _check_call(
         check_count("window", window)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}.")
-    if sinks is not None and sinks.shape != (shape[-2],):
-        raise ValueError(f"sinks must be [heads] = [{shape[-2]}], got {list(sinks.shape)}.")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks must be [heads] = [{heads}], got {list(sinks.shape)}.")

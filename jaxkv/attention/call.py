@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxkv.attention.masks import visible
 from jaxkv.cache.checks import check_layer
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens
-from jaxkv.cache.vectors import offsets_of, read_stored
+from jaxkv.cache.vectors import is_second, offsets_of, read_stored
 from jaxkv.cache.verbs import token_positions
 from jaxkv.codecs import Offsets
+from jaxkv.codecs.offsets import chosen
 
 # Query head h * group + g reads KV head h, so queries are kept grouped by what they read.
 Grouped = Float[Array, "batch kv_heads tokens group head_dim"]
@@ -58,7 +59,7 @@ class Request:
     softcap: float | None = None
     window: int | None = None
     sinks: Float[Array, "kv_heads group"] | None = None
-    offset_queries: Float[Array, "batch kv_heads tokens group features"] | None = None
+    offset_queries: Float[Array, "batch kv_heads tokens group centres features"] | None = None
     newest: "Request | None" = None
 
     @classmethod
@@ -107,7 +108,8 @@ class Request:
             for vectors in read_stored(self.cache, self.layer, start, size, self.lengths)
         )
         if (offsets := self.offsets) is not None:
-            values += self.cache.config.codec.rotate_values(offsets.values)
+            each = [self.cache.config.codec.rotate_values(both[1]) for both in offsets.centres]
+            values += chosen(each, self._is_second(1, start, size))
         held = jnp.swapaxes(self.key_positions(start, size) >= 0, 1, 2)[..., None]
         return jnp.where(held, keys, 0), jnp.where(held, values, 0)
 
@@ -139,9 +141,21 @@ class Request:
         if (offsets := self.offsets) is not None:
             features = offsets.features(self.key_positions(start, size))
             # On a GPU they would be rounded to TF32.
-            share = "bktgf,bksf->bktgs", self.offset_queries, features
-            scores += jnp.einsum(*share, precision="highest")
+            share = "bktgcf,bksf->cbktgs", self.offset_queries, features
+            first, *second = jnp.einsum(*share, precision="highest")
+            is_second = self._is_second(0, start, size)
+            if second and is_second is not None:
+                by_head = jnp.swapaxes(is_second, 1, 2)[:, :, None, None, :]
+                first = jnp.where(by_head, second[0], first)
+            scores += first
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+    def _is_second(
+        self, side: int, start: Int[Array, ""] | int, size: int
+    ) -> Bool[Array, "batch size kv_heads"] | None:
+        """Which of those slots' keys, or values, were stored less the second of `offsets`."""
+        both = is_second(self.cache, self.layer, start, size)
+        return None if both is None else both[side].reshape(len(self.lengths), size, -1)
 
     def key_positions(
         self, start: Int[Array, ""] | int, size: int

@@ -92,7 +92,7 @@ def _read(
     table, page_size = _pages(index)
     offset_queries, rope_tables = _offsets(request)
     hidden_from = _hidden_from(request)
-    output, log_total = jax.ffi.ffi_call(
+    output, log_total, second_share = jax.ffi.ffi_call(
         "jaxkv_decode",
         jax.eval_shape(_like_results, queries, keys[0]),
         vmap_method="sequential",
@@ -121,16 +121,18 @@ def _read(
         softcap=np.float32(request.softcap or 0),
     )
     if (offsets := request.offsets) is not None:
-        value_offsets = codec.rotate_values(offsets.values)
         share = 1 - jnp.exp(jnp.minimum(sinks - log_total, 0))  # of probability, that tokens took
-        output += share[..., None] * value_offsets[:, None]
+        first, *second = (codec.rotate_values(values) for _, values in offsets.centres)
+        output += share[..., None] * first[:, None]
+        for other in second:
+            output += second_share[..., None] * (other - first)[:, None]
     return output, log_total
 
 
-def _like_results(queries: Array, buffer: Array) -> tuple[Array, Array]:
+def _like_results(queries: Array, buffer: Array) -> tuple[Array, Array, Array]:
     """Arrays of the results' types: in a `jax.shard_map` they vary as what they are made of."""
     output = queries + buffer.reshape(-1)[0].astype(jnp.float32)
-    return output, output[..., 0]
+    return output, output[..., 0], output[..., 0]
 
 
 def _hidden_from(request: Request) -> Int[Array, " batch"]:
@@ -146,11 +148,12 @@ def _hidden_from(request: Request) -> Int[Array, " batch"]:
 def _offsets(request: Request) -> tuple[Array, Array]:
     """Their share in the scores: queries, and tables of cosines and sines; empty if none."""
     if request.offset_queries is None:
-        return jnp.zeros((0,) * 5, jnp.float32), jnp.zeros((0,) * 4, jnp.float32)
-    queries, rope = jnp.moveaxis(request.offset_queries, 2, 1), request.cache.config.codec.rope
+        return jnp.zeros((0,) * 6, jnp.float32), jnp.zeros((0,) * 4, jnp.float32)
+    queries, rope = request.offset_queries, request.cache.config.codec.rope
+    queries = jnp.transpose(queries, (4, 0, 2, 1, 3, 5))  # the centres, and tokens before heads
     if rope and rope.rotary_dim == request.cache.config.head_dim:
         queries = queries[..., :-1]  # no number is left unturned
-    queries = jnp.pad(queries, ((0, 0),) * 4 + ((0, -queries.shape[-1] % _LANES),))
+    queries = jnp.pad(queries, ((0, 0),) * 5 + ((0, -queries.shape[-1] % _LANES),))
     tables = rope.tables if rope else np.zeros((0, 0, 0, 0), np.float32)
     return queries, jnp.asarray(tables)
 

@@ -103,6 +103,33 @@ def _check_vectors(
         )
 
 
+def check_queries(cache: KVCache, queries: Array) -> None:
+    config = cache.config
+    if not jnp.issubdtype(queries.dtype, jnp.floating):
+        raise TypeError(f"queries must be a float array, got {queries.dtype}.")
+    shape, axes = (
+        queries.shape,
+        ["batch"] * len(config.batch_shape) + ["tokens", "heads", "head_dim"],
+    )
+    fits = (
+        len(shape) == len(axes)
+        and shape[:-3] == config.batch_shape
+        and shape[-1] == config.head_dim
+        and shape[-2] % config.num_kv_heads == 0
+    )
+    if not fits:
+        expected = [
+            *config.batch_shape,
+            "tokens",
+            f"a multiple of {config.num_kv_heads}",
+            config.head_dim,
+        ]
+        raise ValueError(
+            f"queries must be [{', '.join(axes)}] = [{', '.join(map(str, expected))}], "
+            f"got {list(shape)}."
+        )
+
+
 def check_alive(cache: AnyCache) -> None:
     leaves = jax.tree.leaves(cache)
     arrays = (leaf for leaf in leaves if isinstance(leaf, jax.Array))

@@ -30,7 +30,9 @@ What = tuple[str | None, ...]
 _ARGUMENTS: dict[str, What] = {
     **dict.fromkeys(("keys", "values"), ("batch", None, "kv_heads", None)),
     "queries": ("batch", None, "heads", None),
-    "layer_queries": (None, "batch", None, "kv_heads", None),  # those of a KV head together
+    # Those of a KV head together.
+    "grouped_queries": ("batch", None, "kv_heads", None),
+    "layer_queries": (None, "batch", None, "kv_heads", None),
     **dict.fromkeys(("scores", "remembered"), (None, "batch", "kv_heads", None)),
     "limits": (None, "batch", "kv_heads"),
     "pages": ("batch", None),

@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.cache.kv_cache import KVCache, Layer
 from jaxkv.codecs import Leaves, Offsets, State, bitcast, refuse_gradient
@@ -28,6 +28,7 @@ def encode(
     keys: Float[Array, "*batch tokens kv_heads head_dim"],
     values: Float[Array, "*batch tokens kv_heads value_dim"] | None,
     positions: Int[Array, "*batch tokens"],
+    queries: Float[Array, "*batch tokens heads head_dim"] | None = None,
 ) -> tuple[Leaves, State]:
     """Leaves ``[sides, *batch, tokens, kv_heads, ...]``, and the codec's state of all layers."""
     if not cache.codec_state:
@@ -35,11 +36,10 @@ def encode(
     assert values is not None
     codec = cache.config.codec
     vectors = refuse_gradient(codec, jnp.stack([keys, values]))
-    over_devices: dict[str, Any] = {}
+    also: dict[str, Any] = {"queries": queries} if codec.asks_queries else {}
     if cache.part_of is not None and codec.learns_over_devices:
-        over_devices = {"axis": cache.part_of.axes.batch}
-    before = state_of(cache, layer), vectors, positions, cache.lengths
-    own = codec.update_state(*before, **over_devices)
+        also["axis"] = cache.part_of.axes.batch
+    own = codec.update_state(state_of(cache, layer), vectors, positions, cache.lengths, **also)
     encoded = codec.encode_tokens(vectors, own, positions)
     state = {name: whole.at[layer].set(own[name]) for name, whole in cache.codec_state.items()}
     return encoded, state
@@ -87,6 +87,13 @@ def read_stored(
     if offsets_of(cache, layer) is None:
         return read(cache, layer, start, size, wide, lengths=lengths, rotated=True)
     return cache.config.pair.decode(_leaves(cache, layer, start, size), wide, rotated=True)
+
+
+def is_second(
+    cache: KVCache, layer: Layer, start: Int[Array, ""] | int, size: int
+) -> Bool[Array, "2 *batch size kv_heads"] | None:
+    """Which of these slots' vectors were stored less the second of `offsets_of`."""
+    return cache.config.codec.is_second(_leaves(cache, layer, start, size))
 
 
 def _leaves(cache: KVCache, layer: Layer, start: Int[Array, ""] | int, size: int) -> Leaves:

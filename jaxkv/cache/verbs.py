@@ -18,6 +18,7 @@ from jaxkv.cache.checks import (
     check_intact,
     check_layer,
     check_pair,
+    check_queries,
     check_room,
     layer_exists,
 )
@@ -44,6 +45,7 @@ def append(
     *,
     layer: Layer,
     num_tokens: NumTokens | None = None,
+    queries: Float[Array, "*batch tokens heads head_dim"] | None = None,
 ) -> KVCache:
     """Write the keys and values of the next tokens into one layer. Lengths do not move.
 
@@ -53,6 +55,8 @@ def append(
         ``value_dim`` numbers where the config says so, and are None where they are in the keys.
       layer: which layer; may be traced.
       num_tokens: how many of ``tokens`` are real, for prompts padded on the right. All if None.
+      queries: of the same tokens, ``[tokens, heads, head_dim]`` likewise. A codec that learns which
+        numbers of keys matter (`Stair`) reads those of the first tokens; all others leave them.
 
     Raises:
       CacheFullError: outside jit, when a sequence has not enough slots left. Inside jit the
@@ -69,6 +73,10 @@ def append(
     """
     num_layer = check_layer(cache, layer)
     check_pair(cache, keys, values)
+    if not cache.config.codec.asks_queries:
+        queries = None
+    elif queries is not None:
+        check_queries(cache, queries)
     tokens = keys.shape[-3]
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
     num_tokens = real_of(cache, tokens, num_tokens)
@@ -77,7 +85,7 @@ def append(
     if tokens == 0:
         return cache
     cache = where_in_range(cache, _in_range(cache, num_layer, num_tokens, tokens))
-    return _append(cache, keys, values, num_layer, num_tokens)
+    return _append(cache, keys, values, num_layer, num_tokens, queries)
 
 
 def where_in_range(cache: KVCache, in_range: Bool[Array, "#*batch"] | bool) -> KVCache:
@@ -100,13 +108,21 @@ def _append(
     values: Array | None,
     num_layer: Layer,
     num_tokens: NumTokens | None,
+    grouped_queries: Array | None = None,
 ) -> KVCache:
     tokens = keys.shape[-3]
     positions = token_positions(cache, tokens, num_tokens)
-    encoded, codec_state = encode(cache, num_layer, keys, values, positions)
+    encoded, codec_state = encode(cache, num_layer, keys, values, positions, grouped_queries)
     newest = cache.newest
     if newest is not None:
-        newest = append(newest, keys, values, layer=num_layer, num_tokens=num_tokens)
+        newest = append(
+            newest,
+            keys,
+            values,
+            layer=num_layer,
+            num_tokens=num_tokens,
+            queries=grouped_queries,
+        )
     cache = dataclasses.replace(cache, codec_state=codec_state, newest=newest)
     if in_host_memory(buffer_of(cache)):
         return append_to_host(cache, num_layer, encoded, keys, positions)

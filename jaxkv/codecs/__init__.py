@@ -24,6 +24,7 @@ from jaxkv.codecs.keys_values import KeysValues
 from jaxkv.codecs.offsets import Offsets
 from jaxkv.codecs.rope import Rope
 from jaxkv.codecs.rotated import Rotated
+from jaxkv.codecs.stair import Stair
 
 # The codecs that `plan`, the command line and the test table know, by name.
 CODECS: dict[str, Codec] = {
@@ -35,8 +36,11 @@ CODECS: dict[str, Codec] = {
     "rotated4": Rotated(bits=4),
     "rotated3": Rotated(bits=3),
     "rotated2": Rotated(bits=2),
+    "int8-centred": Centred(Int8()),
     "rotated4-centred": Centred(Rotated(bits=4)),
     "rotated2-centred": Centred(Rotated(bits=2)),
+    "stair4": Stair(bits=4),
+    "stair3": Stair(bits=3),
 }
 
 __all__ = [
@@ -53,6 +57,7 @@ __all__ = [
     "Offsets",
     "Rope",
     "Rotated",
+    "Stair",
     "State",
     "bitcast",
     "bytes_of",

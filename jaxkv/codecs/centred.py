@@ -1,13 +1,16 @@
-"""Vectors less their mean, which a cache holds once a layer and head."""
+"""Vectors less one of two centres, which a cache holds once a layer and head."""
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Int
 
+from jaxkv.codecs.centres import centres_of, in_a_row, is_nearer_to_second, where_all
 from jaxkv.codecs.codec import (
     Codec,
     LeafSpec,
@@ -19,30 +22,30 @@ from jaxkv.codecs.codec import (
     Vectors,
     refuse_state,
 )
-from jaxkv.codecs.offsets import Offsets
-from jaxkv.codecs.rope import Rope, to_12_bits
-
-# Vectors this many times as long as the median are left out of a mean: no token may move it far.
-_LONGEST = 8.0
-
-Means = Float[Array, "2 kv_heads head_dim"]
+from jaxkv.codecs.offsets import Offsets, chosen
+from jaxkv.codecs.rope import Rope
+from jaxkv.codecs.signs import signs_of, with_signs, without_signs
 
 
 @dataclasses.dataclass(frozen=True)
 class Centred(Codec):
     """Stores ``k_t - R_t m`` and ``v - n`` by another codec, where R_t is the rope of position t.
 
-    Much of a trained model's keys is one constant vector a head, turned by the rope. Here m is the
-    mean of the keys before they were turned and n that of the values, over all tokens of the first
-    `append` to a cache that never held any, and one vector of zeros. They are frozen from then
-    on, through `truncate` and `reset`: so a cache is calibrated by a prompt, the longer the
-    better, and a model's later ones can be of any length. They take ``8 * layers * kv_heads *
-    head_dim`` bytes. Attention adds ``q . R_t m`` to its logits.
+    Much of a trained model's keys is one constant vector a head, turned by the rope; but those of
+    attention sinks, to which most attention goes, are another. So there are two centres m of keys
+    and n of values: means, and what the token at position 0 has. Each vector is stored less the
+    nearer one, and the sign of its scale says which. (Where the codec inside stores no scale, as
+    `Dense`, the mean is the only one.)
 
-    A mean is set while all of it is zero and every sequence is empty. Padding never counts, but all
-    sequences of a cache share the means. So in a batch an answer depends on the other prompts, and
-    in an `Engine` on the prompt that came first, whatever their salts. Where that must not be, let
-    a prompt of your own come first.
+    Centres are set by the first `append` to a cache that never held any, and frozen from then on,
+    through `truncate` and `reset`: so a cache is calibrated by a prompt, the longer the better, and
+    a model's later ones can be of any length. Means are those of keys before they were turned, of
+    all tokens nearer to them than to the first token, and one vector of zeros. Both take
+    ``16 * layers * kv_heads * head_dim`` bytes. Attention adds ``q . R_t m`` to its logits.
+
+    Padding never counts, but all sequences of a cache share the centres. So in a batch what is
+    stored depends on all prompts of the first `append`. Where that must not be, give the cache
+    centres first: `jaxkv.calibrate`, as `generate` and `Engine` do.
 
     Args:
       codec: of the differences, such as `Rotated`.
@@ -55,7 +58,7 @@ class Centred(Codec):
     >>> import jaxkv
     >>> codec = jaxkv.Centred(jaxkv.Rotated(bits=4), rope=jaxkv.Rope.of(500_000, rotary_dim=128))
     >>> config = jaxkv.KVCacheConfig(32, 8192, num_kv_heads=8, head_dim=128, codec=codec)
-    >>> config.size_bytes == 2 * 32 * 8192 * 8 * (64 + 2) + 8 * 32 * 8 * 128
+    >>> config.size_bytes == 2 * 32 * 8192 * 8 * (64 + 2) + 16 * 32 * 8 * 128
     True
     """
 
@@ -82,11 +85,15 @@ class Centred(Codec):
         return self.codec.encode(vectors)
 
     def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
-        return self.codec.decode(leaves, head_dim, dtype)
+        return self.codec.decode(self._without_signs(leaves), head_dim, dtype)
 
     @property
     def levels(self) -> tuple[int, ...] | None:
         return self.codec.levels
+
+    @property
+    def scale_leaves(self) -> Mapping[str, slice]:
+        return self.codec.scale_leaves
 
     @property
     def rotation(self) -> str | None:
@@ -106,15 +113,16 @@ class Centred(Codec):
         return self.codec.rotate_values(values)
 
     def decode_rotated(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
-        return self.codec.decode_rotated(leaves, head_dim, dtype)
+        return self.codec.decode_rotated(self._without_signs(leaves), head_dim, dtype)
 
-    # Of means, its state.
+    # Of centres, its state.
 
     def state(self, head_dim: int) -> LeafSpecs:
-        return {"means": LeafSpec((head_dim,), "float32")}
+        names = ("means", "sinks") if self.scale_leaves else ("means",)
+        return {name: LeafSpec((head_dim,), "float32") for name in names}
 
     def offsets(self, state: State) -> Offsets:
-        return Offsets(state["means"], self.rope)
+        return Offsets(state["means"], self.rope, state.get("sinks"))
 
     @property
     def learns_over_devices(self) -> bool:
@@ -129,16 +137,20 @@ class Centred(Codec):
         *,
         axis: str | None = None,
     ) -> State:
-        """The means of these tokens if the cache is empty and they were never set."""
-        means, empty = state["means"], jnp.all(lengths == 0)
-        # Means are the same on all devices, which must agree on what they send each other.
-        unset = ~jnp.any(means != 0) & (empty if axis is None else True)
-        vectors = vectors.astype(jnp.float32)
-        return {"means": _set_once(self, unset, means, vectors, positions, empty, axis)}
+        """The centres of these tokens if the cache is empty and they were never set."""
+        was_set = jnp.any(jnp.stack([jnp.any(array != 0) for array in state.values()]))
+        empty = jnp.all(lengths == 0)
+        # Centres are the same on all devices, which must agree on what they send each other.
+        unset = ~was_set & (empty if axis is None else True)
+        return _set_once(self, unset, state, vectors, positions, empty, axis)
 
     def encode_tokens(self, vectors: Tokens, state: State, positions: Positions) -> Leaves:
-        offsets = self.offsets(state).at(positions[..., None])
-        return self.encode(vectors.astype(jnp.float32) - offsets)
+        wide = vectors.astype(jnp.float32)
+        each = [wide - offsets for offsets in self.offsets(state).each_at(positions[..., None])]
+        if len(each) == 1:
+            return self.encode(each[0])
+        is_second = is_nearer_to_second(*each) & self._has_scales(wide.ndim - 2)
+        return self._with_signs(self.encode(chosen(each, is_second)), is_second)
 
     def decode_tokens(
         self,
@@ -150,41 +162,39 @@ class Centred(Codec):
         *,
         rotated: bool = False,
     ) -> Tokens:
-        offsets, wide = self.offsets(state), jnp.dtype("float32")
+        wide = jnp.dtype("float32")
+        offsets = self.offsets(state).at(positions, self.is_second(leaves))
         if not rotated:
-            return (self.decode(leaves, head_dim, wide) + offsets.at(positions)).astype(dtype)
+            return (self.decode(leaves, head_dim, wide) + offsets).astype(dtype)
         both = self.decode_rotated(leaves, head_dim, wide)
-        keys = both[0] + self.rotate(offsets.at(positions)[0])
-        values = both[1] + self.rotate_values(offsets.values)
-        return jnp.stack([keys, values]).astype(dtype)
+        turned = [self.rotate(offsets[0]), self.rotate_values(offsets[1])]
+        return (both + jnp.stack(turned)).astype(dtype)
 
-    def means(self, vectors: Tokens, positions: Positions, axis: str | None = None) -> Means:
-        """The means of these keys and values, where positions are not -1, to 12 bits.
+    def is_second(self, leaves: Leaves) -> Bool[Array, "2 *shape"] | None:
+        if not self.scale_leaves:
+            return None
+        shape = leaves[next(iter(self.scale_leaves))].shape[1:]
+        sides = jnp.zeros((2, *shape), bool)
+        for name, own in self.scale_leaves.items():
+            sides = sides.at[own].set(signs_of(leaves[name]))
+        return sides
 
-        Vectors that are not finite, or of a length that stands out, do not count. With those of
-        all devices along a mesh axis: lengths and sums of vectors move, and no vector.
-        """
-        keys, values = vectors.astype(jnp.float32)
-        both = jnp.stack([self._unturned(keys, positions[..., None]), values])
-        both = both.reshape(2, -1, *both.shape[-2:])
-        length = jnp.sum(both * both, axis=-1, keepdims=True)
-        counts = jnp.isfinite(length) & (positions.reshape(-1) >= 0)[:, None, None]
-        lengths = jnp.where(counts, length, jnp.inf)
-        if axis is not None:
-            lengths = lax.all_gather(lengths, axis, axis=1, tiled=True)
-        counts &= length <= _LONGEST**2 * _median(lengths)
-        total = jnp.sum(jnp.where(counts, both, 0), axis=1)
-        number = jnp.sum(counts, axis=1, dtype=jnp.float32)
-        if axis is not None:
-            total, number = lax.psum((total, number), axis)
-        return to_12_bits(total / (1 + number))
+    def _has_scales(self, num_axes: int) -> Bool[Array, "2 *ones"]:
+        """The sides that have, to be broadcast over so many axes."""
+        sides = np.zeros(2, bool)
+        for own in self.scale_leaves.values():
+            sides[own] = True
+        return jnp.asarray(sides.reshape(2, *(1,) * num_axes))
 
-    def _unturned(self, keys: Array, positions: Array) -> Array:
-        if not self.rope:
-            return keys
-        cos, sin = self.rope.cos_sin(positions)
-        first, second, rest = self.rope.pairs(keys)
-        return self.rope.joined(first * cos + second * sin, second * cos - first * sin, rest)
+    def _with_signs(self, leaves: Leaves, is_second: Bool[Array, "2 *shape"]) -> Leaves:
+        signed = {
+            name: with_signs(leaves[name], is_second[own])
+            for name, own in self.scale_leaves.items()
+        }
+        return leaves | signed
+
+    def _without_signs(self, leaves: Leaves) -> Leaves:
+        return leaves | {name: without_signs(leaves[name]) for name in self.scale_leaves}
 
 
 # A jit of its own: outside one, a cond is compiled anew on each call.
@@ -192,21 +202,16 @@ class Centred(Codec):
 def _set_once(
     codec: Centred,
     unset: Array,
-    means: Means,
-    vectors: Array,
-    positions: Array,
+    state: State,
+    vectors: Tokens,
+    positions: Positions,
     empty: Array,
     axis: str | None,
-) -> Means:
-    def of_these(vectors: Array, positions: Array) -> Means:
-        new = codec.means(vectors, positions, axis)
-        return new if axis is None else jnp.where(lax.pmin(jnp.int32(empty), axis) > 0, new, means)
+) -> State:
+    def fresh() -> State:
+        both = in_a_row(vectors, positions, codec.rope)
+        means, sinks = centres_of(both, positions.reshape(-1), axis)
+        found = {"means": means, "sinks": sinks} if "sinks" in state else {"means": means}
+        return found if axis is None else where_all(empty, axis, found, state)
 
-    return lax.cond(unset, of_these, lambda *_: means, vectors, positions)
-
-
-def _median(lengths: Float[Array, "2 tokens kv_heads 1"]) -> Float[Array, "2 1 kv_heads 1"]:
-    """The lower median of those that are finite, a side and head; infinite where none is."""
-    ordered, counts = jnp.sort(lengths, axis=1), jnp.isfinite(lengths)
-    middle = (jnp.maximum(jnp.sum(counts, axis=1, keepdims=True), 1) - 1) // 2
-    return jnp.take_along_axis(ordered, middle, axis=1)
+    return lax.cond(unset, fresh, lambda: state)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.codecs.offsets import Offsets
 from jaxkv.codecs.rope import Rope
@@ -106,6 +106,16 @@ class Codec(Protocol):
         return None
 
     @property
+    def scale_leaves(self) -> Mapping[str, slice]:
+        """The leaves of one scale per vector, bfloat16 and never negative, and whose they are.
+
+        ``slice(0, 2)`` for keys' and values', ``slice(0, 1)`` and ``slice(1, 2)`` for one side's.
+        """
+        if self.levels is None and self.scaled_dtype is None:
+            return {}
+        return {list(self.leaves(head_dim=8))[1]: slice(0, 2)}
+
+    @property
     def rotation(self) -> str | None:
         """``"hadamard"`` if `rotate` is `jaxkv.codecs.hadamard.rotate`; None if it does nothing."""
         return None
@@ -149,9 +159,14 @@ class Codec(Protocol):
         return {}
 
     @property
+    def asks_queries(self) -> bool:
+        """Whether `update_state` takes ``queries=``, those of the same tokens, or None."""
+        return False
+
+    @property
     def learns_over_devices(self) -> bool:
         """Whether `update_state` takes ``axis=``, the mesh axis over which other devices have other
-        sequences of the same cache, and gives all of them one state.
+        sequences of the same cache, or None, and gives all of them one state.
         """
         return False
 
@@ -190,6 +205,10 @@ class Codec(Protocol):
 
         Attention then reads `decode_rotated`, and adds the share of these.
         """
+        return None
+
+    def is_second(self, leaves: Leaves) -> Bool[Array, "2 *shape"] | None:
+        """Which vectors were stored less the second ones of `offsets`; None if there are none."""
         return None
 
 

@@ -68,6 +68,14 @@ class KeysValues(Codec):
         return jnp.concatenate(list(sides))
 
     @property
+    def scale_leaves(self) -> dict[str, slice]:
+        return {
+            f"{side}_{name}": slice(number, number + 1)
+            for number, (side, codec) in enumerate(self._sides())
+            for name in codec.scale_leaves
+        }
+
+    @property
     def sides(self) -> tuple[Codec, Codec]:
         return self.keys, self.values
 

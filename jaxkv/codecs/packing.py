@@ -1,4 +1,4 @@
-"""Codes of 1 to 4 bits in bytes."""
+"""Codes of 1 to 6 bits in bytes."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
@@ -6,7 +6,7 @@ from jaxtyping import Array, UInt8
 from jaxkv.counts import ceil_div
 
 # Bits of a code -> the widths that it is cut into, low bits first. Each divides a byte.
-_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,)}
+_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
 
 
 def packed_bytes(head_dim: int, bits: int) -> int:
@@ -19,7 +19,8 @@ def pack(codes: UInt8[Array, "*shape head_dim"], bits: int) -> UInt8[Array, "*sh
 
     With 4 bits the low half of byte j holds code j, its high half code ``j + head_dim / 2``. With
     2 bits byte j holds codes j, ``j + head_dim / 4`` and so on, from its low bits up. With 3 bits
-    the low two bits of all codes are laid so, and then the third ones, eight a byte. Runs of bytes
+    the low two bits of all codes are laid so, and then the third ones, eight a byte; with 5 and 6
+    bits the low four, and then the others. Runs of bytes
     so become runs of codes with a shift and a mask.
 
     >>> import jax.numpy as jnp

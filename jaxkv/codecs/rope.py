@@ -79,6 +79,16 @@ class Rope:
         first, second = jnp.split(turned, 2, axis=-1)
         return first, second, rest
 
+    def unturned(
+        self,
+        keys: Float[Array, "*tokens kv_heads head_dim"],
+        positions: Int[Array, "*tokens #kv_heads"],
+    ) -> Float[Array, "*tokens kv_heads head_dim"]:
+        """Keys of tokens at these positions, as they were before they were turned."""
+        cos, sin = self.cos_sin(positions)
+        first, second, rest = self.pairs(keys)
+        return self.joined(first * cos + second * sin, second * cos - first * sin, rest)
+
     def joined(self, first: Array, second: Array, rest: Array) -> Float[Array, "*shape head_dim"]:
         """The inverse of `pairs`."""
         if self.interleaved:

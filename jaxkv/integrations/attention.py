@@ -111,7 +111,7 @@ def _step(
     num_tokens: NumTokens | None,
     **options: Any,
 ) -> tuple[Array, KVCache]:
-    cache = append(cache, key, value, layer=0, num_tokens=num_tokens)
+    cache = append(cache, key, value, layer=0, num_tokens=num_tokens, queries=query)
     output = attend(cache, query, layer=0, num_tokens=num_tokens, **options)
     return output, advance(cache, key.shape[-3] if num_tokens is None else num_tokens)
 

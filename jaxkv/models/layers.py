@@ -205,7 +205,7 @@ def attend_causal(
     if cache is None:
         assert values is not None
         return _attend_uncached(queries, keys, values, scale, **options), None
-    cache = append(cache, keys, values, layer=layer, num_tokens=num_tokens)
+    cache = append(cache, keys, values, layer=layer, num_tokens=num_tokens, queries=queries)
     return attend(cache, queries, layer=layer, num_tokens=num_tokens, scale=scale, **options), cache
 
 

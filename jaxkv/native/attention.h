@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <deque>
 
 #include "pool.h"
 #include "tile_unit.h"
@@ -24,35 +25,42 @@ inline void Join(Attention& job, int64_t row, float* sum) {
   const float* total = &job.total[row * job.chunks];
   const int64_t chunks = job.Chunks(row / job.rows());
   const float most = std::max(sink, *std::max_element(highest, highest + chunks));
-  float everything = std::exp(sink - most);
+  float everything = std::exp(sink - most), second = 0;
   std::fill_n(sum, job.head_dim, 0.0f);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const float* mix = job.MixOf(row / job.rows(), chunk, row % job.rows());
     const float weight = Exp(Vec{} + (highest[chunk] - most))[0];
     everything += weight * total[chunk];
+    second += weight * job.second[row * job.chunks + chunk];
     for (int64_t d = 0; d < job.head_dim; d += kLanes)
       Store(sum + d, Load(sum + d) + Load(mix + d) * weight);
   }
   for (int64_t d = 0; d < job.head_dim; ++d) sum[d] = everything == 0 ? 0 : sum[d] / everything;
+  job.second_share[row] = everything == 0 ? 0 : second / everything;
   job.log_total[row] = everything == 0 ? kLowest : most + std::log(everything);
 }
 
-// Queries of a sequence that read the same slots follow each other, so that all but the first find
-// them in a near cache.
+// A chunk of slots, for all queries of a sequence. These take turns, a block each: all but the first
+// find it in a near cache.
 template <typename Unit>
 void RunUnit(Attention& job, int64_t unit) {
   const Slots& slots = job.slots;
-  const int64_t token = unit % slots.tokens;
-  unit /= slots.tokens;
   const int64_t chunk = unit % job.chunks, list = unit / job.chunks % slots.lists;
-  const int64_t q = unit / job.chunks / slots.lists * slots.tokens + token;
-  const int64_t chunks = job.Chunks(q);
-  if (chunk >= chunks) return;
-  const int64_t begin = slots.Begin(q), span = slots.End(q) - begin;
-  const int64_t from = begin + span * chunk / chunks;
-  const int64_t to = begin + span * (chunk + 1) / chunks;
-  const int64_t heads = job.heads / slots.lists;
-  Unit(job, q, list * heads, (list + 1) * heads, chunk).Run(list, from, to);
+  const int64_t first = unit / job.chunks / slots.lists * slots.tokens;
+  std::deque<Unit> units;  // which stay where they are
+  for (int64_t q = first; q < first + slots.tokens; ++q) {
+    const int64_t chunks = job.Chunks(q);
+    if (chunk >= chunks) continue;
+    const int64_t begin = slots.Begin(q), span = slots.End(q) - begin;
+    const int64_t from = begin + span * chunk / chunks;
+    const int64_t to = begin + span * (chunk + 1) / chunks;
+    units.emplace_back(job, q, list, chunk, Blocks(slots, q, list, from, to));
+  }
+  for (bool any = true; any;) {
+    any = false;
+    for (Unit& of_query : units) any |= of_query.Step();
+  }
+  for (Unit& of_query : units) of_query.Finish();
 }
 
 template <typename Unit>
@@ -67,11 +75,12 @@ void AttendIn(Attention& job, int64_t threads) {
     all += slots.End(q) - slots.Begin(q);
   }
   const int64_t rows = slots.Queries() * job.rows();
-  static thread_local Scratch arranged, highest, total, mix, sum;
+  static thread_local Scratch arranged, highest, total, second, mix, sum;
   Unit::Arrange(job, arranged);
   job.highest = highest.Room(rows * job.chunks), job.total = total.Room(rows * job.chunks);
+  job.second = second.Room(rows * job.chunks);
   job.mix = mix.Room(rows * job.chunks * job.head_dim);
-  Pool::Get().Run(slots.Queries() * slots.lists * job.chunks, threads, all * slot_bytes > kWorthWaking,
+  Pool::Get().Run(slots.batch * slots.lists * job.chunks, threads, all * slot_bytes > kWorthWaking,
                   [&](int64_t unit) { RunUnit<Unit>(job, unit); });
   for (int64_t row = 0; row < rows; ++row) {
     Join(job, row, sum.Room(job.head_dim));

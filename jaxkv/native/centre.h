@@ -11,7 +11,9 @@ namespace jaxkv {
 
 // Of one layer. No queries where vectors are stored whole.
 struct Centring {
-  const float* queries = nullptr;  // [queries, heads, group, features], zeros up to whole vectors
+  // [centres, queries, heads, group, features], zeros up to whole vectors
+  const float* queries = nullptr;
+  int64_t of_second = 0;           // where those of the second centre begin; 0 if there is none
   const float* tables;             // [digits, 2, kBase, pairs]; jaxkv/codecs/rope.py
   int64_t digits = 0, pairs = 0, features = 0;
 
@@ -63,21 +65,29 @@ class Centre {
   }
   explicit operator bool() const { return all_.queries != nullptr; }
 
-  // Scores of a step's tokens; of `count` queries from `row` on.
+  // Scores of a step's tokens, some of which have the second centre; of `count` queries from `row`
+  // on.
   template <typename Order>
-  Vec At(int64_t row, int count, int step, Order order) const {
+  Vec At(int64_t row, int count, int step, Order order, Ints is_second) const {
+    const Vec first = Of(all_.queries, row, count, step, order);
+    if (all_.of_second == 0 || !Any(is_second)) return first;  // few tokens have it
+    return is_second ? Of(all_.queries + all_.of_second, row, count, step, order) : first;
+  }
+
+ private:
+  template <typename Order>
+  Vec Of(const float* queries, int64_t row, int count, int step, Order order) const {
     const float* tokens[K];
     for (int i = 0; i < K; ++i)
       tokens[i] = &features_[std::min(order.Token(step, i), count_ - 1) * all_.features];
     Vec scores;
     WithCount<K>(count, [&](auto g) {
-      scores = Score<float, decltype(g)::value, K>(tokens, all_.queries + row * all_.features,
+      scores = Score<float, decltype(g)::value, K>(tokens, queries + row * all_.features,
                                                    all_.features);
     });
     return scores;
   }
 
- private:
   const Centring& all_;
   int count_ = 0;
   std::vector<float> features_;

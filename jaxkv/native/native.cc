@@ -42,7 +42,8 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
                   ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> key_positions,
                   int64_t key_bits, int64_t value_bits, int64_t extent, int64_t page_size,
                   int64_t window, int64_t kept_window, int64_t kept_sinks, float softcap,
-                  ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> log_total) {
+                  ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> log_total,
+                  ffi::ResultBuffer<ffi::F32> second_share) {
   const auto shape = queries.dimensions();  // batch, tokens, heads, group, head_dim
   const int64_t number = layer.typed_data()[0];
 
@@ -54,10 +55,13 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
   job.queries = queries.typed_data();
   job.sinks = sinks.typed_data();
   job.out = out->typed_data(), job.log_total = log_total->typed_data();
+  job.second_share = second_share->typed_data();
   if (centre_queries.element_count() > 0) {
     const auto tables = rope_tables.dimensions();  // digits, 2, base, pairs
     job.centre.queries = centre_queries.typed_data();
-    job.centre.features = centre_queries.dimensions()[4];
+    job.centre.features = centre_queries.dimensions()[5];
+    if (const int64_t centres = centre_queries.dimensions()[0]; centres > 1)
+      job.centre.of_second = centre_queries.element_count() / centres;
     job.centre.tables = rope_tables.typed_data();
     job.centre.digits = tables[0], job.centre.pairs = tables[3];
   }
@@ -151,6 +155,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxkvDecode, jaxkv::Decode,
                                   .Attr<int64_t>("kept_window")
                                   .Attr<int64_t>("kept_sinks")
                                   .Attr<float>("softcap")
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 

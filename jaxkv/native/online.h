@@ -31,6 +31,7 @@ struct Attention {
   const float* sinks;    // [heads, group]
   float* out;            // like queries
   float* log_total;      // [queries, heads, group]: of all scores' exponentials, the sink's too
+  float* second_share;   // likewise: of probability, that went to values of the second centre
   int64_t heads, group, head_dim;
   float softcap;
   Slots slots;
@@ -38,7 +39,7 @@ struct Attention {
 
   int64_t chunks = 1;      // of the query that has most
   float* arranged;         // queries, as the units want them
-  float *highest, *total;  // [queries, rows, chunks]
+  float *highest, *total, *second;  // [queries, rows, chunks]
   float* mix;              // [queries, chunks, rows, head_dim]
 
   int64_t most_chunks = 1, smallest = kBlock;  // chunks, and slots of one
@@ -57,10 +58,11 @@ struct Rows {
   int64_t head, row;  // row: of all queries
   int count;
   float* scores = nullptr;  // [steps][kLanes]; lane g * K + i
-  Vec highest = Vec{} + kLowest, total = Vec{};
+  Vec highest = Vec{} + kLowest, total = Vec{}, second = Vec{};
 };
 
-// Scales of a block's codes, which are left out of the products.
+// Scales of a block's codes, which are left out of the products. A sign says that a vector was
+// stored less the second centre.
 template <int K>
 class Scales {
  public:
@@ -87,6 +89,9 @@ class Scales {
   std::vector<float> wide_;  // [heads][steps][K]
 };
 
+inline Ints Signs(Vec scales) { return (Ints)scales < 0; }
+inline Vec Magnitudes(Vec scales) { return (Vec)((Ints)scales & 0x7fffffff); }
+
 // Scores to weights. Returns what becomes of all that was mixed so far, which shrinks if there is a
 // new highest score.
 template <int K, typename Order>
@@ -104,8 +109,12 @@ Vec Softmax(const Block& block, Order order, float softcap, const Scales<K>& key
   Vec most = rows.highest;
   for (int step = 0; step < steps; ++step) {
     Vec score = Load(rows.scores + step * kLanes);
-    if (key_scales) score *= key_scales.At(rows.head, step);
-    if (centre) score += centre.At(rows.row, rows.count, step, order);
+    Ints is_second = {};
+    if (key_scales) {
+      const Vec scales = key_scales.At(rows.head, step);
+      score *= Magnitudes(scales), is_second = Signs(scales);
+    }
+    if (centre) score += centre.At(rows.row, rows.count, step, order, is_second);
     if (softcap > 0) score = softcap * Tanh(score / softcap);
     score = of_tokens(score, step, kLowest);
     Store(rows.scores + step * kLanes, score);
@@ -113,14 +122,18 @@ Vec Softmax(const Block& block, Order order, float softcap, const Scales<K>& key
   }
   most = Together<K>(most, Larger);
   const Vec keep = Exp(rows.highest - most);
-  Vec total = rows.total * keep;
+  Vec total = rows.total * keep, second = rows.second * keep;
   for (int step = 0; step < steps; ++step) {
     Vec weight = of_tokens(Exp(Load(rows.scores + step * kLanes) - most), step, 0);
     total += weight;
-    if (value_scales) weight *= value_scales.At(rows.head, step);
+    if (value_scales) {
+      const Vec scales = value_scales.At(rows.head, step);
+      second += Signs(scales) ? weight : Vec{};
+      weight *= Magnitudes(scales);
+    }
     Store(rows.scores + step * kLanes, weight);
   }
-  rows.highest = most, rows.total = total;
+  rows.highest = most, rows.total = total, rows.second = second;
   return keep;
 }
 
@@ -136,10 +149,11 @@ void Shrink(const Rows& rows, Vec keep, int64_t head_dim, float* mix) {
 // What a unit found out, for `Join`.
 template <int K>
 void Report(Attention& job, const Rows& rows, int64_t chunk) {
-  const Vec total = Together<K>(rows.total, Added);
+  const Vec total = Together<K>(rows.total, Added), second = Together<K>(rows.second, Added);
   for (int g = 0; g < rows.count; ++g) {
     job.highest[(rows.row + g) * job.chunks + chunk] = rows.highest[g * K];
     job.total[(rows.row + g) * job.chunks + chunk] = total[g * K];
+    job.second[(rows.row + g) * job.chunks + chunk] = second[g * K];
   }
 }
 

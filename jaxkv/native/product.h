@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "pool.h"
-#include "vectors.h"
+#include "vector_products.h"
 
 namespace jaxkv {
 
@@ -36,69 +36,70 @@ struct Product {
   float* arranged;  // x, in the order in which a table's elements are loaded
 };
 
-// sums[m] = x[m] W for `count` rows and `width` columns of a weight. x and sums have strides.
-template <typename T, int M>
+// function(M, first) for M of `rows` rows at a time, up to `Most`: with more, sums leave the registers.
+template <int Most, typename Function>
+inline void InRegisters(int64_t rows, const Function& function) {
+  int64_t first = 0;
+  for (; first + Most <= rows; first += Most) function(Number<Most>{}, first);
+  for (; first < rows; ++first) function(Number<1>{}, first);
+}
+
+// sums[m] = x[m] W for all rows of x, `count` rows and `width` columns of a weight. x and sums have
+// strides. A few rows of the weight at a time, which are in the nearest cache for all of x.
+template <typename T>
 void Columns(const T* weight, int64_t stride, int64_t count, int64_t width, const float* x,
-             int64_t in, float* sums, int64_t out) {
+             int64_t in, float* sums, int64_t out, int64_t all) {
   const int64_t steps = count / kRuns;
-  // Of R rows, added to what is there if `more`.
-  auto add = [&](auto number, int64_t first, int64_t next, bool more) {
-    constexpr int R = decltype(number)::value;
+  // Of R rows and M of x, added to what is there if `more`.
+  auto add = [&](auto number, auto of_x, int64_t m0, int64_t first, int64_t next, bool more) {
+    constexpr int R = decltype(number)::value, M = decltype(of_x)::value;
     const T* rows[R];
     float factor[M][R];
+    float* const to = sums + m0 * out;
     UNROLL for (int r = 0; r < R; ++r) rows[r] = weight + (first + r * next) * stride;
     UNROLL for (int m = 0; m < M; ++m)
-      UNROLL for (int r = 0; r < R; ++r) factor[m][r] = x[m * in + first + r * next];
+      UNROLL for (int r = 0; r < R; ++r) factor[m][r] = x[(m0 + m) * in + first + r * next];
     for (int64_t c = 0; c < width; c += 2 * kLanes) {
-      Vec sum[M][2] = {};
+      Part sum[M][2][kParts] = {};
       if (more)
-        UNROLL for (int m = 0; m < M; ++m) LoadMany(sums + m * out + c, sum[m]);
+        UNROLL for (int m = 0; m < M; ++m) LoadMany(to + m * out + c, sum[m]);
       UNROLL for (int r = 0; r < R; ++r) {
-        Vec row[2];
+        Part row[2][kParts];
         LoadMany(rows[r] + c, row);
         UNROLL for (int m = 0; m < M; ++m)
-          UNROLL for (int n = 0; n < 2; ++n) sum[m][n] += factor[m][r] * row[n];
+          UNROLL for (int n = 0; n < 2; ++n)
+            UNROLL for (int part = 0; part < kParts; ++part)
+              sum[m][n][part] += factor[m][r] * row[n][part];
       }
-      UNROLL for (int m = 0; m < M; ++m)
-        UNROLL for (int n = 0; n < 2; ++n) Store(sums + m * out + c + n * kLanes, sum[m][n]);
+      UNROLL for (int m = 0; m < M; ++m) StoreMany(to + m * out + c, sum[m]);
     }
   };
+  constexpr int kMost = kParts == 1 ? 4 : 2;
   for (int64_t step = 0; step < steps; ++step)
-    add(std::integral_constant<int, kRuns>{}, step, steps, step > 0);
+    InRegisters<kMost>(all, [&](auto of_x, int64_t m) {
+      add(Number<kRuns>{}, of_x, m, step, steps, step > 0);
+    });
   for (int64_t row = steps * kRuns; row < count; ++row)
-    add(std::integral_constant<int, 1>{}, row, 0, row > 0);
+    InRegisters<kMost>(all, [&](auto of_x, int64_t m) {
+      add(Number<1>{}, of_x, m, row, 0, row > 0);
+    });
 }
 
-// y[r] = table[r] . x for `count` rows of a table. x is arranged.
-template <typename T>
-void Dots(const T* table, int64_t in, int64_t count, const float* x, float* y) {
-  for (int64_t first = 0; first < count; first += kLanes) {
-    Vec sums[kLanes] = {};
-    const T* rows[kLanes];
-    for (int64_t r = 0; r < kLanes; ++r) rows[r] = table + std::min(first + r, count - 1) * in;
-    for (int64_t d = 0; d < in; d += 2 * kLanes) {
-      Vec factor[2];
-      LoadMany(x + d, factor);
-      UNROLL for (int r = 0; r < kLanes; ++r) {
-        Vec row[2];
-        LoadMany(rows[r] + d, row);
-        sums[r] += row[0] * factor[0];
-        sums[r] += row[1] * factor[1];
-      }
-    }
-    const Vec each = SumEach(sums);
-    std::memcpy(y + first, &each, 4 * std::min<int64_t>(kLanes, count - first));
+// y[m][r] = table[r] . x[m] for `count` rows of a table and all of x, which are arranged.
+template <typename T, int K>
+void Dots(const T* table, int64_t in, int64_t count, const float* x, float* y, int64_t out,
+          int64_t all) {
+  for (int64_t first = 0; first < count; first += K) {
+    const T* rows[K];
+    for (int64_t r = 0; r < K; ++r) rows[r] = table + std::min(first + r, count - 1) * in;
+    InRegisters<kLanes / K>(all, [&](auto of_x, int64_t m0) {
+      constexpr int M = decltype(of_x)::value;
+      const Vec each = Score<T, M, K>(rows, x + m0 * in, in);
+      for (int m = 0; m < M; ++m)
+        std::memcpy(y + (m0 + m) * out + first, (const float*)&each + m * K,
+                    4 * std::min<int64_t>(K, count - first));
+    });
   }
-}
-
-// Up to four rows at a time: with more, sums leave the registers. The unit stays in a near cache.
-template <typename T>
-void ColumnsOfRows(const T* weight, int64_t stride, int64_t count, int64_t width, const float* x,
-                   int64_t in, float* sums, int64_t out, int64_t rows) {
-  for (; rows >= 4; rows -= 4, x += 4 * in, sums += 4 * out)
-    Columns<T, 4>(weight, stride, count, width, x, in, sums, out);
-  for (; rows >= 1; rows -= 1, x += in, sums += out)
-    Columns<T, 1>(weight, stride, count, width, x, in, sums, out);
 }
 
 template <typename T>
@@ -111,16 +112,15 @@ void RunProductUnit(const Product& job, int64_t unit) {
   if (weight.table) {
     const int64_t first = unit * weight.width;
     const int64_t count = std::min(weight.width, weight.out - first);
-    for (int64_t m = 0; m < job.rows; ++m)
-      Dots(data + first * weight.in, weight.in, count, &job.arranged[m * weight.in],
-           weight.y + m * weight.out + first);
+    const auto dots = job.rows == 1 ? Dots<T, kLanes> : Dots<T, 4>;
+    dots(data + first * weight.in, weight.in, count, job.arranged, weight.y + first, weight.out,
+         job.rows);
   } else {
     const int64_t part = unit / weight.strips, column = unit % weight.strips * weight.width;
     const int64_t row = part * kUnitRows;
-    ColumnsOfRows(data + row * weight.out + column, weight.out,
-                  std::min(kUnitRows, weight.in - row),
-                  std::min(weight.width, weight.out - column), job.x + row, weight.in,
-                  weight.sums + part * job.rows * weight.out + column, weight.out, job.rows);
+    Columns(data + row * weight.out + column, weight.out, std::min(kUnitRows, weight.in - row),
+            std::min(weight.width, weight.out - column), job.x + row, weight.in,
+            weight.sums + part * job.rows * weight.out + column, weight.out, job.rows);
   }
 }
 

@@ -103,4 +103,32 @@ struct Slots {
   }
 };
 
+// What query q sees of the logical slots [from, to), a block at a time, and the next one beside it.
+class Blocks {
+ public:
+  Blocks(const Slots& slots, int64_t q, int64_t list, int64_t from, int64_t to)
+      : slots_(slots), q_(q), list_(list), cursor_(from), to_(to) {
+    Collect();
+  }
+
+  // Goes on to the next block; false if there is none.
+  bool Advance() {
+    now_ = 1 - now_;
+    if (blocks_[now_].count == 0) return false;
+    Collect();
+    return true;
+  }
+  const Block& Now() const { return blocks_[now_]; }
+  const Block& Next() const { return blocks_[1 - now_]; }
+
+ private:
+  void Collect() { slots_.Collect(q_, list_, cursor_, to_, blocks_[1 - now_]); }
+
+  const Slots& slots_;
+  const int64_t q_, list_;
+  int64_t cursor_, to_;
+  int now_ = 0;
+  Block blocks_[2];
+};
+
 }  // namespace jaxkv

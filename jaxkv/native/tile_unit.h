@@ -18,11 +18,12 @@ class TileUnit {
     return job.head_dim % Tiles::kNumbers == 0 && job.head_dim <= kMostNumbers && TilesAllowed();
   }
 
-  // KV heads [first_head, end_head) for query q.
-  TileUnit(Attention& job, int64_t q, int64_t first_head, int64_t end_head, int64_t chunk)
-      : job_(job), q_(q), chunk_(chunk), first_head_(first_head), end_head_(end_head),
+  // Query q and the KV heads that have key positions' list `list`.
+  TileUnit(Attention& job, int64_t q, int64_t list, int64_t chunk, const Blocks& blocks)
+      : job_(job), q_(q), chunk_(chunk), first_head_(job.heads / job.slots.lists * list),
+        end_head_(first_head_ + job.heads / job.slots.lists), blocks_(blocks),
         centre_(job.centre) {
-    for (int64_t head = first_head; head < end_head; ++head)
+    for (int64_t head = first_head_; head < end_head_; ++head)
       for (int64_t g = 0; g < job.group; g += kQueries) {
         const int64_t row = head * job.group + g;
         const int count = std::min<int64_t>(kQueries, job.group - g);
@@ -33,15 +34,15 @@ class TileUnit {
     copy_.resize(kBlock * slices_);
   }
 
-  // Logical slots [from, to), seen as key positions' list `list` says.
-  void Run(int64_t list, int64_t from, int64_t to) {
+  // A block of slots; false if none was left.
+  bool Step() {
+    if (!blocks_.Advance()) return false;
     const TilesInUse tiles;
-    Block blocks[2];
-    bool more = job_.slots.Collect(q_, list, from, to, blocks[0]);
-    for (int now = 0; more; now ^= 1) {
-      more = job_.slots.Collect(q_, list, from, to, blocks[1 - now]);
-      Add(blocks[now], blocks[1 - now]);
-    }
+    Add(blocks_.Now(), blocks_.Next());
+    return true;
+  }
+
+  void Finish() {
     for (Rows& rows : rows_) Report<kQueries>(job_, rows, chunk_);
   }
 
@@ -120,6 +121,7 @@ class TileUnit {
 
   Attention& job_;
   const int64_t q_, chunk_, first_head_, end_head_;
+  Blocks blocks_;
   int64_t slices_;
   bool in_a_row_[kGroups];  // whether a tile's tokens are in slots one after the other
   Source sources_[kGroups];

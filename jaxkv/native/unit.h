@@ -27,11 +27,12 @@ class Unit {
       jaxkv::Arrange<T>(job.queries + row * size, job.arranged + row * size, size);
   }
 
-  // KV heads [first_head, end_head) for query q.
-  Unit(Attention& job, int64_t q, int64_t first_head, int64_t end_head, int64_t chunk)
-      : job_(job), q_(q), chunk_(chunk), centre_(job.centre) {
+  // Query q and the KV heads that have key positions' list `list`.
+  Unit(Attention& job, int64_t q, int64_t list, int64_t chunk, const Blocks& blocks)
+      : job_(job), q_(q), chunk_(chunk), blocks_(blocks), centre_(job.centre) {
+    const int64_t heads = job.heads / job.slots.lists;
     constexpr int kMost = K == kLanes ? 1 : kLanes / K;
-    for (int64_t head = first_head; head < end_head; ++head)
+    for (int64_t head = list * heads; head < (list + 1) * heads; ++head)
       for (int64_t g = 0; g < job.group; g += kMost) {
         const int64_t row = head * job.group + g;
         const int count = std::min<int64_t>(kMost, job.group - g);
@@ -42,34 +43,34 @@ class Unit {
     for (size_t i = 0; i < rows_.size(); ++i) rows_[i].scores = &scores_[i * kScores];
   }
 
-  // Logical slots [from, to), seen as key positions' list `list` says.
-  void Run(int64_t list, int64_t from, int64_t to) {
-    Block blocks[2];
-    bool more = job_.slots.Collect(q_, list, from, to, blocks[0]);
-    for (int now = 0; more; now ^= 1) {
-      more = job_.slots.Collect(q_, list, from, to, blocks[1 - now]);
-      const Block& block = blocks[now];
-      const InRuns order{block.Steps<K>()};
-      Ahead ahead(job_, rows_.front().head, rows_.back().head + 1, blocks[1 - now],
-                  2 * order.steps * rows_.size());
-      key_scales_.Load(job_.keys.scales, job_.heads, block, order);
-      value_scales_.Load(job_.values.scales, job_.heads, block, order);
-      centre_.Start(block);
-      ForEach(job_.keys, block, ahead, [&](auto g, int step, const Rows& rows, auto& keys) {
-        constexpr int G = decltype(g)::value;
-        const float* queries = &job_.arranged[rows.row * job_.head_dim];
-        Store(rows.scores + step * kLanes, Score<Wide, G, K>(keys, queries, job_.head_dim));
-      });
-      for (Rows& rows : rows_) {
-        const Vec keep =
-            Softmax(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows);
-        Shrink<K>(rows, keep, job_.head_dim, MixOf(rows));
-      }
-      ForEach(job_.values, block, ahead, [&](auto g, int step, const Rows& rows, auto& values) {
-        constexpr int G = decltype(g)::value;
-        Mix<Wide, G, K>(values, rows.scores + step * kLanes, job_.head_dim, MixOf(rows));
-      });
+  // A block of slots; false if none was left.
+  bool Step() {
+    if (!blocks_.Advance()) return false;
+    const Block& block = blocks_.Now();
+    const InRuns order{block.Steps<K>()};
+    Ahead ahead(job_, rows_.front().head, rows_.back().head + 1, blocks_.Next(),
+                2 * order.steps * rows_.size());
+    key_scales_.Load(job_.keys.scales, job_.heads, block, order);
+    value_scales_.Load(job_.values.scales, job_.heads, block, order);
+    centre_.Start(block);
+    ForEach(job_.keys, block, ahead, [&](auto g, int step, const Rows& rows, auto& keys) {
+      constexpr int G = decltype(g)::value;
+      const float* queries = &job_.arranged[rows.row * job_.head_dim];
+      Store(rows.scores + step * kLanes, Score<Wide, G, K>(keys, queries, job_.head_dim));
+    });
+    for (Rows& rows : rows_) {
+      const Vec keep =
+          Softmax(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows);
+      Shrink<K>(rows, keep, job_.head_dim, MixOf(rows));
     }
+    ForEach(job_.values, block, ahead, [&](auto g, int step, const Rows& rows, auto& values) {
+      constexpr int G = decltype(g)::value;
+      Mix<Wide, G, K>(values, rows.scores + step * kLanes, job_.head_dim, MixOf(rows));
+    });
+    return true;
+  }
+
+  void Finish() {
     for (Rows& rows : rows_) Report<K>(job_, rows, chunk_);
   }
 
@@ -117,6 +118,7 @@ class Unit {
 
   Attention& job_;
   const int64_t q_, chunk_;
+  Blocks blocks_;
   std::vector<Rows> rows_;
   std::vector<float> scores_, widened_;
   Scales<K> key_scales_, value_scales_;

@@ -13,21 +13,33 @@ using Number = std::integral_constant<int, N>;
 // The scores of K tokens and G queries of one KV head: lane g * K + i.
 template <typename T, int G, int K>
 inline Vec Score(const T* const (&keys)[K], const float* queries, int64_t head_dim) {
-  Vec sums[kLanes] = {};
-  auto add = [&](auto number, int64_t d) {
-    constexpr int N = decltype(number)::value;
-    Vec query[G][N];
-    UNROLL for (int g = 0; g < G; ++g) LoadMany(queries + g * head_dim + d, query[g]);
-    UNROLL for (int i = 0; i < K; ++i) {
-      Vec key[N];
-      LoadMany(keys[i] + d, key);
-      UNROLL for (int g = 0; g < G; ++g)
-        UNROLL for (int n = 0; n < N; ++n) sums[g * K + i] += key[n] * query[g][n];
-    }
-  };
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) add(Number<2>{}, d);
-  if (d < head_dim) add(Number<1>{}, d);
+  // Tokens whose sums are in registers at once.
+  constexpr int kAtOnce = kParts == 1 ? K : G == 1 ? 4 : G < 4 ? 2 : 1;
+  Part sums[kLanes][kParts] = {};
+  UNROLL for (int first = 0; first < K; first += kAtOnce) {
+    Part some[G][kAtOnce][kParts] = {};
+    auto add = [&](auto number, int64_t d) {
+      constexpr int N = decltype(number)::value;
+      UNROLL for (int i = 0; i < kAtOnce; ++i) {
+        Part key[N][kParts];
+        LoadMany(keys[first + i] + d, key);
+        UNROLL for (int g = 0; g < G; ++g) {
+          Part query[N][kParts];
+          LoadMany(queries + g * head_dim + d, query);
+          UNROLL for (int n = 0; n < N; ++n)
+            UNROLL for (int part = 0; part < kParts; ++part)
+              some[g][i][part] += key[n][part] * query[n][part];
+        }
+      }
+    };
+    int64_t d = 0;
+    for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) add(Number<2>{}, d);
+    if (d < head_dim) add(Number<1>{}, d);
+    UNROLL for (int g = 0; g < G; ++g)
+      UNROLL for (int i = 0; i < kAtOnce; ++i)
+        UNROLL for (int part = 0; part < kParts; ++part)
+          sums[g * K + first + i][part] = some[g][i][part];
+  }
   return SumEach(sums);
 }
 
@@ -36,16 +48,17 @@ template <typename T, int G, int K>
 inline void Mix(const T* const (&values)[K], const float* weights, int64_t head_dim, float* mix) {
   auto add = [&](auto number, int64_t d) {
     constexpr int N = decltype(number)::value;
-    Vec sums[G][N];
+    Part sums[G][N][kParts];
     UNROLL for (int g = 0; g < G; ++g) LoadMany(mix + g * head_dim + d, sums[g]);
     UNROLL for (int i = 0; i < K; ++i) {
-      Vec value[N];
+      Part value[N][kParts];
       LoadMany(values[i] + d, value);
       UNROLL for (int g = 0; g < G; ++g)
-        UNROLL for (int n = 0; n < N; ++n) sums[g][n] += weights[g * K + i] * value[n];
+        UNROLL for (int n = 0; n < N; ++n)
+          UNROLL for (int part = 0; part < kParts; ++part)
+            sums[g][n][part] += weights[g * K + i] * value[n][part];
     }
-    UNROLL for (int g = 0; g < G; ++g)
-      UNROLL for (int n = 0; n < N; ++n) Store(mix + g * head_dim + d + n * kLanes, sums[g][n]);
+    UNROLL for (int g = 0; g < G; ++g) StoreMany(mix + g * head_dim + d, sums[g]);
   };
   int64_t d = 0;
   for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) add(Number<2>{}, d);

@@ -25,6 +25,19 @@ typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1)));
 typedef uint8_t UnsignedBytes __attribute__((vector_size(kLanes), aligned(1)));
 typedef int16_t SignedShorts __attribute__((vector_size(2 * kLanes)));
 
+// What a register holds. Products are made of these: of vectors that are wider than registers
+// compilers make code that goes through memory (GCC 12 on AVX2: 5 times slower).
+#if defined(__AVX512F__)
+constexpr int kPart = 16;
+#elif defined(__AVX__)
+constexpr int kPart = 8;
+#else
+constexpr int kPart = 4;
+#endif
+constexpr int kParts = kLanes / kPart;
+typedef float Part __attribute__((vector_size(4 * kPart), aligned(4)));
+typedef uint32_t PartWords __attribute__((vector_size(4 * kPart), aligned(4)));
+
 struct alignas(64) Line { float lanes[kLanes]; };  // of the processor's caches
 
 // Room for floats, kept from call to call: the system takes longer to map fresh memory than a
@@ -94,24 +107,42 @@ inline float Widen(uint16_t bits) {  // one bfloat16
 }
 inline void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 
-// N vectors. bfloat16 comes in the order in which it is widened with one instruction a vector: of
-// each 32 elements first the even ones, then the odd. Whoever meets them is put in that order by
-// `Arrange`, once, and back by `Restore`.
+// N vectors, in parts. bfloat16 comes in the order in which it is widened with one instruction a
+// register: of each 32 elements first the even ones, then the odd. Whoever meets them is put in that
+// order by `Arrange`, once, and back by `Restore`.
 template <int N, typename T>
-inline void LoadMany(const T* p, Vec (&v)[N]) {
-  UNROLL for (int i = 0; i < N; ++i) v[i] = Load(p + i * kLanes);
+inline void LoadMany(const T* p, Part (&v)[N][kParts]) {
+  UNROLL for (int i = 0; i < N; ++i) {
+    const Vec whole = Load(p + i * kLanes);
+    std::memcpy(v[i], &whole, sizeof whole);
+  }
 }
 template <int N>
-inline void LoadMany(const BFloat16* p, Vec (&v)[N]) {
+inline void LoadMany(const float* p, Part (&v)[N][kParts]) {
+  UNROLL for (int i = 0; i < N; ++i)
+    UNROLL for (int part = 0; part < kParts; ++part)
+      v[i][part] = *reinterpret_cast<const Part*>(p + i * kLanes + part * kPart);
+}
+template <int N>
+inline void LoadMany(const BFloat16* p, Part (&v)[N][kParts]) {
   if constexpr (N == 1) {
-    v[0] = Load(p);
+    const Vec whole = Load(p);
+    std::memcpy(v[0], &whole, sizeof whole);
   } else {
-    UNROLL for (int i = 0; i < N; i += 2) {
-      const Words pairs = *reinterpret_cast<const Words*>(p + i * kLanes);
-      v[i] = (Vec)(pairs << 16);
-      v[i + 1] = (Vec)(pairs & 0xffff0000);
-    }
+    UNROLL for (int i = 0; i < N; i += 2)
+      UNROLL for (int part = 0; part < kParts; ++part) {
+        const PartWords pairs =
+            *reinterpret_cast<const PartWords*>(p + i * kLanes + 2 * part * kPart);
+        v[i][part] = (Part)(pairs << 16);
+        v[i + 1][part] = (Part)(pairs & 0xffff0000);
+      }
   }
+}
+template <int N>
+inline void StoreMany(float* p, const Part (&v)[N][kParts]) {
+  UNROLL for (int i = 0; i < N; ++i)
+    UNROLL for (int part = 0; part < kParts; ++part)
+      *reinterpret_cast<Part*>(p + i * kLanes + part * kPart) = v[i][part];
 }
 template <typename T>
 constexpr int kWaysOf = std::is_same_v<T, BFloat16> ? 2 : 1;
@@ -139,31 +170,54 @@ inline void Restore(int ways, const float* from, float* to, int64_t size) {
   std::memcpy(to + whole, from + whole, 4 * (size - whole));
 }
 
-// Folds two vectors of partial sums, each in groups of 2 * W lanes, into one of groups of W.
-template <int W>
-inline Vec Fold(Vec a, Vec b) {
-#define FOLD(...) __builtin_shufflevector(a, b, __VA_ARGS__)
-  if constexpr (W == 8)
-    return FOLD(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           FOLD(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  else if constexpr (W == 4)
-    return FOLD(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-           FOLD(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  else if constexpr (W == 2)
-    return FOLD(0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-           FOLD(2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-  else
-    return FOLD(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           FOLD(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+// Lane i of the result is the sum of the lanes of v[i].
+inline Part SumLanes(const Part (&v)[kPart]) {
+  Part a[kPart / 2];
+  // Two vectors of partial sums, each in groups of some lanes, become one with groups of half.
+#define FOLD(from, to, number, low, high)                                      \
+  UNROLL for (int i = 0; i < number; ++i)                                      \
+      to[i] = __builtin_shufflevector(from[2 * i], from[2 * i + 1], PARENS low) + \
+              __builtin_shufflevector(from[2 * i], from[2 * i + 1], PARENS high);
+#define PARENS(...) __VA_ARGS__
+#if defined(__AVX512F__)
+  FOLD(v, a, 8, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+       (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+  FOLD(a, a, 4, (0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
+       (4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
+  FOLD(a, a, 2, (0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29),
+       (2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31))
+  FOLD(a, a, 1, (0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+       (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31))
+#elif defined(__AVX__)
+  FOLD(v, a, 4, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
+  FOLD(a, a, 2, (0, 1, 4, 5, 8, 9, 12, 13), (2, 3, 6, 7, 10, 11, 14, 15))
+  FOLD(a, a, 1, (0, 2, 4, 6, 8, 10, 12, 14), (1, 3, 5, 7, 9, 11, 13, 15))
+#else
+  FOLD(v, a, 2, (0, 1, 4, 5), (2, 3, 6, 7))
+  FOLD(a, a, 1, (0, 2, 4, 6), (1, 3, 5, 7))
+#endif
 #undef FOLD
+#undef PARENS
+  return a[0];
 }
 
 // Lane i of the result is the sum of the lanes of v[i].
-inline Vec SumEach(const Vec (&v)[kLanes]) {
-  Vec a[8], b[4];
-  UNROLL for (int i = 0; i < 8; ++i) a[i] = Fold<8>(v[2 * i], v[2 * i + 1]);
-  UNROLL for (int i = 0; i < 4; ++i) b[i] = Fold<4>(a[2 * i], a[2 * i + 1]);
-  return Fold<1>(Fold<2>(b[0], b[1]), Fold<2>(b[2], b[3]));
+inline Vec SumEach(const Part (&v)[kLanes][kParts]) {
+  Part sums[kParts];
+  UNROLL for (int group = 0; group < kParts; ++group) {
+    Part folded[kPart];
+    UNROLL for (int i = 0; i < kPart; ++i) {
+      Part both[kParts];
+      UNROLL for (int part = 0; part < kParts; ++part) both[part] = v[group * kPart + i][part];
+      UNROLL for (int half = kParts / 2; half > 0; half /= 2)
+        UNROLL for (int part = 0; part < half; ++part) both[part] += both[part + half];
+      folded[i] = both[0];
+    }
+    sums[group] = SumLanes(folded);
+  }
+  Vec all;
+  std::memcpy(&all, sums, sizeof all);
+  return all;
 }
 
 // In each lane what all lanes of its group of `Size` neighbours make together.
@@ -177,24 +231,42 @@ inline Vec Together(Vec v, Combine combine) {
 #undef TURN
   return v;
 }
-inline Vec Larger(Vec a, Vec b) { return a > b ? a : b; }
+// function(part of each of the vectors), for all parts.
+template <typename Function, typename... Vecs>
+inline __attribute__((always_inline)) Vec InParts(const Function& function, Vecs... vectors) {
+  Vec result;
+  UNROLL for (int part = 0; part < kParts; ++part) {
+    const Part some = function(reinterpret_cast<const Part*>(&vectors)[part]...);
+    std::memcpy((float*)&result + part * kPart, &some, sizeof some);
+  }
+  return result;
+}
+inline Vec Larger(Vec a, Vec b) {
+  return InParts([](Part a, Part b) { return a > b ? a : b; }, a, b);
+}
+inline bool Any(Ints lanes) {  // of what comparisons give
+  int32_t some = 0;
+  UNROLL for (int i = 0; i < kLanes; ++i) some |= lanes[i];
+  return some != 0;
+}
 inline Vec Added(Vec a, Vec b) { return a + b; }
 
 // exp of each lane, to 2 ulp where x is in [-87, 88]; below, 1.6e-38; of NaN, NaN.
 // Range reduction and polynomial as in Cephes' expf (Moshier).
-inline __attribute__((always_inline)) Vec Exp(Vec x) {
-  const Vec lowest = Vec{} - 87.0f;
+inline __attribute__((always_inline)) Part ExpOfPart(Part x) {
+  const Part lowest = Part{} - 87.0f;
   x = x < lowest ? lowest : x;
   constexpr float kWhole = 0x1.8p23f;  // what is added to this is rounded to a whole number
-  const Vec n = x * 1.44269504f + kWhole, whole = n - kWhole;
-  const Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  const Part n = x * 1.44269504f + kWhole, whole = n - kWhole;
+  const Part r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Part p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return (p * r * r + r + 1.0f) * (Vec)(((Ints)n << 23) + (127 << 23));
+  return (p * r * r + r + 1.0f) * (Part)(((PartWords)n << 23) + (127 << 23));
 }
+inline __attribute__((always_inline)) Vec Exp(Vec x) { return InParts(ExpOfPart, x); }
 
 // tanh of each lane, to 2 ulp; Cephes' tanhf: a polynomial near 0, where 1 - ... would cancel.
 inline Vec Tanh(Vec x) {

@@ -16,6 +16,7 @@ from jaxkv.errors import ModelChangedError, PoolFullError
 from jaxkv.memory.session import Session
 from jaxkv.paging import Copy, Pools
 from jaxkv.serve import steps
+from jaxkv.serve.calibration import Constants, with_constants
 from jaxkv.serve.figures import Figures
 from jaxkv.serve.model_step import Model, ModelStep, Watch, Weights, spread_over
 from jaxkv.serve.rank import Rank
@@ -64,6 +65,7 @@ class Batch:
         decode_steps: int,
         swap_space: int,
         spread: Spread | None = None,
+        constants: Constants | None = None,
         draft: Draft | StatefulDraft | None = None,
         num_guesses: int = 0,
     ):
@@ -75,6 +77,7 @@ class Batch:
         self._model = model
         self._watch = Watch(Weights.of(model))
         self._spread = spread
+        self._constants, self._calibrated = constants, False
         self._copies: tuple[Watch, Weights] | None = None
         self._sampling, self._session = sampling, session
         self._compiled = False
@@ -128,10 +131,18 @@ class Batch:
                 )
             self._forget(weights)
         self._weights = weights if self._spread is None else self._copied(weights, self._spread)
+        if not self._calibrated:
+            self._calibrate()
         try:
             yield
         finally:
             del self._weights
+
+    def _calibrate(self) -> None:
+        """Before anything is computed: with constants of this model, not of the first request."""
+        mesh = None if self._spread is None else self._spread.mesh
+        cache = with_constants(self._weights, self._session.cache, self._constants, mesh)
+        self._session.cache, self._calibrated = cache, True
 
     def _copied(self, weights: Weights, spread: Spread) -> Weights:
         """The weights on all devices of the mesh, copied anew only where they were exchanged."""
@@ -154,6 +165,7 @@ class Batch:
         self._compiled = False
         self.pages.forget()
         self._session.cache = steps.without_codec_state(self._session.cache)
+        self._constants, self._calibrated = None, False  # they were of the old ones
         self._watch = Watch(weights)
 
     def admit_waiting(self) -> None:

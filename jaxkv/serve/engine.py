@@ -17,6 +17,7 @@ from jaxkv.errors import ConfigError, ModelChangedError, PoolFullError, UnknownR
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.paging import PageAllocator, Pools, Prompt
 from jaxkv.serve.batch import Arrived, Batch
+from jaxkv.serve.calibration import Constants
 from jaxkv.serve.checks import check_config, check_request
 from jaxkv.serve.figures import Figures
 from jaxkv.serve.model_step import Model
@@ -35,9 +36,8 @@ class Engine:
     When the pool runs dry, the request admitted last gives its pages back and waits; later it is
     computed again, or its pages come back from host memory, and its answer goes on where it was.
 
-    What a request answers depends on its prompt and its seed; with a `Centred` codec also on the
-    engine's first prompt, whose means all requests share. Pages that prompts have in common are
-    computed once; a page found holds the same bits as a page computed.
+    What a request answers depends on its prompt and its seed, and on no other request. Pages that
+    prompts have in common are computed once; a page found holds the same bits as a page computed.
 
     Args:
       model: any ``model(tokens, cache) -> (logits, cache)``, as for `generate`.
@@ -60,6 +60,8 @@ class Engine:
       sharing: False to compute every prompt anew.
       swap_space: bytes of host memory in which preempted requests may keep their pages; those
         that find no room there are computed again. `Figures` reports what is used.
+      constants: what a codec with state has learned, from `jaxkv.calibrate`; if None, and after an
+        `update`, what it learns from 128 tokens that have nothing to do with the requests.
       tracker: a ledger that the cache is entered in.
       device: where the cache lives.
       mesh, axes: the devices over which requests and KV heads are spread, as in `jaxkv.create`.
@@ -104,6 +106,7 @@ class Engine:
         token_budget: int | None = None,
         sharing: bool = True,
         swap_space: int = 0,
+        constants: Constants | None = None,
         tracker: MemoryTracker | None = None,
         device: Any = None,
         mesh: Mesh | None = None,
@@ -160,6 +163,7 @@ class Engine:
             decode_steps=decode_steps,
             swap_space=swap_space,
             spread=spread,
+            constants=constants,
             draft=draft,
             num_guesses=num_guesses,
         )
@@ -184,8 +188,7 @@ class Engine:
           stop_tokens: ids that end it, besides the engine's.
           stop_strings: texts that end it, likewise; for an engine with a tokenizer.
           salt: requests share pages with those of the same salt only. Give each tenant one of
-            its own, chosen by the server, or one could learn from timing what others asked. The
-            means of a `Centred` codec are shared whatever the salt.
+            its own, chosen by the server, or one could learn from timing what others asked.
 
         Raises:
           CacheFullError: prompt and answer can never fit.

@@ -19,6 +19,7 @@ from jaxkv.devices import platform_at
 from jaxkv.drafts.draft import Draft, StatefulDraft
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.memory.session import Session, holding
+from jaxkv.serve.calibration import Constants, with_constants
 from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Chunk, New, Program, State
 from jaxkv.serve.decode import prefill_chunk as best_chunk
 from jaxkv.serve.ending import Ending
@@ -163,6 +164,7 @@ def generate(
     max_context_length: int | None = None,
     codec: Codec | str | Sequence[Codec | str] | None = None,
     config: AnyConfig | None = None,
+    constants: Constants | None = None,
     policy: "Policy | str | None" = None,
     keep: "Keep | None" = None,
     prefill_chunk: int | None = None,
@@ -185,8 +187,7 @@ def generate(
       sampling: how a token is drawn; greedy unless said, whatever a checkpoint's files say:
         ``jaxkv.models.load_sampling(folder)`` is what these do.
       seed: of the draws, an int32: one for all, or one per prompt. A sequence's tokens depend on
-        its own seed and prompt, so equal prompts need different seeds to differ. With a `Centred`
-        codec they depend on the other prompts too, whose means they share.
+        its own seed and prompt, so equal prompts need different seeds to differ.
       stop_tokens: ids that end a sequence; the model's own ``stop_tokens`` if None, which those of
         `jaxkv.models` have.
       tokenizer: a `tokenizers.Tokenizer`, for stop strings and the answers' texts.
@@ -197,6 +198,8 @@ def generate(
       codec: of the cache, one or one per layer, by value or by name; the model's choice if None.
       config: the whole cache config, for a model without a ``cache_config`` method; instead of
         ``max_context_length`` and ``codec``.
+      constants: what a codec with state has learned, from `jaxkv.calibrate`; if None, what it
+        learns from 128 tokens that have nothing to do with the prompts.
       policy: which tokens of the prompts stay, by value or by a name of `jaxkv.policies.POLICIES`:
         after the prefill the cache is compressed, as by `jaxkv.compress`, and decode goes on over
         what was kept. See `jaxkv.policies.Policy` for the queries that it is shown.
@@ -277,6 +280,7 @@ def generate(
             session(config, tracker=tracker, device=device, mesh=mesh, axes=axes)
         )
         with clock.runs("compile"):
+            live.cache = with_constants(program.weights, live.cache, constants, mesh)
             program.compile_prefill(chunks, live.cache)
             if compression is None:
                 program.compile_decode(state, live.cache)

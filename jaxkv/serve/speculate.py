@@ -23,7 +23,7 @@ from jaxkv.counts import check_count
 from jaxkv.drafts.draft import NO_GUESS, Draft, StatefulDraft, proposed, state_of
 from jaxkv.errors import ConfigError
 from jaxkv.serve.decode import NOT_A_NUMBER, Chunk, New, Program, State
-from jaxkv.serve.model_step import Model, ModelStep, spread_over
+from jaxkv.serve.model_step import Model, ModelStep, Weights, spread_over
 from jaxkv.serve.sampling import Sampling, sample
 
 # With the last token a step of 8, as many as the native kernel reads for.
@@ -218,8 +218,7 @@ def decode(
         sure = known_next(cache)[:, :num_guesses]
         guesses = jnp.where(sure >= 0, sure, guesses)
         guesses = jnp.where(now.remaining[:, None] > 1, guesses, NO_GUESS)
-        # Some codecs learn from a cache's first tokens, so these must not be wrong guesses.
-        checks = (guesses[:, 0] >= 0).any() & (cache.lengths > 0).any()
+        checks = (guesses[:, 0] >= 0).any()
         value = now._replace(draft=remembered), cache, new
         value = when(~checks, functools.partial(take, step, guesses, 0), value)
         value = when(checks, functools.partial(take, step, guesses, num_guesses), value)
@@ -303,6 +302,10 @@ class DraftProgram:
     ) -> "DraftProgram":
         """With the draft's arrays where the cache is going to be."""
         return cls(plain, draft if on is None else spread_over(on.mesh, draft), num_guesses)
+
+    @property
+    def weights(self) -> Weights:
+        return self.plain.weights
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

@@ -99,6 +99,7 @@ def opened(
     path: Path,
     layout_of: Callable[[Any], Layout],
     wanted: Callable[[str], bool] = lambda name: True,
+    may_lack: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
     """The manifest and the tensors of a file, every byte checked, mapped but not copied.
 
@@ -106,6 +107,7 @@ def opened(
       path: the file.
       layout_of: manifest -> the tensors that it must have. It raises for a bad manifest.
       wanted: name -> whether the tensor is read; of others nothing is.
+      may_lack: name -> whether an older file is whole without the tensor.
 
     Yields:
       The manifest and read-only arrays, which must not be used after the block.
@@ -116,7 +118,9 @@ def opened(
     """
     with path.open("rb") as file:
         header, manifest, checksums = _read_header(path, file)
-        layout = _in_file_order(layout_of(manifest))
+        complete = layout_of(manifest).items()
+        held = {name: spec for name, spec in complete if name in checksums or not may_lack(name)}
+        layout = _in_file_order(held)
         named = checksums.keys() == layout.keys()
         if not named or header != _header(manifest, layout, checksums):
             raise SnapshotError(

@@ -156,8 +156,11 @@ def opened(
     def layout_of(json: Any) -> container.Layout:
         return manifest.read(file, json, codec, addressing).layout()
 
-    with container.opened(file, layout_of) as (json, tensors):
+    with container.opened(file, layout_of, may_lack=Manifest.may_lack) as (json, tensors):
         saved = manifest.read(file, json, codec, addressing)
+        for name, spec in saved.layout().items():
+            if name not in tensors:
+                tensors[name] = np.zeros(spec.shape, spec.dtype)
         tokens = {name: tensors.pop(name) for name in saved.token_layout()}
         if saved.parts is None:
             for number, group in enumerate(saved.groups):

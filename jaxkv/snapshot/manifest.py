@@ -18,6 +18,7 @@ from jaxkv.snapshot.parts import Parts
 
 FORMATS = (1, 2)  # one file; several, of which the first names the others
 _LARGEST = 2**31 - 1
+_SINCE_0_7 = ".sinks"  # of a `Centred` codec's state; zeros for all that was stored before
 _SHAPE = ("num_layers", "max_context_length", "num_kv_heads", "head_dim", "batch_size")
 _VALUES = ("value_dim", "values_in_keys")  # only where values are not as wide as keys, beside them
 
@@ -67,6 +68,11 @@ class Manifest:
                 "state of the codec or policy another name."
             )
         return layout
+
+    @staticmethod
+    def may_lack(name: str) -> bool:
+        """Whether files of jaxkv 0.6 are without this tensor, which is zeros then."""
+        return name.endswith(_SINCE_0_7)
 
     def token_layout(self) -> Layout:
         """Those of the token ids."""

@@ -21,6 +21,7 @@ from tests.oracle import KINDS, decode, encode
 # The largest error of one number, as a share of the largest number of its vector.
 TOLERANCES = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 0.006, "float8": 0.065}
 TOLERANCES |= {"rotated4": 0.2, "rotated3": 0.4, "rotated2": 0.7, "rotated3/int8": 0.4}
+TOLERANCES |= {"stair4": 0.45, "stair3": 0.8}
 
 # A Centred one stores by the codec inside; what it adds is in test_centred.py.
 ALONE = {

@@ -213,8 +213,10 @@ def test_an_engine_answers_as_the_oracle_does(codec):
     with jaxkv.Engine(attend_and_look_up, config, prefill_chunk=8) as engine:
         request = engine.submit(prompt, max_new_tokens=count)
         engine.run()
-    # All but the last token of a prompt are prefilled, and state is set from these.
+    # All but the last token of a prompt are prefilled.
     oracle, given, expected = Oracle(config.replace(batch_size=1)), np.array(prompt[-1:]), []
+    (constants,) = jaxkv.calibrate(attend_and_look_up, config=config)
+    oracle.state = [{name: array[0] for name, array in constants.items()}]
     oracle.step(*[TABLE[prompt[:-1]][None, None]] * 3)
     for _ in range(count):
         rows = TABLE[given][None, None]

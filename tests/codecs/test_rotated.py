@@ -55,7 +55,9 @@ def test_the_rotation_is_orthogonal(head_dim):
     np.testing.assert_allclose(whole, hadamard.rotate(vectors), atol=4e-3)
 
 
-@pytest.mark.parametrize(("bits", "head_dim"), list(itertools.product([1, 2, 3, 4], [5, 8, 64])))
+@pytest.mark.parametrize(
+    ("bits", "head_dim"), list(itertools.product([1, 2, 3, 4, 5, 6], [5, 8, 64]))
+)
 def test_packing(bits, head_dim):
     codes = np.random.default_rng(0).integers(0, 1 << bits, (3, head_dim)).astype(np.uint8)
     packed = pack(jnp.asarray(codes), bits)

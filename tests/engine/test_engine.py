@@ -322,8 +322,8 @@ def test_layers_with_windows_have_pools_of_their_own():
         assert sum(request.num_cached for request in (*requests, again)) > 0
 
 
-def test_means_are_those_of_the_first_prompt():
-    """A codec that centres has one state a pool: set by the first chunk, kept from then on."""
+def test_constants_are_of_no_prompt_and_pages_are_found_under_them():
+    """A codec that centres has one state a pool: set before the first chunk, kept from then on."""
     codec = jaxkv.Centred(jaxkv.Rotated(bits=4))
     pool = jaxkv.Paged(PAGE, PAGES)
     config = jaxkv.KVCacheConfig(1, CONTEXT, 1, 16, 2, codec, addressing=pool)
@@ -340,7 +340,8 @@ def test_means_are_those_of_the_first_prompt():
         first = running.submit(PROMPTS[1], max_new_tokens=4)
         running.run()
         means = np.asarray(running.cache.codec_state["means"])
-        assert means.any()
+        expected = jaxkv.calibrate(model, config=config)[0]["means"]
+        np.testing.assert_allclose(means, expected, atol=1e-3)
         other, again = (running.submit(PROMPTS[n], max_new_tokens=4) for n in (4, 1))
         running.run()
         assert np.array_equal(running.cache.codec_state["means"], means)

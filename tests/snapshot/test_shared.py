@@ -138,7 +138,7 @@ def in_parts(tmp_path):
             share, rest = parts.share_of(name)
             heads = split.kv_heads(share, 8)
             tensor = tensors[rest]
-            if rest == "0.means":
+            if rest in ("0.means", "0.sinks"):
                 return [tensor[:, :, heads.start : heads.stop]]
             return [tensor[:, :, share.context :: 2, heads.start : heads.stop]]
 

@@ -69,7 +69,7 @@ def held(cache, row=0):
         places = np.asarray(positions).reshape(batch, -1)[row]
         for leaf in cache.storage.values():
             vectors = np.asarray(index.read(leaf, layer, 0, index.extent))
-            vectors = vectors.reshape(2, batch, len(places), -1)[:, row]
+            vectors = vectors.reshape(len(vectors), batch, len(places), -1)[:, row]
             for slot in np.flatnonzero(places >= 0):
                 position = int(places[slot])
                 found[position] = found.get(position, b"") + vectors[:, slot].tobytes()
@@ -106,7 +106,8 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, codec, addressing, batch_siz
     assert tokens in (9, 13)
     # Tokens that the codec stores and little else: no free slots, no other pages.
     size = (tmp_path / "file").stat().st_size
-    assert size - tokens * config.bytes_per_token - means < 1500 + 500 * (batch_size or 1)
+    told = 1500 + 500 * (batch_size or 1) + 200 * len(cache.codec_state)
+    assert size - tokens * config.bytes_per_token - means < told
 
 
 def step_by_step(cache, steps, first_seed=0):

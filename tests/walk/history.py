@@ -269,8 +269,9 @@ def given_back(cache, layer, vectors, starts):
 
 @functools.partial(jit, static_argnames="codec")
 def _given_back(codec, vectors, state, positions):
-    centres = jnp.zeros_like(vectors)
+    centres, wide = jnp.zeros_like(vectors), jnp.dtype("float32")
+    leaves = codec.encode_tokens(vectors, state, positions)
     if isinstance(codec, jaxkv.Centred):
-        centres += codec.offsets(state).at(positions[..., None])
-    leaves = codec.encode(vectors - centres)
-    return codec.decode(leaves, vectors.shape[-1], jnp.dtype("float32")) + centres, centres
+        centres += codec.offsets(state).at(positions[..., None], codec.is_second(leaves))
+    decoded = codec.decode_tokens(leaves, vectors.shape[-1], wide, state, positions[..., None])
+    return decoded, centres

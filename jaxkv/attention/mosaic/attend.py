@@ -67,6 +67,8 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
         return f"scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
     if config.num_slots < TILE:
         return f"it reads {TILE} slots at once, and the cache has {config.num_slots}"
+    if (offsets := codec.offsets(cache.codec_state)) is not None and offsets.second is not None:
+        return "it reads vectors that were stored less one centre, not two"
     if index.share is not None and config.codec_state:
         return f"it cannot read {codec.name} where the context is on several devices"
     ordered = index.by_position or index.ring or index.share
@@ -157,7 +159,7 @@ def _decode(request: Request, interpret: object) -> tuple[Grouped, LogTotal]:
     if turns:
         mix *= half_turn(head_dim)
     if (offsets := request.offsets) is not None:
-        mix += share[..., None] * offsets.values[:, None]
+        mix += share[..., None] * offsets.vectors[1][:, None]
     return mix.reshape(request.queries.shape), log_total.reshape(batch, kv_heads, tokens, group)
 
 
@@ -231,7 +233,7 @@ def _added(request: Request) -> tuple[Float[Array, "batch kv_heads slots rows"],
     index, offsets = request.cache.index, request.offsets
     if offsets is None or request.offset_queries is None:
         return ()
-    queries = _columns(request.offset_queries)
+    queries = _columns(request.offset_queries[..., 0, :])
     if not index.by_position:
         positions = request.key_positions(0, index.extent)
     else:  # behind a barrier, or XLA would compute the table while it compiles
