@@ -101,4 +101,12 @@ void Attend(Attention& job, int64_t threads) {
   AttendIn<Unit<T, 4>>(job, threads);
 }
 
+// Each is compiled in one of several files, and these side by side.
+extern template void Attend<float>(Attention&, int64_t);
+extern template void Attend<BFloat16>(Attention&, int64_t);
+extern template void Attend<Float16>(Attention&, int64_t);
+extern template void Attend<Float8>(Attention&, int64_t);
+extern template void Attend<int8_t>(Attention&, int64_t);
+extern template void Attend<Code>(Attention&, int64_t);
+
 }  // namespace jaxkv
