@@ -97,12 +97,16 @@ def _ask(case: _Case) -> _Asked:
 
 
 def _implementations(data: _Asked) -> list[str]:
-    return [
+    """Kernels that can serve; and XLA's forms, which take long to compile, of plain caches."""
+    of_xla = ("reference", "blockwise") if data.case.codec == "float32" else ()
+    served = [
         name
         for name, implementation in IMPLEMENTATIONS.items()
         if not implementation.cannot_serve(data.cache, data.case.tokens)
         and (implementation.caps or "softcap" not in data.case.options)
+        and (name in of_xla or name not in ("reference", "blockwise"))
     ]
+    return served or ["blockwise"]
 
 
 def _compiled(data: _Asked, name: str) -> Callable[..., jax.Array]:

@@ -1,6 +1,7 @@
 """Decode of whole models on an accelerator, and what share that is of reading their bytes once."""
 
 import functools
+import itertools
 import statistics
 import sys
 import time
@@ -86,8 +87,15 @@ def few_tokens(model: Decoder) -> Table:
     """What a step takes longer for several tokens of each sequence, as a draft asks for."""
     rows: list[Row] = []
     notes, weights = [], Weights.of(model)
-    for batch, length, codec in _STATES[:2]:
-        config = cache_config(model, batch, length, codec)
+    configs = [cache_config(model, *state) for state in _STATES[:2]]
+    shapes = [jax.eval_shape(functools.partial(jaxkv.create, config)) for config in configs]
+    compilations = [
+        _step.compilation(weights, jnp.ones((shape.config.batch_size, tokens), jnp.int32), shape)
+        for shape, tokens in itertools.product(shapes, _TOKENS)
+    ]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda compilation: compilation(), compilations))
+    for (batch, length, _), config in zip(_STATES, configs, strict=False):
         cache, times = filled(config, length), {}
         for tokens in _TOKENS:
             given = jnp.ones((batch, tokens), jnp.int32)
