@@ -14,7 +14,9 @@ from jaxkv.addressing import Index
 from jaxkv.attention.blockwise import blockwise_part
 from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request
 from jaxkv.cache.kv_cache import KVCache, buffer_of
+from jaxkv.cache.vectors import state_of
 from jaxkv.codecs import Codec
+from jaxkv.codecs.codec import Steps
 from jaxkv.devices import num_devices_of
 from jaxkv.native import unavailable
 
@@ -22,6 +24,8 @@ _LANES = 16
 _COUNTS = (2, 4, 8, 16)  # of the levels of packed codes
 _INT8 = tuple(range(-128, 128))
 _MOST_TOKENS = 8  # of a sequence: a verified draft; each reads the slots that it sees
+_WHOLE_RUNS = 64  # of which each eighth is in whole bytes
+_MOST_LEVELS = 64  # of codes in steps
 _MOST_NUMBERS = 1024  # of a vector of codes, which is widened on the stack
 
 
@@ -34,8 +38,11 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
         return f"beside newest tokens it serves one token per sequence, and this call has {tokens}"
     keys, values = config.codec.sides
     floats = keys == values and (keys.dtype or keys.scaled_dtype)
-    if not floats and not (_bits(keys) and _bits(values)):
+    steps = config.codec.steps(config.head_dim)
+    if not floats and not ((steps or _bits(keys)) and _bits(values)):
         return f"it cannot read {config.codec.name}"
+    if steps and config.head_dim % _WHOLE_RUNS:
+        return f"of {config.codec.name} it reads head_dims in multiples of {_WHOLE_RUNS}"
     if cache.index.run is None:
         return f"it cannot read {config.addressing.name} caches"
     if config.pair.width != config.head_dim:
@@ -85,12 +92,19 @@ def _read(
     index, codec = request.cache.index, request.cache.config.codec
     key_codec, value_codec = codec.sides
     keys, values = _leaves(request.cache, 0), _leaves(request.cache, 1)
-    queries = jnp.moveaxis(request.queries, 2, 1)  # [batch, tokens, kv_heads, group, head_dim]
+    queries, offsets, offset_queries = request.queries, request.offsets, request.offset_queries
+    steps = codec.steps(queries.shape[-1])
+    if steps is not None:
+        state = state_of(request.cache, request.layer)
+        offsets = codec.centres(state)
+        offset_queries = None if offsets is None else offsets.queries(queries)
+        queries = codec.stepped(queries, state)
+    queries = jnp.moveaxis(queries, 2, 1)  # [batch, tokens, kv_heads, group, head_dim]
     sinks = request.sinks
     if sinks is None:
         sinks = jnp.full(queries.shape[2:4], LOWEST, jnp.float32)
     table, page_size = _pages(index)
-    offset_queries, rope_tables = _offsets(request)
+    offset_queries, rope_tables = _offsets(request, offset_queries)
     hidden_from = _hidden_from(request)
     output, log_total, second_share = jax.ffi.ffi_call(
         "jaxkv_decode",
@@ -102,6 +116,7 @@ def _read(
         keys[1],
         values[1],
         jnp.stack([_levels(key_codec), _levels(value_codec)]),
+        *_tables_of(steps),
         jnp.asarray(request.layer, jnp.int32),
         queries,
         request.positions,
@@ -111,7 +126,7 @@ def _read(
         rope_tables,
         table,
         _key_positions(request, hidden_from),
-        key_bits=np.int64(_bits(key_codec)),
+        key_bits=np.int64(_bits(value_codec if steps else key_codec)),
         value_bits=np.int64(_bits(value_codec)),
         extent=np.int64(index.extent),
         page_size=np.int64(page_size),
@@ -120,7 +135,7 @@ def _read(
         kept_sinks=np.int64(index.sinks),
         softcap=np.float32(request.softcap or 0),
     )
-    if (offsets := request.offsets) is not None:
+    if offsets is not None:
         share = 1 - jnp.exp(jnp.minimum(sinks - log_total, 0))  # of probability, that tokens took
         first, *second = (codec.rotate_values(values) for _, values in offsets.centres)
         output += share[..., None] * first[:, None]
@@ -145,12 +160,12 @@ def _hidden_from(request: Request) -> Int[Array, " batch"]:
     return jnp.maximum(first, request.positions[:, 0] + 1 - index.window)
 
 
-def _offsets(request: Request) -> tuple[Array, Array]:
+def _offsets(request: Request, offset_queries: Array | None) -> tuple[Array, Array]:
     """Their share in the scores: queries, and tables of cosines and sines; empty if none."""
-    if request.offset_queries is None:
+    if offset_queries is None:
         return jnp.zeros((0,) * 6, jnp.float32), jnp.zeros((0,) * 4, jnp.float32)
-    queries, rope = request.offset_queries, request.cache.config.codec.rope
-    queries = jnp.transpose(queries, (4, 0, 2, 1, 3, 5))  # the centres, and tokens before heads
+    rope = request.cache.config.codec.rope
+    queries = jnp.transpose(offset_queries, (4, 0, 2, 1, 3, 5))  # centres, and tokens before heads
     if rope and rope.rotary_dim == request.cache.config.head_dim:
         queries = queries[..., :-1]  # no number is left unturned
     queries = jnp.pad(queries, ((0, 0),) * 5 + ((0, -queries.shape[-1] % _LANES),))
@@ -168,6 +183,17 @@ def _levels(codec: Codec) -> Int[Array, " codes"]:
     """What packed codes stand for, in a table; those of 8 bits are the numbers."""
     levels = codec.levels if codec.levels and codec.levels != _INT8 else ()
     return jnp.asarray([*levels, *(0,) * (_COUNTS[-1] - len(levels))], jnp.int8)
+
+
+def _tables_of(steps: Steps | None) -> tuple[Array, Array, Array]:
+    """Widths of codes and their counts, what codes stand for, and what bytes for scales do."""
+    if steps is None:
+        none = jnp.zeros(0, jnp.float32)
+        return jnp.zeros(0, jnp.int32), none, none
+    levels = np.zeros((len(steps.runs), _MOST_LEVELS), np.float32)
+    for row, own in zip(levels, steps.levels, strict=True):
+        row[: len(own)] = own
+    return jnp.asarray(steps.runs, jnp.int32), jnp.asarray(levels), jnp.asarray(steps.scales)
 
 
 def _leaves(cache: KVCache, side: int) -> tuple[Array, Array]:

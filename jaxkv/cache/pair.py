@@ -86,11 +86,11 @@ class Alike(Pair):
         return leaf_specs(self.codec, self.head_dim)
 
     def names(self, side: int) -> tuple[str, ...]:
-        whole, own = tuple(self.codec.leaves(self.head_dim)), self.codec.sides[side]
-        count = len(own.leaves(self.head_dim))
-        if len(whole) == count:
+        whole = tuple(self.codec.leaves(self.head_dim))
+        keys = len(whole) - len(self.codec.sides[1].leaves(self.head_dim))
+        if not keys:  # both are in each
             return whole
-        return whole[-count:] if side else whole[:count]  # each is of one side, first keys'
+        return whole[keys:] if side else whole[:keys]
 
     def encode(self, keys: Vectors, values: Vectors | None) -> Leaves:
         assert values is not None

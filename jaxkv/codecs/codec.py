@@ -37,6 +37,21 @@ class LeafSpec(NamedTuple):
     sides: int = 2
 
 
+class Steps(NamedTuple):
+    """Keys in codes of several widths, as kernels read them.
+
+    Attributes:
+      runs: bits of a code, and how many numbers have so many, in order.
+      levels: what the codes of each run stand for, lowest first.
+      scales: what each byte of the second leaf stands for, ``[256]``; with a sign, that of -0 too,
+        where a key was stored less the second of `Codec.centres`.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    levels: tuple[Any, ...]
+    scales: Any
+
+
 # Leaf name -> its spec; a plain (shape, dtype) does for most.
 LeafSpecs = Mapping[str, tuple[tuple[int, ...], str] | LeafSpec]
 Leaves = dict[str, Array]
@@ -125,6 +140,20 @@ class Codec(Protocol):
         """What stores keys and what stores values, once state was applied."""
         return self, self
 
+    def steps(self, head_dim: int) -> Steps | None:
+        """How keys are stored, where no one width of codes is; values as by the last of `sides`.
+
+        The first two leaves are codes, each run as `jaxkv.codecs.packing.pack` lays it out, and
+        scales.
+        """
+        return None
+
+    def stepped(
+        self, queries: Float[Array, "batch kv_heads tokens group head_dim"], state: State
+    ) -> Float[Array, "batch kv_heads tokens group head_dim"]:
+        """Queries whose products with the numbers of `steps`, and `centres`, are the scores."""
+        return queries
+
     # A codec may keep vectors rotated by an orthogonal matrix R. Attention reads them as they are,
     # since (R q) . (R k) = q . k and a mix of rotated values is the rotated mix: it rotates its
     # queries and its output, and no stored vector.
@@ -206,6 +235,10 @@ class Codec(Protocol):
         Attention then reads `decode_rotated`, and adds the share of these.
         """
         return None
+
+    def centres(self, state: State) -> Offsets | None:
+        """What a layer's vectors were stored less, whatever else its state does."""
+        return self.offsets(state)
 
     def is_second(self, leaves: Leaves) -> Bool[Array, "2 *shape"] | None:
         """Which vectors were stored less the second ones of `offsets`; None if there are none."""

@@ -25,6 +25,7 @@ from jaxkv.codecs.codec import (
     Leaves,
     Positions,
     State,
+    Steps,
     Tokens,
     Vectors,
     leaf_specs,
@@ -115,6 +116,10 @@ class Stair(Codec):
         return self if self.rope else dataclasses.replace(self, rope=rope)
 
     @property
+    def sides(self) -> tuple[Codec, Codec]:
+        return self, self._values
+
+    @property
     def asks_queries(self) -> bool:
         return True
 
@@ -182,7 +187,7 @@ class Stair(Codec):
     @functools.partial(jax.jit, static_argnames="self")
     def encode_tokens(self, vectors: Tokens, state: State, positions: Positions) -> Leaves:
         wide = vectors.astype(jnp.float32)
-        each = [wide - own for own in self._offsets(state).each_at(positions[..., None])]
+        each = [wide - own for own in self.centres(state).each_at(positions[..., None])]
         scaled = [self._sorted(keys, state) for keys, _ in each]
         weights = self._weights(state, wide.shape[-1])
         root = to_12_bits(jnp.sqrt(weights))
@@ -208,18 +213,30 @@ class Stair(Codec):
         keys = self._unsorted(self._key_numbers(leaves, head_dim), state)
         key_second = leaves["key_scales"][0] >> 7 == 1
         value_second = signs_of(leaves["value_scales"])[0]
-        offsets = self._offsets(state)
+        offsets = self.centres(state)
         keys += chosen([both[0] for both in offsets.each_at(positions)], key_second)
         values = self._value_numbers(leaves, head_dim, rotated=rotated)
         turn = self.rotate_values if rotated else lambda centre: centre
         values += chosen([turn(both[1]) for both in offsets.centres], value_second)
         return jnp.stack([keys, values]).astype(dtype)
 
+    def steps(self, head_dim: int) -> Steps:
+        runs = tuple(self._runs(head_dim))
+        return Steps(runs, tuple(_levels(width) for width, _ in runs), _scales_of_bytes())
+
+    def stepped(
+        self, queries: Float[Array, "batch kv_heads tokens group head_dim"], state: State
+    ) -> Float[Array, "batch kv_heads tokens group head_dim"]:
+        head_dim = queries.shape[-1]
+        places = self._places(state, head_dim)[:, None, None]
+        found = jnp.take_along_axis(queries, jnp.broadcast_to(places, queries.shape), axis=-1)
+        return found / self._per_deviation(state, head_dim)[:, None, None]
+
     @property
     def _values(self) -> Rotated:
         return Rotated(self.bits)
 
-    def _offsets(self, state: State) -> Offsets:
+    def centres(self, state: State) -> Offsets:
         return Offsets(state["means"], self.rope, state["sinks"])
 
     def _unset(self, kv_heads: int, head_dim: int) -> State:
@@ -342,9 +359,7 @@ class Stair(Codec):
         for width, count in self._runs(head_dim):
             size = packed_bytes(count, width)
             codes = unpack(packed[..., start : start + size], width, count).astype(jnp.int32)
-            positive = np.asarray(_LEVELS[width], np.float32) * np.float32(_UNIT)
-            table = jnp.asarray(np.concatenate([-positive[::-1], positive]))
-            runs.append(table.at[codes].get(mode="promise_in_bounds"))
+            runs.append(jnp.asarray(_levels(width)).at[codes].get(mode="promise_in_bounds"))
             start += size
         code = (scales & 127).astype(jnp.int32)[..., None]
         fraction, power = _scale(code)
@@ -465,6 +480,20 @@ def _tables(
         np.concatenate(cells).astype(np.int32),
         np.asarray(levels, np.float32),
     )
+
+
+def _levels(width: int) -> Float[np.ndarray, " codes"]:
+    """What codes of so many bits stand for."""
+    positive = np.asarray(_LEVELS[width], np.float32) * np.float32(_UNIT)
+    return np.concatenate([-positive[::-1], positive])
+
+
+def _scales_of_bytes() -> Float[np.ndarray, " bytes"]:
+    """Of the leaf of scales; negative where the top bit names the second centre."""
+    code = np.arange(1 << 7)
+    scales = _FRACTIONS[code % _OCTAVE] * 2.0 ** (code // _OCTAVE - _ONE // _OCTAVE)
+    scales[0], scales[_NOT_FINITE] = 0, np.nan
+    return np.concatenate([scales, np.copysign(scales, -1)]).astype(np.float32)
 
 
 def _scale(code: Int32[Array, "*shape"]) -> tuple[Array, Array]:

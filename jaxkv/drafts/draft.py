@@ -35,7 +35,7 @@ class Draft(Protocol):
     ...     count_up, [[3, 4]], max_new_tokens=8, config=config, draft=CountsOn(), num_guesses=3
     ... )
     >>> result.tokens, result.speculation.steps
-    ([[5, 6, 7, 8, 9, 10, 11, 12]], 2)
+    ([[5, 6, 7, 8, 9, 10, 11, 12]], 3)
     """
 
     def propose(self, tokens: Tokens, lengths: Lengths, k: int) -> Guesses:

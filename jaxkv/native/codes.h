@@ -40,21 +40,25 @@ inline void AddPlane(const uint8_t* plane, int64_t size, int width, int low, uin
     }
 }
 
-// The codes of a vector, a byte each.
-inline void Unpack(const Side& side, int64_t head_dim, const char* vector, uint8_t* codes) {
+// Codes of so many bits, a byte each. Returns where they end.
+inline const uint8_t* Unpack(int64_t bits, int64_t count, const uint8_t* plane, uint8_t* codes) {
   typedef uint16_t Words16 __attribute__((vector_size(16)));
-  const uint8_t* plane = (const uint8_t*)vector;
-  for (int low = 0; low < side.bits; ) {
-    const int width = side.bits == 3 ? 2 - low / 2 : side.bits;  // 3 bits: two, and then one
-    const int64_t size = head_dim * width / 8;
+  for (int64_t low = 0; low < bits; ) {
+    const int width = bits - low >= 4 ? 4 : bits - low >= 2 ? 2 : 1;  // low bits first
+    const int64_t size = count * width / 8;
     if (size % 16 == 0)
       AddPlane<Words16>(plane, size, width, low, codes);
     else if (size % 8 == 0)
       AddPlane<uint64_t>(plane, size, width, low, codes);
+    else if (size % 4 == 0)
+      AddPlane<uint32_t>(plane, size, width, low, codes);
+    else if (size % 2 == 0)
+      AddPlane<uint16_t>(plane, size, width, low, codes);
     else
-      AddPlane<uint16_t>(plane, size, width, low, codes);  // head_dim is in whole sixteens
+      AddPlane<uint8_t>(plane, size, width, low, codes);
     plane += size, low += width;
   }
+  return plane;
 }
 
 // A vector's levels; those of int8 are its codes.
@@ -64,7 +68,7 @@ inline void Levels(const Side& side, int64_t head_dim, const char* vector, int8_
     return;
   }
   uint8_t* codes = (uint8_t*)levels;
-  Unpack(side, head_dim, vector, codes);
+  Unpack(side.bits, head_dim, (const uint8_t*)vector, codes);
   for (int64_t d = 0; d < head_dim; d += 16) {
     Bytes16 some;
     std::memcpy(&some, codes + d, 16);
@@ -75,7 +79,19 @@ inline void Levels(const Side& side, int64_t head_dim, const char* vector, int8_
 
 constexpr int64_t kMostNumbers = 1024;  // of a vector
 
+inline void WidenRuns(const Runs& runs, const char* vector, float* wide) {
+  const uint8_t* from = (const uint8_t*)vector;
+  uint8_t codes[kMostNumbers];
+  for (int64_t run = 0; run < runs.count; ++run) {
+    const int64_t bits = runs.widths[2 * run], count = runs.widths[2 * run + 1];
+    const float* levels = runs.levels + run * Runs::kMostLevels;
+    from = Unpack(bits, count, from, codes);
+    for (int64_t i = 0; i < count; ++i) *wide++ = levels[codes[i]];
+  }
+}
+
 inline void WidenCodes(const Side& side, int64_t head_dim, const char* vector, float* wide) {
+  if (side.runs.count) return WidenRuns(side.runs, vector, wide);
   int8_t levels[kMostNumbers];
   Levels(side, head_dim, vector, levels);
   for (int64_t d = 0; d < head_dim; d += kLanes) Store(wide + d, Load(levels + d));

@@ -16,7 +16,7 @@ const int32_t* DataOrNull(const ffi::Buffer<ffi::S32>& buffer) {
 }
 
 // One side of one layer. `sides` is 1 if the buffer holds this side alone, else 2, keys first.
-Side SideOf(const ffi::AnyBuffer& vectors, const ffi::Buffer<ffi::U16>& scales,
+Side SideOf(const ffi::AnyBuffer& vectors, const ffi::AnyBuffer& scales,
             const ffi::Buffer<ffi::S8>& levels, int64_t layer, int64_t number, int64_t bits) {
   const auto shape = vectors.dimensions();  // layers, sides, slots, heads, numbers or bytes
   const auto type = vectors.element_type();
@@ -27,15 +27,20 @@ Side SideOf(const ffi::AnyBuffer& vectors, const ffi::Buffer<ffi::U16>& scales,
   Side side;
   side.bytes = shape[4] * width;
   side.vectors = (const char*)vectors.untyped_data() + half * side.bytes;
-  if (scales.element_count() > 0) side.scales = scales.typed_data() + half;
+  if (scales.element_type() == ffi::U8)
+    side.runs.of_slots = (const uint8_t*)scales.untyped_data() + half;
+  else if (scales.element_count() > 0)
+    side.scales = (const uint16_t*)scales.untyped_data() + half;
   side.bits = bits, side.levels = levels.typed_data() + 16 * number;
   return side;
 }
 
 // `table` and `key_positions` are empty where the addressing has none; see slots.h.
 ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                  ffi::Buffer<ffi::U16> key_scales, ffi::Buffer<ffi::U16> value_scales,
-                  ffi::Buffer<ffi::S8> levels, ffi::Buffer<ffi::S32> layer,
+                  ffi::AnyBuffer key_scales, ffi::AnyBuffer value_scales,
+                  ffi::Buffer<ffi::S8> levels, ffi::Buffer<ffi::S32> run_widths,
+                  ffi::Buffer<ffi::F32> run_levels, ffi::Buffer<ffi::F32> run_scales,
+                  ffi::Buffer<ffi::S32> layer,
                   ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::S32> positions,
                   ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> sinks,
                   ffi::Buffer<ffi::F32> centre_queries, ffi::Buffer<ffi::F32> rope_tables,
@@ -51,6 +56,12 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
   PreferLargePages(values.untyped_data(), values.size_bytes());
   Attention job;
   job.keys = SideOf(keys, key_scales, levels, number, 0, key_bits);
+  if (job.keys.runs.of_slots) {
+    job.keys.runs.count = run_widths.dimensions()[0];
+    job.keys.runs.widths = run_widths.typed_data();
+    job.keys.runs.levels = run_levels.typed_data();
+    job.keys.runs.scales = run_scales.typed_data();
+  }
   job.values = SideOf(values, value_scales, levels, number, 1, value_bits);
   job.queries = queries.typed_data();
   job.sinks = sinks.typed_data();
@@ -135,9 +146,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxkvDecode, jaxkv::Decode,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::U16>>()
-                                  .Arg<ffi::Buffer<ffi::U16>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

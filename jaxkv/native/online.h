@@ -13,6 +13,17 @@ namespace jaxkv {
 
 constexpr float kLowest = -1e30f;  // a finite "minus infinity"
 
+// Codes of several widths in one vector, one run of numbers after the other.
+struct Runs {
+  static constexpr int64_t kMostLevels = 64;
+
+  int64_t count = 0;                 // 0 for a vector of one width
+  const int32_t* widths;             // [count, 2]: bits of a code, and how many numbers have them
+  const float* levels;               // [count, kMostLevels]
+  const float* scales;               // [256]: what a byte for the scale stands for
+  const uint8_t* of_slots;           // [slots, heads]: these bytes
+};
+
 // How one side's vectors are stored: elements, or codes of `bits` that stand for whole `levels`.
 struct Side {
   const char* vectors;               // [slots, heads, bytes]
@@ -20,8 +31,13 @@ struct Side {
   const uint16_t* scales = nullptr;  // bfloat16 [slots, heads]
   int64_t bits = 0;                  // 0 for elements
   const int8_t* levels = nullptr;    // [16]
+  Runs runs;                         // in place of `scales` and `levels`
 
   const char* Row(int64_t slot, int64_t heads) const { return vectors + slot * heads * bytes; }
+  bool HasScales() const { return scales || runs.count; }
+  float Scale(int64_t vector) const {
+    return runs.count ? runs.scales[runs.of_slots[vector]] : Widen(scales[vector]);
+  }
 };
 
 // One layer, and the queries that read it.
@@ -67,14 +83,14 @@ template <int K>
 class Scales {
  public:
   template <typename Order>
-  void Load(const uint16_t* scales, int64_t heads, const Block& block, Order order) {
-    wide_.resize(scales ? heads * kBlock + kLanes : 0);  // a load reaches past the last
-    if (!scales) return;
+  void Load(const Side& side, int64_t heads, const Block& block, Order order) {
+    wide_.resize(side.HasScales() ? heads * kBlock + kLanes : 0);  // a load reaches past the last
+    if (!side.HasScales()) return;
     for (int step = 0; step < block.Steps<K>(); ++step)
       for (int i = 0; i < K; ++i) {
-        const uint16_t* of_slot = scales + block.Slot(order.Token(step, i)) * heads;
+        const int64_t first = block.Slot(order.Token(step, i)) * heads;
         for (int64_t head = 0; head < heads; ++head)
-          wide_[head * kBlock + step * K + i] = Widen(of_slot[head]);
+          wide_[head * kBlock + step * K + i] = side.Scale(first + head);
       }
   }
   explicit operator bool() const { return !wide_.empty(); }

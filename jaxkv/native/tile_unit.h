@@ -15,7 +15,8 @@ class TileUnit {
   static constexpr int kWays = Tiles::kWays;  // in which mixes hold their numbers
 
   static bool Serves(const Attention& job) {
-    return job.head_dim % Tiles::kNumbers == 0 && job.head_dim <= kMostNumbers && TilesAllowed();
+    return job.head_dim % Tiles::kNumbers == 0 && job.head_dim <= kMostNumbers &&
+           !job.keys.runs.count && TilesAllowed();
   }
 
   // Query q and the KV heads that have key positions' list `list`.
@@ -72,8 +73,8 @@ class TileUnit {
       for (int i = 1; i < kTile && in_a_row; ++i)
         in_a_row = block.slots[first + i] == block.slots[first] + i;
     }
-    key_scales_.Load(job_.keys.scales, job_.heads, block, order);
-    value_scales_.Load(job_.values.scales, job_.heads, block, order);
+    key_scales_.Load(job_.keys, job_.heads, block, order);
+    value_scales_.Load(job_.values, job_.heads, block, order);
     centre_.Start(block);
     const int64_t fetches =
         2 + FetchesOfScore(slices_, groups) + Tiles::FetchesOfMix(slices_, groups);

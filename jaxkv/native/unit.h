@@ -50,8 +50,8 @@ class Unit {
     const InRuns order{block.Steps<K>()};
     Ahead ahead(job_, rows_.front().head, rows_.back().head + 1, blocks_.Next(),
                 2 * order.steps * rows_.size());
-    key_scales_.Load(job_.keys.scales, job_.heads, block, order);
-    value_scales_.Load(job_.values.scales, job_.heads, block, order);
+    key_scales_.Load(job_.keys, job_.heads, block, order);
+    value_scales_.Load(job_.values, job_.heads, block, order);
     centre_.Start(block);
     ForEach(job_.keys, block, ahead, [&](auto g, int step, const Rows& rows, auto& keys) {
       constexpr int G = decltype(g)::value;

@@ -22,7 +22,7 @@ from jaxkv.serve.model_step import Model, ModelStep, Watch, Weights, spread_over
 from jaxkv.serve.rank import Rank
 from jaxkv.serve.request import MOST_STOP_TOKENS, Request
 from jaxkv.serve.sampling import Sampling
-from jaxkv.serve.speculate import Static, padded
+from jaxkv.serve.speculate import Pace, Static, padded
 from jaxkv.serve.swap import SwapSpace
 
 Arrived = list[tuple[Request, list[int]]]
@@ -87,7 +87,7 @@ class Batch:
         self._num_guesses = num_guesses
         if draft is not None:
             remembered = state_of(draft, len(self.rows), session.config.max_context_length)
-            self._drafting = steps.Drafting(jax.device_put(np.float32(1)), remembered)
+            self._drafting = steps.Drafting(Pace.begin(), remembered)
 
     @property
     def rows(self) -> list[Request | None]:

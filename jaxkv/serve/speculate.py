@@ -29,11 +29,27 @@ from jaxkv.serve.sampling import Sampling, sample
 # With the last token a step of 8, as many as the native kernel reads for.
 NUM_GUESSES = 7
 # Guesses are checked on credit, in steps of one token: a check costs what it takes longer than such
-# a step, and earns the tokens that it brings. Without income a step in so many goes into checks,
-# which is all that a text may lose in which nothing is guessed.
-_CHECK_COSTS = 1.0
+# a step (measured on a CPU), and earns the tokens that it brings. Without income a step in so many
+# goes into checks, which is all that a text may lose in which nothing is guessed.
+_COST_OF_A_GUESS = 0.25
 _STEPS_PER_CREDIT = 64
 _MOST_CREDIT = 4.0
+
+
+class Pace(NamedTuple):
+    """How many guesses the next step may check.
+
+    Attributes:
+      credit: for checks; none is made below 0.
+      wide: whether it checks all, or half of them: did as many come true the last time?
+    """
+
+    credit: Float[Array, ""]
+    wide: Bool[Array, ""]
+
+    @classmethod
+    def begin(cls) -> "Pace":
+        return cls(*jax.device_put((np.float32(1), np.bool_(False))))
 
 
 class Speculating(NamedTuple):
@@ -42,7 +58,7 @@ class Speculating(NamedTuple):
     Attributes:
       state: of its sequences.
       text: tokens of each so far, ``cache.lengths + 1`` of them.
-      credit: for checks.
+      pace: of checks.
       draft: what the draft remembers.
       steps: of each sequence so far, those that checked guesses and others.
       num_guesses: that were checked so far.
@@ -50,16 +66,15 @@ class Speculating(NamedTuple):
 
     state: State
     text: Int[Array, "batch room"]
-    credit: Float[Array, ""]
+    pace: Pace
     draft: Any
     steps: Int[Array, " batch"]
     num_guesses: Int[Array, " batch"]
 
     @classmethod
-    def begin(cls, state: State, text: Array, remembered: Any) -> "Speculating":
+    def begin(cls, state: State, text: Array, pace: Pace, remembered: Any) -> "Speculating":
         zeros = np.zeros(len(text), np.int32)
-        credit, *counts = jax.device_put((np.float32(1), zeros, zeros.copy()))
-        return cls(state, text, credit, remembered, *counts)
+        return cls(state, text, pace, remembered, *jax.device_put((zeros, zeros.copy())))
 
     @property
     def remaining(self) -> Array:
@@ -161,6 +176,7 @@ def decode(
       known: the next tokens of each sequence, as far as they are; -1 where they are not.
     """
     width, room = 1 + num_guesses, speculating.text.shape[1]
+    half = max(1, num_guesses // 2)
     rows = jnp.arange(len(speculating.text), dtype=jnp.int32)[:, None]
     begin = cache.lengths
     known = jnp.pad(known, ((0, 0), (0, width)), constant_values=-1)
@@ -195,11 +211,13 @@ def decode(
         )
         active = remaining > 0
         earned = jnp.where(active, checked.num_new - 1, 0).sum() / jnp.maximum(active.sum(), 1)
-        spent = _CHECK_COSTS if number else -1 / _STEPS_PER_CREDIT
+        earned = earned.astype(jnp.float32)
+        spent = number * _COST_OF_A_GUESS if number else -1 / _STEPS_PER_CREDIT
+        credit = jnp.minimum(now.pace.credit + earned - spent, _MOST_CREDIT)
         now = now._replace(
             state=state,
             text=text,
-            credit=jnp.minimum(now.credit + earned.astype(jnp.float32) - spent, _MOST_CREDIT),
+            pace=Pace(credit, earned >= half if number else now.pace.wide),
             steps=now.steps + active.astype(jnp.int32),
             num_guesses=now.num_guesses + checked.num_checked,
         )
@@ -214,14 +232,18 @@ def decode(
             return proposed(guesser, remembered, now.text, lengths, num_guesses)
 
         none = jnp.full((len(rows), num_guesses), NO_GUESS, jnp.int32)
-        guesses, remembered = when(now.credit >= 0, propose, (none, now.draft))
+        guesses, remembered = when(now.pace.credit >= 0, propose, (none, now.draft))
         sure = known_next(cache)[:, :num_guesses]
         guesses = jnp.where(sure >= 0, sure, guesses)
         guesses = jnp.where(now.remaining[:, None] > 1, guesses, NO_GUESS)
         checks = (guesses[:, 0] >= 0).any()
         value = now._replace(draft=remembered), cache, new
-        value = when(~checks, functools.partial(take, step, guesses, 0), value)
-        value = when(checks, functools.partial(take, step, guesses, num_guesses), value)
+        wide = now.pace.wide
+        cases = {0: ~checks, half: checks & ~wide, num_guesses: checks & wide}
+        if half == num_guesses:
+            cases[half] = checks
+        for number, wanted in cases.items():
+            value = when(wanted, functools.partial(take, step, guesses, number), value)
         return step + 1, *value
 
     shape = num_steps, width, len(rows)
@@ -315,7 +337,7 @@ class DraftProgram:
         """Where a generation with these prompts begins."""
         text = padded(prompts, config.max_context_length)
         remembered = state_of(self.draft, *text.shape)
-        return Speculating.begin(state, jax.device_put(text), remembered)
+        return Speculating.begin(state, jax.device_put(text), Pace.begin(), remembered)
 
     def compile_prefill(self, chunks: list[Chunk], cache: AnyCache) -> None:
         self.plain.compile_prefill(chunks, cache)

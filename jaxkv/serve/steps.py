@@ -25,7 +25,7 @@ from jaxkv.placement import scatter
 from jaxkv.serve.decode import NOT_A_NUMBER, New, State
 from jaxkv.serve.model_step import Model, ModelStep
 from jaxkv.serve.sampling import Sampling, sample
-from jaxkv.serve.speculate import Speculating, Static
+from jaxkv.serve.speculate import Pace, Speculating, Static
 from jaxkv.serve.speculate import decode as decode_with
 
 # From the host, or traced.
@@ -122,7 +122,7 @@ def decode(
 class Drafting(NamedTuple):
     """What an engine with a draft knows from one dispatch to the next."""
 
-    credit: Array  # see `speculate`
+    pace: Pace
     draft: Any  # what it remembers
 
 
@@ -154,7 +154,7 @@ def speculate(
         jnp.asarray, (rows.last, rows.remaining, rows.seeds, rows.stop_tokens, rows.known)
     )
     state = State(last, jnp.minimum(remaining, num_steps), seeds)
-    begun = Speculating.begin(state, text, drafting.draft)._replace(credit=drafting.credit)
+    begun = Speculating.begin(state, text, drafting.pace, drafting.draft)
     placed = _placed(cache, rows.tables, rows.lengths, rows.prompts)
     now, cache, new = decode_with(
         model,
@@ -168,7 +168,7 @@ def speculate(
         num_steps=num_steps,
     )
     counts = everywhere(cache, (now.steps.sum(), now.num_guesses.sum()))
-    return cache, new, Drafting(now.credit, now.draft), counts
+    return cache, new, Drafting(now.pace, now.draft), counts
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

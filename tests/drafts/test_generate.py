@@ -100,10 +100,11 @@ def test_a_draft_that_knows_the_answer_takes_the_fewest_steps():
     result = jaxkv.generate(counts_up, prompts, draft=draft, num_guesses=3, **options)
     assert result.tokens == [[6, 7, 8, 9, 10, 11, 12], [10, 11, 12]]
     assert result.finish_reasons == ["stop", "stop"]
-    # Of 4 and 3 tokens, and of 3: a step ends with what the model says itself, or at its stop.
-    assert result.speculation.steps == 3
-    assert result.speculation.guessed[0] == [True] * 3 + [False] + [True] * 2 + [False]
-    assert result.speculation.tokens_per_step == pytest.approx(10 / 3)
+    # Of 2, 4 and 1 tokens, and of 2 and 1: half of the guesses at first; a step ends with what the
+    # model says itself, or at its stop.
+    assert result.speculation.steps == 5
+    assert result.speculation.guessed[0] == [True, False] + [True] * 3 + [False, False]
+    assert result.speculation.tokens_per_step == pytest.approx(10 / 5)
 
 
 def test_guesses_that_never_come_true_cost_few_steps():
@@ -113,7 +114,7 @@ def test_guesses_that_never_come_true_cost_few_steps():
     plain = run(config, "greedy", **options)
     result = run(config, "greedy", draft=wrong, num_guesses=2, **options)
     assert_same(result, plain)
-    assert result.speculation.guesses <= 2 * 3
+    assert 1 <= result.speculation.guesses <= 9
     assert result.speculation.steps == 60
 
 
