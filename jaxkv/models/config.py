@@ -225,8 +225,9 @@ class DecoderConfig:
         if architecture == "GPT2LMHeadModel":
             raise CheckpointError("config.json: GPT2LMHeadModel is read by GPT2Config, not here.")
         check_all_read(architecture, config, _read_of(architecture))
-        given = read_fields(cls, flat, _hf_fields(architecture))
         family = FAMILIES[architecture]
+        flat |= {ours: flat[theirs] for theirs, ours in family.aliases if theirs in flat}
+        given = read_fields(cls, flat, _hf_fields(architecture))
         try:
             given["latent"] = LatentConfig.from_hf(flat) if family.latent else None
             given["experts"] = ExpertsConfig.from_hf(flat, family.routed) if family.routed else None
@@ -357,5 +358,5 @@ def _read_of(architecture: str) -> set[str]:
     local = ("rope_local_base_freq",) if family.local_rope == "of their own" else ()
     latent = LATENT_FIELDS if family.latent else ()
     routed = family.routed.fields if family.routed else ()
-    fields = (*_hf_fields(architecture), *family.unused)
+    fields = (*_hf_fields(architecture), *family.unused, *dict(family.aliases))
     return {*fields, *windows, *ROPE_FIELDS, *local, *latent, *routed}

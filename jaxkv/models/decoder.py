@@ -39,8 +39,8 @@ class Attention(nnx.Module):
     ):
         hidden, head_dim, family = config.hidden_size, config.head_dim, config.family
         queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        qkv_bias = config.attention_bias or config.qkv_bias or family.qkv_bias or family.biased
-        output_bias = family.biased or (config.attention_bias and family.output_bias)
+        qkv_bias = config.attention_bias or config.qkv_bias or family.qkv_bias
+        output_bias = config.attention_bias and family.output_bias
         shared = {"rngs": rngs, "dtype": dtype}
         self.q_proj = Linear(hidden, queries, bias=qkv_bias, **shared)
         self.k_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
@@ -222,7 +222,7 @@ class Decoder(Model):
     def checkpoint_layout(self) -> Layout:
         family = self.config.family
         num_layers = self.config.num_layers if family.predicts_ahead else None
-        return Layout(family.renamed, family.joined, num_layers)
+        return Layout(family.renamed, family.joined, self.config.num_heads, num_layers)
 
     @property
     def dtype(self) -> jnp.dtype:

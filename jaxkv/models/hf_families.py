@@ -226,6 +226,7 @@ _COHERE: dict[str, Any] = {
     "logit_scale": 0.0625,
     "tie_word_embeddings": True,
 }
+_BIASED = {"attention_bias": True, "mlp_bias": True}
 _DEEPSEEK: dict[str, Any] = {"q_lora_rank": 1536, "qk_nope_head_dim": 128, "v_head_dim": 128}
 _YARN = {
     "rope_type": "yarn",
@@ -374,7 +375,14 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "gpt2": _gpt2(12, 12, 768),
     "gpt_bigcode": _gpt2(12, 12, 768)._replace(multi_query=True),
     "gpt_neo": Family({"num_layers": 24, "num_heads": 16, "hidden_size": 2048}),
-    "gpt_neox": _plain(44, 64, 6144),
+    "gpt_neox": _plain(
+        *(44, 64, 6144),
+        hidden_act="gelu",
+        layer_norm_eps=1e-5,
+        partial_rotary_factor=0.25,
+        use_parallel_residual=True,
+        **_BIASED,
+    ),
     "gpt_neox_japanese": _plain(32, 32, 2560),
     "gpt_oss": _plain(
         *(36, 64, 2880, 8, 64),
@@ -479,6 +487,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         hidden_act="gelu_pytorch_tanh",
         norm_epsilon=1e-5,
         tie_word_embeddings=True,
+        **_BIASED,
     ),
     "vaultgemma": _plain(26, 8, 2304, 4, 256, windows=_every(2), sliding_window=4096),
     "xglm": Family({"num_layers": 24, "attention_heads": 16, "d_model": 1024}),

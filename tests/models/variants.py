@@ -191,6 +191,17 @@ _STABLELM = _like_llama(
     partial_rotary_factor=0.25,
 )
 
+_GPT_NEOX = _like_llama(
+    *("GPTNeoXForCausalLM", "gpt_neox"),
+    hidden_act="gelu",
+    num_key_value_heads=None,
+    rms_norm_eps=None,
+    layer_norm_eps=1e-4,
+    rotary_pct=0.5,
+    rotary_emb_base=1000,
+    rope_theta=None,
+)
+
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -322,6 +333,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "starcoder2": _STARCODER2,
     "stablelm": _STABLELM,
     "stablelm bias": _STABLELM | {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    "gpt_neox": _GPT_NEOX,
+    "gpt_neox one after the other": _GPT_NEOX | {"use_parallel_residual": False},
+    "gpt_neox no bias": _GPT_NEOX | {"attention_bias": False},
     "gpt2": _GPT2,
     "gpt2 untied": _GPT2 | {"tie_word_embeddings": False},
     "gpt2 inner": _GPT2 | {"n_inner": 40, "layer_norm_epsilon": 1e-3},
@@ -351,7 +365,8 @@ def token_ids(variant: str) -> np.ndarray:
 def weights(variant: str) -> dict[str, np.ndarray]:
     """Every tensor of the variant's checkpoint. Wide, so that logits are not flat."""
     config = hf_config(variant)
-    shapes = _gpt2_shapes(config) if config["model_type"] == "gpt2" else _llama_shapes(config)
+    makers = {"gpt2": _gpt2_shapes, "gpt_neox": _gpt_neox_shapes}
+    shapes = makers.get(config["model_type"], _llama_shapes)(config)
     made = {}
     for name, shape in shapes.items():
         if name.endswith(("_blocks", "_scales")):  # scales of 1/32 to 1/8
@@ -530,6 +545,28 @@ def _expert_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{matrix}_scales"] = (experts, columns, rows // 32)
         else:
             shapes[matrix] = (experts, rows, columns)
+    return shapes
+
+
+def _gpt_neox_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    block = {
+        "attention.query_key_value": (3 * hidden, hidden),
+        "attention.dense": (hidden, hidden),
+        "mlp.dense_h_to_4h": (inner, hidden),
+        "mlp.dense_4h_to_h": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    plain = () if config.get("attention_bias", True) else ("attention",)
+    shapes = {f"{name}.weight": (VOCAB_SIZE, hidden) for name in ("gpt_neox.embed_in", "embed_out")}
+    for kind in ("weight", "bias"):
+        shapes[f"gpt_neox.final_layer_norm.{kind}"] = (hidden,)
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape in block.items():
+            shapes[f"gpt_neox.layers.{layer}.{name}.weight"] = shape
+            if not name.startswith(plain):
+                shapes[f"gpt_neox.layers.{layer}.{name}.bias"] = shape[:1]
     return shapes
 
 
