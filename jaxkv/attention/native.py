@@ -33,7 +33,7 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
     floats = keys == values and (keys.dtype or keys.scaled_dtype)
     if not floats and not (_bits(keys) and _bits(values)):
         return f"it cannot read {config.codec.name}"
-    if cache.index.run is None:
+    if cache.index.run is None or cache.index.aligned:
         return f"it cannot read {config.addressing.name} caches"
     if config.pair.width != config.head_dim:
         return f"it takes keys and values of one size, and {config.pair.unlike}"

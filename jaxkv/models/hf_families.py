@@ -25,20 +25,22 @@ class Windows(NamedTuple):
         layer has a window unless it is true; where ``layer_types`` is one, it decides.
       slides: whether each layer has one, where no ``layer_types`` decide.
       size: of the window, the query itself counted.
+      kind: what ``layer_types`` call a layer that has one.
     """
 
     reads: tuple[str, ...]
     slides: Callable[[Mapping[str, Any], int], Sequence[bool]]
     size: Callable[[Mapping[str, Any]], int | None] = _sliding_window
+    kind: str = "sliding_attention"
 
     def of(self, config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
         """The window of each layer, None for one that sees all."""
         window = self.size(config)
         used = "use_sliding_window" not in self.reads or config.get("use_sliding_window")
-        if "sliding_window" not in self.reads or window is None or not used:
+        if not self.reads or window is None or not used:
             return (None,) * num_layers
         if (types := config.get("layer_types")) and "layer_types" in self.reads:
-            slides: Sequence[bool] = [layer_type == "sliding_attention" for layer_type in types]
+            slides: Sequence[bool] = [layer_type == self.kind for layer_type in types]
         else:
             slides = self.slides(config, num_layers)
         return tuple(window if slide else None for slide in slides)
@@ -94,6 +96,11 @@ Keeps = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
 
 def _as_said(config: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
     return {}
+
+
+def _chunks(config: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Windows are chunks of the text."""
+    return {"aligned": True}
 
 
 def _latents(config: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +233,7 @@ _COHERE: dict[str, Any] = {
     "logit_scale": 0.0625,
     "tie_word_embeddings": True,
 }
-_BIASED = {"attention_bias": True, "mlp_bias": True}
+_BIASED: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
 _DEEPSEEK: dict[str, Any] = {"q_lora_rank": 1536, "qk_nope_head_dim": 128, "v_head_dim": 128}
 _YARN = {
     "rope_type": "yarn",
@@ -250,6 +257,22 @@ def _mimo_slides(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
 
 _MIMO_WINDOWS = Windows(
     ("sliding_window", "sliding_window_size", "layer_types"), _mimo_slides, _mimo_window
+)
+
+
+def _chunk_size(config: Mapping[str, Any]) -> int | None:
+    return config.get("attention_chunk_size")
+
+
+def _with_rope(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
+    if layers := config.get("no_rope_layers"):
+        return [bool(has_rope) for has_rope in layers]
+    return _all_but_every("no_rope_layer_interval")(config, num_layers)
+
+
+_CHUNKS = Windows(
+    ("attention_chunk_size", "layer_types", "no_rope_layers", "no_rope_layer_interval"),
+    *(_with_rope, _chunk_size, "chunked_attention"),
 )
 
 _QWEN_VL = _plain(80, 64, 8192, 8, windows=_QWEN, max_window_layers=80, sliding_window=4096)
@@ -416,6 +439,12 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "kimi_k2": _latent(61, 64, 7168, 512, 64),
     "laguna": _plain(40, 48, 2048, 8, 128, windows=_UNNAMED.windows, sliding_window=512),
     "llama": _plain(32, 32, 4096),
+    "llama4_text": _plain(
+        *(48, 40, 5120, 8, 128),
+        windows=_CHUNKS,
+        attention_chunk_size=8192,
+        no_rope_layer_interval=4,
+    )._replace(keeps=_chunks, reads=("attention_chunk_size",)),
     "mellum": _plain(28, 32, 2304, 4, 128, windows=_UNNAMED.windows, sliding_window=1024),
     "mimo_v2_flash": _plain(
         *(48, 64, 4096, 4, 192), windows=_MIMO_WINDOWS, sliding_window=129, v_head_dim=128
