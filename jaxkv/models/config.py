@@ -41,6 +41,7 @@ class DecoderConfig:
       architecture: a name in `jaxkv.models.families.FAMILIES`, which says what it brings.
       attention_bias, mlp_bias: biases in all projections of attention, of the MLP.
       qkv_bias: biases of queries, keys and values alone.
+      use_qk_norm: normalize queries and keys, where the architecture has norms for them.
       tie_word_embeddings: logits come from the embedding table.
       rms_norm_eps: added to the mean square, or to the variance, in norms.
       activation: a name in `ACTIVATIONS`. Experts have their own.
@@ -98,6 +99,7 @@ class DecoderConfig:
     logits_scaling: float = 1.0
     parallel_residual: bool = False
     qkv_bias: bool = False
+    use_qk_norm: bool = True
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     num_experts: int = 1
@@ -336,6 +338,7 @@ _OWN = {
     "layer_norm_eps": "rms_norm_eps",
     "norm_epsilon": "rms_norm_eps",
     "use_qkv_bias": "qkv_bias",
+    "use_qk_norm": "use_qk_norm",
     "use_parallel_residual": "parallel_residual",
     "attention_multiplier": "attention_multiplier",
     "embedding_multiplier": "embedding_multiplier",

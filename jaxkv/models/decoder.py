@@ -46,8 +46,9 @@ class Attention(nnx.Module):
         self.k_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
         self.v_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
         self.o_proj = Linear(queries, hidden, bias=output_bias, std=out_std, **shared)
-        if family.qk_norm is not None:
-            sizes = {"head": (head_dim, head_dim), "all": (queries, keys)}[family.qk_norm]
+        self.qk_norm = family.qk_norm if config.use_qk_norm else None
+        if self.qk_norm is not None:
+            sizes = {"head": (head_dim, head_dim), "all": (queries, keys)}[self.qk_norm]
             self.q_norm, self.k_norm = (_norm(size, config, dtype) for size in sizes)
         if family.has_sinks:
             self.sinks = nnx.Param(jnp.zeros(config.num_heads, dtype))
@@ -56,7 +57,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
     ) -> tuple[Hidden, Any]:
-        config, norms = self.config, self.config.family.qk_norm
+        config, norms = self.config, self.qk_norm
         queries, keys, values = linears(x, self.q_proj, self.k_proj, self.v_proj)
         if norms == "all":
             queries, keys = self.q_norm(queries), self.k_norm(keys)

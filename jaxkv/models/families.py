@@ -162,6 +162,7 @@ _QWEN_EXPERTS = {
     "decoder_sparse_step": "every",
     "mlp_only_layers": "dense_layers",
 }
+_NORMALIZED = {"norm_topk_prob": "normalized"}
 _MIXTRAL_EXPERTS = {
     "num_local_experts": "num_experts",
     "num_experts_per_tok": "experts_per_token",
@@ -196,6 +197,33 @@ FAMILIES: dict[str, Family] = {
         slides=True,
         qk_norm="head",
         routed=Routed(_QWEN_EXPERTS),
+    ),
+    "OlmoeForCausalLM": Family(
+        "olmoe",
+        ("hidden_act", "attention_bias"),
+        qk_norm="all",
+        routed=Routed(_MIXTRAL_EXPERTS | {"num_experts": "num_experts", **_NORMALIZED}),
+    ),
+    "Glm4MoeForCausalLM": Family(
+        "glm4_moe",
+        ("hidden_act", "attention_bias", "use_qk_norm"),
+        unused=("num_nextn_predict_layers",),
+        partial_rope=True,
+        output_bias=False,
+        qk_norm="head",
+        routed=Routed(_DEEPSEEK_EXPERTS, {"method": "noaux_tc"}),
+        predicts_ahead=True,
+    ),
+    "SeedOssForCausalLM": Family(
+        "seed_oss", ("hidden_act", "attention_bias", "mlp_bias"), output_bias=False
+    ),
+    "ArceeForCausalLM": Family("arcee", ("hidden_act", "attention_bias", "mlp_bias"), gated=False),
+    "GemmaForCausalLM": Family(
+        "gemma",
+        ("attention_bias", "hidden_activation"),
+        unused=("hidden_act",),
+        norms=Norms(kind="rms plus one"),
+        scales_embeddings=True,
     ),
     "Gemma2ForCausalLM": Family(
         "gemma2",

@@ -48,7 +48,7 @@ def for_each(*variants):
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "youtu", "deepseek_v2", "deepseek_v3")
 EXPERTS = ("mixtral", "qwen3_moe")
-PLAIN = ("olmo2", "phi3", "glm4", "smollm3", "granite", "cohere", "stablelm", "gpt_neox")
+PLAIN = ("olmo2", "phi3", "glm4", "smollm3", "granite", "cohere", "stablelm", "gpt_neox", "glm4_moe")
 SLIDING = ("mistral", "qwen3 sliding", "gemma2", "gemma3", "gpt_oss", "olmo3", "cohere2")
 # Biases, activations and widths do not meet the cache; these do.
 HEADS_AND_SCALES = ("llama mha", "llama mqa", "gpt2 unscaled", "gpt2 by layer")
@@ -71,7 +71,7 @@ def assert_golden(logits, variant, tokens=slice(None)):
 NEWER = "|".join((*FAMILIES[-2:], *EXPERTS, *PLAIN, "cohere2"))
 
 
-@pytest.mark.slow_cases(rf"({NEWER}) |cohere$|cohere-|olmo3")
+@pytest.mark.slow_cases(rf"({NEWER}) |cohere$|cohere-|olmo3|olmoe|seed|arcee|neox")
 @for_each(*VARIANTS)
 def test_uncached_logits_equal_transformers(variant, model):
     logits, cache = model(jnp.asarray(token_ids(variant)))
