@@ -47,8 +47,8 @@ def for_each(*variants):
 
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "youtu", "deepseek_v2", "deepseek_v3")
-EXPERTS = ("mixtral", "qwen3_moe")
-PLAIN = ("olmo2", "phi3", "glm4", "smollm3", "granite", "cohere", "stablelm", "gpt_neox", "glm4_moe")
+EXPERTS = ("mixtral", "qwen3_moe", "glm4_moe")
+PLAIN = ("olmo2", "phi3", "glm4", "smollm3", "granite", "cohere", "stablelm", "gpt_neox")
 SLIDING = ("mistral", "qwen3 sliding", "gemma2", "gemma3", "gpt_oss", "olmo3", "cohere2")
 # Biases, activations and widths do not meet the cache; these do.
 HEADS_AND_SCALES = ("llama mha", "llama mqa", "gpt2 unscaled", "gpt2 by layer")
