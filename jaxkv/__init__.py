@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxkv import exported  # noqa: F401, lets jax.export serialize caches
-from jaxkv.addressing import Addressing, Contiguous, Kept, Paged, Ring
+from jaxkv.addressing import Addressing, Chunked, Contiguous, Kept, Paged, Ring
 from jaxkv.attention import attend, explain, fetched_blocks, observed
 from jaxkv.cache.axes import Axes
 from jaxkv.cache.config import KVCacheConfig
@@ -71,6 +71,7 @@ __all__ = [
     "CacheFullError",
     "Centred",
     "CheckpointError",
+    "Chunked",
     "Codec",
     "ConfigError",
     "Contiguous",

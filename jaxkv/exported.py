@@ -7,7 +7,16 @@ from typing import Any
 import jax.export
 import numpy as np
 
-from jaxkv.addressing import Contiguous, Kept, KeptByHead, Paged, PagedIndex, PolicyState, Ring
+from jaxkv.addressing import (
+    Chunked,
+    Contiguous,
+    Kept,
+    KeptByHead,
+    Paged,
+    PagedIndex,
+    PolicyState,
+    Ring,
+)
 from jaxkv.addressing.contiguous import ContiguousIndex
 from jaxkv.addressing.kept import KeptEvenlyIndex
 from jaxkv.addressing.kept_by_head import KeptByHeadIndex
@@ -27,7 +36,7 @@ _STATIC = {
     kind.__name__: kind
     for kind in (
         *(KVCacheConfig, HybridConfig, HostMemory, Newest),
-        *(Contiguous, Paged, Ring, Kept, KeptByHead, NewestSlots),
+        *(Chunked, Contiguous, Paged, Ring, Kept, KeptByHead, NewestSlots),
         *map(type, CODECS.values()),
         *(KeysValues, Rope),
     )

@@ -20,6 +20,7 @@ SMALL = {
     "contiguous": jaxkv.Contiguous(),
     "ring": jaxkv.Ring(window=3, sinks=1, chunk=5),
     "paged": jaxkv.Paged(page_size=4),
+    "chunked": jaxkv.Chunked(size=3, chunk=5),
 }
 assert SMALL.keys() == ADDRESSINGS.keys(), "give a new addressing its row here"
 
@@ -111,7 +112,9 @@ class Oracle:
         return outputs
 
     def _seen(self, tokens):
-        """All so far or, with a window, the newest, and a ring's first few."""
+        """All so far or, with a window, the newest, and a ring's first few; or a chunk's."""
+        if isinstance(self.addressing, jaxkv.Chunked):
+            return tokens[(len(tokens) - 1) // self.addressing.size * self.addressing.size :]
         window = getattr(self.addressing, "window", None)
         if window is None:
             return tokens
@@ -202,9 +205,10 @@ def config_of(codec="float32", addressing="contiguous", **fields):
     shape = {"num_layers": 3, "max_context_length": 8, "num_kv_heads": 2, "head_dim": 4}
     kind = {"codec": (CODECS | KINDS)[codec], "addressing": SMALL[addressing]}
     config = jaxkv.KVCacheConfig(**(shape | kind | fields))
-    if addressing != "ring":
+    wide = {"ring": jaxkv.Ring, "chunked": jaxkv.Chunked}
+    if addressing not in wide:
         return config
-    return config.replace(addressing=jaxkv.Ring(config.max_context_length, chunk=8))
+    return config.replace(addressing=wide[addressing](config.max_context_length, chunk=8))
 
 
 def shuffled(cache):

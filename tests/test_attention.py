@@ -91,7 +91,7 @@ def pairs():
 
 
 @pytest.mark.slow_cases(
-    r"float16|rotated|float8-(ring|paged)|float8.*native|streamed|bfloat16-(ring|paged)"
+    r"float16|rotated|float8-(ring|paged)|float8.*native|streamed|bfloat16-(ring|paged)|8-chunked"
 )
 @pytest.mark.parametrize(
     ("codec", "addressing", "batch_size", "heads", "implementation"), list(pairs())

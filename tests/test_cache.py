@@ -196,7 +196,9 @@ def over_a_copy(cache, *arrays):
 TRANSFORMATIONS = [step, over_tokens, over_layers, in_a_while_loop, over_a_copy]
 
 
-@pytest.mark.slow_cases(r"batch|(over_layers|in_a_while_loop)-(ring|paged)")
+@pytest.mark.slow_cases(
+    r"batch|(over_layers|in_a_while_loop)-(ring|paged)|(over_\w+|in_a_while_loop)-chunked"
+)
 @pytest.mark.parametrize("batch_size", [None, 2], ids=["single", "batch"])
 @pytest.mark.parametrize("addressing", ADDRESSINGS)
 @pytest.mark.parametrize("transformed", TRANSFORMATIONS, ids=lambda function: function.__name__)

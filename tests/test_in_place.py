@@ -35,6 +35,8 @@ def abstract_cache(codec, addressing="contiguous", batch_size=None):
 
 def as_large(config):
     """With a ring of as many slots as other caches have."""
+    if config.addressing.name == "chunked":
+        return config.replace(addressing=jaxkv.Chunked(config.max_context_length))
     if config.addressing.name != "ring":
         return config
     return config.replace(addressing=jaxkv.Ring(window=config.max_context_length - 127))
@@ -127,13 +129,13 @@ def cases():
             yield pytest.param(program, codec, addressing, batch_size, id=name)
 
 
-@pytest.mark.slow_cases(r"append_in_a|-float(16|8)-|rotated")
+@pytest.mark.slow_cases(r"append_in_a|-float(16|8)-|rotated|chunked")
 @pytest.mark.parametrize(("program", "codec", "addressing", "batch_size"), list(cases()))
 def test_in_place(program, codec, addressing, batch_size):
     cache = abstract_cache(codec, addressing, batch_size)
     # A block of float32, and of codes on the way to it, beside a cache that is an eighth as large.
     share = 0.04 if codec in ROTATED else 0.01
-    if addressing == "ring":  # the native kernel is told what each slot holds, 4 bytes for each
+    if addressing in ("ring", "chunked"):  # what each slot holds, 4 bytes for each
         share = 0.03
     assert_in_place(compile_donating(program, cache, vectors(cache)), cache, temp_share=share)
 

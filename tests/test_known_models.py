@@ -187,6 +187,17 @@ def test_every_maker_takes_all_that_a_model_does_not_decide(maker):
     assert named | set(SameInAllLayers.__annotations__) == left
 
 
+def test_chunks_of_llama_4():
+    """Three layers of four keep 8,192 tokens and those of a step, and others all."""
+    config = jaxkv.cache_config({"model_type": "llama4_text"}, max_context_length=1 << 20)
+    assert config.groups[0].addressing == jaxkv.Chunked(8192, chunk=128)
+    assert config.group_of_layer == (0, 0, 0, 1) * 12
+    per_layer = 2 * 8 * 128 * 2
+    assert config.size_bytes == per_layer * (36 * (8192 + 128) + 12 * (1 << 20))
+    with pytest.raises(jaxkv.ConfigError, match=r"chunk must be the most tokens .* got None"):
+        jaxkv.cache_config({"model_type": "llama4_text"}, max_context_length=8, chunk=None)
+
+
 def test_placement_reaches_every_group():
     placement = jaxkv.HostMemory(resident=1024)
     config = jaxkv.cache_config("gemma-3-4b", max_context_length=32_768, placement=placement)

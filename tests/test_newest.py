@@ -255,3 +255,9 @@ def test_copies_of_a_sequence_take_its_newest_tokens_along():
     _, outputs = step(pair, *(np.stack([array, array], axis=1) for array in following), run=run)
     for sequence in range(2):
         np.testing.assert_allclose(outputs[:, sequence], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_newest_tokens_of_two_chunks_of_a_text_are_refused():
+    newest = jaxkv.Newest(4, jaxkv.Dense("float32"))
+    with pytest.raises(jaxkv.ConfigError, match=r"newest must be None: .* Chunked\(size=4"):
+        jaxkv.KVCacheConfig(1, 8, 1, 4, addressing=jaxkv.Chunked(4), newest=newest)

@@ -8,7 +8,9 @@ from jaxkv.addressing.addressing import (
     Plain,
     PlainIndex,
     RingSlots,
+    first_visible,
 )
+from jaxkv.addressing.chunked import Chunked
 from jaxkv.addressing.contiguous import Contiguous
 from jaxkv.addressing.kept import Kept, KeptIndex, PolicyState
 from jaxkv.addressing.kept_by_head import KeptByHead
@@ -20,11 +22,13 @@ ADDRESSINGS: dict[str, Addressing] = {
     "contiguous": Contiguous(),
     "ring": Ring(window=1024, sinks=4),
     "paged": Paged(page_size=16),
+    "chunked": Chunked(size=1024),
 }
 
 __all__ = [
     "ADDRESSINGS",
     "Addressing",
+    "Chunked",
     "Contiguous",
     "Index",
     "Kept",
@@ -39,4 +43,5 @@ __all__ = [
     "PolicyState",
     "Ring",
     "RingSlots",
+    "first_visible",
 ]

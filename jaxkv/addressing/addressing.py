@@ -26,6 +26,10 @@ class Traits(Protocol):
         """Newest tokens that a query sees, itself included; None for all."""
 
     @property
+    def aligned(self) -> bool:
+        """Whether a query sees, of its window, the tokens from a multiple of its size on alone."""
+
+    @property
     def sinks(self) -> int:
         """First tokens that a query sees whatever the window is."""
 
@@ -157,6 +161,13 @@ class RingSlots(Index, Protocol):
         """Of sequences of these lengths, whose tokens from ``first`` on are held."""
 
 
+def first_visible(
+    positions: Int[Array, "*shape"], window: int, aligned: bool
+) -> Int[Array, "*shape"]:
+    """The first position that queries at these see, of a window that may be `Traits.aligned`."""
+    return positions - (positions % window if aligned else window - 1)
+
+
 class Share(Index, Protocol):
     """An index of one device's share of sequences that are dealt out over a mesh axis."""
 
@@ -185,6 +196,7 @@ class _Defaults:
 
     chunk: int | None = None
     window: int | None = None
+    aligned: bool = False
     sinks: int = 0
     by_position: bool = False
     per_head: bool = False

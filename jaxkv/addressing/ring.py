@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxkv.addressing.addressing import Layer, Plain, PlainIndex
+from jaxkv.addressing.addressing import Layer, Plain, PlainIndex, first_visible
 from jaxkv.addressing.runs import first_slots, read_runs, slots_of_runs
 from jaxkv.counts import ceil_div, check_fields
 
@@ -73,7 +73,7 @@ class Ring(Plain):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["lengths", "first"],
-    meta_fields=["capacity", "window", "sinks", "chunk"],
+    meta_fields=["capacity", "window", "sinks", "chunk", "aligned"],
 )
 @dataclasses.dataclass(frozen=True)
 class RingIndex(PlainIndex):
@@ -88,6 +88,7 @@ class RingIndex(PlainIndex):
     window: int
     sinks: int
     chunk: int
+    aligned: bool = False
 
     @property
     def ring(self) -> Self:
@@ -112,7 +113,8 @@ class RingIndex(PlainIndex):
 
     @property
     def intact(self) -> Bool[Array, "*batch"]:
-        oldest_seen = jnp.maximum(self.lengths - (self.window - 1), self.sinks)
+        oldest_seen = first_visible(self.lengths, self.window, self.aligned)
+        oldest_seen = jnp.maximum(oldest_seen, self.sinks)
         return (oldest_seen >= self.first) | (oldest_seen >= self.lengths)
 
     def first_position(self, lengths: Int[Array, "*batch"]) -> Int[Array, "*batch"]:

@@ -118,7 +118,8 @@ class Request:
     ) -> Bool[Array, "batch #kv_heads tokens 1 size"]:
         """Which of those slots each query may read, shaped to mask `Scores`."""
         index, positions = self.cache.index, self.key_positions(start, size)
-        seen = visible(self.positions[:, None], positions, index.window, index.sinks)
+        kept = index.window, index.sinks, index.aligned
+        seen = visible(self.positions[:, None], positions, *kept)
         if self.window is not None:
             seen &= visible(self.positions[:, None], positions, self.window)
         if self.newest is not None:

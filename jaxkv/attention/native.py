@@ -43,7 +43,7 @@ def cannot_serve(cache: KVCache, tokens: int) -> str | None:
         return f"it cannot read {config.codec.name}"
     if steps and config.head_dim % _WHOLE_RUNS:
         return f"of {config.codec.name} it reads head_dims in multiples of {_WHOLE_RUNS}"
-    if cache.index.run is None:
+    if cache.index.run is None or cache.index.aligned:
         return f"it cannot read {config.addressing.name} caches"
     if config.pair.width != config.head_dim:
         return f"it takes keys and values of one size, and {config.pair.unlike}"

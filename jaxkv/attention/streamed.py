@@ -79,6 +79,7 @@ class _Fetched(PlainIndex):
     lengths: Int[Array, "*batch"]  # for their shape
     window: int | None
     sinks: int
+    aligned: bool
 
     def read(self, leaf: Array, layer: Layer, start: int, size: int) -> Array:
         return leaf
@@ -94,7 +95,7 @@ def _with_tokens(
 ) -> Online:
     """After some tokens of each sequence, whose leaves are on the device."""
     whole, size = request.cache.index, positions.shape[-1]
-    index: Any = _Fetched(positions, whole.lengths, whole.window, whole.sinks)
+    index: Any = _Fetched(positions, whole.lengths, whole.window, whole.sinks, whole.aligned)
     there = dataclasses.replace(
         request, cache=dataclasses.replace(request.cache, storage=leaves, index=index)
     )

@@ -106,6 +106,8 @@ class KVCacheConfig:
     def _check_newest(self) -> str | None:
         if not isinstance(self.newest, Newest):
             return f"newest must be jaxkv.Newest(...) or None, got {self.newest!r}"
+        if getattr(self.addressing, "aligned", False):
+            return f"newest must be None: newest tokens may be of two chunks of {self.addressing}"
         return None
 
     def _check_pair(self) -> str | None:

@@ -41,6 +41,7 @@ class DecoderConfig:
       architecture: a name in `jaxkv.models.families.FAMILIES`, which says what it brings.
       attention_bias, mlp_bias: biases in all projections of attention, of the MLP.
       qkv_bias: biases of queries, keys and values alone.
+      use_qk_norm: normalize queries and keys, where the architecture has norms for them.
       tie_word_embeddings: logits come from the embedding table.
       rms_norm_eps: added to the mean square, or to the variance, in norms.
       activation: a name in `ACTIVATIONS`. Experts have their own.
@@ -98,6 +99,7 @@ class DecoderConfig:
     logits_scaling: float = 1.0
     parallel_residual: bool = False
     qkv_bias: bool = False
+    use_qk_norm: bool = True
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     num_experts: int = 1
@@ -225,8 +227,9 @@ class DecoderConfig:
         if architecture == "GPT2LMHeadModel":
             raise CheckpointError("config.json: GPT2LMHeadModel is read by GPT2Config, not here.")
         check_all_read(architecture, config, _read_of(architecture))
-        given = read_fields(cls, flat, _hf_fields(architecture))
         family = FAMILIES[architecture]
+        flat |= {ours: flat[theirs] for theirs, ours in family.aliases if theirs in flat}
+        given = read_fields(cls, flat, _hf_fields(architecture))
         try:
             given["latent"] = LatentConfig.from_hf(flat) if family.latent else None
             given["experts"] = ExpertsConfig.from_hf(flat, family.routed) if family.routed else None
@@ -335,6 +338,7 @@ _OWN = {
     "layer_norm_eps": "rms_norm_eps",
     "norm_epsilon": "rms_norm_eps",
     "use_qkv_bias": "qkv_bias",
+    "use_qk_norm": "use_qk_norm",
     "use_parallel_residual": "parallel_residual",
     "attention_multiplier": "attention_multiplier",
     "embedding_multiplier": "embedding_multiplier",
@@ -357,5 +361,5 @@ def _read_of(architecture: str) -> set[str]:
     local = ("rope_local_base_freq",) if family.local_rope == "of their own" else ()
     latent = LATENT_FIELDS if family.latent else ()
     routed = family.routed.fields if family.routed else ()
-    fields = (*_hf_fields(architecture), *family.unused)
+    fields = (*_hf_fields(architecture), *family.unused, *dict(family.aliases))
     return {*fields, *windows, *ROPE_FIELDS, *local, *latent, *routed}

@@ -39,15 +39,16 @@ class Attention(nnx.Module):
     ):
         hidden, head_dim, family = config.hidden_size, config.head_dim, config.family
         queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        qkv_bias = config.attention_bias or config.qkv_bias or family.qkv_bias or family.biased
-        output_bias = family.biased or (config.attention_bias and family.output_bias)
+        qkv_bias = config.attention_bias or config.qkv_bias or family.qkv_bias
+        output_bias = config.attention_bias and family.output_bias
         shared = {"rngs": rngs, "dtype": dtype}
         self.q_proj = Linear(hidden, queries, bias=qkv_bias, **shared)
         self.k_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
         self.v_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
         self.o_proj = Linear(queries, hidden, bias=output_bias, std=out_std, **shared)
-        if family.qk_norm is not None:
-            sizes = {"head": (head_dim, head_dim), "all": (queries, keys)}[family.qk_norm]
+        self.qk_norm = family.qk_norm if config.use_qk_norm else None
+        if self.qk_norm is not None:
+            sizes = {"head": (head_dim, head_dim), "all": (queries, keys)}[self.qk_norm]
             self.q_norm, self.k_norm = (_norm(size, config, dtype) for size in sizes)
         if family.has_sinks:
             self.sinks = nnx.Param(jnp.zeros(config.num_heads, dtype))
@@ -56,7 +57,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
     ) -> tuple[Hidden, Any]:
-        config, norms = self.config, self.config.family.qk_norm
+        config, norms = self.config, self.qk_norm
         queries, keys, values = linears(x, self.q_proj, self.k_proj, self.v_proj)
         if norms == "all":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
@@ -222,7 +223,7 @@ class Decoder(Model):
     def checkpoint_layout(self) -> Layout:
         family = self.config.family
         num_layers = self.config.num_layers if family.predicts_ahead else None
-        return Layout(family.renamed, family.joined, num_layers)
+        return Layout(family.renamed, family.joined, self.config.num_heads, num_layers)
 
     @property
     def dtype(self) -> jnp.dtype:

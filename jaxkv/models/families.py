@@ -22,6 +22,20 @@ class Norms(NamedTuple):
     kind: str = "rms"
 
 
+class Joined(NamedTuple):
+    """Projections that a checkpoint has in one tensor.
+
+    Attributes:
+      whole: the module there.
+      parts: the modules here, one below the other there.
+      by_head: each head has its rows of all of them together.
+    """
+
+    whole: str
+    parts: tuple[str, ...]
+    by_head: bool = False
+
+
 class Routed(NamedTuple):
     """A mixture of experts whose router is of the usual kind.
 
@@ -55,7 +69,6 @@ class Family:
       norms: the norms of a layer.
       parallel: attention and the MLP read the same, and both are added to the stream.
       gated: the MLP is a gated linear unit; if not, it is two projections.
-      biased: all projections of layers have biases.
       scales_embeddings: embeddings are multiplied by the root of their size (Gemma).
       has_sinks: one learned logit per head is added to the softmax denominator (gpt-oss).
       has_experts: the MLP is gpt-oss's mixture of experts.
@@ -64,7 +77,8 @@ class Family:
       predicts_ahead: a checkpoint may have further layers, which guess tokens after the next one,
         and are not read (DeepSeek-V3, section 2.2).
       renamed: parts of names in a checkpoint, and what they are here.
-      joined: projections that a checkpoint has in one tensor, one below the other.
+      joined: projections that a checkpoint has in one tensor.
+      aliases: fields of its ``config.json`` that others call otherwise, and how.
     """
 
     model_type: str
@@ -82,7 +96,6 @@ class Family:
     norms: Norms = Norms()
     parallel: bool = False
     gated: bool = True
-    biased: bool = False
     scales_embeddings: bool = False
     has_sinks: bool = False
     has_experts: bool = False
@@ -90,7 +103,8 @@ class Family:
     latent: bool = False
     predicts_ahead: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
-    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    joined: tuple[Joined, ...] = ()
 
 
 _GEMMA = ("attention_bias", "hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping")
@@ -103,12 +117,16 @@ _GEMMA_NORMS = Norms(
 )
 _OLMO2_NORMS = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _GLM4_NORMS = Norms(attention_output="post_self_attn_layernorm", mlp_output="post_mlp_layernorm")
-_GATE_UP = ("gate_up_proj", ("gate_proj", "up_proj"))
+_GATE_UP = Joined("gate_up_proj", ("gate_proj", "up_proj"))
+_QKV = ("q_proj", "k_proj", "v_proj")
 
 _MULTIPLIERS = (
     *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
 )
 _COHERE = ("hidden_act", "attention_bias", "layer_norm_eps", "logit_scale")
+_GPT_NEOX = (
+    *("hidden_act", "layer_norm_eps", "attention_bias", "mlp_bias", "use_parallel_residual"),
+)
 _COHERE2 = (  # what is so in all of them, or said by layer_types too
     *("order_of_interleaved_layers", "layer_switch", "position_embedding_type", "rotary_pct"),
     *("use_embedding_sharing", "use_gated_activation", "use_parallel_block"),
@@ -144,6 +162,7 @@ _QWEN_EXPERTS = {
     "decoder_sparse_step": "every",
     "mlp_only_layers": "dense_layers",
 }
+_NORMALIZED = {"norm_topk_prob": "normalized"}
 _MIXTRAL_EXPERTS = {
     "num_local_experts": "num_experts",
     "num_experts_per_tok": "experts_per_token",
@@ -178,6 +197,33 @@ FAMILIES: dict[str, Family] = {
         slides=True,
         qk_norm="head",
         routed=Routed(_QWEN_EXPERTS),
+    ),
+    "OlmoeForCausalLM": Family(
+        "olmoe",
+        ("hidden_act", "attention_bias"),
+        qk_norm="all",
+        routed=Routed(_MIXTRAL_EXPERTS | {"num_experts": "num_experts", **_NORMALIZED}),
+    ),
+    "Glm4MoeForCausalLM": Family(
+        "glm4_moe",
+        ("hidden_act", "attention_bias", "use_qk_norm"),
+        unused=("num_nextn_predict_layers",),
+        partial_rope=True,
+        output_bias=False,
+        qk_norm="head",
+        routed=Routed(_DEEPSEEK_EXPERTS, {"method": "noaux_tc"}),
+        predicts_ahead=True,
+    ),
+    "SeedOssForCausalLM": Family(
+        "seed_oss", ("hidden_act", "attention_bias", "mlp_bias"), output_bias=False
+    ),
+    "ArceeForCausalLM": Family("arcee", ("hidden_act", "attention_bias", "mlp_bias"), gated=False),
+    "GemmaForCausalLM": Family(
+        "gemma",
+        ("attention_bias", "hidden_activation"),
+        unused=("hidden_act",),
+        norms=Norms(kind="rms plus one"),
+        scales_embeddings=True,
     ),
     "Gemma2ForCausalLM": Family(
         "gemma2",
@@ -244,7 +290,7 @@ FAMILIES: dict[str, Family] = {
         unused=("full_attn_mod", "interpolate_factor"),
         slides=True,
         partial_rope=True,
-        joined=(("qkv_proj", ("q_proj", "k_proj", "v_proj")), _GATE_UP),
+        joined=(Joined("qkv_proj", _QKV), _GATE_UP),
     ),
     "Glm4ForCausalLM": Family(
         "glm4",
@@ -285,13 +331,32 @@ FAMILIES: dict[str, Family] = {
     ),
     "Starcoder2ForCausalLM": Family(
         "starcoder2",
-        ("hidden_act", "norm_epsilon"),
+        ("hidden_act", "norm_epsilon", "attention_bias", "mlp_bias"),
         unused=("rms_norm_eps", *_STARCODER2),
         slides=True,
         norms=Norms(kind="layer"),
         gated=False,
-        biased=True,
         renamed=((".c_fc.", ".up_proj."), (".c_proj.", ".down_proj.")),
+    ),
+    "GPTNeoXForCausalLM": Family(
+        "gpt_neox",
+        _GPT_NEOX,
+        unused=("rms_norm_eps",),
+        partial_rope=True,
+        norms=Norms(kind="layer"),
+        gated=False,
+        renamed=(
+            ("gpt_neox.", "model."),
+            ("model.final_layer_norm.", "model.norm."),
+            ("model.embed_in.", "model.embed_tokens."),
+            ("embed_out.", "lm_head."),
+            (".attention.", ".self_attn."),
+            (".self_attn.dense.", ".self_attn.o_proj."),
+            (".dense_h_to_4h.", ".up_proj."),
+            (".dense_4h_to_h.", ".down_proj."),
+        ),
+        joined=(Joined("query_key_value", _QKV, by_head=True),),
+        aliases=(("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")),
     ),
     "StableLmForCausalLM": Family(
         "stablelm",

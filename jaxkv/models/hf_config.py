@@ -150,7 +150,8 @@ def _refuse_other_kinds(config: Mapping[str, Any], head_dim: int | None) -> None
 
 
 def _check_layer_types(config: Mapping[str, Any], num_layers: int) -> None:
-    types, known = config.get("layer_types"), ("sliding_attention", "full_attention")
+    windows = BY_MODEL_TYPE[config.get("model_type")].windows
+    types, known = config.get("layer_types"), (windows.kind, "full_attention")
     unknown = sorted(set(types or ()) - set(known))
     if types and (unknown or len(types) != num_layers):
         raise ConfigError(
@@ -158,8 +159,7 @@ def _check_layer_types(config: Mapping[str, Any], num_layers: int) -> None:
             f"{', '.join(known)}, one per layer, got "
             f"{len(types)}{f' with {unknown[0]}, which no cache here holds' if unknown else ''}."
         )
-    reads = BY_MODEL_TYPE[config.get("model_type")].windows.reads
-    if types and "sliding_window" not in reads and "sliding_attention" in types:
+    if types and not windows.reads and windows.kind in types:
         raise ConfigError(
             f"layer_types has sliding_attention; a {config['model_type']} has no windows."
         )

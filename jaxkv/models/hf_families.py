@@ -25,20 +25,22 @@ class Windows(NamedTuple):
         layer has a window unless it is true; where ``layer_types`` is one, it decides.
       slides: whether each layer has one, where no ``layer_types`` decide.
       size: of the window, the query itself counted.
+      kind: what ``layer_types`` call a layer that has one.
     """
 
     reads: tuple[str, ...]
     slides: Callable[[Mapping[str, Any], int], Sequence[bool]]
     size: Callable[[Mapping[str, Any]], int | None] = _sliding_window
+    kind: str = "sliding_attention"
 
     def of(self, config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
         """The window of each layer, None for one that sees all."""
         window = self.size(config)
         used = "use_sliding_window" not in self.reads or config.get("use_sliding_window")
-        if "sliding_window" not in self.reads or window is None or not used:
+        if not self.reads or window is None or not used:
             return (None,) * num_layers
         if (types := config.get("layer_types")) and "layer_types" in self.reads:
-            slides: Sequence[bool] = [layer_type == "sliding_attention" for layer_type in types]
+            slides: Sequence[bool] = [layer_type == self.kind for layer_type in types]
         else:
             slides = self.slides(config, num_layers)
         return tuple(window if slide else None for slide in slides)
@@ -94,6 +96,11 @@ Keeps = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
 
 def _as_said(config: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
     return {}
+
+
+def _chunks(config: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Windows are chunks of the text."""
+    return {"aligned": True}
 
 
 def _latents(config: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,6 +233,7 @@ _COHERE: dict[str, Any] = {
     "logit_scale": 0.0625,
     "tie_word_embeddings": True,
 }
+_BIASED: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
 _DEEPSEEK: dict[str, Any] = {"q_lora_rank": 1536, "qk_nope_head_dim": 128, "v_head_dim": 128}
 _YARN = {
     "rope_type": "yarn",
@@ -251,6 +259,22 @@ _MIMO_WINDOWS = Windows(
     ("sliding_window", "sliding_window_size", "layer_types"), _mimo_slides, _mimo_window
 )
 
+
+def _chunk_size(config: Mapping[str, Any]) -> int | None:
+    return config.get("attention_chunk_size")
+
+
+def _with_rope(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
+    if layers := config.get("no_rope_layers"):
+        return [bool(has_rope) for has_rope in layers]
+    return _all_but_every("no_rope_layer_interval")(config, num_layers)
+
+
+_CHUNKS = Windows(
+    ("attention_chunk_size", "layer_types", "no_rope_layers", "no_rope_layer_interval"),
+    *(_with_rope, _chunk_size, "chunked_attention"),
+)
+
 _QWEN_VL = _plain(80, 64, 8192, 8, windows=_QWEN, max_window_layers=80, sliding_window=4096)
 
 # A config.json without a model_type says all itself.
@@ -267,7 +291,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     ),
     "apertus": _plain(32, 32, 4096),
     "apertus1p5_text": _plain(32, 32, 4096),
-    "arcee": _plain(32, 32, 2560),
+    "arcee": _plain(32, 32, 2560, hidden_act="relu2", rms_norm_eps=1e-5),
     "aria_text": _plain(32, 32, 4096),
     "axk1": _latent(61, 64, 7168, 512, 64),
     "beam": _plain(52, 48, 5120, 8, 128, windows=_NAMED, sliding_window=512),
@@ -327,7 +351,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "falcon": _plain(32, 71, 4544)._replace(multi_query=True),
     "flex_olmo": _plain(32, 32, 4096),
     "flint": _plain(49, 32, 2048, 4, 128, windows=_NAMED, sliding_window=513),
-    "gemma": _plain(28, 16, 3072, 16, 256),
+    "gemma": _plain(28, 16, 3072, 16, 256, **_GEMMA),
     "gemma2": _plain(
         *(26, 8, 2304, 4, 256),
         windows=_every(2),
@@ -365,7 +389,15 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         partial_rotary_factor=0.5,
         rms_norm_eps=1.5625e-7,
     ),
-    "glm4_moe": _plain(46, 96, 4096, 8),
+    "glm4_moe": _plain(
+        *(46, 96, 4096, 8),
+        partial_rotary_factor=0.5,
+        rms_norm_eps=1e-5,
+        first_k_dense_replace=1,
+        n_shared_experts=1,
+        norm_topk_prob=True,
+        use_qk_norm=False,
+    ),
     "glm4_moe_lite": _latent(47, 20, 2048, 512, 64),
     "glm4v_moe_text": _plain(46, 96, 4096, 8),
     "glm4v_text": _plain(40, 32, 4096, 2),
@@ -374,7 +406,14 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "gpt2": _gpt2(12, 12, 768),
     "gpt_bigcode": _gpt2(12, 12, 768)._replace(multi_query=True),
     "gpt_neo": Family({"num_layers": 24, "num_heads": 16, "hidden_size": 2048}),
-    "gpt_neox": _plain(44, 64, 6144),
+    "gpt_neox": _plain(
+        *(44, 64, 6144),
+        hidden_act="gelu",
+        layer_norm_eps=1e-5,
+        partial_rotary_factor=0.25,
+        use_parallel_residual=True,
+        **_BIASED,
+    ),
     "gpt_neox_japanese": _plain(32, 32, 2560),
     "gpt_oss": _plain(
         *(36, 64, 2880, 8, 64),
@@ -408,6 +447,12 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "kimi_k2": _latent(61, 64, 7168, 512, 64),
     "laguna": _plain(40, 48, 2048, 8, 128, windows=_UNNAMED.windows, sliding_window=512),
     "llama": _plain(32, 32, 4096),
+    "llama4_text": _plain(
+        *(48, 40, 5120, 8, 128),
+        windows=_CHUNKS,
+        attention_chunk_size=8192,
+        no_rope_layer_interval=4,
+    )._replace(keeps=_chunks, reads=("attention_chunk_size",)),
     "mellum": _plain(28, 32, 2304, 4, 128, windows=_UNNAMED.windows, sliding_window=1024),
     "mimo_v2_flash": _plain(
         *(48, 64, 4096, 4, 192), windows=_MIMO_WINDOWS, sliding_window=129, v_head_dim=128
@@ -436,7 +481,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "olmo": _plain(32, 32, 4096),
     "olmo2": _plain(32, 32, 4096, rms_norm_eps=1e-5),
     "olmo3": _plain(32, 32, 4096, windows=_every(4), sliding_window=4096, rms_norm_eps=1e-5),
-    "olmoe": _plain(16, 16, 2048),
+    "olmoe": _plain(16, 16, 2048, rms_norm_eps=1e-5),
     "opt": _plain(12, 12, 768),
     "persimmon": _plain(36, 64, 4096),
     "phi": _plain(24, 32, 2048),
@@ -463,7 +508,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "qwen3_vl_text": _plain(32, 32, 4096, 32, 128),
     "sarvam_mla": _latent(32, 64, 4096, 512, 64),
     "sarvam_moe": _plain(19, 64, 4096, 4, 64),
-    "seed_oss": _plain(64, 80, 4096, 8, 128),
+    "seed_oss": _plain(64, 80, 4096, 8, 128, attention_bias=True),
     "smollm3": _plain(
         *(36, 16, 2048, 4),
         windows=_NAMED_IF_USED,
@@ -479,6 +524,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         hidden_act="gelu_pytorch_tanh",
         norm_epsilon=1e-5,
         tie_word_embeddings=True,
+        **_BIASED,
     ),
     "vaultgemma": _plain(26, 8, 2304, 4, 256, windows=_every(2), sliding_window=4096),
     "xglm": Family({"num_layers": 24, "attention_heads": 16, "d_model": 1024}),

@@ -41,6 +41,7 @@ def _is_off(value: Any) -> bool:
 _CHANGES_NOTHING: dict[str, Callable[[Any], bool]] = {
     "add_cross_attention": _is_off,
     "attention_bias": _is_off,
+    "attention_out_bias": _is_off,
     "attn_logit_softcapping": _is_off,
     "final_logit_softcapping": _is_off,
     "is_encoder_decoder": _is_off,

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxkv.errors import CheckpointError
+from jaxkv.models.families import Joined
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.weight)")
@@ -48,11 +49,12 @@ class Stacked:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Some rows of a tensor."""
+    """Some rows of a tensor, so many of each head's if there are heads."""
 
     whole: Any
     start: int
     stop: int
+    heads: int = 1
 
     @property
     def name(self) -> str:
@@ -64,10 +66,12 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.stop - self.start, *self.whole.shape[1:])
+        return ((self.stop - self.start) * self.heads, *self.whole.shape[1:])
 
     def read(self) -> np.ndarray:
-        return self.whole.read()[self.start : self.stop]
+        whole = self.whole.read()
+        by_head = whole.reshape(self.heads, -1, *whole.shape[1:])
+        return by_head[:, self.start : self.stop].reshape(-1, *whole.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +80,14 @@ class Layout:
 
     Attributes:
       renamed: parts of names there, and what they are here.
-      joined: modules whose tensors are one there, one below the other.
+      joined: modules whose tensors are one there.
+      num_heads: of those that are joined by head.
       num_layers: layers from this number on are there and not here; None: there are none.
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
-    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    joined: tuple[Joined, ...] = ()
+    num_heads: int = 1
     num_layers: int | None = None
 
     def read(
@@ -111,29 +117,33 @@ class Layout:
                 apart |= {f"{head}.experts.{i}.{tail}": each for i, each in enumerate(array)}
             else:
                 apart[name] = array
-        for whole, parts in self.joined:
-            for name in [name for name in apart if f".{parts[0]}." in name]:
-                own = [apart.pop(name.replace(f".{parts[0]}.", f".{part}.")) for part in parts]
-                apart[name.replace(f".{parts[0]}.", f".{whole}.")] = np.concatenate(own)
+        for joined in self.joined:
+            first = f".{joined.parts[0]}."
+            for name in [name for name in apart if first in name]:
+                parts = [apart.pop(name.replace(first, f".{part}.")) for part in joined.parts]
+                heads = self.num_heads if joined.by_head else 1
+                by_head = [part.reshape(heads, -1, *part.shape[1:]) for part in parts]
+                whole = np.concatenate(by_head, axis=1).reshape(-1, *parts[0].shape[1:])
+                apart[name.replace(first, f".{joined.whole}.")] = whole
         return {self._there(name): np.ascontiguousarray(array) for name, array in apart.items()}
 
     def _apart(self, named: dict[str, Any], rows: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
-        joined = dict(self.joined)
+        every = {joined.whole: joined for joined in self.joined}
         for name, tensor in named.items():
             *path, module, kind = ["", *name.split(".")]
-            if module not in joined:
+            if module not in every:
                 yield name, tensor
                 continue
-            start = 0
-            for part in joined[module]:
+            start, heads = 0, self.num_heads if every[module].by_head else 1
+            for part in every[module].parts:
                 own = ".".join([*path[1:], part, kind])
-                stop = start + rows.get(own, 0)
-                yield own, Rows(tensor, start, stop)
+                stop = start + rows.get(own, 0) // heads
+                yield own, Rows(tensor, start, stop, heads)
                 start = stop
-            if start != tensor.shape[0]:
+            if start * heads != tensor.shape[0]:
                 raise CheckpointError(
                     f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}; by "
-                    f"config.json it must have {start} rows."
+                    f"config.json it must have {start * heads} rows."
                 )
 
     def _here(self, name: str) -> str:

@@ -29,7 +29,7 @@ from jaxkv.show.progress import progress_bar
 
 DTYPES = ("float32", "float16", "bfloat16")
 # Tensors that are no weights of their own: tables that follow from the config.
-_NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+_NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|self_attn)\.(masked_)?bias$")
 _HEAD = "lm_head.weight"
 
 

@@ -18,7 +18,7 @@ class MLP(nnx.Module):
         self, config: DecoderConfig, inner: int, *, rngs: nnx.Rngs, dtype: Any, out_std: float
     ):
         hidden, family = config.hidden_size, config.family
-        shared = {"bias": config.mlp_bias or family.biased, "rngs": rngs, "dtype": dtype}
+        shared = {"bias": config.mlp_bias, "rngs": rngs, "dtype": dtype}
         self.gate_proj = Linear(hidden, inner, **shared) if family.gated else None
         self.up_proj = Linear(hidden, inner, **shared)
         self.down_proj = Linear(inner, hidden, std=out_std, **shared)

@@ -11,6 +11,11 @@ from jaxkv.models.known import known_name
 
 # Numbers in the checkpoints on the Hugging Face hub; of Gemma 3 in the text decoder.
 PARAMETERS: dict[str, int] = {
+    "DeepSeek-V2": 235_741_434_880,
+    "DeepSeek-V2-Lite": 15_706_484_224,
+    "DeepSeek-V3": 671_026_419_200,  # without the layer that guesses ahead
+    "DeepSeek-R1": 671_026_419_200,
+    "Kimi-K2": 1_026_408_232_448,
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
     "gpt2-large": 774_030_080,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict, Unpack
 
-from jaxkv.addressing import Addressing, Contiguous, Paged, Ring
+from jaxkv.addressing import Addressing, Chunked, Contiguous, Paged, Ring
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import AnyConfig, HybridConfig
 from jaxkv.cache.newest import Newest
@@ -63,6 +63,7 @@ class Shape(NamedTuple):
         model without windows.
       value_dim, values_in_keys: as in `KVCacheConfig`.
       heads: what each layer keeps, where layers differ; ``()`` where they do not.
+      aligned: windows are chunks of the text, as `Chunked` has them (Llama 4).
       sources: for each layer, the layer whose keys and values it reads, as in `HybridConfig`.
 
     >>> local_and_global = Shape(6, num_kv_heads=1, head_dim=256).sliding(512, full_every=6)
@@ -80,6 +81,7 @@ class Shape(NamedTuple):
     values_in_keys: bool = False
     heads: tuple[Heads, ...] = ()
     sources: tuple[int, ...] = ()
+    aligned: bool = False
 
     @classmethod
     def latent(cls, num_layers: int, rank: int, rope_dim: int) -> "Shape":
@@ -115,7 +117,7 @@ class Shape(NamedTuple):
           chunk: the most tokens that a step brings. Layers with a window keep ``window - 1 +
             chunk`` tokens: in a `Ring`, or in pages of their own where ``addressing`` is a
             shared pool. None for steps of any size: they keep all tokens, in ``addressing``,
-            and see the newest.
+            and see the newest. Chunks of the text are kept in `Chunked`, whatever they are.
           **fields: other fields of `KVCacheConfig`, the same in all layers: ``placement`` and
             ``newest``.
 
@@ -123,14 +125,20 @@ class Shape(NamedTuple):
           A `KVCacheConfig`, or a `HybridConfig` where layers differ.
 
         Raises:
-          ConfigError: as `KVCacheConfig`, or a number of codecs that is not that of the layers.
+          ConfigError: as `KVCacheConfig`, or a number of codecs that is not that of the layers, or
+            no ``chunk`` for layers that attend within chunks of the text.
         """
+        if self.aligned and chunk is None:
+            raise ConfigError(
+                "chunk must be the most tokens that a step brings, got None: layers that attend "
+                "within chunks of the text are kept in jaxkv.Chunked, which holds so many more."
+            )
         codecs = codec_of_each_layer(codec, self.num_layers)
         rows = batch_size or 1
         addressings = [
             addressing
             if window is None or chunk is None
-            else _windowed(addressing, window, chunk, rows)
+            else _windowed(addressing, window, chunk, rows, self.aligned)
             for window in self.windows or (None,) * self.num_layers
         ]
         alike = Heads(self.num_kv_heads, self.head_dim, self.value_dim, self.values_in_keys)
@@ -157,7 +165,11 @@ class Shape(NamedTuple):
         return HybridConfig(groups, numbers, self.sources)
 
 
-def _windowed(addressing: Addressing, window: int, chunk: int, rows: int) -> Addressing:
+def _windowed(
+    addressing: Addressing, window: int, chunk: int, rows: int, aligned: bool
+) -> Addressing:
+    if aligned:
+        return Chunked(window, chunk)
     if addressing.per_head or addressing.num_pages is None or addressing.page_size is None:
         return Ring(window, chunk=chunk)
     # What all rows hold at once, and as much again for the ends of prompts that may come back.

@@ -15,7 +15,7 @@ from jaxkv.models.model import Model
 
 # Of a module's arrays, which axis is split over the devices that share the heads.
 _BY_OUTPUT = (
-    *("q_proj", "gate_proj", "up_proj", "lm_head", "c_fc"),
+    *("q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "lm_head", "c_fc"),
     *("gate_up_proj", "gate_up_proj_bias"),
 )
 _BY_INPUT = ("o_proj", "down_proj")

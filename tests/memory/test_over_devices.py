@@ -181,6 +181,32 @@ def test_parameters_of_public_models(
     assert PARAMETERS[name] == layers * layer + tables + hidden
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "hidden", "heads", "queries", "experts", "inner", "dense", "vocabulary"),
+    [
+        ("DeepSeek-V2", 60, 5120, 128, 1536, (160, 2, 1536), 12288, 1, 102400),
+        ("DeepSeek-V2-Lite", 27, 2048, 16, None, (64, 2, 1408), 10944, 1, 102400),
+        ("DeepSeek-V3", 61, 7168, 128, 1536, (256, 1, 2048), 18432, 3, 129280),
+        ("Kimi-K2", 61, 7168, 64, 1536, (384, 1, 2048), 18432, 1, 163840),
+    ],
+)
+def test_parameters_of_public_models_with_latents(
+    name, layers, hidden, heads, queries, experts, inner, dense, vocabulary
+):
+    """Heads of 128 + 64 numbers, latents of 512 + 64."""
+    asked = hidden * heads * 192
+    if queries:
+        asked = hidden * queries + queries + queries * heads * 192
+    latents = hidden * (512 + 64) + 512 + 512 * heads * 256
+    routed, shared, size = experts
+    mixture = hidden * routed + (routed + shared) * 3 * hidden * size
+    if "V2" not in name:
+        mixture += routed  # what corrects their scores
+    each = asked + latents + heads * 128 * hidden + 2 * hidden
+    whole = layers * each + dense * 3 * hidden * inner + (layers - dense) * mixture
+    assert PARAMETERS[name] == whole + 2 * vocabulary * hidden + hidden
+
+
 def test_every_public_model_and_card_is_there():
     assert PARAMETERS.keys() == jaxkv.models.known.KNOWN_MODELS.keys()
     sizes = {card: device_memory(card.lower()).free_bytes for card in CARDS}

@@ -159,6 +159,8 @@ def test_json():
         "addressing": "contiguous",
         "placement": None,
         "newest": None,
+        "value_dim": None,
+        "values_in_keys": False,
     }
     assert answer["fits"] is True
     assert answer["needed_bytes"] == 2**30 + 4

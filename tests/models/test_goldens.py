@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 import jaxkv
 from jaxkv.models import RopeConfig, load, save
@@ -45,8 +47,8 @@ def for_each(*variants):
 
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "youtu", "deepseek_v2", "deepseek_v3")
-EXPERTS = ("mixtral", "qwen3_moe")
-PLAIN = ("olmo2", "phi3", "glm4", "smollm3", "granite", "cohere", "stablelm")
+EXPERTS = ("mixtral", "qwen3_moe", "glm4_moe")
+PLAIN = ("olmo2", "phi3", "glm4", "smollm3", "granite", "cohere", "stablelm", "gpt_neox")
 SLIDING = ("mistral", "qwen3 sliding", "gemma2", "gemma3", "gpt_oss", "olmo3", "cohere2")
 # Biases, activations and widths do not meet the cache; these do.
 HEADS_AND_SCALES = ("llama mha", "llama mqa", "gpt2 unscaled", "gpt2 by layer")
@@ -69,7 +71,7 @@ def assert_golden(logits, variant, tokens=slice(None)):
 NEWER = "|".join((*FAMILIES[-2:], *EXPERTS, *PLAIN, "cohere2"))
 
 
-@pytest.mark.slow_cases(rf"({NEWER}) |cohere$|cohere-|olmo3")
+@pytest.mark.slow_cases(rf"({NEWER}) |cohere$|cohere-|olmo3|olmoe|seed|arcee|neox")
 @for_each(*VARIANTS)
 def test_uncached_logits_equal_transformers(variant, model):
     logits, cache = model(jnp.asarray(token_ids(variant)))
@@ -245,6 +247,21 @@ def test_windows_beside_pages_and_in_them(variant, model, chunk):
     for start in range(0, NUM_TOKENS, 8):
         logits, cache = step(model, tokens[:, start : start + 8], cache)
         assert_golden(logits[0], variant, slice(start, start + 8))
+
+
+@pytest.mark.slow
+@pytest.mark.devices(4)
+@pytest.mark.parametrize("variant", ["deepseek_v3", "olmo2"])
+def test_a_model_over_a_mesh(variant, tmp_path):
+    """Heads and inner features over four devices; a latent, and a head of two, is on several."""
+    mesh = jax.make_mesh((4,), ("heads",), axis_types=(AxisType.Auto,))
+    axes = jaxkv.Axes(heads="heads")
+    model, _ = load(write_checkpoint(variant, tmp_path), mesh=mesh, axes=axes)
+    config = model.cache_config(max_context_length=NUM_TOKENS, chunk=12)
+    cache, tokens = jaxkv.create(config, mesh=mesh, axes=axes), jnp.asarray(token_ids(variant))
+    for part in (slice(12), slice(12, 23), slice(23, 24)):
+        logits, cache = step(model, tokens[part], cache)
+        assert_golden(logits, variant, part)
 
 
 @pytest.mark.slow

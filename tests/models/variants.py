@@ -191,6 +191,38 @@ _STABLELM = _like_llama(
     partial_rotary_factor=0.25,
 )
 
+_GPT_NEOX = _like_llama(
+    *("GPTNeoXForCausalLM", "gpt_neox"),
+    hidden_act="gelu",
+    num_key_value_heads=None,
+    rms_norm_eps=None,
+    layer_norm_eps=1e-4,
+    rotary_pct=0.5,
+    rotary_emb_base=1000,
+    rope_theta=None,
+)
+
+_OLMOE = _like_llama("OlmoeForCausalLM", "olmoe", num_experts=6, num_experts_per_tok=2)
+_GLM4_MOE = {
+    name: value
+    for name, value in _DEEPSEEK_V3.items()
+    if not name.startswith(("qk_", "v_", "q_", "kv_", "topk_method"))
+} | {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "partial_rotary_factor": 0.5,
+    "pad_token_id": 0,
+}
+_SEED_OSS = _like_llama("SeedOssForCausalLM", "seed_oss", attention_bias=True, head_dim=12)
+_ARCEE = _like_llama("ArceeForCausalLM", "arcee", hidden_act="relu2", head_dim=8)
+_GEMMA = _like_llama(
+    "GemmaForCausalLM", "gemma", hidden_act=None, tie_word_embeddings=None, head_dim=16
+)
+
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -322,6 +354,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "starcoder2": _STARCODER2,
     "stablelm": _STABLELM,
     "stablelm bias": _STABLELM | {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    "olmoe": _OLMOE,
+    "glm4_moe": _GLM4_MOE,
+    "glm4_moe no norms": _GLM4_MOE | {"use_qk_norm": False, "attention_bias": False},
+    "seed_oss": _SEED_OSS,
+    "arcee": _ARCEE,
+    "gemma": _GEMMA,
+    "gpt_neox": _GPT_NEOX,
+    "gpt_neox one after the other": _GPT_NEOX | {"use_parallel_residual": False},
+    "gpt_neox no bias": _GPT_NEOX | {"attention_bias": False},
     "gpt2": _GPT2,
     "gpt2 untied": _GPT2 | {"tie_word_embeddings": False},
     "gpt2 inner": _GPT2 | {"n_inner": 40, "layer_norm_epsilon": 1e-3},
@@ -351,7 +392,8 @@ def token_ids(variant: str) -> np.ndarray:
 def weights(variant: str) -> dict[str, np.ndarray]:
     """Every tensor of the variant's checkpoint. Wide, so that logits are not flat."""
     config = hf_config(variant)
-    shapes = _gpt2_shapes(config) if config["model_type"] == "gpt2" else _llama_shapes(config)
+    makers = {"gpt2": _gpt2_shapes, "gpt_neox": _gpt_neox_shapes}
+    shapes = makers.get(config["model_type"], _llama_shapes)(config)
     made = {}
     for name, shape in shapes.items():
         if name.endswith(("_blocks", "_scales")):  # scales of 1/32 to 1/8
@@ -394,7 +436,7 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     qkv = {"q": heads * head_dim, "k": keys, "v": keys}
     biased = qkv if family == "qwen2" or config.get("use_qkv_bias") else {}
     if config.get("attention_bias", family in ("gpt_oss", "starcoder2", "glm4")):
-        biased = qkv if family == "glm4" else qkv | {"o": hidden}
+        biased = qkv if family in ("glm4", "glm4_moe", "seed_oss") else qkv | {"o": hidden}
 
     shapes = {"model.embed_tokens.weight": (VOCAB_SIZE, hidden), "model.norm.weight": (hidden,)}
     for layer in range(config["num_hidden_layers"]):
@@ -416,10 +458,11 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             block |= {"self_attn.sinks": (heads,)}
         if _is_routed(config, layer):
             block = _without(block, "mlp.") | _routed_shapes(config)
-        if family.startswith("gemma"):
+        if family in ("gemma2", "gemma3_text"):
             block |= {f"{name}_feedforward_layernorm.weight": (hidden,) for name in ("pre", "post")}
-        if family.startswith("olmo"):
+        if family in ("olmo2", "olmo3"):
             block = _without(block, "input_") | {"post_feedforward_layernorm.weight": (hidden,)}
+        if family.startswith("olmo"):
             block |= {f"self_attn.{name}_norm.weight": (qkv[name],) for name in "qk"}
         if family == "phi3":
             block = _without(block, "self_attn.[qkv]_")
@@ -448,7 +491,9 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if config.get("mlp_bias"):
             block |= {f"mlp.{name}_proj.bias": (inner,) for name in ("gate", "up")}
             block["mlp.down_proj.bias"] = (hidden,)
-        if family in ("qwen3", "qwen3_moe", "gemma3_text"):
+        if family == "arcee":
+            block = _without(block, "mlp.gate_")
+        if family in ("qwen3", "qwen3_moe", "gemma3_text") or config.get("use_qk_norm"):
             block |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
     if family in ("starcoder2", "stablelm"):
@@ -465,7 +510,7 @@ def _without(block: dict[str, tuple[int, ...]], names: str) -> dict[str, tuple[i
 
 def _is_routed(config: dict[str, Any], layer: int) -> bool:
     if "moe_intermediate_size" not in config:
-        return config["model_type"] == "mixtral"
+        return config["model_type"] in ("mixtral", "olmoe")
     return (
         layer >= config.get("first_k_dense_replace", 0)
         and layer not in config.get("mlp_only_layers", ())
@@ -482,7 +527,7 @@ def _routed_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if family == "mixtral":
         mlp, gate, up, down = "block_sparse_moe", "w1", "w3", "w2"
     shapes = {f"{mlp}.gate.weight": (count, hidden)}
-    if family == "deepseek_v3":
+    if family in ("deepseek_v3", "glm4_moe"):
         shapes["mlp.gate.e_score_correction_bias"] = (count,)
     sizes = {f"experts.{expert}": inner for expert in range(count)}
     if "n_shared_experts" in config:
@@ -530,6 +575,28 @@ def _expert_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{matrix}_scales"] = (experts, columns, rows // 32)
         else:
             shapes[matrix] = (experts, rows, columns)
+    return shapes
+
+
+def _gpt_neox_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    block = {
+        "attention.query_key_value": (3 * hidden, hidden),
+        "attention.dense": (hidden, hidden),
+        "mlp.dense_h_to_4h": (inner, hidden),
+        "mlp.dense_4h_to_h": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    plain = () if config.get("attention_bias", True) else ("attention",)
+    shapes = {f"{name}.weight": (VOCAB_SIZE, hidden) for name in ("gpt_neox.embed_in", "embed_out")}
+    for kind in ("weight", "bias"):
+        shapes[f"gpt_neox.final_layer_norm.{kind}"] = (hidden,)
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape in block.items():
+            shapes[f"gpt_neox.layers.{layer}.{name}.weight"] = shape
+            if not name.startswith(plain):
+                shapes[f"gpt_neox.layers.{layer}.{name}.bias"] = shape[:1]
     return shapes
 
 

@@ -80,7 +80,7 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
     config = cache.config
     if "float32" in (side.dtype for side in config.codec.sides):
         return "it multiplies numbers of 16 bits, and this cache keeps float32"
-    if cache.index.per_head or cache.index.share is not None:
+    if cache.index.per_head or cache.index.aligned or cache.index.share is not None:
         return f"it cannot read {config.addressing.name} caches"
     if config.pair.unlike:
         return f"it takes keys beside values of one size, and {config.pair.unlike}"

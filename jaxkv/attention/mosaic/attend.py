@@ -72,7 +72,7 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
     if index.share is not None and config.codec_state:
         return f"it cannot read {codec.name} where the context is on several devices"
     ordered = index.by_position or index.ring or index.share
-    if index.run is None or not ordered:
+    if index.run is None or index.aligned or not ordered:
         return f"it cannot read {config.addressing.name} caches"
     if index.pages is not None:
         if index.run % TILE and (TILE % index.run or index.run < 8):
