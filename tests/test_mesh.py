@@ -100,7 +100,6 @@ def arrays(generator, tokens, kv_heads, rows=BATCH):
 DEFAULT = {("heads 8", "int8", "paged"), ("batch 8", "float32", "pool")}
 DEFAULT |= {("batch 2 x heads 4", "centred", "contiguous"), ("context 8", "float32", "contiguous")}
 DEFAULT |= {("2 KV heads over 8", "bfloat16", "hybrid"), ("context 8", "float32", "ring")}
-DEFAULT |= {("2 KV heads over 8", "stair", "contiguous")}
 
 
 def _cases():
@@ -170,6 +169,22 @@ def test_it_gives_what_one_device_gives(split, codec, kind, axis_type):
     assert_same_layer(one, many, codec)
     assert_where_it_was(many, place)
     both(one, many, 1, np.ones(one.config.batch_size, np.int32))
+
+
+@pytest.mark.slow_cases("batch 8|context")
+@pytest.mark.parametrize("split", ["2 KV heads over 8", "batch 8", "heads 2 x context 4"])
+def test_constants_are_of_all_devices_tokens_and_queries(split):
+    config = config_of(split, "stair", "contiguous").replace(num_layers=1)
+    queries, keys, values = arrays(np.random.default_rng(0), 5, config.num_kv_heads)
+    queries *= np.exp(np.random.default_rng(1).standard_normal((HEADS, HEAD_DIM), np.float32))
+    append = jax.jit(functools.partial(jaxkv.append, layer=0))
+    one, many = (
+        append(jaxkv.create(config, **place), keys, values, queries=queries).codec_state
+        for place in ({}, spread_over(split))
+    )
+    copies = many["order"].shape[2] // one["order"].shape[2]
+    for name, learned in one.items():
+        np.testing.assert_allclose(many[name], np.repeat(learned, copies, 2), rtol=1e-3, atol=1e-3)
 
 
 def assert_same_layer(one, many, codec):
