@@ -159,3 +159,25 @@ with jaxkv.Engine(model, tight, sharing=False) as engine:
     requests = run_all(engine)
     print(f"{engine.figures.preemptions} preemptions, the same answers:", end=" ")
     print([request.tokens for request in requests] == shared_answers)
+
+# %% [markdown]
+# ## Several tokens per step
+#
+# Code repeats itself. A draft guesses what comes next, `NGram(5)` from what followed the last time
+# that the newest five tokens stood there, and the model checks several guesses in one step. The
+# answer is the one without a draft; only the steps are fewer. What was guessed is green.
+
+# %%
+repeating = START + "".join(
+    f"def is_{kind}(self):\n        return self.kind == {kind!r}\n\n    "
+    for kind in ("open", "closed", "frozen")
+)
+prompt, new = tokenizer.encode(repeating + "def is_").ids, 120
+plain = jaxkv.generate(model, [prompt], max_new_tokens=new)
+drafted = jaxkv.generate(model, [prompt], max_new_tokens=new, draft=jaxkv.drafts.NGram(5))
+worth = drafted.speculation
+print("the same answer:", drafted.tokens == plain.tokens)
+print(f"{worth.steps} steps for {new} tokens: {worth.tokens_per_step:.1f} per step")
+for token, guessed in zip(drafted.tokens[0], worth.guessed[0], strict=True):
+    text = tokenizer.decode([token])
+    print(f"\033[30;42m{text}\033[0m" if guessed else text, end="")

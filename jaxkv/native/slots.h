@@ -113,8 +113,8 @@ class Blocks {
 
   // Goes on to the next block; false if there is none.
   bool Advance() {
+    if (Next().count == 0) return false;
     now_ = 1 - now_;
-    if (blocks_[now_].count == 0) return false;
     Collect();
     return true;
   }

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import jaxkv
 from jaxkv.drafts import DraftModel, NGram
@@ -51,6 +53,43 @@ def test_answers_are_those_without_a_draft(draft, temperature, swap_space):
         assert mine.tokens == other.tokens
         assert mine.finish_reason == other.finish_reason
         np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=1e-5)
+
+
+REQUESTS = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 3), min_size=1, max_size=14),
+        st.integers(1, 22),
+        st.integers(0, 1000),
+        st.lists(st.integers(0, 11), max_size=2),
+    ),
+    min_size=4,
+    max_size=7,
+)
+
+
+def test_any_requests_are_answered_as_without():
+    config = config_of(3, addressing=jaxkv.Paged(page_size=4, num_pages=14))
+    options = {"prefill_chunk": 8, "decode_steps": 6, "sampling": jaxkv.Sampling(temperature=1.5)}
+    counts = np.zeros(2, int)  # preemptions, and guesses that came true
+
+    @settings(max_examples=10, deadline=None, derandomize=True, database=None)
+    @given(REQUESTS)
+    def holds(asked):
+        found = []
+        for more in ({}, {"draft": NGram(1), "num_guesses": 3}):
+            with jaxkv.Engine(toy, config, **options, **more) as engine:
+                requests = [
+                    engine.submit(prompt, max_new_tokens=new, seed=seed, stop_tokens=stops)
+                    for prompt, new, seed, stops in asked
+                ]
+                engine.run()
+                engine.pages.check()
+            found.append([(request.tokens, request.finish_reason) for request in requests])
+        assert found[0] == found[1]
+        counts[:] += engine.figures.preemptions, engine.figures.right_guesses
+
+    holds()
+    assert (counts > 0).all()
 
 
 def test_a_cache_that_cannot_go_back_is_refused():

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import jaxkv
 from jaxkv.addressing import ADDRESSINGS
@@ -55,14 +57,27 @@ def assert_same(with_draft, plain):
         np.testing.assert_allclose(mine, other, atol=1e-5)
 
 
-@pytest.mark.slow_cases(r"^(?!(int8-ring-sampled|bfloat16-contiguous-greedy)$)")
+# Of few tokens, so that they repeat themselves.
+TEXTS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=17), min_size=3, max_size=3)
+
+
+@pytest.mark.slow_cases(r"^(?!(int8-ring-sampled|bfloat16-contiguous-greedy)-ngram$)")
+@pytest.mark.parametrize("draft", [NGram(1), FromOutside((1, 2, 3, 0) * 3)], ids=["ngram", "list"])
 @pytest.mark.parametrize(("codec", "addressing", "sampling"), TABLE)
-def test_the_answer_is_that_of_plain_decode(codec, addressing, sampling):
+def test_the_answer_is_that_of_plain_decode(codec, addressing, sampling, draft):
     config = config_of(3, codec=KINDS[codec], addressing=SMALL[addressing])
-    plain = run(config, sampling)
-    result = run(config, sampling, draft=NGram(1), num_guesses=3)
-    assert_same(result, plain)
-    assert 0 < result.speculation.accepted < result.speculation.guesses
+    accepted = []
+
+    @settings(max_examples=6, deadline=None, derandomize=True, database=None)
+    @given(TEXTS, st.integers(0, 1000), st.integers(1, 30))
+    def holds(prompts, seed, number):
+        options = {"prompts": prompts, "seed": [seed] * 3, "max_new_tokens": number}
+        result = run(config, sampling, draft=draft, num_guesses=3, **options)
+        assert_same(result, run(config, sampling, **options))
+        accepted.append(result.speculation.accepted)
+
+    holds()
+    assert sum(accepted) > 0
 
 
 @pytest.mark.slow_cases("model")
