@@ -1,6 +1,7 @@
 """Which implementation serves a call, and what a long prefill costs."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -149,3 +150,24 @@ def test_outside_jit_the_blocks_are_compiled_once(compilations):
     first = len(compilations)
     attend(cache, queries)
     assert first == len(compilations) > 0
+
+
+CANNOT_READ = {
+    "native": ("jaxkv.attention.native", "cannot_serve"),
+    "mosaic": ("jaxkv.attention.mosaic.attend", "cannot_read"),
+    "cudnn": ("jaxkv.attention.cudnn.attend", "cannot_read"),
+}
+
+
+@pytest.mark.parametrize("kernel", CANNOT_READ)
+def test_kernels_do_not_read_chunks_of_a_text(kernel):
+    """Their masks know windows, which would show a chunk's first tokens the chunk before."""
+    module, name = CANNOT_READ[kernel]
+    cannot_read = getattr(importlib.import_module(module), name)
+    shape = {"num_kv_heads": 8, "head_dim": 64, "codec": jaxkv.Dense("bfloat16")}
+    ring, chunked = (
+        jaxkv.create(jaxkv.KVCacheConfig(1, 256, **shape, addressing=addressing))
+        for addressing in (jaxkv.Ring(128), jaxkv.Chunked(128))
+    )
+    assert cannot_read(ring, 1) is None
+    assert cannot_read(chunked, 1) == "it cannot read chunked caches"
