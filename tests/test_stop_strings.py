@@ -1,5 +1,7 @@
 """Answers that end before a text, wherever tokens end."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -66,6 +68,26 @@ def test_generate_ends_before_them(tokenizer, every):
         text + stream.rest() for text, stream in zip(given, streams, strict=True)
     ] == result.texts
     assert max(arrived) == every
+
+
+@dataclasses.dataclass(frozen=True)
+class NextPieces:
+    """Guesses all that the model says, past its answers' ends too."""
+
+    def propose(self, tokens, lengths, k):
+        last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
+        return jnp.minimum(last + 1 + jnp.arange(k, dtype=jnp.int32), len(PIECES) - 1)
+
+
+def test_with_a_draft_generate_ends_before_them(tokenizer):
+    options = {"tokenizer": tokenizer, "stop_strings": STOPS, "config": config()}
+    prompts = [[prompt] for prompt in ANSWERS]
+    result = jaxkv.generate(next_piece, prompts, max_new_tokens=NEW, draft=NextPieces(), **options)
+    found = zip(result.texts, map(len, result.tokens), result.finish_reasons, strict=True)
+    assert list(found) == list(ANSWERS.values())
+    counts = [len(guessed) for guessed in result.speculation.guessed]
+    assert counts == [count for _, count, _ in ANSWERS.values()]
+    assert result.speculation.accepted > 0
 
 
 @pytest.mark.parametrize("steps", [1, 4])

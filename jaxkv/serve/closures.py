@@ -16,6 +16,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 from jaxtyping import Array
 
+from jaxkv.attention.observed import is_watched
+
 
 @dataclasses.dataclass(frozen=True)
 class Hoisted:
@@ -55,6 +57,8 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def call(*arguments: Any) -> Any:
+        if is_watched():  # queries of an inner trace would not leave it
+            return function(*arguments)
         anew = jax.make_jaxpr(lambda *arguments: function(*arguments), return_shape=True)
         closed, out = anew(*arguments)
         leaves = _evaluate(closed, *jax.tree.leaves(arguments))

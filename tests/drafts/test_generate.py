@@ -102,6 +102,16 @@ def test_each_draft(draft):
         assert result.speculation.accepted > result.speculation.steps
 
 
+@pytest.mark.parametrize("policy", ["keydiff", pytest.param("tova", marks=pytest.mark.slow)])
+def test_beside_a_policy(policy):
+    prompts = [[5, 1, 2, 3, 1, 2, 3, 1, 7], [1, 2, 3] * 5, [7, 7, 7, 4, 7, 7]]
+    options = {"prompts": prompts, "policy": policy, "keep": 4}
+    plain = run(config_of(3), "greedy", **options)
+    result = run(config_of(3), "greedy", draft=NGram(1), num_guesses=3, **options)
+    assert_same(result, plain)
+    assert result.speculation.accepted > 0
+
+
 def test_a_draft_that_knows_the_answer_takes_the_fewest_steps():
     prompts = [[4, 5], [9]]
 
