@@ -35,6 +35,8 @@ def slot_numbers(addressing, batch_size):
 def visible_positions(index, length):
     """What the next token of a sequence sees, itself not included."""
     window = length if index.window is None else index.window - 1
+    if index.aligned:
+        window = length % index.window
     return {p for p in range(length) if p >= length - window or p < index.sinks}
 
 

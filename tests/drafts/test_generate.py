@@ -24,6 +24,7 @@ SAMPLINGS = {"greedy": jaxkv.Sampling(), "sampled": jaxkv.Sampling(temperature=1
 SMALL = {
     "contiguous": jaxkv.Contiguous(),
     "ring": jaxkv.Ring(window=9, sinks=1, chunk=5),
+    "chunked": jaxkv.Chunked(size=9, chunk=5),
     "paged": jaxkv.Paged(page_size=4),
 }
 assert SMALL.keys() == ADDRESSINGS.keys(), "give a new addressing its row here"
