@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from jaxkv.snapshot.prefix import load_prefix
     from jaxkv.snapshot.save import save
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 __all__ = [
     "Addressing",
