@@ -78,7 +78,7 @@ def test_the_answer_is_that_of_plain_decode(codec, addressing, sampling, draft):
         accepted.append(result.speculation.accepted)
 
     holds()
-    assert sum(accepted) > 0
+    assert sum(accepted) > 0 or not isinstance(draft, NGram)  # a list may be wrong throughout
 
 
 @pytest.mark.slow_cases("model")
