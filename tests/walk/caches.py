@@ -102,6 +102,10 @@ def kinds():
             config = config_of(*names, batch_size=MOST_ROWS if number % 3 else None)
             kind = Kind(config, KEEPS[number % len(KEEPS)], offloads=number % 4 == 0)
             found[" ".join(filter(None, names))] = kind
+    chunked = jaxkv.KVCacheConfig(
+        **SHAPE, batch_size=MOST_ROWS, codec=CODECS["int8"], addressing=jaxkv.Chunked(4, chunk=5)
+    )
+    found["int8 chunked"] = Kind(chunked, KEEPS[0], offloads=False)
     return found
 
 

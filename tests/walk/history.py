@@ -235,6 +235,8 @@ def visible(config, position):
     window = getattr(config.addressing, "window", None)
     sinks = getattr(config.addressing, "sinks", 0)
     positions = range(position + 1)
+    if config.addressing.aligned:
+        return {p for p in positions if p >= position - position % window}
     return {p for p in positions if window is None or p > position - window or p < sinks}
 
 
