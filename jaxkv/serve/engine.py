@@ -22,6 +22,7 @@ from jaxkv.serve.checks import check_config, check_request
 from jaxkv.serve.figures import Figures
 from jaxkv.serve.model_step import Model
 from jaxkv.serve.request import Request
+from jaxkv.serve.runner import Runner
 from jaxkv.serve.sampling import Sampling
 from jaxkv.serve.speculate import NUM_GUESSES, check_draft
 from jaxkv.show.progress import progress_bar
@@ -130,7 +131,6 @@ class Engine:
         self._stop_tokens, self._budget = tuple(stops), token_budget
         self._tokenizer = tokenizer
         self._stop_strings = StopStrings.of(stop_strings, tokenizer)
-        self._chunk, self._decode_steps = prefill_chunk, decode_steps
         self._num_submitted = 0
         books = functools.partial(
             PageAllocator,
@@ -153,21 +153,22 @@ class Engine:
                 axes=axes,
             )
         )
-        self._batch = Batch(
+        self.figures = Figures()
+        self._runner = Runner(
             model,
             sampling,
             self._held,
             self.pages,
+            self.figures,
             prefill_chunk=prefill_chunk,
             prefill_rows=prefill_rows,
             decode_steps=decode_steps,
-            swap_space=swap_space,
             spread=spread,
             constants=constants,
             draft=draft,
             num_guesses=num_guesses,
         )
-        self.figures: Figures = self._batch.figures
+        self._batch = Batch(self._runner, self.figures, swap_space=swap_space)
 
     def submit(
         self,
@@ -280,14 +281,14 @@ class Engine:
           ModelChangedError: the model's weights were deleted, or exchanged since requests have
             begun.
         """
-        with self._batch.weights_as_they_are():
+        with self._runner.weights_as_they_are(self._batch.begun):
             return self._round()
 
     def _round(self) -> Arrived:
-        self._batch.compile()
+        self._runner.compile()
         self._batch.admit_waiting()
-        budget = self._budget - self._batch.most_decoding * self._decode_steps
-        self._batch.prefill(budget // self._chunk)
+        budget = self._budget - self._batch.most_decoding * self._runner.decode_steps
+        self._batch.prefill(budget // self._runner.prefill_chunk)
         return self._batch.decode()
 
     def stream(self, request: Request) -> Iterator[int]:
@@ -318,7 +319,10 @@ class Engine:
         """Run until every request is over, with a progress bar over the tokens that may come."""
         requests = [*self._batch.waiting, *self._batch.running]
         wanted = sum(request.max_new_tokens - len(request.tokens) for request in requests)
-        with progress_bar("tokens", wanted) as advance_bar, self._batch.weights_as_they_are():
+        with (
+            progress_bar("tokens", wanted) as advance_bar,
+            self._runner.weights_as_they_are(self._batch.begun),
+        ):
             while self.busy:
                 advance_bar(sum(len(tokens) for _, tokens in self._round()))
 

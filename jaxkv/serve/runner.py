@@ -1,0 +1,246 @@
+"""What a round computes: the weights and the cache, and the compiled steps that take them."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxkv.cache.axes import Spread
+from jaxkv.drafts.draft import Draft, StatefulDraft, state_of
+from jaxkv.errors import ModelChangedError
+from jaxkv.memory.session import Session
+from jaxkv.paging import Copy, Pools
+from jaxkv.serve import steps
+from jaxkv.serve.calibration import Constants, with_constants
+from jaxkv.serve.decode import New
+from jaxkv.serve.figures import Figures
+from jaxkv.serve.model_step import Model, ModelStep, Watch, Weights, spread_over
+from jaxkv.serve.rank import Rank
+from jaxkv.serve.request import MOST_STOP_TOKENS, Request
+from jaxkv.serve.sampling import Sampling
+from jaxkv.serve.speculate import Pace, Static, padded
+
+
+class Chunk(NamedTuple):
+    """Tokens of a prompt that go through the model together."""
+
+    request: Request
+    start: int
+    end: int
+
+
+class Runner:
+    """The steps of an engine, told of requests: which row has which, and which pages.
+
+    Args:
+      model, sampling: of every step.
+      session: holds the cache.
+      pages: its books.
+      figures: where steps are counted.
+      prefill_chunk, decode_steps: tokens of a request that a step takes.
+      prefill_rows: chunks that a step of prefill takes, on each data rank.
+      draft, num_guesses: who guesses tokens that a step checks, and how many.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        session: Session,
+        pages: Pools,
+        figures: Figures,
+        *,
+        prefill_chunk: int,
+        prefill_rows: int,
+        decode_steps: int,
+        spread: Spread | None = None,
+        constants: Constants | None = None,
+        draft: Draft | StatefulDraft | None = None,
+        num_guesses: int = 0,
+    ):
+        self.session, self.pages = session, pages
+        self.prefill_chunk, self.prefill_rows = prefill_chunk, prefill_rows
+        self.decode_steps = decode_steps
+        self.num_rows = session.config.batch_size or 1
+        self._model, self._sampling, self._figures = model, sampling, figures
+        self._watch = Watch(Weights.of(model))
+        self._spread = spread
+        self._constants, self._calibrated = constants, False
+        self._copies: tuple[Watch, Weights] | None = None
+        self._compiled = False
+        self._draft = draft if spread is None else spread_over(spread.mesh, draft)
+        self._num_guesses = num_guesses
+        if draft is not None:
+            remembered = state_of(draft, self.num_rows, session.config.max_context_length)
+            self._drafting = steps.Drafting(Pace.begin(), remembered)
+
+    @contextlib.contextmanager
+    def weights_as_they_are(self, begun: Sequence[Request]) -> Iterator[None]:
+        """Rounds in here use the model's weights of now, which nothing keeps between them.
+
+        Args:
+          begun: the requests that something was computed for.
+
+        Raises:
+          ModelChangedError: they were exchanged since requests have begun.
+        """
+        weights = Weights.of(self._model)
+        if not self._watch.sees(weights):
+            if begun:
+                raise ModelChangedError(
+                    f"the model's weights were exchanged, and {len(begun)} requests have "
+                    "begun with the old ones. Call Engine.update(model, restart=True) to begin "
+                    "these anew, or cancel them."
+                )
+            self._forget(weights)
+        self._weights = weights if self._spread is None else self._copied(weights, self._spread)
+        if not self._calibrated:
+            self._calibrate()
+        try:
+            yield
+        finally:
+            del self._weights
+
+    def _calibrate(self) -> None:
+        """Before anything is computed: with constants of this model, not of the first request."""
+        mesh = None if self._spread is None else self._spread.mesh
+        cache = with_constants(self._weights, self.session.cache, self._constants, mesh)
+        self.session.cache, self._calibrated = cache, True
+
+    def _copied(self, weights: Weights, spread: Spread) -> Weights:
+        """The weights on all devices of the mesh, copied anew only where they were exchanged."""
+        if self._copies is None or not self._copies[0].sees(weights):
+            self._copies = Watch(weights), weights.spread_over(spread.mesh)
+        return self._copies[1]
+
+    def exchange(self, model: Model) -> None:
+        """Another model, or other weights of this one. No request may have pages."""
+        self._model = model
+        self._forget(Weights.of(model))
+
+    def _forget(self, weights: Weights) -> None:
+        """What was computed with others, of which nothing is in use."""
+        self._compiled = False
+        self.pages.forget()
+        self.session.cache = steps.without_codec_state(self.session.cache)
+        self._constants, self._calibrated = None, False  # they were of the old ones
+        self._watch = Watch(weights)
+
+    def compile(self) -> None:
+        """The programs of a round, before the first: XLA takes long for each, and two at once."""
+        if self._compiled:
+            return
+        decode, arguments, options = self._decoding([None] * self.num_rows)
+        given = self._given([None] * (self.prefill_rows * len(self.pages)))
+        compilations = (
+            decode.compilation(self._weights, *arguments, **options),
+            steps.prefill.compilation(self._weights, *given, self.session.cache),
+        )
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda compilation: compilation(), compilations))
+        self._compiled = True
+
+    def prefill(self, chunks: Sequence[Sequence[Chunk]]) -> None:
+        """The chunks of each rank, all in one step; rows without one rest."""
+        rows = [
+            chunk for own in chunks for chunk in (*own, *[None] * (self.prefill_rows - len(own)))
+        ]
+        given = self._given(rows)
+        self.session.cache = steps.prefill(self._weights, *given, self.session.cache)
+        self._figures.prefill_steps += 1
+
+    def _given(self, rows: Sequence[Chunk | None]) -> tuple[Any, ...]:
+        """What a step of prefill is told: tokens, how many are real, where they begin, pages."""
+        tokens = np.zeros((len(rows), self.prefill_chunk), np.int32)
+        num_tokens, start = np.zeros((2, len(rows)), np.int32)
+        for row, chunk in enumerate(rows):
+            if chunk is not None:
+                start[row], num_tokens[row] = chunk.start, chunk.end - chunk.start
+                own = chunk.request.prompt.tokens[chunk.start : chunk.end]
+                tokens[row, : len(own)] = own
+        tables = self._tables([None if chunk is None else chunk.request for chunk in rows])
+        return jax.device_put((tokens, num_tokens, start, tables))
+
+    def decode(self, rows: Sequence[Request | None]) -> New:
+        """What a dispatch of decode finds."""
+        step, arguments, options = self._decoding(rows)
+        results = step(self._weights, *arguments, **options)
+        if self._draft is None:
+            self.session.cache, new = results
+            return jax.device_get(new)
+        self.session.cache, new, self._drafting, counts = results
+        new, (num_steps, num_guesses) = jax.device_get((new, counts))
+        self._figures.checked_guesses += int(num_guesses)
+        self._figures.right_guesses += int((new.guessed & (new.tokens >= 0)).sum())
+        self._figures.steps += int(num_steps)
+        return new
+
+    def _decoding(
+        self, rows: Sequence[Request | None]
+    ) -> tuple[ModelStep, tuple[Any, ...], dict[str, Any]]:
+        """The step that decodes, what it is told, and its options."""
+        options = {"sampling": self._sampling, "num_steps": self.decode_steps}
+        given, cache = jax.device_put(self._dispatch(rows)), self.session.cache
+        if self._draft is None:
+            return steps.decode, (given, cache), options
+        static, arrays = Static.of(self._draft)
+        texts: list[Sequence[int]] = [
+            () if row is None else [*row.prompt.tokens, *row.tokens] for row in rows
+        ]
+        text = jax.device_put(padded(texts, self.session.config.max_context_length))
+        options |= {"draft": static, "num_guesses": self._num_guesses}
+        return steps.speculate, (given, self._drafting, arrays, cache, text), options
+
+    def _dispatch(self, rows: Sequence[Request | None]) -> steps.Rows:
+        def column(value: Any) -> np.ndarray:
+            return np.array([0 if r is None else value(r) for r in rows], np.int32)
+
+        def padded(values: Iterable[Sequence[int]], width: int) -> np.ndarray:
+            array = np.full((len(rows), width), -1, np.int32)
+            for row, some in zip(array, values, strict=True):
+                row[: len(some)] = some[:width]
+            return array
+
+        known = [() if r is None else r.tokens[r.num_decoded :][: self.decode_steps] for r in rows]
+        return steps.Rows(
+            last=column(lambda r: r.next_input),
+            remaining=column(lambda r: r.max_new_tokens - r.num_decoded),
+            seeds=column(lambda r: r.seed),
+            lengths=column(lambda r: r.length),
+            stop_tokens=padded(
+                (() if r is None else r.stop_tokens for r in rows), MOST_STOP_TOKENS
+            ),
+            known=padded(known, self.decode_steps),
+            prompts=column(lambda r: r.prompt.num_shareable),
+            tables=self._tables(rows),
+        )
+
+    def _tables(self, rows: Sequence[Request | None]) -> steps.Tables:
+        """The page tables of these rows, a table a group; rows that rest have no pages."""
+        tables = []
+        for number, group in enumerate(self.session.cache.groups):
+            assert group.pages is not None, "check_config saw it"
+            table = np.full((len(rows), group.pages.table.shape[-1]), -1, np.int32)
+            for row, request in zip(table, rows, strict=True):
+                if request is not None:
+                    assert request.rank is not None, "it has a row"
+                    pages = self.pages[request.rank].table(request.number, number)
+                    row[: len(pages)] = pages
+            tables.append(table)
+        return tuple(tables)
+
+    def copy(self, rank: Rank, copies: list[Copy], rows: tuple[int, int] = (-1, -1)) -> None:
+        """Pages and, from row to row, newest tokens. Before the next step; padded to one shape."""
+        num_groups = len(rank.pages.groups)
+        num_pools = len(steps.pools_of(self.session.cache))
+        if not copies and (num_pools == num_groups or rows[1] < 0):
+            return
+        pairs = np.full((2, num_pools, len(self.pages)), -1, np.int32)
+        pairs[:, num_groups:, rank.number] = np.array(rows)[:, None]
+        for copy in copies:
+            pairs[:, copy.group, rank.number] = copy.source, copy.destination
+        sources, destinations = jax.device_put((tuple(pairs[0]), tuple(pairs[1])))
+        self.session.cache = steps.copy(sources, destinations, self.session.cache)
