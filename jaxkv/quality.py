@@ -112,8 +112,8 @@ def sample_vectors(
     angles = np.arange(tokens)[:, None] * np.asarray(rope.frequencies)
     first, second, rest = np.split(keys, [pairs, 2 * pairs], axis=1)
     cos, sin = np.cos(angles), np.sin(angles)
-    turned = [first * cos - second * sin, second * cos + first * sin, rest]
-    keys, values = np.concatenate(turned, axis=1).astype(np.float32), values.astype(np.float32)
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    keys, values = np.concatenate(rotated, axis=1).astype(np.float32), values.astype(np.float32)
     return keys[:, None], values[:, None], rope
 
 

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxkv.attention.blockwise import KEY_BLOCK, blockwise, blockwise_part
-from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request, request_of
+from jaxkv.attention.call import LOWEST, AttentionCall, Grouped, LogTotal, request_of
 from jaxkv.attention.cudnn.attend import cannot_serve as cudnn_cannot_serve
 from jaxkv.attention.cudnn.attend import cudnn
 from jaxkv.attention.cudnn.attend import should_not_serve as cudnn_should_not_serve
@@ -52,19 +52,19 @@ class Implementation(NamedTuple):
       should_not_serve: why ``(cache, tokens, heads, platform)`` is better left to the next.
       platform: the only one that it is for; None for all.
       reads_host_memory: whether it can serve caches that are there.
-      turns: whether it turns queries and outputs itself, as the codec wants.
+      rotates: whether it rotates queries and outputs itself, as the codec wants.
       caps: whether it knows a softcap.
       part: the function with the log of its total too, by which parts of a context are merged.
     """
 
-    run: Callable[[Request], Grouped]
+    run: Callable[[AttentionCall], Grouped]
     cannot_read: Callable[[KVCache, int], str | None]
     should_not_serve: Callable[[KVCache, int, int, str], str | None]
     platform: str | None = None
     reads_host_memory: bool = False
-    turns: bool = False
+    rotates: bool = False
     caps: bool = True
-    part: Callable[[Request], tuple[Grouped, LogTotal]] | None = None
+    part: Callable[[AttentionCall], tuple[Grouped, LogTotal]] | None = None
 
     def cannot_serve(self, cache: KVCache, tokens: int, platform: str | None = None) -> str | None:
         """Why it cannot serve this call, on the platform where the cache is if none is named."""
@@ -114,11 +114,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         mosaic_cannot_serve,
         mosaic_should_not_serve,
         "gpu",
-        turns=True,
+        rotates=True,
         part=mosaic_part,
     ),
     "cudnn": Implementation(
-        cudnn, cudnn_cannot_serve, cudnn_should_not_serve, "gpu", turns=True, caps=False
+        cudnn, cudnn_cannot_serve, cudnn_should_not_serve, "gpu", rotates=True, caps=False
     ),
     "reference": Implementation(reference, _no_reason, _reference_is_wasteful, part=reference_part),
     # Under a jit of its own a scan is traced once for all layers.
@@ -271,7 +271,7 @@ def _serve(
     chosen: Implementation,
     **options: Any,
 ) -> Array:
-    options |= {"scale": scale, "sinks": sinks, "turn": not chosen.turns}
+    options |= {"scale": scale, "sinks": sinks, "rotate": not chosen.rotates}
     request = request_of(cache, queries, layer, num_tokens, **options)
     output = chosen.run(request) if cache.index.share is None else _merged(request, chosen)[0]
     return _as_given(output, queries, cache, chosen)
@@ -291,7 +291,7 @@ def _serve_part(
     **options: Any,
 ) -> tuple[Array, Array]:
     assert chosen.part is not None
-    options |= {"scale": scale, "sinks": sinks, "turn": not chosen.turns}
+    options |= {"scale": scale, "sinks": sinks, "rotate": not chosen.rotates}
     request = request_of(cache, queries, layer, num_tokens, **options)
     part = chosen.part(request) if cache.index.share is None else _merged(request, chosen)
     output, log_total = part
@@ -300,14 +300,14 @@ def _serve_part(
 
 
 def _as_given(output: Grouped, queries: Array, cache: KVCache, chosen: Implementation) -> Array:
-    """The output as the queries came: not turned, and in their order and dtype."""
-    if not chosen.turns:
+    """The output as the queries came: not rotated, and in their order and dtype."""
+    if not chosen.rotates:
         output = cache.config.codec.unrotate(output)
     output = cache.config.pair.cut(output)
     return jnp.moveaxis(output, 1, 2).reshape(*queries.shape[:-1], -1).astype(queries.dtype)
 
 
-def _merged(request: Request, chosen: Implementation) -> tuple[Grouped, LogTotal]:
+def _merged(request: AttentionCall, chosen: Implementation) -> tuple[Grouped, LogTotal]:
     """Over all devices that have a share of the context."""
     share = request.cache.index.share
     assert chosen.part is not None

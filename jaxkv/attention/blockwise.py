@@ -10,19 +10,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxkv.attention.call import Grouped, LogTotal, Request
+from jaxkv.attention.call import AttentionCall, Grouped, LogTotal
 from jaxkv.attention.online import Online
 
 KEY_BLOCK = 1024  # slots
 QUERY_BLOCK = 256  # tokens
 
 
-def blockwise(request: Request) -> Grouped:
+def blockwise(request: AttentionCall) -> Grouped:
     """Attend with at most `QUERY_BLOCK` x `KEY_BLOCK` scores per head in memory."""
     return blockwise_part(request)[0]
 
 
-def blockwise_part(request: Request) -> tuple[Grouped, LogTotal]:
+def blockwise_part(request: AttentionCall) -> tuple[Grouped, LogTotal]:
     """The same with the log of its total, by which parts of a context are merged."""
     tokens = request.queries.shape[2]
     if tokens <= QUERY_BLOCK:
@@ -42,12 +42,12 @@ def blockwise_part(request: Request) -> tuple[Grouped, LogTotal]:
     return joined(output), joined(log_total)
 
 
-def unturned_blockwise(request: Request) -> Grouped:
-    """The same where neither queries nor outputs are turned as the codec turns keys and values."""
-    return unturned_blockwise_part(request)[0]
+def unrotated_blockwise(request: AttentionCall) -> Grouped:
+    """The same where neither queries nor outputs are rotated as keys and values are."""
+    return unrotated_blockwise_part(request)[0]
 
 
-def unturned_blockwise_part(request: Request) -> tuple[Grouped, LogTotal]:
+def unrotated_blockwise_part(request: AttentionCall) -> tuple[Grouped, LogTotal]:
     """The same with the log of its total."""
     codec = request.cache.config.codec
     queries = codec.rotate(request.queries)
@@ -55,22 +55,22 @@ def unturned_blockwise_part(request: Request) -> tuple[Grouped, LogTotal]:
     return codec.unrotate(output), log_total
 
 
-def _one_query_block(request: Request) -> tuple[Grouped, LogTotal]:
+def _one_query_block(request: AttentionCall) -> tuple[Grouped, LogTotal]:
     state = with_newest(request, _all_blocks(request))
     return state.output(), state.log_total()
 
 
-def with_newest(request: Request, state: Online) -> Online:
+def with_newest(request: AttentionCall, state: Online) -> Online:
     """After the `Newest` tokens too, where a cache has them."""
     if request.newest is None:
         return state
     newest, own = _all_blocks(request.newest), request.newest.cache.config.codec
-    # Turned as the codec of the whole cache turns it.
+    # Rotated as the codec of the whole cache rotates it.
     mix = request.cache.config.codec.rotate_values(own.unrotate(newest.mix))
     return state.joined(newest._replace(mix=mix))
 
 
-def _all_blocks(request: Request) -> Online:
+def _all_blocks(request: AttentionCall) -> Online:
     extent = request.cache.index.extent
     size = min(KEY_BLOCK, extent)
 

@@ -35,15 +35,15 @@ Vectors = Float[Array, "batch slots kv_heads head_dim"]
     meta_fields=["softcap", "window"],
 )
 @dataclasses.dataclass(frozen=True)
-class Request:
+class AttentionCall:
     """One call of `attend`, always with a batch axis.
 
     Implementations return ``queries``' shape, but with as many numbers as `Pair.width` says.
 
     Attributes:
       cache: with the keys and values of these queries' tokens appended already.
-      queries: float32, scaled, and turned as the codec turns keys; outputs are turned as values.
-        Unless the implementation turns them itself: it is given neither, and gives neither.
+      queries: float32, scaled, and rotated as keys are; outputs are rotated as values are. An
+        implementation that rotates them itself is given neither, and gives neither.
       positions: of each query, -1 for padding.
       lengths: of each sequence, after these tokens.
       sinks: None, or one learned logit per query head, added to the softmax denominator only.
@@ -60,16 +60,16 @@ class Request:
     window: int | None = None
     sinks: Float[Array, "kv_heads group"] | None = None
     offset_queries: Float[Array, "batch kv_heads tokens group centres features"] | None = None
-    newest: "Request | None" = None
+    newest: "AttentionCall | None" = None
 
     @classmethod
     def of(
-        cls, cache: KVCache, queries: Grouped, layer: Layer, turn: bool = True, **fields: Any
+        cls, cache: KVCache, queries: Grouped, layer: Layer, rotate: bool = True, **fields: Any
     ) -> Self:
         """With queries as the model has them, for the codec to prepare."""
         offsets = offsets_of(cache, layer)
         offset_queries = None if offsets is None else offsets.queries(queries)
-        if turn:
+        if rotate:
             queries = cache.config.codec.rotate(queries)
         return cls(cache, queries, layer, offset_queries=offset_queries, **fields)
 
@@ -176,8 +176,8 @@ def request_of(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Float[Array, " heads"] | None = None,
-    turn: bool = True,
-) -> Request:
+    rotate: bool = True,
+) -> AttentionCall:
     """The request of a call of `attend`, whose arguments these are, checked."""
     config = cache.config
     *_, tokens, heads, head_dim = queries.shape
@@ -190,11 +190,11 @@ def request_of(
     if cache.newest is not None:  # sinks take their share once
         options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
         newest = request_of(cache.newest, queries, layer, num_tokens, **options)
-    return Request.of(
+    return AttentionCall.of(
         cache,
         jnp.moveaxis(scaled, 1, 2),
         check_layer(cache, layer),
-        turn,
+        rotate,
         positions=token_positions(cache, tokens, num_tokens).reshape(batch, tokens),
         lengths=(cache.lengths + added).reshape(batch),
         softcap=softcap,

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxkv.attention.blocks import chosen_blocks, first_on_device
 from jaxkv.attention.call import request_of
-from jaxkv.attention.older import chosen_blocks, first_on_device
 from jaxkv.attention.streamed import cannot_serve
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens
 from jaxkv.cache.shards import check_whole
@@ -60,6 +60,6 @@ def fetched_blocks(
     numbers = chosen_blocks(request, end)
     if numbers is None:
         numbers = jnp.arange(placement.num_blocks(cache.index.capacity), dtype=jnp.int32)[None]
-    turns = jnp.arange(numbers.shape[1], dtype=jnp.int32)
-    fetched = jnp.where(turns < count[:, None], numbers, -1)
+    iterations = jnp.arange(numbers.shape[1], dtype=jnp.int32)
+    fetched = jnp.where(iterations < count[:, None], numbers, -1)
     return fetched.reshape(*cache.config.batch_shape, -1)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing import Index
 from jaxkv.attention.blockwise import blockwise_part
-from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request
+from jaxkv.attention.call import LOWEST, AttentionCall, Grouped, LogTotal
 from jaxkv.cache.kv_cache import KVCache, buffer_of
 from jaxkv.cache.vectors import state_of
 from jaxkv.codecs import Codec
@@ -63,13 +63,13 @@ def should_not_serve(cache: KVCache, tokens: int, heads: int, platform: str) -> 
     return None
 
 
-def native(request: Request) -> Grouped:
+def native(request: AttentionCall) -> Grouped:
     """Attend with a few queries per sequence, each with the bits that it has alone."""
     return native_part(request)[0]
 
 
 @jax.custom_jvp
-def native_part(request: Request) -> tuple[Grouped, LogTotal]:
+def native_part(request: AttentionCall) -> tuple[Grouped, LogTotal]:
     """The same with the log of its total, by which parts of a context are merged."""
     output, log_total = _read(request)
     if request.newest is not None:
@@ -83,12 +83,12 @@ def native_part(request: Request) -> tuple[Grouped, LogTotal]:
 
 
 def _read(
-    request: Request,
+    request: AttentionCall,
 ) -> tuple[
     Float[Array, "batch tokens kv_heads group head_dim"],
     Float[Array, "batch tokens kv_heads group"],
 ]:
-    """The output, turned as values are, and the log of all scores' exponentials, sinks' too."""
+    """The output, rotated as values are, and the log of all scores' exponentials, sinks' too."""
     index, codec = request.cache.index, request.cache.config.codec
     key_codec, value_codec = codec.sides
     keys, values = _leaves(request.cache, 0), _leaves(request.cache, 1)
@@ -150,7 +150,7 @@ def _like_results(queries: Array, buffer: Array) -> tuple[Array, Array, Array]:
     return output, output[..., 0], output[..., 0]
 
 
-def _hidden_from(request: Request) -> Int[Array, " batch"]:
+def _hidden_from(request: AttentionCall) -> Int[Array, " batch"]:
     """Tokens from this position on are read from the cache of newest ones."""
     if request.newest is None:
         return request.lengths
@@ -160,7 +160,7 @@ def _hidden_from(request: Request) -> Int[Array, " batch"]:
     return jnp.maximum(first, request.positions[:, 0] + 1 - index.window)
 
 
-def _offsets(request: Request, offset_queries: Array | None) -> tuple[Array, Array]:
+def _offsets(request: AttentionCall, offset_queries: Array | None) -> tuple[Array, Array]:
     """Their share in the scores: queries, and tables of cosines and sines; empty if none."""
     if offset_queries is None:
         return jnp.zeros((0,) * 6, jnp.float32), jnp.zeros((0,) * 4, jnp.float32)
@@ -208,7 +208,9 @@ def _pages(index: Index) -> tuple[Int[Array, "*batch pages"], int]:
     return table, index.run or 0
 
 
-def _key_positions(request: Request, hidden_from: Int[Array, " batch"]) -> Int[Array, " positions"]:
+def _key_positions(
+    request: AttentionCall, hidden_from: Int[Array, " batch"]
+) -> Int[Array, " positions"]:
     """What each logical slot holds; empty where slot p holds position p, if that is written."""
     index = request.cache.index
     if index.by_position:

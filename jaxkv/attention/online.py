@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request
+from jaxkv.attention.call import LOWEST, AttentionCall, Grouped, LogTotal
 from jaxkv.attention.products import mix_of, scores_of
 
 
@@ -23,7 +23,7 @@ class Online(NamedTuple):
     mix: Grouped
 
     @classmethod
-    def start(cls, request: Request) -> "Online":
+    def start(cls, request: AttentionCall) -> "Online":
         """Nothing seen yet but learned sinks."""
         rows = request.queries[..., 0]  # like it, so that an Explicit mesh shards them like it
         highest, total = jnp.full_like(rows, LOWEST), jnp.zeros_like(rows)
@@ -37,7 +37,7 @@ class Online(NamedTuple):
 
     def with_slots(
         self,
-        request: Request,
+        request: AttentionCall,
         start: Int[Array, ""] | int,
         size: int,
         seen: Bool[Array, "batch #kv_heads tokens 1 size"],

@@ -2,16 +2,16 @@
 
 import jax.numpy as jnp
 
-from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request
+from jaxkv.attention.call import LOWEST, AttentionCall, Grouped, LogTotal
 from jaxkv.attention.products import mix_of, scores_of
 
 
-def reference(request: Request) -> Grouped:
+def reference(request: AttentionCall) -> Grouped:
     """Softmax over every slot of every sequence. Needs tokens x context scores per head."""
     return reference_part(request)[0]
 
 
-def reference_part(request: Request) -> tuple[Grouped, LogTotal]:
+def reference_part(request: AttentionCall) -> tuple[Grouped, LogTotal]:
     """The same with the log of its total, by which parts of a context are merged."""
     extent = request.cache.index.extent
     keys, values = request.keys_and_values(0, extent)

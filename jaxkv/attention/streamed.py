@@ -12,9 +12,9 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxkv.addressing.addressing import PlainIndex
+from jaxkv.attention.blocks import block_size, first_on_device, iterations_of
 from jaxkv.attention.blockwise import KEY_BLOCK, with_newest
-from jaxkv.attention.call import Grouped, LogTotal, Request
-from jaxkv.attention.older import block_size, first_on_device, turns_of
+from jaxkv.attention.call import AttentionCall, Grouped, LogTotal
 from jaxkv.attention.online import Online
 from jaxkv.cache.host import on_the_device
 from jaxkv.cache.kv_cache import KVCache, Layer, buffer_of
@@ -36,12 +36,12 @@ def is_streamed(cache: KVCache) -> bool:
     return in_host_memory(buffer_of(cache))
 
 
-def streamed(request: Request) -> Grouped:
+def streamed(request: AttentionCall) -> Grouped:
     """Attend to what is on the device, then to older blocks as they arrive."""
     return streamed_part(request)[0]
 
 
-def streamed_part(request: Request) -> tuple[Grouped, LogTotal]:
+def streamed_part(request: AttentionCall) -> tuple[Grouped, LogTotal]:
     """The same with the log of its total, by which parts of a context are merged."""
     end = first_on_device(request)
     state = _with_newest(request, Online.start(request), end)
@@ -49,7 +49,7 @@ def streamed_part(request: Request) -> tuple[Grouped, LogTotal]:
     return state.output(), state.log_total()
 
 
-def _with_newest(request: Request, state: Online, end: Int[Array, " batch"]) -> Online:
+def _with_newest(request: AttentionCall, state: Online, end: Int[Array, " batch"]) -> Online:
     if request.cache.resident is None:
         return state
     newest = on_the_device(request.cache)
@@ -91,7 +91,10 @@ class _Fetched(PlainIndex):
 
 
 def _with_tokens(
-    request: Request, state: Online, leaves: Leaves, positions: Int[Array, "batch #kv_heads slots"]
+    request: AttentionCall,
+    state: Online,
+    leaves: Leaves,
+    positions: Int[Array, "batch #kv_heads slots"],
 ) -> Online:
     """After some tokens of each sequence, whose leaves are on the device."""
     whole, size = request.cache.index, positions.shape[-1]
@@ -102,9 +105,9 @@ def _with_tokens(
     return state.with_slots(there, 0, size, there.visible(0, size))
 
 
-def _with_older(request: Request, state: Online, end: Int[Array, " batch"]) -> Online:
+def _with_older(request: AttentionCall, state: Online, end: Int[Array, " batch"]) -> Online:
     """The loop: work on one block, while the next is on its way."""
-    cache, size, turns = request.cache, block_size(request), turns_of(request, end)
+    cache, size, iterations = request.cache, block_size(request), iterations_of(request, end)
     extent = cache.index.extent
     on_device = 0 if cache.resident is None else cache.resident.sinks
 
@@ -113,15 +116,15 @@ def _with_older(request: Request, state: Online, end: Int[Array, " batch"]) -> O
         starts = jnp.minimum(blocks * size, extent - size)
         return starts[0] if starts.size == 1 else starts[:, None]
 
-    def fetch(turn: Int[Array, ""]) -> Leaves:
-        start = start_of(turns.blocks(turn))
+    def fetch(iteration: Int[Array, ""]) -> Leaves:
+        start = start_of(iterations.blocks(iteration))
         return {
             name: read_slots(cache.index, leaf, request.layer, start, size, whole_pages=True)
             for name, leaf in cache.storage.items()
         }
 
-    def work(turn: Int[Array, ""], state: Online, block: Leaves) -> Online:
-        blocks = turns.blocks(turn)
+    def work(iteration: Int[Array, ""], state: Online, block: Leaves) -> Online:
+        blocks = iterations.blocks(iteration)
         start = start_of(blocks)
         positions = request.key_positions(start, size)
         slots = start + jnp.arange(size, dtype=jnp.int32)
@@ -129,15 +132,17 @@ def _with_older(request: Request, state: Online, end: Int[Array, " batch"]) -> O
         held &= (positions < end[:, None, None]) & (positions >= on_device)
         return _with_tokens(request, state, block, jnp.where(held, positions, -1))
 
-    def one_turn(turn: Int[Array, ""], carry: tuple[Online, Leaves]) -> tuple[Online, Leaves]:
+    def one_iteration(
+        iteration: Int[Array, ""], carry: tuple[Online, Leaves]
+    ) -> tuple[Online, Leaves]:
         state, block = carry
-        following = fetch(turn + 1)
-        return work(turn, state, block), following
+        following = fetch(iteration + 1)
+        return work(iteration, state, block), following
 
-    def all_turns(state: Online) -> Online:
+    def all_iterations(state: Online) -> Online:
         state, block = lax.fori_loop(
-            turns.first, turns.stop - 1, one_turn, (state, fetch(turns.first))
+            iterations.first, iterations.stop - 1, one_iteration, (state, fetch(iterations.first))
         )
-        return work(turns.stop - 1, state, block)
+        return work(iterations.stop - 1, state, block)
 
-    return lax.cond(turns.stop > turns.first, all_turns, lambda state: state, state)
+    return lax.cond(iterations.stop > iterations.first, all_iterations, lambda state: state, state)

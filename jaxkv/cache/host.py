@@ -82,8 +82,8 @@ def bounds_of(cache: KVCache, bounds: Bounds, rows: Int[Array, " rows"]) -> Boun
     layers, batch, blocks, *vector = bounds.lowest.shape
     chosen = jnp.isin(jnp.arange(batch), rows)[:, None]
 
-    def with_block(turn: Array, bounds: Bounds) -> Bounds:
-        layer, block = jnp.divmod(turn, blocks)
+    def with_block(iteration: Array, bounds: Bounds) -> Bounds:
+        layer, block = jnp.divmod(iteration, blocks)
         start = jnp.minimum(block * bounds.block, index.extent - size)
         keys = cache.config.codec.rotate(read(cache, layer, start, size, jnp.float32)[0])
         positions = index.key_positions(layer, index.lengths, start, size).reshape(batch, size)
@@ -120,8 +120,8 @@ def append_to_host(
     if resident is not None:
         resident = resident.append(layer, encoded, kept)
         if resident.bounds is not None:
-            turned = cache.config.codec.rotate(keys.astype(jnp.float32))
-            turned = turned.reshape(*rows, *keys.shape[-2:])
-            bounds = resident.bounds.extended(layer, turned, kept.reshape(rows))
+            rotated = cache.config.codec.rotate(keys.astype(jnp.float32))
+            rotated = rotated.reshape(*rows, *keys.shape[-2:])
+            bounds = resident.bounds.extended(layer, rotated, kept.reshape(rows))
             resident = dataclasses.replace(resident, bounds=bounds)
     return dataclasses.replace(cache, storage=storage, resident=resident)

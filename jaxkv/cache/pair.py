@@ -45,7 +45,7 @@ class Pair(abc.ABC):
     def decode(
         self, leaves: Leaves, dtype: jnp.dtype, *, rotated: bool = False
     ) -> tuple[Vectors, Vectors]:
-        """Keys and values, as the codec turned them if ``rotated``; values are to be `cut`."""
+        """Keys and values, as the codec rotated them if ``rotated``; values are to be `cut`."""
 
     @property
     def width(self) -> int:
@@ -161,7 +161,7 @@ class InKeys(Pair):
 
     The latent of multi-head latent attention (DeepSeek-V2, 2024, section 2.1), which is the value
     of all heads and, with the rope's numbers after it, their key. Values are mixed as whole keys
-    and cut after that, so that a codec may turn the whole.
+    and cut after that, so that a codec may rotate the whole.
     """
 
     @property

@@ -31,7 +31,7 @@ from jaxkv.codecs.signs import signs_of, with_signs, without_signs
 class Centred(Codec):
     """Stores ``k_t - R_t m`` and ``v - n`` by another codec, where R_t is the rope of position t.
 
-    Much of a trained model's keys is one constant vector a head, turned by the rope; but those of
+    Much of a trained model's keys is one constant vector a head, rotated by the rope; but those of
     attention sinks, to which most attention goes, are another. So there are two centres m of keys
     and n of values: means, and what the token at position 0 has. Each vector is stored less the
     nearer one, and the sign of its scale says which. (Where the codec inside stores no scale, as
@@ -39,7 +39,7 @@ class Centred(Codec):
 
     Centres are set by the first `append` to a cache that never held any, and frozen from then on,
     through `truncate` and `reset`: so a cache is calibrated by a prompt, the longer the better, and
-    a model's later ones can be of any length. Means are those of keys before they were turned, of
+    a model's later ones can be of any length. Means are those of keys before they were rotated, of
     all tokens nearer to them than to the first token, and one vector of zeros. Both take
     ``16 * layers * kv_heads * head_dim`` bytes. Attention adds ``q . R_t m`` to its logits.
 
@@ -49,7 +49,7 @@ class Centred(Codec):
 
     Args:
       codec: of the differences, such as `Rotated`.
-      rope: the rope that keys were turned by; None for a model without one. A model of
+      rope: the rope that keys were rotated by; None for a model without one. A model of
         `jaxkv.models` says its own in `cache_config`.
 
     Raises:
@@ -167,8 +167,8 @@ class Centred(Codec):
         if not rotated:
             return (self.decode(leaves, head_dim, wide) + offsets).astype(dtype)
         both = self.decode_rotated(leaves, head_dim, wide)
-        turned = [self.rotate(offsets[0]), self.rotate_values(offsets[1])]
-        return (both + jnp.stack(turned)).astype(dtype)
+        added = [self.rotate(offsets[0]), self.rotate_values(offsets[1])]
+        return (both + jnp.stack(added)).astype(dtype)
 
     def is_second(self, leaves: Leaves) -> Bool[Array, "2 *shape"] | None:
         if not self.scale_leaves:

@@ -28,7 +28,7 @@ def in_a_row(
     positions: Int[Array, "*batch tokens"],
     rope: Rope | None,
 ) -> Both:
-    """Keys, turned back, and values of all sequences' tokens in a row."""
+    """Keys, rotated back, and values of all sequences' tokens in a row."""
     keys, values = vectors.astype(jnp.float32)
     both = jnp.stack([keys if rope is None else rope.unturned(keys, positions[..., None]), values])
     return both.reshape(2, -1, *both.shape[-2:])

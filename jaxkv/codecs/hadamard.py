@@ -50,8 +50,8 @@ def rotate_to_whole_numbers(
     bits = _EXACT_BITS - 1 - (block.bit_length() - 1)
     # 2 ** 30 above the smallest exponent, so that no power of two here is too small or too large.
     scaled, unit = _scaled(vectors, bits, smallest_exponent=30 - 127)
-    turned = _times_hadamard(jnp.round(scaled) * _signs(vectors.shape[-1]))
-    scaled, unit_again = _scaled(turned, _BITS - 1, smallest_exponent=0)
+    rotated = _times_hadamard(jnp.round(scaled) * _signs(vectors.shape[-1]))
+    scaled, unit_again = _scaled(rotated, _BITS - 1, smallest_exponent=0)
     return jnp.round(scaled).astype(jnp.int32), unit * unit_again * np.float32(block**-0.5)
 
 
@@ -65,7 +65,7 @@ def whole_numbers(vectors: Float[Array, "*shape numbers"]) -> Int32[Array, "*sha
 
 
 def block_size(head_dim: int) -> int:
-    """How many numbers are turned together: the largest power of two that divides head_dim."""
+    """How many numbers are rotated together: the largest power of two that divides head_dim."""
     return head_dim & -head_dim
 
 
@@ -85,8 +85,8 @@ def _times_hadamard(vectors: Float[Array, "*shape head_dim"]) -> Float[Array, "*
     size = block_size(vectors.shape[-1])
     blocks = vectors.reshape(*vectors.shape[:-1], -1, size)
     matrix = matrix_of(size).astype(vectors.dtype)
-    turned = jnp.matmul(blocks, matrix, precision="highest", preferred_element_type=jnp.float32)
-    return turned.reshape(vectors.shape)
+    rotated = jnp.matmul(blocks, matrix, precision="highest", preferred_element_type=jnp.float32)
+    return rotated.reshape(vectors.shape)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What a codec must know of a model's rotary positions to take the turning out of keys."""
+"""What a codec must know of a model's rotary positions to take the rotation out of keys."""
 
 import dataclasses
 import functools
@@ -18,13 +18,13 @@ _MANTISSA_BITS = 11
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """How keys are turned by their position: RoPE (Su et al., 2021), scalings and all.
+    """How keys are rotated by their position: RoPE (Su et al., 2021), scalings and all.
 
     Args:
       frequencies: radians a position for each pair of numbers, as the model has them for its
-        context. Numbers beyond ``2 * len(frequencies)`` are not turned.
+        context. Numbers beyond ``2 * len(frequencies)`` are not rotated.
       interleaved: pairs are neighbours (GPT-J, Llama's own code); if not, number i of the first
-        half of those turned goes with number i of the second (transformers, GPT-NeoX).
+        half of those rotated goes with number i of the second (transformers, GPT-NeoX).
 
     >>> import jaxkv
     >>> [round(frequency, 3) for frequency in jaxkv.Rope.of(base=10_000, rotary_dim=4).frequencies]
@@ -40,14 +40,14 @@ class Rope:
 
         Args:
           base: of the series; ``rope_theta`` in configs.
-          rotary_dim: how many of a head's numbers are turned.
+          rotary_dim: how many of a head's numbers are rotated.
         """
         frequencies = float(base) ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
         return cls(tuple(frequencies.tolist()), interleaved)
 
     @property
     def rotary_dim(self) -> int:
-        """How many of a head's numbers are turned."""
+        """How many of a head's numbers are rotated."""
         return 2 * len(self.frequencies)
 
     @property
@@ -72,11 +72,11 @@ class Rope:
         return cos, sin
 
     def pairs(self, vectors: Float[Array, "*shape head_dim"]) -> tuple[Array, Array, Array]:
-        """The first and the second number of each pair, and the numbers that are not turned."""
-        turned, rest = jnp.split(vectors, [self.rotary_dim], axis=-1)
+        """The first and the second number of each pair, and the numbers that are not rotated."""
+        rotated, rest = jnp.split(vectors, [self.rotary_dim], axis=-1)
         if self.interleaved:
-            return turned[..., ::2], turned[..., 1::2], rest
-        first, second = jnp.split(turned, 2, axis=-1)
+            return rotated[..., ::2], rotated[..., 1::2], rest
+        first, second = jnp.split(rotated, 2, axis=-1)
         return first, second, rest
 
     def unturned(
@@ -84,7 +84,7 @@ class Rope:
         keys: Float[Array, "*tokens kv_heads head_dim"],
         positions: Int[Array, "*tokens #kv_heads"],
     ) -> Float[Array, "*tokens kv_heads head_dim"]:
-        """Keys of tokens at these positions, as they were before they were turned."""
+        """Keys of tokens at these positions, as they were before they were rotated."""
         cos, sin = self.cos_sin(positions)
         first, second, rest = self.pairs(keys)
         return self.joined(first * cos + second * sin, second * cos - first * sin, rest)
@@ -92,10 +92,12 @@ class Rope:
     def joined(self, first: Array, second: Array, rest: Array) -> Float[Array, "*shape head_dim"]:
         """The inverse of `pairs`."""
         if self.interleaved:
-            turned = jnp.stack([first, second], axis=-1).reshape(*first.shape[:-1], self.rotary_dim)
+            rotated = jnp.stack([first, second], axis=-1).reshape(
+                *first.shape[:-1], self.rotary_dim
+            )
         else:
-            turned = jnp.concatenate([first, second], axis=-1)
-        return jnp.concatenate([turned, rest], axis=-1)
+            rotated = jnp.concatenate([first, second], axis=-1)
+        return jnp.concatenate([rotated, rest], axis=-1)
 
 
 def to_12_bits(numbers: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

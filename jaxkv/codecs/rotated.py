@@ -1,4 +1,4 @@
-"""Four, three or two bits a number: turned by a Hadamard matrix, so that one codebook fits all."""
+"""Four, three or two bits a number: rotated by a Hadamard matrix, so that one codebook fits all."""
 
 import dataclasses
 import functools
@@ -29,17 +29,17 @@ _FACTORS = np.geomspace(0.75, 1.15, 6)
 class Rotated(Codec):
     """``bits`` per number and one bfloat16 scale per vector: ``head_dim * bits / 8 + 2`` bytes.
 
-    A vector's signs are flipped by a fixed pattern and it is turned by a Hadamard matrix, which
+    A vector's signs are flipped by a fixed pattern and it is rotated by a Hadamard matrix, which
     makes its numbers nearly normal whatever they were (QuaRot: Ashkboos et al., 2024; TurboQuant:
     Zandieh et al., 2025). Each is then rounded to a level of the best quantizer for a normal
-    distribution, times the scale that leaves the least squared error. Attention never turns
-    vectors back: it turns its queries, once, and its output.
+    distribution, times the scale that leaves the least squared error. Attention never rotates
+    vectors back: it rotates its queries, once, and its output.
 
     The relative error of a Gaussian vector of 128 numbers is 0.089, 0.179 and 0.338 with 4, 3
     and 2 bits; Shannon's limit is 0.057, 0.115 and 0.229.
 
     Stored: leaf ``codes``, uint8, laid out as `packing.pack` says; code c stands for
-    ``levels[c]`` times the vector's ``scales``. A head_dim that is not a power of two is turned in
+    ``levels[c]`` times the vector's ``scales``. A head_dim that is not a power of two is rotated in
     blocks of the largest power of two that divides it, and one that is not in whole eights is
     padded with codes.
 
@@ -89,8 +89,8 @@ class Rotated(Codec):
         return {"codes": pack(codes, self.bits), "scales": scales[..., 0].astype(SCALE_DTYPE)}
 
     def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
-        turned = self.decode_rotated(leaves, head_dim, jnp.dtype("float32"))
-        return hadamard.unrotate(turned).astype(dtype)
+        rotated = self.decode_rotated(leaves, head_dim, jnp.dtype("float32"))
+        return hadamard.unrotate(rotated).astype(dtype)
 
     def rotate(self, queries: Vectors) -> Vectors:
         return hadamard.rotate(queries)

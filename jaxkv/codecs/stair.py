@@ -1,4 +1,4 @@
-"""Keys with more bits where queries look, and values turned by a Hadamard matrix."""
+"""Keys with more bits where queries look, and values rotated by a Hadamard matrix."""
 
 import dataclasses
 import functools
@@ -70,7 +70,7 @@ class Stair(Codec):
     """Keys in codes of ``bits`` + 2, + 1, + 0 and - 1; values as `Rotated` has them.
 
     Keys and values are stored less one of two centres, as by `Centred`. What is left of a key is
-    put in the order in which pairs of its numbers, which the rope turns together, matter to
+    put in the order in which pairs of its numbers, which the rope rotates together, matter to
     attention: by the energy that queries have there times the pair's own variance. Each number is
     divided by its pair's deviation. The first eighth of the numbers takes ``bits + 2`` each, the
     next two eighths ``bits + 1``, two more ``bits``, and the rest ``bits - 1``, under one scale in
@@ -216,8 +216,8 @@ class Stair(Codec):
         offsets = self.centres(state)
         keys += chosen([both[0] for both in offsets.each_at(positions)], key_second)
         values = self._value_numbers(leaves, head_dim, rotated=rotated)
-        turn = self.rotate_values if rotated else lambda centre: centre
-        values += chosen([turn(both[1]) for both in offsets.centres], value_second)
+        rotate = self.rotate_values if rotated else lambda centre: centre
+        values += chosen([rotate(both[1]) for both in offsets.centres], value_second)
         return jnp.stack([keys, values]).astype(dtype)
 
     def steps(self, head_dim: int) -> Steps:
@@ -446,11 +446,11 @@ def _num_pairs(head_dim: int) -> int:
 
 
 def _pairs(rope: Rope | None, head_dim: int) -> Int[np.ndarray, "pairs 2"]:
-    """The numbers of each pair; those that are not turned, neighbours. The last may be past all."""
-    turned = rope.rotary_dim if rope else 0
-    numbers = np.arange(turned, dtype=np.int32)
+    """The numbers of each pair, neighbours if they are not rotated. The last may be past all."""
+    rotated = rope.rotary_dim if rope else 0
+    numbers = np.arange(rotated, dtype=np.int32)
     pairs = numbers.reshape(-1, 2) if rope and rope.interleaved else numbers.reshape(2, -1).T
-    rest = np.arange(turned, 2 * _num_pairs(head_dim), dtype=np.int32).reshape(-1, 2)
+    rest = np.arange(rotated, 2 * _num_pairs(head_dim), dtype=np.int32).reshape(-1, 2)
     return np.concatenate([pairs, rest])
 
 

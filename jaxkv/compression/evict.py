@@ -234,8 +234,8 @@ def _chosen_again(
         return dataclasses.replace(state, storage=storage, index=index)
 
     # Not a cond, which would copy the whole cache on its way through (XLA on a CPU, jax 0.10).
-    turns = jnp.where(full.any() & after, cache.config.num_layers, 0)
-    state = lax.fori_loop(0, turns, one_layer, cache)
+    iterations = jnp.where(full.any() & after, cache.config.num_layers, 0)
+    state = lax.fori_loop(0, iterations, one_layer, cache)
     return dataclasses.replace(state, index=_index_of(state).with_new_slots_free(full))
 
 

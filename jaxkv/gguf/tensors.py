@@ -42,7 +42,7 @@ class GgufTensor:
     Attributes:
       name: in the file.
       place: where it lies.
-      heads: of a projection whose rows stand in pairs to be turned (llama.cpp's order for Llama)
+      heads: of a projection whose rows stand in pairs to be rotated (llama.cpp's order for Llama)
         where Hugging Face has the first of all pairs, then the second; None for others.
       plus_one: it is stored with one added, as Gemma's norms multiply by it.
     """
@@ -86,7 +86,7 @@ def gguf_tensors(header: Header, config: Mapping[str, Any]) -> dict[str, GgufTen
     """
     is_gemma = config["model_type"].startswith("gemma")
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
-    turned = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads or heads}
+    rotated = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads or heads}
     tensors = {}
     for place in header.places.values():
         if place.name in _READ_ELSEWHERE:
@@ -94,7 +94,7 @@ def gguf_tensors(header: Header, config: Mapping[str, Any]) -> dict[str, GgufTen
         place.check(_num_bytes(place))
         name = _hf_name(place.name, _IN_GEMMA_LAYER if is_gemma else _IN_LAYER)
         module = re.sub(r"^layers\.\d+\.|\.(weight|bias)$", "", name)
-        in_pairs = turned.get(module) if config["model_type"] == "llama" else None
+        in_pairs = rotated.get(module) if config["model_type"] == "llama" else None
         plus_one = is_gemma and name.endswith("norm.weight")
         tensors[name] = GgufTensor(place.name, place, in_pairs, plus_one)
     return tensors

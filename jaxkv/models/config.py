@@ -198,7 +198,7 @@ class DecoderConfig:
 
     @property
     def rope_dim(self) -> int:
-        """Numbers of a key that the rope may turn."""
+        """Numbers of a key that the rope may rotate."""
         return self.head_dim if self.latent is None else self.latent.rope_dim
 
     @property
@@ -252,7 +252,7 @@ class DecoderConfig:
             if factor != 1 and not family.partial_rope:
                 raise CheckpointError(
                     f"config.json: partial_rotary_factor = {factor!r} is not supported for "
-                    f"{architecture}: transformers turns whole heads. Remove it to do so here."
+                    f"{architecture}: transformers rotates whole heads. Remove it to do so here."
                 )
         return full
 

@@ -60,8 +60,8 @@ class Family:
       slides: layers may have a window.
       local_rope: those layers have a rope "of their own", or the same one "unscaled".
       rope_layers: which layers have a rope, a name in `jaxkv.models.config.ROPE_LAYERS`.
-      partial_rope: the rope may turn a part of each head.
-      interleaved: the rope turns neighbours together, not halves.
+      partial_rope: the rope may rotate a part of each head.
+      interleaved: the rope rotates neighbours together, not halves.
       qkv_bias: queries, keys and values have biases even where attention has not.
       output_bias: attention's output has a bias where queries have one.
       qk_norm: queries and keys are normalized: "head", each head (Henry et al., 2020), or "all",

@@ -48,7 +48,7 @@ class LatentAttention(nnx.Module):
         self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
     ) -> tuple[Hidden, Any]:
         latent, heads = self.latent, self.config.num_heads
-        plain, turned = jnp.split(self._queries(x), [latent.plain_dim], axis=-1)
+        plain, rotated = jnp.split(self._queries(x), [latent.plain_dim], axis=-1)
         latents, rope_keys = jnp.split(self.kv_a_proj_with_mqa(x), [latent.rank], axis=-1)
         rope_keys = self._rotated(rope_keys[..., None, :], rotation)
         keys = jnp.concatenate([self.kv_a_layernorm(latents)[..., None, :], rope_keys], axis=-1)
@@ -57,7 +57,7 @@ class LatentAttention(nnx.Module):
         absorbed = jnp.einsum("...hn,rhn->...hr", plain, to_keys)
         mixed, cache = attend_causal(
             cache,
-            jnp.concatenate([absorbed, self._rotated(turned, rotation)], axis=-1),
+            jnp.concatenate([absorbed, self._rotated(rotated, rotation)], axis=-1),
             keys,
             keys[..., : latent.rank] if cache is None else None,
             layer=self.layer,

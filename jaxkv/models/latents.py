@@ -25,11 +25,11 @@ class LatentConfig:
 
     Args:
       rank: numbers in a token's latent, from which keys and values of all heads are made.
-      rope_dim: numbers beside it that the rope turns, one vector for all heads.
+      rope_dim: numbers beside it that the rope rotates, one vector for all heads.
       plain_dim: numbers of a head's query that meet the latent.
       value_dim: numbers in a head's value.
       query_rank: numbers that queries are made from; None for the token's vector itself.
-      interleaved: the rope turns neighbours together, not halves.
+      interleaved: the rope rotates neighbours together, not halves.
 
     Raises:
       ConfigError: a number that is none.

@@ -49,8 +49,8 @@ def _llama3(rope: "RopeConfig", context: int) -> Frequencies:
     """Llama 3.1: long wavelengths are stretched, short ones kept, those between mixed."""
     frequencies = _geometric(rope, rope.theta)
     low, high = rope.low_freq_factor, rope.high_freq_factor
-    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1)
+    rotations = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = np.clip((rotations - low) / (high - low), 0, 1)
     return (1 - kept) * frequencies / rope.factor + kept * frequencies
 
 
@@ -188,7 +188,7 @@ class RopeConfig:
             object.__setattr__(self, "factor", stretch)
         if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ConfigError(
-                f"rope turns pairs of numbers: head_dim x partial_rotary_factor must be even and "
+                f"rope rotates pairs of numbers: head_dim x partial_rotary_factor must be even and "
                 f"at most head_dim, got {self.head_dim} x {self.partial_rotary_factor}."
             )
         for field in ("theta", *ROPE_TYPES[self.rope_type].needs):
@@ -231,7 +231,7 @@ class RopeConfig:
         if unknown:
             warnings.warn(
                 f"config.json: no rope type here reads {', '.join(unknown)}. If that changes how "
-                "the model turns its keys, its logits are wrong here.",
+                "the model rotates its keys, its logits are wrong here.",
                 stacklevel=4,
             )
         given: dict[str, Any] = {
@@ -311,8 +311,8 @@ class RopeConfig:
 def check_room(ropes: Iterable[RopeConfig | None], max_context_length: int) -> None:
     """Refuse room for texts that have another rope than shorter ones.
 
-    Keys are cached as they were turned: how a text's are must not depend on room that it does not
-    use, and those of its beginning cannot be turned anew once it has grown.
+    Keys are cached as they were rotated: how a text's are must not depend on room that it does not
+    use, and those of its beginning cannot be rotated anew once it has grown.
 
     Raises:
       ValueError: it says what to do.
@@ -347,19 +347,19 @@ def unpaired(
     vectors: Float[Array, "*batch tokens heads head_dim"],
     rotation: Float[Array, "2 *batch tokens 1 pairs"],
 ) -> Float[Array, "*batch tokens heads head_dim"]:
-    """What a rope of neighbours turns, in halves for `rotate`: first numbers of all pairs first.
+    """What a rope of neighbours rotates, in halves for `rotate`: first numbers of all pairs first.
 
     Queries and keys are both in this order, so that no score is another.
     """
-    turned, rest = jnp.split(vectors, [2 * rotation.shape[-1]], axis=-1)
-    return jnp.concatenate([turned[..., ::2], turned[..., 1::2], rest], axis=-1)
+    rotated, rest = jnp.split(vectors, [2 * rotation.shape[-1]], axis=-1)
+    return jnp.concatenate([rotated[..., ::2], rotated[..., 1::2], rest], axis=-1)
 
 
 def rotate(
     vectors: Float[Array, "*batch tokens heads head_dim"],
     rotation: Float[Array, "2 *batch tokens 1 pairs"],
 ) -> Float[Array, "*batch tokens heads head_dim"]:
-    """Turn number i of the first half of each vector with number i of the second.
+    """Rotate number i of the first half of each vector with number i of the second.
 
     With a partial rotation the halves are those of the first ``2 * pairs`` numbers. Computed
     in float32.
@@ -368,5 +368,5 @@ def rotate(
     pairs = cos.shape[-1]
     first, second, rest = jnp.split(vectors, [pairs, 2 * pairs], axis=-1)
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([part.astype(vectors.dtype) for part in (*turned, rest)], axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([part.astype(vectors.dtype) for part in (*rotated, rest)], axis=-1)

@@ -19,13 +19,13 @@ struct Centring {
 
   static constexpr int64_t kBaseBits = 7, kBase = 1 << kBaseBits;
 
-  // A position's features: cosines, sines, and 1 unless all numbers are turned.
+  // A position's features: cosines, sines, and 1 unless all numbers are rotated.
   void Features(int64_t position, float* row) const {
     std::memset(row, 0, features * sizeof(float));
     if (features > 2 * pairs) row[2 * pairs] = 1;
     for (int64_t number = 0; number < digits; ++number) {
       const int64_t digit = position >> number * kBaseBits & (kBase - 1);
-      if (number > 0 && digit == 0) continue;  // a turn by nothing
+      if (number > 0 && digit == 0) continue;  // a rotation by nothing
       const float* cos = tables + (number * 2 * kBase + digit) * pairs;
       const float* sin = cos + kBase * pairs;
       for (int64_t pair = 0; pair < pairs; ++pair) {

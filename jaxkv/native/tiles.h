@@ -115,7 +115,7 @@ inline void TransposeFours(Vec (&v)[4]) {
 }
 
 // Four by four: lane 4 i + g becomes lane 4 g + i.
-inline Vec Turned(Vec v) {
+inline Vec Transposed(Vec v) {
   return __builtin_shufflevector(v, v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
 }
 

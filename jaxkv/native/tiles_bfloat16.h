@@ -48,7 +48,7 @@ struct BFloat16Tiles {
       Vec v[4];
       UNROLL for (int i = 0; i < 4; ++i) v[i] = Load(parts + (4 * step + i) * kTile);
       TransposeFours(v);
-      Store(scores + step * kLanes, Turned(v[2] + v[1] + v[0]));
+      Store(scores + step * kLanes, Transposed(v[2] + v[1] + v[0]));
     }
   }
 

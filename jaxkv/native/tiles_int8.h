@@ -115,7 +115,7 @@ struct Int8Tiles {
       Vec v[4];
       UNROLL for (int i = 0; i < 4; ++i) v[i] = Whole(parts + (4 * step + i) * kTile);
       TransposeFours(v);
-      Store(scores + step * kLanes, Turned(v[0] * 65536.0f + (v[1] * 256.0f + v[2])) * units);
+      Store(scores + step * kLanes, Transposed(v[0] * 65536.0f + (v[1] * 256.0f + v[2])) * units);
     }
   }
 

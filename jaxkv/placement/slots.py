@@ -13,7 +13,7 @@ from jaxkv.addressing.runs import first_slots, place
 from jaxkv.devices import is_concrete
 from jaxkv.placement.host_memory import in_host_memory, to_device, to_host
 
-# Copied in one turn of a loop. On an H100 pages of 64 arrive at 22 GB/s so, one by one at 15.
+# Copied in one iteration of a loop. On an H100 pages of 64 arrive at 22 GB/s so, one by one at 15.
 _PIECES_AT_ONCE = 8
 
 
@@ -61,8 +61,8 @@ def copy_runs(
 
     found = lax.map(read, jnp.clip(sources, 0, runs - 1))  # all, before any is written
 
-    def write(turn: Array, leaf: Array) -> Array:
-        number = order[turn]
+    def write(iteration: Array, leaf: Array) -> Array:
+        number = order[iteration]
         place = targets[number] * size
         return lax.dynamic_update_slice_in_dim(leaf, to_host(found[number]), place, axis=2)
 
@@ -127,11 +127,13 @@ def _joined(leaf: Array, layer: Layer, starts: Int[Array, "*batch pieces"], size
     flat = starts.reshape(-1)
     at_once = math.gcd(flat.size, _PIECES_AT_ONCE)
 
-    def some(turn: Int[Array, ""], whole: Array) -> Array:
-        places = (place(layer, 0, flat[turn * at_once + i], *origin) for i in range(at_once))
+    def some(iteration: Int[Array, ""], whole: Array) -> Array:
+        places = (place(layer, 0, flat[iteration * at_once + i], *origin) for i in range(at_once))
         pieces = [lax.dynamic_slice(leaf, each, (1, sides, size, *rest)) for each in places]
         joined = jnp.concatenate([to_device(piece)[0] for piece in pieces], axis=1)
-        return lax.dynamic_update_slice(whole, joined, place(0, turn * at_once * size, *origin))
+        return lax.dynamic_update_slice(
+            whole, joined, place(0, iteration * at_once * size, *origin)
+        )
 
     whole = jnp.zeros((sides, flat.size * size, *rest), leaf.dtype)
     whole = lax.fori_loop(0, flat.size // at_once, some, whole)

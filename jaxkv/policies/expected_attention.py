@@ -23,7 +23,7 @@ class ExpectedAttention:
 
     Devoto et al., "Expected attention: KV cache compression by estimating attention from future
     queries distribution" (2025), section 3: for q ~ N(m, C), E[exp(q.k)] = exp(m.k + k.C.k / 2).
-    m and C are those of the queries given, turned back to before rope and on to where the next
+    m and C are those of the queries given, rotated back to before rope and on to where the next
     ``future`` tokens stand. Give many queries: the whole prompt's, or a few hundred.
 
     Args:
@@ -54,9 +54,9 @@ class ExpectedAttention:
         covariance = jnp.einsum("whi,whj->hij", rest, rest) / count
 
         next_ones = next_position(positions) + jnp.arange(self.future, dtype=jnp.int32)
-        turn = jax.vmap(self._mean_turn, in_axes=(0, None))
-        mean = turn(mean[:, None], next_ones)[:, 0]
-        covariance = turn(turn(covariance, next_ones).mT, next_ones)
+        rotate = jax.vmap(self._mean_rotated, in_axes=(0, None))
+        mean = rotate(mean[:, None], next_ones)[:, 0]
+        covariance = rotate(rotate(covariance, next_ones).mT, next_ones)
 
         mean = mean.reshape(kv_heads, -1, head_dim)
         covariance = covariance.reshape(*mean.shape, head_dim)
@@ -73,8 +73,8 @@ class ExpectedAttention:
         angles = at[..., None].astype(jnp.float32) * jnp.asarray(self.frequencies, jnp.float32)
         return _rotated(vectors, jnp.cos(angles), jnp.sin(angles), pairs)
 
-    def _mean_turn(self, vectors: Float[Array, "rows head_dim"], at: Array) -> Array:
-        """The mean of ``vectors`` turned to each of the positions ``at``."""
+    def _mean_rotated(self, vectors: Float[Array, "rows head_dim"], at: Array) -> Array:
+        """The mean of ``vectors`` rotated to each of the positions ``at``."""
         pairs = len(self.frequencies)
         angles = at[:, None].astype(jnp.float32) * jnp.asarray(self.frequencies, jnp.float32)
         return _rotated(vectors, jnp.cos(angles).mean(axis=0), jnp.sin(angles).mean(axis=0), pairs)

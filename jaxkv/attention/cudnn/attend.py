@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxkv.attention.blockwise import unturned_blockwise
-from jaxkv.attention.call import Grouped, Request
+from jaxkv.attention.blockwise import unrotated_blockwise
+from jaxkv.attention.call import AttentionCall, Grouped
 from jaxkv.attention.cudnn.slots import number_type, piece_size, pieces_of, tokens_at
 from jaxkv.attention.online import Online
 from jaxkv.cache.kv_cache import KVCache, buffer_of
@@ -110,13 +110,13 @@ def _cudnn_call() -> Any:
     return importlib.import_module("jaxkv.attention.cudnn.call")
 
 
-def cudnn(request: Request) -> Grouped:
-    """Attend with keys, values and queries of 16 bits; queries and outputs are not turned."""
+def cudnn(request: AttentionCall) -> Grouped:
+    """Attend with keys, values and queries of 16 bits; queries and outputs are not rotated."""
     return _attend(request)
 
 
 @jax.custom_jvp
-def _attend(request: Request) -> Grouped:
+def _attend(request: AttentionCall) -> Grouped:
     # One call a cache under vmap: a batch of pieces would need tables of its own.
     return jax.custom_batching.sequential_vmap(_merged)(request)
 
@@ -124,11 +124,11 @@ def _attend(request: Request) -> Grouped:
 @_attend.defjvp
 def _attend_jvp(primals, tangents):
     """There is none of a logsumexp; the blockwise form's is the same function's."""
-    return jax.jvp(unturned_blockwise, primals, tangents)
+    return jax.jvp(unrotated_blockwise, primals, tangents)
 
 
 @jax.jit  # lowered once for all layers of a model
-def _merged(request: Request) -> Grouped:
+def _merged(request: AttentionCall) -> Grouped:
     codec = request.cache.config.codec
     window = _window(request.cache, request.window)
     parts = _of_all(request) if window is None else _of_window(request, window)
@@ -136,14 +136,14 @@ def _merged(request: Request) -> Grouped:
     return jnp.moveaxis(mix, 2, 1).astype(jnp.float32)
 
 
-def _of_all(request: Request) -> list[Part]:
+def _of_all(request: AttentionCall) -> list[Part]:
     size = piece_size(request.cache.index)
     runs = jnp.minimum(_start(request), _end(request)) // size
     rows = _placed(request, runs * size, size - 1)
     return [*_old_pieces(request, rows, runs), _rest(request, rows, runs * size, size - 1)]
 
 
-def _of_window(request: Request, window: int) -> list[Part]:
+def _of_window(request: AttentionCall, window: int) -> list[Part]:
     first = jnp.maximum(_start(request) - (window - 1), _first_held(request))
     rows = _placed(request, first, window - 1)
     parts = [_rest(request, rows, first, window - 1, window)]
@@ -161,21 +161,21 @@ def _window(cache: KVCache, asked: int | None) -> int | None:
     return min(windows) if windows and min(windows) < index.capacity else None
 
 
-def _start(request: Request) -> Int[Array, " batch"]:
+def _start(request: AttentionCall) -> Int[Array, " batch"]:
     """The position of the first of these tokens."""
     return request.cache.lengths.reshape(-1)
 
 
-def _added(request: Request) -> Int[Array, " batch"]:
+def _added(request: AttentionCall) -> Int[Array, " batch"]:
     return request.lengths - _start(request)
 
 
-def _end(request: Request) -> Int[Array, " batch"]:
+def _end(request: AttentionCall) -> Int[Array, " batch"]:
     """The position after the last token that has a slot."""
     return jnp.minimum(request.lengths, jnp.asarray(request.cache.index.room).reshape(-1))
 
 
-def _first_held(request: Request) -> Int[Array, " batch"] | int:
+def _first_held(request: AttentionCall) -> Int[Array, " batch"] | int:
     """The first position that was not written over."""
     ring = request.cache.index.ring
     if ring is None:
@@ -183,14 +183,14 @@ def _first_held(request: Request) -> Int[Array, " batch"] | int:
     return ring.first_position(request.lengths.reshape(ring.lengths.shape)).reshape(-1)
 
 
-def _queries(request: Request) -> Queries:
+def _queries(request: AttentionCall) -> Queries:
     """As the model had them, to the bit where it left the scale alone: cuDNN scales by itself."""
     head_dim, codec = request.queries.shape[-1], request.cache.config.codec
     queries = jnp.moveaxis(request.queries * head_dim**0.5, 1, 2).astype(number_type(codec))
     return codec.rotate(queries).astype(queries.dtype)
 
 
-def _placed(request: Request, first: Int[Array, " batch"], most_before: int) -> Rows:
+def _placed(request: AttentionCall, first: Int[Array, " batch"], most_before: int) -> Rows:
     """For keys from position ``first`` on, of which so many at most are before these tokens."""
     queries = _queries(request)
     tokens = queries.shape[1]
@@ -202,7 +202,7 @@ def _placed(request: Request, first: Int[Array, " batch"], most_before: int) -> 
     return Rows(jnp.take_along_axis(queries, places, axis=1, mode="clip"), before)
 
 
-def _old_pieces(request: Request, rows: Rows, runs: Int[Array, " batch"]) -> list[Part]:
+def _old_pieces(request: AttentionCall, rows: Rows, runs: Int[Array, " batch"]) -> list[Part]:
     """Every query over the first runs of slots; parts of them apart where queries are few."""
     pieces = pieces_of(request.cache, request.layer)
     size, extent = pieces.keys.shape[1], request.cache.index.extent
@@ -248,7 +248,7 @@ def _old_pieces(request: Request, rows: Rows, runs: Int[Array, " batch"]) -> lis
 
 
 def _rest(
-    request: Request,
+    request: AttentionCall,
     rows: Rows,
     first: Int[Array, " batch"],
     most_before: int,
@@ -277,7 +277,11 @@ def _heads(queries: Queries) -> Float[Array, "batch tokens heads head_dim"]:
 
 
 def _taken(
-    request: Request, rows: Rows, output: Array, logsumexp: Array, key_counts: Int[Array, " batch"]
+    request: AttentionCall,
+    rows: Rows,
+    output: Array,
+    logsumexp: Array,
+    key_counts: Int[Array, " batch"],
 ) -> Part:
     """What cuDNN gave the rows that have a query."""
     batch, kv_heads, tokens, group, head_dim = request.queries.shape
@@ -290,7 +294,7 @@ def _taken(
 
 
 def _seen(
-    request: Request, output: Array, logsumexp: Array, key_counts: Int[Array, " batch"]
+    request: AttentionCall, output: Array, logsumexp: Array, key_counts: Int[Array, " batch"]
 ) -> Part:
     """A part as cuDNN leaves it: what its logsumexp is of padding, or of no key, is anything."""
     real = (request.positions >= 0) & (key_counts > 0)[:, None]
@@ -298,20 +302,20 @@ def _seen(
     return Part(output, jnp.where(seen, logsumexp, _LOWEST))
 
 
-def _first_tokens(request: Request, first: Int[Array, " batch"], window: int) -> Part:
+def _first_tokens(request: AttentionCall, first: Int[Array, " batch"], window: int) -> Part:
     """The first tokens that a ring keeps for good, where its window does not reach them."""
     sinks = request.cache.index.sinks
     slots, before = jnp.arange(sinks), first[:, None, None]
     beyond = (slots < before) | (slots <= request.positions[:, :, None] - window)
     seen = request.visible(0, sinks) & beyond[:, None, :, None]
-    turned = request.cache.config.codec.rotate(request.queries)
-    alone = dataclasses.replace(request, queries=turned, sinks=None)
+    rotated = request.cache.config.codec.rotate(request.queries)
+    alone = dataclasses.replace(request, queries=rotated, sinks=None)
     state = Online.start(alone).with_slots(alone, 0, sinks, seen)
     logsumexp = jnp.where(state.total > 0, state.highest + jnp.log(state.total), _LOWEST)
     return Part(jnp.moveaxis(state.output(), 1, 2), jnp.swapaxes(logsumexp, 2, 3))
 
 
-def _combined(request: Request, parts: list[Part]) -> Queries:
+def _combined(request: AttentionCall, parts: list[Part]) -> Queries:
     """What the parts add up to, in 16 bits."""
     sinks = request.sinks
     peak = functools.reduce(jnp.maximum, [part.logsumexp for part in parts])

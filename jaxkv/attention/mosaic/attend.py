@@ -15,8 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing import RingSlots
-from jaxkv.attention.blockwise import unturned_blockwise_part
-from jaxkv.attention.call import LOWEST, Grouped, LogTotal, Request
+from jaxkv.attention.blockwise import unrotated_blockwise_part
+from jaxkv.attention.call import LOWEST, AttentionCall, Grouped, LogTotal
 from jaxkv.attention.mosaic.plan import TILE, plan
 from jaxkv.cache.kv_cache import KVCache, buffer_of
 from jaxkv.codecs import Int8, Rotated, bitcast
@@ -86,12 +86,12 @@ def _too_many(queries: int) -> str:
     return f"{queries} queries read each KV head, and it takes {_MOST_QUERIES}"
 
 
-def mosaic(request: Request) -> Grouped:
-    """Attend with few tokens of each sequence; queries and outputs are not turned."""
+def mosaic(request: AttentionCall) -> Grouped:
+    """Attend with few tokens of each sequence; queries and outputs are not rotated."""
     return _attend(request, None)[0]
 
 
-def mosaic_part(request: Request) -> tuple[Grouped, LogTotal]:
+def mosaic_part(request: AttentionCall) -> tuple[Grouped, LogTotal]:
     """The same with the log of its total, by which parts of a context are merged."""
     return _attend(request, None)
 
@@ -110,7 +110,7 @@ def _wrong_device() -> str | None:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _attend(request: Request, interpret: object) -> tuple[Grouped, LogTotal]:
+def _attend(request: AttentionCall, interpret: object) -> tuple[Grouped, LogTotal]:
     # One kernel a cache under vmap: Pallas cannot batch this one.
     decode = functools.partial(_decode, interpret=interpret)
     return jax.custom_batching.sequential_vmap(decode)(request)
@@ -119,12 +119,12 @@ def _attend(request: Request, interpret: object) -> tuple[Grouped, LogTotal]:
 @_attend.defjvp
 def _attend_jvp(interpret, primals, tangents):
     """The kernel has no derivative of its own; the blockwise form's is the same function's."""
-    return jax.jvp(unturned_blockwise_part, primals, tangents)
+    return jax.jvp(unrotated_blockwise_part, primals, tangents)
 
 
 # Lowered once for all layers of a model: that takes longer than to compile it.
 @functools.partial(jax.jit, static_argnames="interpret")
-def _decode(request: Request, interpret: object) -> tuple[Grouped, LogTotal]:
+def _decode(request: AttentionCall, interpret: object) -> tuple[Grouped, LogTotal]:
     kernel = importlib.import_module("jaxkv.attention.mosaic.kernel")
     cache = request.cache
     batch, kv_heads, tokens, group, head_dim = request.queries.shape
@@ -133,8 +133,8 @@ def _decode(request: Request, interpret: object) -> tuple[Grouped, LogTotal]:
     specs = cache.config.codec.leaves(head_dim)
     leaves = tuple(bitcast(cache.storage[name], specs[name][1]) for name in specs)
     scale = jnp.float32(1 if request.softcap else _LOG2_E)
-    turns = cache.config.codec.rotation is not None
-    if turns:
+    rotates = cache.config.codec.rotation is not None
+    if rotates:
         scale = scale * half_turn(head_dim)
     columns = _columns(request.queries * scale)
     mixes, sums = kernel.decode_parts(
@@ -156,7 +156,7 @@ def _decode(request: Request, interpret: object) -> tuple[Grouped, LogTotal]:
     if tokens > 1:  # padding sees nothing
         real = jnp.repeat(request.positions >= 0, group, axis=1)[:, None]
         mix, share = jnp.where(real[..., None], mix, 0), jnp.where(real, share, 0)
-    if turns:
+    if rotates:
         mix *= half_turn(head_dim)
     if (offsets := request.offsets) is not None:
         mix += share[..., None] * offsets.vectors[1][:, None]
@@ -173,7 +173,7 @@ def _columns(
     return jnp.swapaxes(rows, 2, 3)
 
 
-def _bounds(request: Request) -> tuple[Slots, ...]:
+def _bounds(request: AttentionCall) -> tuple[Slots, ...]:
     """What the kernel is told of visible slots."""
     bounds, first = visible_slots(request), request.positions[:, 0]
     if request.positions.shape[1] == 1:
@@ -181,7 +181,7 @@ def _bounds(request: Request) -> tuple[Slots, ...]:
     return *bounds, first + 1 - _window(request), first + 1
 
 
-def visible_slots(request: Request) -> tuple[Slots, Slots, Slots, Slots]:
+def visible_slots(request: AttentionCall) -> tuple[Slots, Slots, Slots, Slots]:
     """The first slot that is seen and the one after the last; and of a gap between, likewise."""
     index = request.cache.index
     if index.ring is not None:
@@ -192,7 +192,7 @@ def visible_slots(request: Request) -> tuple[Slots, Slots, Slots, Slots]:
     return jnp.clip(first, 0, last), last, jnp.zeros_like(last), jnp.zeros_like(last)
 
 
-def _window(request: Request) -> int:
+def _window(request: AttentionCall) -> int:
     """Of both, or all that there is."""
     index = request.cache.index
     windows = [window for window in (request.window, index.window) if window is not None]
@@ -200,9 +200,9 @@ def _window(request: Request) -> int:
 
 
 def _visible_slots_of_a_ring(
-    request: Request, index: RingSlots
+    request: AttentionCall, index: RingSlots
 ) -> tuple[Slots, Slots, Slots, Slots]:
-    """The gap is between sinks and oldest token or, once it has turned, newest and oldest."""
+    """The gap is between sinks and oldest token or, once it has wrapped, newest and oldest."""
     position, sinks, ring = request.positions[:, 0], index.sinks, index.ring_slots
     held_from = index.first_position(request.lengths.reshape(index.lengths.shape)).reshape(-1)
     window = min(index.window, request.window or index.window)
@@ -213,11 +213,11 @@ def _visible_slots_of_a_ring(
     first_sink = 0 if request.window is None else jnp.maximum(position + 1 - request.window, 0)
     last_sink = jnp.minimum(newest + 1, sinks)
 
-    none, turned = oldest > newest, first >= end
-    low = jnp.where(none | turned | (first_sink < sinks), jnp.minimum(first_sink, sinks), first)
-    high = jnp.where(none, last_sink, jnp.where(turned, index.extent, end))
+    none, wrapped = oldest > newest, first >= end
+    low = jnp.where(none | wrapped | (first_sink < sinks), jnp.minimum(first_sink, sinks), first)
+    high = jnp.where(none, last_sink, jnp.where(wrapped, index.extent, end))
     high = jnp.minimum(high, index.extent)
-    gap = jnp.where(turned, end, jnp.maximum(low, sinks))
+    gap = jnp.where(wrapped, end, jnp.maximum(low, sinks))
     return low, high, jnp.where(none, 0, gap), jnp.where(none, 0, jnp.minimum(first, high))
 
 
@@ -228,7 +228,7 @@ def _page_table(cache: KVCache) -> Array:
     return cache.index.pages.table.reshape(cache.config.batch_size or 1, -1)
 
 
-def _added(request: Request) -> tuple[Float[Array, "batch kv_heads slots rows"], ...]:
+def _added(request: AttentionCall) -> tuple[Float[Array, "batch kv_heads slots rows"], ...]:
     """What keys were stored less, times the queries, in the units of the scores."""
     index, offsets = request.cache.index, request.offsets
     if offsets is None or request.offset_queries is None:

@@ -58,7 +58,7 @@ def store_in_two_bytes(tiles: Any, matrix: jax.Array) -> jax.Array:
     return step
 
 
-def turned(matrix: jax.Array, tiles: Any, signs: Any, *, interpret: bool) -> jax.Array:
+def rotated(matrix: jax.Array, tiles: Any, signs: Any, *, interpret: bool) -> jax.Array:
     """Sylvester's Hadamard matrix times this one, whose rows are 64 times a power of two.
 
     That of twice the size is ``[[h, h], [h, -h]]``.
@@ -212,7 +212,7 @@ def decode_parts(
         layer_ref, bounds_ref, table_ref, signs_ref, mix_out, sums_out, *scratch = refs
         query_tiles, (buffers, mix_tile), sums_tile, either, addends, *barriers = scratch
         ready, signs_arrived, arrived = barriers
-        (weight_tiles, wide), (raw_queries, turning) = either
+        (weight_tiles, wide), (raw_queries, rotating) = either
         head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
         layer = layer_ref[0]
         slots = Slots(bounds_ref, table_ref, row, part, plan)
@@ -235,7 +235,7 @@ def decode_parts(
 
         gpu.copy_in(query_ref.at[row, head], raw_queries, ready)
         if plan.levels:
-            gpu.copy_in(signs_ref, turning[1], signs_arrived)
+            gpu.copy_in(signs_ref, rotating[1], signs_arrived)
         upcoming = tuple(slots.pages_of(number) for number in range(stages + 1))
         for number in range(stages):
 
@@ -247,12 +247,12 @@ def decode_parts(
         if plan.levels:
             gpu.wait(signs_arrived)
 
-        # Under a condition, or addresses would be kept in registers from here to the mix's turn.
+        # Under a condition, or addresses would be kept in registers up to the mix's rotation.
         @gpu.when(count > 0)
         def _():
             its_queries = gpu.load(raw_queries)
             if plan.levels:
-                its_queries = turned(its_queries, *turning, interpret=interpreted)
+                its_queries = rotated(its_queries, *rotating, interpret=interpreted)
             if quantized:  # the steps wait where no register is lost to them
                 sums_tile[0] = store_in_two_bytes(query_tiles, its_queries)
             else:
@@ -329,9 +329,9 @@ def decode_parts(
         sums_tile[1] = total.sum(axis=0)
         if plan.levels:
             gpu.commit()  # what was there
-            gpu.copy_in(signs_ref, turning[1], signs_arrived)
+            gpu.copy_in(signs_ref, rotating[1], signs_arrived)
             gpu.wait(signs_arrived)
-            mix = turned(mix, mix_tile, turning[1], interpret=interpreted)
+            mix = rotated(mix, mix_tile, rotating[1], interpret=interpreted)
         store_in_two(mix_tile, mix)
         gpu.commit()
         gpu.copy_out(mix_tile, mix_out.at[part, row, head])
@@ -346,11 +346,11 @@ def decode_parts(
     wide = [gpu.shared_tiles((TILE, head_dim), jnp.bfloat16)] if quantized else []
     if plan.levels:
         wide += [gpu.shared_tiles((TILE, head_dim), jnp.int8)]
-    # What is turned, high and low parts, and the matrix that turns it. Made in registers, that
+    # What is rotated, high and low parts, and the matrix that rotates it. Made in registers, that
     # would take so many that fewer blocks of threads fit.
     signs = jnp.asarray(matrix_of(BLOCK), jnp.bfloat16)
-    turning = [gpu.shared_tiles((both, head_dim), jnp.bfloat16)] if plan.levels else []
-    turning += [gpu.shared_tiles((BLOCK, BLOCK), jnp.bfloat16)] if plan.levels else []
+    rotating = [gpu.shared_tiles((both, head_dim), jnp.bfloat16)] if plan.levels else []
+    rotating += [gpu.shared_tiles((BLOCK, BLOCK), jnp.bfloat16)] if plan.levels else []
     copies = pieces * len(leaves) + len(added), pieces * len(leaves)
     return gpu.run(
         body,
@@ -365,7 +365,7 @@ def decode_parts(
             gpu.shared((2, rows), jnp.float32),
             gpu.Either(
                 (gpu.shared_tiles((both, TILE), number), wide),
-                (gpu.shared((head_dim, rows), jnp.float32), turning),
+                (gpu.shared((head_dim, rows), jnp.float32), rotating),
             ),
             [gpu.shared((stages, TILE, rows), jnp.float32) for _ in added],
             gpu.Barrier(),

@@ -5,7 +5,7 @@ import math
 
 import jax.numpy as jnp
 
-from jaxkv.attention.call import Request
+from jaxkv.attention.call import AttentionCall
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.devices import local_gpu
 
@@ -54,7 +54,7 @@ class Plan:
         return min(self.page_size, TILE) if self.paged else TILE
 
 
-def plan(request: Request, rows: int) -> Plan:
+def plan(request: AttentionCall, rows: int) -> Plan:
     """For this call, with so many queries a KV head, high parts and low parts."""
     cache, index = request.cache, request.cache.index
     splits, stages = parts(cache, rows)
@@ -84,7 +84,7 @@ def parts(cache: KVCache, rows: int) -> tuple[int, int]:
     stored_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
     slot_bytes = 2 * (stored_bytes + len(scales) * 2 * config.num_kv_heads) + offset * 2 * rows
     wide_bytes = TILE * head_dim * (2 * quantized + packed) + 2 * rows * TILE
-    # Before that is used, queries as they come, and turned ones with the matrix that turns them.
+    # Before that is used, queries as they come, and rotated ones with the matrix that rotates them.
     before_bytes = 2 * rows * head_dim + packed * (2 * rows * head_dim + 2 * TILE * TILE)
     fixed_bytes = max(wide_bytes, before_bytes) + 2 * rows * head_dim + _OTHER_BYTES
 

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxkv.addressing import RingSlots
-from jaxkv.attention.call import Request
+from jaxkv.attention.call import AttentionCall
 from jaxkv.placement import HostMemory
 
 # For caches that were put into host memory as they are, by `jaxkv.offload`.
@@ -16,12 +16,12 @@ _OFFLOADED = HostMemory()
 
 
 @dataclasses.dataclass(frozen=True)
-class Turns:
-    """The turns of the loop that fetches blocks.
+class Iterations:
+    """The iterations of the loop that fetches blocks.
 
     Attributes:
-      first, stop: turns from the one up to, and without, the other.
-      blocks: the block that a turn fetches, one for all sequences or one for each. Block b is
+      first, stop: iterations from the one up to, and without, the other.
+      blocks: the block that an iteration fetches, one for all sequences or one for each. Block b is
         logical slots ``b * size`` and up. No sequence gets one twice.
     """
 
@@ -30,13 +30,13 @@ class Turns:
     blocks: Callable[[Int[Array, ""]], Int[Array, "#batch"]]
 
 
-def block_size(request: Request) -> int:
+def block_size(request: AttentionCall) -> int:
     """Slots that are fetched together."""
     placement = request.cache.config.placement or _OFFLOADED
     return min(placement.block, request.cache.index.extent)
 
 
-def first_on_device(request: Request) -> Int[Array, " batch"]:
+def first_on_device(request: AttentionCall) -> Int[Array, " batch"]:
     """The position of each sequence from which on tokens are on the device."""
     resident = request.cache.resident
     if resident is None:
@@ -45,7 +45,9 @@ def first_on_device(request: Request) -> Int[Array, " batch"]:
     return resident.first_position(lengths).reshape(-1)
 
 
-def chosen_blocks(request: Request, end: Int[Array, " batch"]) -> Int[Array, "batch blocks"] | None:
+def chosen_blocks(
+    request: AttentionCall, end: Int[Array, " batch"]
+) -> Int[Array, "batch blocks"] | None:
     """The older blocks to fetch, those that may matter most first; None for all in order.
 
     The largest product that a query could have with a key within a block's bounds, over all
@@ -66,25 +68,25 @@ def chosen_blocks(request: Request, end: Int[Array, " batch"]) -> Int[Array, "ba
     return lax.top_k(ranked, min(placement.blocks_per_query or 1, ranked.shape[1]))[1]
 
 
-def turns_of(request: Request, end: Int[Array, " batch"]) -> Turns:
+def iterations_of(request: AttentionCall, end: Int[Array, " batch"]) -> Iterations:
     """Through all blocks with tokens before ``end`` that a query can see, or the chosen ones."""
     index, size = request.cache.index, block_size(request)
     count, zero = -(-index.extent // size), jnp.int32(0)
     chosen = chosen_blocks(request, end)
     if chosen is not None:
         stop = jnp.minimum(-(-end.max() // size), chosen.shape[1])
-        return Turns(zero, stop, lambda turn: chosen[:, turn])
+        return Iterations(zero, stop, lambda iteration: chosen[:, iteration])
     if not index.by_position and index.ring is None:  # its tokens stand in no order
-        return Turns(zero, jnp.int32(count), lambda turn: turn[None])
+        return Iterations(zero, jnp.int32(count), lambda iteration: iteration[None])
     oldest = _oldest_seen(request)
     if index.ring is not None and request.cache.resident is not None:
         return _round_the_ring(index.ring, size, jnp.clip(oldest, index.sinks, end), end)
     stop = jnp.minimum(-(-end.max() // size), count)
     first = jnp.minimum(oldest.min() // size, stop) if index.by_position else zero
-    return Turns(first, stop, lambda turn: turn[None])
+    return Iterations(first, stop, lambda iteration: iteration[None])
 
 
-def _oldest_seen(request: Request) -> Int[Array, " batch"]:
+def _oldest_seen(request: AttentionCall) -> Int[Array, " batch"]:
     """The first position of each sequence that a window leaves in sight."""
     index = request.cache.index
     window = min((w for w in (index.window, request.window) if w is not None), default=None)
@@ -96,13 +98,13 @@ def _oldest_seen(request: Request) -> Int[Array, " batch"]:
 
 def _round_the_ring(
     index: RingSlots, size: int, oldest: Int[Array, " batch"], end: Int[Array, " batch"]
-) -> Turns:
+) -> Iterations:
     """From the slot of each sequence's oldest token on, to that of the one before ``end``."""
     lowest = index.sinks // size
     in_ring = -(-index.extent // size) - lowest
     from_slot, to_slot = index.logical_slots(oldest), index.logical_slots(end - 1)
     first, last = from_slot // size, to_slot // size
-    turns = (last - first) % in_ring + 1
-    turns = jnp.where((first == last) & (to_slot < from_slot), in_ring, turns)  # all the way round
-    stop = jnp.where(oldest < end, turns, 0).max()
-    return Turns(jnp.int32(0), stop, lambda turn: lowest + (first - lowest + turn) % in_ring)
+    all_the_way_round = (first == last) & (to_slot < from_slot)
+    count = jnp.where(all_the_way_round, in_ring, (last - first) % in_ring + 1)
+    stop = jnp.where(oldest < end, count, 0).max()
+    return Iterations(jnp.int32(0), stop, lambda i: lowest + (first - lowest + i) % in_ring)
