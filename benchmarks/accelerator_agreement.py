@@ -25,7 +25,7 @@ _CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("bfloat16", jaxkv.Contiguous(), {}),
     ("bfloat16", jaxkv.Contiguous(), {"window": 700, "softcap": 4.0}),
     ("bfloat16", _PAGES, {}),
-    ("bfloat16", _RING, {"sinks": _SINKS}),
+    ("bfloat16", _RING, {"sink_logits": _SINKS}),
     ("bfloat16", _RING, {"window": 700}),
     ("int8", jaxkv.Contiguous(), {}),
     ("int8", _PAGES, {"window": 700}),
@@ -151,7 +151,9 @@ def shuffled(cache: jaxkv.KVCache, generator: np.random.Generator) -> jaxkv.KVCa
 
 def _on_host(data: _Asked) -> np.ndarray:
     cache, queries = data.cache, data.queries
-    window, softcap, sinks = (data.case.options.get(key) for key in ("window", "softcap", "sinks"))
+    window, softcap, sink_logits = (
+        data.case.options.get(key) for key in ("window", "softcap", "sink_logits")
+    )
     keys, values = (np.asarray(part, np.float64) for part in jaxkv.layer(cache, 1))
     lengths, index = jnp.asarray(_LENGTHS), cache.index
     held = np.asarray(index.key_positions(1, lengths, 0, index.extent))
@@ -173,7 +175,7 @@ def _on_host(data: _Asked) -> np.ndarray:
         scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
         highest = scores.max(axis=-1, keepdims=True)
         weights = np.exp(scores - highest)
-        beside = 0 if sinks is None else np.exp(np.float64(sinks[own, None]) - highest)
+        beside = 0 if sink_logits is None else np.exp(np.float64(sink_logits[own, None]) - highest)
         outputs[row, place, own] = weights @ value / (weights.sum(-1, keepdims=True) + beside)
     return outputs
 

@@ -15,7 +15,16 @@ from jaxkv.cache.newest import Newest
 from jaxkv.cache.rearrange import copy_pages, fork, select
 from jaxkv.cache.regroup import gather, spread
 from jaxkv.cache.shards import partition_specs
-from jaxkv.cache.verbs import advance, append, check, layer, next_positions, reset, truncate
+from jaxkv.cache.verbs import (
+    advance,
+    append,
+    check,
+    layer,
+    next_positions,
+    padded_after,
+    reset,
+    truncate,
+)
 from jaxkv.codecs import Centred, Codec, Dense, Float8, Int8, KeysValues, Rope, Rotated, Stair
 from jaxkv.errors import (
     CacheAllocationError,
@@ -128,6 +137,7 @@ __all__ = [
     "next_positions",
     "observed",
     "offload",
+    "padded_after",
     "partition_specs",
     "plan",
     "plots",

@@ -116,7 +116,7 @@ def _attend(name, **options):
 
 attends = {name: _attend(name) for name in (None, "native", "reference", "blockwise", "streamed")}
 with_options = _attend(
-    None, scale=0.7, softcap=0.8, window=3, sinks=jnp.array([0.5, -1.0, 2.0, 0.0])
+    None, scale=0.7, softcap=0.8, window=3, sink_logits=jnp.array([0.5, -1.0, 2.0, 0.0])
 )
 
 

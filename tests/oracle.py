@@ -50,8 +50,8 @@ OPTIONS = {
     "scale": {"scale": 0.7},
     "softcap": {"softcap": 0.8},
     "window": {"window": 3},
-    "sinks": {"sinks": SINKS},
-    "together": {"scale": 0.7, "softcap": 0.8, "window": 3, "sinks": SINKS},
+    "sinks": {"sink_logits": SINKS},
+    "together": {"scale": 0.7, "softcap": 0.8, "window": 3, "sink_logits": SINKS},
 }
 
 # There are hundreds of small programs in these tests, so they are compiled in haste.
@@ -162,7 +162,7 @@ def value_dim_of(config):
     return config.value_dim or config.head_dim
 
 
-def attention(query, tokens, *, scale=None, softcap=None, window=None, sinks=None):
+def attention(query, tokens, *, scale=None, softcap=None, window=None, sink_logits=None):
     """One query ``[heads, head_dim]`` over all tokens so far, its own being the last."""
     seen = tokens if window is None else tokens[-window:]
     keys, values = (np.stack(vectors) for vectors in zip(*seen, strict=True))
@@ -175,7 +175,7 @@ def attention(query, tokens, *, scale=None, softcap=None, window=None, sinks=Non
         if softcap is not None:
             logits = softcap * np.tanh(logits / softcap)
         weights = np.exp(logits)
-        total = weights.sum() + (0 if sinks is None else np.exp(sinks[head]))
+        total = weights.sum() + (0 if sink_logits is None else np.exp(sink_logits[head]))
         output[head] = weights @ values[:, head // group] / total
     return output
 

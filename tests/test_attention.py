@@ -154,13 +154,13 @@ def test_any_split_equals_one_shot(implementation, cuts):
     assert_same_storage(cache, expected_cache)
 
 
-def plain_attention(queries, keys, values, sinks):
+def plain_attention(queries, keys, values, sink_logits):
     """Causal attention without a cache, for its gradient. Arrays are ``[tokens, heads, dim]``."""
     tokens, heads, head_dim = queries.shape
     keys, values = (jnp.repeat(array, heads // array.shape[1], axis=1) for array in (keys, values))
     logits = jnp.einsum("thd,shd->hts", queries, keys) * head_dim**-0.5
     logits = jnp.where(jnp.tril(jnp.ones((tokens, tokens), bool)), logits, -jnp.inf)
-    sink = jnp.broadcast_to(sinks[:, None, None], (heads, tokens, 1))
+    sink = jnp.broadcast_to(sink_logits[:, None, None], (heads, tokens, 1))
     weights = jax.nn.softmax(jnp.concatenate([logits, sink], axis=-1))[..., :-1]
     return jnp.einsum("hts,shd->thd", weights, values)
 
@@ -168,8 +168,8 @@ def plain_attention(queries, keys, values, sinks):
 def gradients(attention, queries, keys, values):
     """Of a weighted sum of the outputs, with respect to all four inputs."""
 
-    def loss(queries, keys, values, sinks):
-        outputs = attention(queries, keys, values, sinks)
+    def loss(queries, keys, values, sink_logits):
+        outputs = attention(queries, keys, values, sink_logits)
         return jnp.sum(outputs * jnp.cos(jnp.arange(outputs.size)).reshape(outputs.shape))
 
     gradient = jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
@@ -184,23 +184,23 @@ def test_gradient_equals_plain_attention_whatever_is_unused(implementation):
     cache = poisoned(jaxkv.create(config))
     queries, keys, values = (array[0] for array in random_step(config, 4, heads=4))
 
-    def cached(queries, keys, values, sinks):
+    def cached(queries, keys, values, sink_logits):
         grown, outputs = cache, []
         for chunk, num_tokens in zip((slice(0, 3), slice(3, 4)), counts.T, strict=True):
             name = able(implementation, cache, chunk.stop - chunk.start)
             arrays = queries[:, chunk], keys[:, chunk], values[:, chunk]
             grown, output = layer_step(
-                grown, 0, *arrays, num_tokens, sinks=sinks, implementation=name
+                grown, 0, *arrays, num_tokens, sink_logits=sink_logits, implementation=name
             )
             grown = jaxkv.advance(grown, num_tokens)
             outputs.append(output)
         return jnp.concatenate(outputs, axis=1)
 
-    def one_by_one(queries, keys, values, sinks):
+    def one_by_one(queries, keys, values, sink_logits):
         outputs = jnp.zeros(queries.shape)
         for sequence, tokens in enumerate(real):
             vectors = (array[sequence, tokens] for array in (queries, keys, values))
-            outputs = outputs.at[sequence, tokens].set(plain_attention(*vectors, sinks))
+            outputs = outputs.at[sequence, tokens].set(plain_attention(*vectors, sink_logits))
         return outputs
 
     real = [np.r_[:chunk, 3 : 3 + token] for chunk, token in counts]
@@ -222,3 +222,14 @@ def test_pages_in_any_order_give_the_bits_that_one_run_of_slots_gives(implementa
     run = functools.partial(run_layer, "plain", able(implementation, kinds[0], 1))
     one_run, pages = (step(cache, *arrays, run=run)[1] for cache in map(shuffled, kinds))
     np.testing.assert_array_equal(pages, one_run)
+
+
+def test_an_old_name_of_an_argument_is_understood_with_a_warning():
+    cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, 2, 4, codec=jaxkv.Dense("float32")))
+    vectors = jnp.ones((3, 2, 4))
+    cache, logits = jaxkv.append(cache, vectors, vectors, layer=0), jnp.array([0.5, -1.0])
+    expected = jaxkv.attend(cache, vectors, layer=0, sink_logits=logits)
+    with pytest.warns(DeprecationWarning, match="sinks= is now called sink_logits="):
+        np.testing.assert_array_equal(jaxkv.attend(cache, vectors, layer=0, sinks=logits), expected)
+    with pytest.raises(TypeError, match="Got both"):
+        jaxkv.attend(cache, vectors, layer=0, sinks=logits, sink_logits=logits)

@@ -128,9 +128,9 @@ MISUSES = {
         "softcap must be positive, got 0.0",
     ),
     "sinks of other heads": (
-        lambda: attend(SINGLE, QUERIES, sinks=zeros(2)),
+        lambda: attend(SINGLE, QUERIES, sink_logits=zeros(2)),
         ValueError,
-        r"sinks must be \[heads\] = \[4\], got \[2\]",
+        r"sink_logits must be \[heads\] = \[4\], got \[2\]",
     ),
     "an unknown implementation": (
         lambda: attend(SINGLE, QUERIES, implementation="flash"),

@@ -163,13 +163,13 @@ INTERPRETED = {
     "bfloat16": (
         {"batch_size": 2, "num_kv_heads": 1, "addressing": jaxkv.Paged(16, window=50)},
         (70, 3),
-        {"softcap": 5.0, "sinks": jnp.asarray([0.5, -0.5])},
+        {"softcap": 5.0, "sink_logits": jnp.asarray([0.5, -0.5])},
         (1, 1),
     ),
     "tokens": (
         {"batch_size": 2, "num_kv_heads": 1, "addressing": jaxkv.Paged(16, window=50)},
         (70, 5),
-        {"sinks": jnp.asarray([0.5, -0.5])},
+        {"sink_logits": jnp.asarray([0.5, -0.5])},
         (7, 3),
     ),
     # The second ring has turned, and both leave out a tile of hidden slots.
@@ -181,7 +181,7 @@ INTERPRETED = {
             "addressing": jaxkv.Ring(window=20, sinks=3, chunk=240),
         },
         (180, 275),
-        {"sinks": jnp.asarray([0.5])},
+        {"sink_logits": jnp.asarray([0.5])},
         (1, 1),
     ),
     "float16": (
@@ -223,7 +223,7 @@ INTERPRETED = {
             "addressing": jaxkv.Paged(32),
         },
         (100,),
-        {"window": 60, "sinks": jnp.linspace(-1, 1, 8)},
+        {"window": 60, "sink_logits": jnp.linspace(-1, 1, 8)},
         (3,),
     ),
 }

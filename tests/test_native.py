@@ -164,9 +164,11 @@ def test_long_contexts_of_every_grouping_equal_the_reference(codec, group, head_
     queries = jnp.asarray(generator.standard_normal((3, 1, kv_heads * group, head_dim), np.float32))
     cache = jaxkv.append(jaxkv.create(config), keys + 1, keys[::-1], layer=1, num_tokens=lengths)
     cache = jaxkv.advance(cache, lengths - 1)
-    sinks = jnp.linspace(-1, 9, kv_heads * group)
+    sink_logits = jnp.linspace(-1, 9, kv_heads * group)
     expected, got = (
-        jaxkv.attend(cache, queries, layer=1, window=900, sinks=sinks, implementation=name)
+        jaxkv.attend(
+            cache, queries, layer=1, window=900, sink_logits=sink_logits, implementation=name
+        )
         for name in ("reference", "native")
     )
     np.testing.assert_allclose(got, expected, atol=2e-6)

@@ -12,7 +12,7 @@ from jaxkv.attention import IMPLEMENTATIONS
 from tests.oracle import SINKS, attention, config_of, jit
 
 FIRST, SECOND, HEAD_DIM = 5, 4, 16  # tokens of each part
-OPTIONS = {"plain": {}, "all": {"softcap": 0.8, "scale": 0.7, "sinks": SINKS}}
+OPTIONS = {"plain": {}, "all": {"softcap": 0.8, "scale": 0.7, "sink_logits": SINKS}}
 
 
 def vectors(tokens, heads, seed):
@@ -45,14 +45,14 @@ def test_two_parts_are_the_whole(name, options, codec):
         config = config.replace(placement=jaxkv.HostMemory(2, 4))
     keys, values = (vectors(FIRST + SECOND, 2, seed) for seed in (0, 1))
     queries, options = vectors(1, 4, 2), dict(OPTIONS[options])
-    sinks = options.pop("sinks", None)  # of one part alone
+    sink_logits = options.pop("sink_logits", None)  # of one part alone
     stored, parts, logs = [], [], []
-    for span, own in ((slice(0, FIRST), sinks), (slice(FIRST, None), None)):
+    for span, own in ((slice(0, FIRST), sink_logits), (slice(FIRST, None), None)):
         cache = holding(config, keys[:, span], values[:, span])
         if reason := IMPLEMENTATIONS[name].cannot_serve(cache, 1):
             pytest.skip(reason)
         stored.append([each[:, : keys[:, span].shape[1]] for each in jaxkv.layer(cache, 1)])
-        output, log = part(cache, queries, name, sinks=own, **options)
+        output, log = part(cache, queries, name, sink_logits=own, **options)
         parts.append(output)
         logs.append(log)
     keys, values = (
@@ -61,7 +61,7 @@ def test_two_parts_are_the_whole(name, options, codec):
     result = merged(jnp.stack(parts), jnp.stack(logs))
     for row in range(2):
         tokens = list(zip(keys[row], values[row], strict=True))
-        right = attention(queries[row, 0], tokens, sinks=sinks, **options)
+        right = attention(queries[row, 0], tokens, sink_logits=sink_logits, **options)
         np.testing.assert_allclose(result[row, 0], right, rtol=1e-5, atol=1e-5)
     # That of the second part, by its definition.
     scores = np.einsum("bhd,bshd->bhs", queries[:, 0], keys[:, FIRST:].repeat(2, axis=2))

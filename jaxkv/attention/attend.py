@@ -37,6 +37,7 @@ from jaxkv.cache.verbs import or_nan, real_of
 from jaxkv.counts import check_count
 from jaxkv.devices import PLATFORMS, by_platform, default_device, platform_of
 from jaxkv.programs import one_program
+from jaxkv.renamed import renamed
 from jaxkv.show.text import format_bytes
 
 # Scores that the reference form may hold at once, in bytes.
@@ -146,7 +147,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
-    sinks: Float[Array, " heads"] | None = None,
+    sink_logits: Float[Array, " heads"] | None = None,
     implementation: str | None = None,
     partial: Literal[False] = False,
 ) -> Float[Array, "*batch tokens heads head_dim"]: ...
@@ -161,10 +162,11 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
-    sinks: Float[Array, " heads"] | None = None,
+    sink_logits: Float[Array, " heads"] | None = None,
     implementation: str | None = None,
     partial: Literal[True],
 ) -> tuple[Float[Array, "*batch tokens heads head_dim"], Float[Array, "*batch tokens heads"]]: ...
+@renamed(sinks="sink_logits")
 @in_its_group
 def attend(
     cache: KVCache,
@@ -175,7 +177,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
-    sinks: Float[Array, " heads"] | None = None,
+    sink_logits: Float[Array, " heads"] | None = None,
     implementation: str | None = None,
     partial: bool = False,
 ) -> Any:
@@ -191,11 +193,11 @@ def attend(
       scale: of the logits; ``head_dim ** -0.5`` if None.
       softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, section 2).
       window: a query sees this many newest tokens, itself included (Mistral 7B, section 2).
-      sinks: one learned logit per head, added to the softmax denominator only (gpt-oss).
+      sink_logits: one learned logit per head, added to the softmax denominator only (gpt-oss).
       implementation: a name in `IMPLEMENTATIONS`; None picks the first that can serve, see
         `explain`. A named one is used or an error, never replaced.
       partial: give the log-sum-exp of the logits too, for this to be one part of what queries see:
-        of a context in several caches or on several devices. ``sinks`` are for one part alone.
+        of a context in several caches or on several devices. ``sink_logits`` are for one part.
 
     Returns:
       The attention output, of the queries' dtype and shape, but that a value has ``value_dim``
@@ -226,7 +228,7 @@ def attend(
     >>> [f"{weight:.1f}" for weight in weights[:, 0, 0]]  # by the tokens seen: 2 and 3
     ['0.4', '0.6']
     """
-    _check_call(cache, queries, window, softcap, sinks)
+    _check_call(cache, queries, window, softcap, sink_logits)
     *_, tokens, heads, _ = queries.shape
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
     num_tokens = real_of(cache, tokens, num_tokens)
@@ -246,7 +248,7 @@ def attend(
     if tokens == 0:
         output = jnp.zeros((*queries.shape[:-1], cache.config.pair.value_dim), queries.dtype)
         return (output, jnp.zeros(queries.shape[:-1], jnp.float32)) if partial else output
-    arrays = cache, queries, number, num_tokens, scale, sinks
+    arrays = cache, queries, number, num_tokens, scale, sink_logits
     serve: Any = _serve_part if partial else _serve
     call = functools.partial(serve, *arrays, softcap=softcap, window=window)
     runs = {name: functools.partial(call, chosen=IMPLEMENTATIONS[name]) for name in names.values()}
@@ -266,12 +268,12 @@ def _serve(
     layer: Layer,
     num_tokens: NumTokens | None,
     scale: float | None,
-    sinks: Array | None,
+    sink_logits: Array | None,
     *,
     chosen: Implementation,
     **options: Any,
 ) -> Array:
-    options |= {"scale": scale, "sinks": sinks, "rotate": not chosen.rotates}
+    options |= {"scale": scale, "sink_logits": sink_logits, "rotate": not chosen.rotates}
     request = request_of(cache, queries, layer, num_tokens, **options)
     output = chosen.run(request) if cache.index.share is None else _merged(request, chosen)[0]
     return _as_given(output, queries, cache, chosen)
@@ -285,13 +287,13 @@ def _serve_part(
     layer: Layer,
     num_tokens: NumTokens | None,
     scale: float | None,
-    sinks: Array | None,
+    sink_logits: Array | None,
     *,
     chosen: Implementation,
     **options: Any,
 ) -> tuple[Array, Array]:
     assert chosen.part is not None
-    options |= {"scale": scale, "sinks": sinks, "rotate": not chosen.rotates}
+    options |= {"scale": scale, "sink_logits": sink_logits, "rotate": not chosen.rotates}
     request = request_of(cache, queries, layer, num_tokens, **options)
     part = chosen.part(request) if cache.index.share is None else _merged(request, chosen)
     output, log_total = part
@@ -312,9 +314,9 @@ def _merged(request: AttentionCall, chosen: Implementation) -> tuple[Grouped, Lo
     share = request.cache.index.share
     assert chosen.part is not None
     assert share is not None
-    if request.sinks is not None:  # once
-        sinks = jnp.where(share.rank == 0, request.sinks, LOWEST)
-        request = dataclasses.replace(request, sinks=sinks)
+    if request.sink_logits is not None:  # once
+        sink_logits = jnp.where(share.rank == 0, request.sink_logits, LOWEST)
+        request = dataclasses.replace(request, sink_logits=sink_logits)
     if not request.cache.codec_state:  # nobody asks for positions but the mask: for order
         own = share.inner, share.own(request.positions + 1) - 1, share.own(request.lengths)
         cache = dataclasses.replace(request.cache, index=own[0])
@@ -446,7 +448,7 @@ def _check_call(
     queries: Array,
     window: int | None,
     softcap: float | None,
-    sinks: Array | None,
+    sink_logits: Array | None,
 ) -> None:
     check_queries(cache, queries)
     heads = queries.shape[-2]
@@ -460,5 +462,5 @@ def _check_call(
         check_count("window", window)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}.")
-    if sinks is not None and sinks.shape != (heads,):
-        raise ValueError(f"sinks must be [heads] = [{heads}], got {list(sinks.shape)}.")
+    if sink_logits is not None and sink_logits.shape != (heads,):
+        raise ValueError(f"sink_logits must be [heads] = [{heads}], got {list(sink_logits.shape)}.")

@@ -29,7 +29,7 @@ Vectors = Float[Array, "batch slots kv_heads head_dim"]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        *("cache", "queries", "layer", "positions", "lengths", "sinks"),
+        *("cache", "queries", "layer", "positions", "lengths", "sink_logits"),
         *("offset_queries", "newest"),
     ],
     meta_fields=["softcap", "window"],
@@ -46,7 +46,7 @@ class AttentionCall:
         implementation that rotates them itself is given neither, and gives neither.
       positions: of each query, -1 for padding.
       lengths: of each sequence, after these tokens.
-      sinks: None, or one learned logit per query head, added to the softmax denominator only.
+      sink_logits: None, or a learned logit per query head, added to the softmax denominator only.
       offset_queries: what features of a position are multiplied with, for the share of `offsets`.
       newest: the same call of the cache of `Newest` tokens, which are not read here then; or None.
     """
@@ -58,7 +58,7 @@ class AttentionCall:
     lengths: Int[Array, " batch"]
     softcap: float | None = None
     window: int | None = None
-    sinks: Float[Array, "kv_heads group"] | None = None
+    sink_logits: Float[Array, "kv_heads group"] | None = None
     offset_queries: Float[Array, "batch kv_heads tokens group centres features"] | None = None
     newest: "AttentionCall | None" = None
 
@@ -175,7 +175,7 @@ def request_of(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
-    sinks: Float[Array, " heads"] | None = None,
+    sink_logits: Float[Array, " heads"] | None = None,
     rotate: bool = True,
 ) -> AttentionCall:
     """The request of a call of `attend`, whose arguments these are, checked."""
@@ -190,6 +190,8 @@ def request_of(
     if cache.newest is not None:  # sinks take their share once
         options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
         newest = request_of(cache.newest, queries, layer, num_tokens, **options)
+    if sink_logits is not None:
+        sink_logits = sink_logits.astype(jnp.float32).reshape(-1, group)
     return AttentionCall.of(
         cache,
         jnp.moveaxis(scaled, 1, 2),
@@ -199,6 +201,6 @@ def request_of(
         lengths=(cache.lengths + added).reshape(batch),
         softcap=softcap,
         window=window,
-        sinks=None if sinks is None else sinks.astype(jnp.float32).reshape(-1, group),
+        sink_logits=sink_logits,
         newest=newest,
     )

@@ -100,9 +100,9 @@ def _read(
         offset_queries = None if offsets is None else offsets.queries(queries)
         queries = codec.stepped(queries, state)
     queries = jnp.moveaxis(queries, 2, 1)  # [batch, tokens, kv_heads, group, head_dim]
-    sinks = request.sinks
-    if sinks is None:
-        sinks = jnp.full(queries.shape[2:4], LOWEST, jnp.float32)
+    sink_logits = request.sink_logits
+    if sink_logits is None:
+        sink_logits = jnp.full(queries.shape[2:4], LOWEST, jnp.float32)
     table, page_size = _pages(index)
     offset_queries, rope_tables = _offsets(request, offset_queries)
     hidden_from = _hidden_from(request)
@@ -121,7 +121,7 @@ def _read(
         queries,
         request.positions,
         jnp.minimum(request.lengths, hidden_from),
-        sinks,
+        sink_logits,
         offset_queries,
         rope_tables,
         table,
@@ -136,7 +136,8 @@ def _read(
         softcap=np.float32(request.softcap or 0),
     )
     if offsets is not None:
-        share = 1 - jnp.exp(jnp.minimum(sinks - log_total, 0))  # of probability, that tokens took
+        # Of probability, what tokens took.
+        share = 1 - jnp.exp(jnp.minimum(sink_logits - log_total, 0))
         first, *second = (codec.rotate_values(values) for _, values in offsets.centres)
         output += share[..., None] * first[:, None]
         for other in second:

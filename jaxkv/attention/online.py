@@ -27,10 +27,10 @@ class Online(NamedTuple):
         """Nothing seen yet but learned sinks."""
         rows = request.queries[..., 0]  # like it, so that an Explicit mesh shards them like it
         highest, total = jnp.full_like(rows, LOWEST), jnp.zeros_like(rows)
-        if request.sinks is not None:  # as a slot that was read already and gave nothing
-            sinks = jnp.broadcast_to(request.sinks[:, None, :], rows.shape)
-            highest = lax.stop_gradient(jnp.maximum(highest, sinks))
-            total = jnp.exp(sinks - highest)
+        if request.sink_logits is not None:  # as a slot that was read already and gave nothing
+            sink_logits = jnp.broadcast_to(request.sink_logits[:, None, :], rows.shape)
+            highest = lax.stop_gradient(jnp.maximum(highest, sink_logits))
+            total = jnp.exp(sink_logits - highest)
         width = request.cache.config.pair.width
         mix = jnp.broadcast_to(jnp.zeros_like(request.queries[..., :1]), (*rows.shape, width))
         return cls(highest, total, mix)

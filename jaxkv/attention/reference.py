@@ -18,14 +18,14 @@ def reference_part(request: AttentionCall) -> tuple[Grouped, LogTotal]:
     seen = request.visible(0, extent)
     scores = jnp.where(seen, request.logits(scores_of(request.queries, keys), 0, extent), -jnp.inf)
     highest = jnp.max(scores, axis=-1, keepdims=True)
-    if request.sinks is not None:
-        sinks = request.sinks[:, None, :, None]
-        highest = jnp.maximum(highest, sinks)
+    if request.sink_logits is not None:
+        sink_logits = request.sink_logits[:, None, :, None]
+        highest = jnp.maximum(highest, sink_logits)
     highest = jnp.where(jnp.isfinite(highest), highest, 0)  # a query that sees nothing
     weights = jnp.exp(scores - highest)
     total = weights.sum(axis=-1, keepdims=True)
-    if request.sinks is not None:
-        total += jnp.exp(sinks - highest)
+    if request.sink_logits is not None:
+        total += jnp.exp(sink_logits - highest)
     seen_any = total > 0
     total = jnp.where(seen_any, total, 1)
     log_total = jnp.where(seen_any, highest + jnp.log(total), LOWEST)[..., 0]

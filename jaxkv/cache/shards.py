@@ -39,7 +39,7 @@ _ARGUMENTS: dict[str, What] = {
     **dict.fromkeys(("num_tokens", "length", "in_range", "rows", "since"), ("batch",)),
     **dict.fromkeys(("numbers", "sources", "destinations"), ("batch",)),  # of pages
     "contents": (None, None, None, "heads"),
-    "sinks": ("heads",),
+    "sink_logits": ("heads",),
 }
 
 

@@ -170,14 +170,19 @@ def _advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
 
 @in_every_group
 def padded_after(cache: KVCache, num_tokens: NumTokens | None) -> KVCache:
-    """The cache for a step by a model that knows nothing of padding; None ends the step.
+    """The cache for a step whose padding is said once, not in each verb; None ends the step.
 
     `append`, `attend` and `advance` then take the first ``num_tokens`` of all tokens of the step
-    for real, and no more. So padding enters neither slots nor means.
+    for real, and no more. So padding enters neither slots nor means, and a model needs to know
+    nothing of it.
+
+    Args:
+      num_tokens: how many tokens of the step are real, of each sequence of a batch. None where
+        none are padding, as after a step.
 
     >>> import jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4))
-    >>> cache = padded_after(cache, 3)
+    >>> cache = jaxkv.padded_after(cache, 3)
     >>> int(jaxkv.advance(cache, 5).lengths)
     3
     """

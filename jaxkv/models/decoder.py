@@ -77,7 +77,7 @@ class Attention(nnx.Module):
             scale=config.attention_scale,
             window=config.windows[self.layer],
             softcap=config.attention_softcap,
-            sinks=self.sinks[...] if config.family.has_sinks else None,
+            sink_logits=self.sinks[...] if config.family.has_sinks else None,
         )
         return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache
 

@@ -199,7 +199,7 @@ def attend_causal(
 
     Args:
       values: None for a cache that has them in its keys.
-      **options: ``window``, ``softcap`` and ``sinks``, as in `jaxkv.attend`.
+      **options: ``window``, ``softcap`` and ``sink_logits``, as in `jaxkv.attend`.
     """
     if cache is None:
         assert values is not None
@@ -216,7 +216,7 @@ def _attend_uncached(
     *,
     window: int | None = None,
     softcap: float | None = None,
-    sinks: Float[Array, " heads"] | None = None,
+    sink_logits: Float[Array, " heads"] | None = None,
 ) -> Array:
     """All tokens at once; scores and softmax in float32, gradients through both products."""
     *batch, tokens, kv_heads, head_dim = keys.shape
@@ -227,9 +227,9 @@ def _attend_uncached(
         scores = softcap * jnp.tanh(scores / softcap)
     positions = jnp.arange(tokens, dtype=jnp.int32)
     scores = jnp.where(visible(positions, positions, window), scores, -jnp.inf)
-    if sinks is not None:  # as a token before all others, whose value is zero
-        sinks = sinks.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
-        column = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
+    if sink_logits is not None:  # as a token before all others, whose value is zero
+        sink_logits = sink_logits.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
+        column = jnp.broadcast_to(sink_logits, (*scores.shape[:-1], 1))
         weights = jax.nn.softmax(jnp.concatenate([column, scores], axis=-1), axis=-1)[..., 1:]
     else:
         weights = jax.nn.softmax(scores, axis=-1)

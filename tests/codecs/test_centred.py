@@ -83,7 +83,7 @@ def test_attention_is_what_it_is_without(monkeypatch, rope, implementation):
     sinks = jnp.array([0.5, -1.0, 2.0, 0.0])
     run = jit(
         functools.partial(
-            layer_step, implementation=implementation, softcap=5.0, window=6, sinks=sinks
+            layer_step, implementation=implementation, softcap=5.0, window=6, sink_logits=sinks
         )
     )
     plain = jaxkv.create(config_of(jaxkv.Dense("float32")))

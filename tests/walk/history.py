@@ -156,7 +156,7 @@ class History:
                 outputs[sequence, number] = output
         return outputs.reshape(queries.shape)
 
-    def _attend(self, layer, row, query, position, window=None, sinks=None, **options):
+    def _attend(self, layer, row, query, position, window=None, sink_logits=None, **options):
         config, output = self.configs[layer], np.zeros(query.shape)
         group, near = len(query) // config.num_kv_heads, self._near(config, row, position)
         seen = {p for p in visible(config, position) if window is None or p > position - window}
@@ -166,7 +166,7 @@ class History:
                 tuple(vector[one] for vector in row.tokens[p][2 * (p in near) :][:2])
                 for p in sorted(seen & (near | row.held(head)))
             ]
-            own = options if sinks is None else options | {"sinks": sinks[heads]}
+            own = options if sink_logits is None else options | {"sink_logits": sink_logits[heads]}
             output[heads] = attention(query[heads], tokens, **own)
         return output
 

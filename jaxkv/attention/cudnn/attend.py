@@ -309,7 +309,7 @@ def _first_tokens(request: AttentionCall, first: Int[Array, " batch"], window: i
     beyond = (slots < before) | (slots <= request.positions[:, :, None] - window)
     seen = request.visible(0, sinks) & beyond[:, None, :, None]
     rotated = request.cache.config.codec.rotate(request.queries)
-    alone = dataclasses.replace(request, queries=rotated, sinks=None)
+    alone = dataclasses.replace(request, queries=rotated, sink_logits=None)
     state = Online.start(alone).with_slots(alone, 0, sinks, seen)
     logsumexp = jnp.where(state.total > 0, state.highest + jnp.log(state.total), _LOWEST)
     return Part(jnp.moveaxis(state.output(), 1, 2), jnp.swapaxes(logsumexp, 2, 3))
@@ -317,17 +317,17 @@ def _first_tokens(request: AttentionCall, first: Int[Array, " batch"], window: i
 
 def _combined(request: AttentionCall, parts: list[Part]) -> Queries:
     """What the parts add up to, in 16 bits."""
-    sinks = request.sinks
+    sink_logits = request.sink_logits
     peak = functools.reduce(jnp.maximum, [part.logsumexp for part in parts])
-    if sinks is not None:  # as a part of its own that gave nothing
-        sinks = sinks[:, :, None]
-        peak = jnp.maximum(peak, sinks)
+    if sink_logits is not None:  # as a part of its own that gave nothing
+        sink_logits = sink_logits[:, :, None]
+        peak = jnp.maximum(peak, sink_logits)
     weights = [
         jnp.where(part.logsumexp == _LOWEST, 0, jnp.exp(part.logsumexp - peak)) for part in parts
     ]
     total = functools.reduce(jnp.add, weights)
-    if sinks is not None:
-        total += jnp.exp(sinks - peak)
+    if sink_logits is not None:
+        total += jnp.exp(sink_logits - peak)
     total = jnp.where(total == 0, 1, total)
 
     def share_of(part: Part, weight: Array) -> Array:

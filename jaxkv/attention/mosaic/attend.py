@@ -151,8 +151,10 @@ def _decode(request: AttentionCall, interpret: object) -> tuple[Grouped, LogTota
     coarse, fine = (
         part[:, :, :, :count] for part in jnp.split(mixes.astype(jnp.float32), 2, axis=3)
     )
-    sinks = None if request.sinks is None else jnp.tile(request.sinks, (1, tokens))
-    mix, share, log_total = _combined(coarse + fine, highest, totals, sinks)
+    sink_logits = (
+        None if request.sink_logits is None else jnp.tile(request.sink_logits, (1, tokens))
+    )
+    mix, share, log_total = _combined(coarse + fine, highest, totals, sink_logits)
     if tokens > 1:  # padding sees nothing
         real = jnp.repeat(request.positions >= 0, group, axis=1)[:, None]
         mix, share = jnp.where(real[..., None], mix, 0), jnp.where(real, share, 0)
@@ -249,7 +251,7 @@ def _combined(
     mixes: Float[Array, "splits batch kv_heads group head_dim"],
     highest: Float[Array, "splits batch kv_heads group"],
     totals: Float[Array, "splits batch kv_heads group"],
-    sinks: Float[Array, "kv_heads group"] | None,
+    sink_logits: Float[Array, "kv_heads group"] | None,
 ) -> tuple[
     Float[Array, "batch kv_heads group head_dim"],
     Float[Array, "batch kv_heads group"],
@@ -261,12 +263,12 @@ def _combined(
     the total.
     """
     peak = functools.reduce(jnp.maximum, highest)
-    if sinks is not None:  # as a part of its own that gave nothing
-        peak = jnp.maximum(peak, sinks * _LOG2_E)
+    if sink_logits is not None:  # as a part of its own that gave nothing
+        peak = jnp.maximum(peak, sink_logits * _LOG2_E)
     weights = [jnp.exp2(part - peak) for part in highest]
     total = own = sum(part * weight for part, weight in zip(totals, weights, strict=True))
-    if sinks is not None:
-        total += jnp.exp2(sinks * _LOG2_E - peak)
+    if sink_logits is not None:
+        total += jnp.exp2(sink_logits * _LOG2_E - peak)
     seen = total > 0
     total = jnp.where(seen, total, 1)
     log_total = jnp.where(seen, (peak + jnp.log2(total)) / _LOG2_E, LOWEST)
