@@ -15,7 +15,17 @@ from benchmarks.report import environment, header
 _MOST_BUSY = 0.1
 PARTS = (
     *("startup", "allocation", "append", "attention", "codecs", "decode", "paging", "engine"),
-    *("snapshot", "streaming", "compression", "quality", "codecs-real", "mesh", "draft"),
+    *(
+        "snapshot",
+        "streaming",
+        "compression",
+        "quality",
+        "codecs-real",
+        "checkpoint",
+        "ways",
+        "mesh",
+        "draft",
+    ),
     "accelerator",
 )
 
