@@ -6,6 +6,7 @@ index reports, so a new addressing needs no change in attention. Kernels, host m
 ask both what they can do (`Index.run`, `Index.pages`, ...), never which they are.
 """
 
+import abc
 from typing import Protocol, Self, runtime_checkable
 
 from jaxtyping import Array, Bool, Int
@@ -207,12 +208,32 @@ class Plain(_Defaults):
 
     page_size: int | None = None
     num_pages: int | None = None
+    state: tuple[str, ...] = ()
+
+    def reason_against(self, num_layers: int, num_kv_heads: int) -> str | None:
+        return None
 
     def with_heads(self, num_kv_heads: int) -> Self:
         return self
 
     def shared_by(self, devices: int) -> Self:
         return self
+
+
+class PlainPerHead(Plain, abc.ABC):
+    """One whose heads keep tokens of their own, for so many layers and heads: inherit, as above."""
+
+    num_layers: int
+    num_kv_heads: int
+    per_head = True
+
+    def reason_against(self, num_layers: int, num_kv_heads: int) -> str | None:
+        if (num_layers, num_kv_heads) == (self.num_layers, self.num_kv_heads):
+            return None
+        return (
+            f"num_layers and num_kv_heads must be those of {self}, got {num_layers} and "
+            f"{num_kv_heads}"
+        )
 
 
 class PlainIndex(_Defaults):
@@ -262,6 +283,13 @@ class Addressing(Traits, Protocol):
     @property
     def num_pages(self) -> int | None:
         """Pages of a pool that sequences share; None where each owns its slots."""
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Names of the numbers that a policy keeps per token and head."""
+
+    def reason_against(self, num_layers: int, num_kv_heads: int) -> str | None:
+        """Why it cannot be that of so many layers and heads, or None."""
 
     def with_heads(self, num_kv_heads: int) -> Self:
         """The same for a cache of so many KV heads, as one device of several has."""

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxkv.addressing.addressing import Index, Layer, PageTable, Plain, PlainIndex
+from jaxkv.addressing.addressing import Index, Layer, PageTable, PlainIndex, PlainPerHead
 from jaxkv.addressing.contiguous import Contiguous
 from jaxkv.addressing.paged import Paged
 from jaxkv.counts import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept(Plain):
+class Kept(PlainPerHead):
     """Each KV head holds ``tokens`` tokens of its own choice, and ``new`` that came since.
 
     Made by `jaxkv.compress`, or given to a config for a cache that evicts from its first token
@@ -51,8 +51,6 @@ class Kept(Plain):
     sums: bool | tuple[str, ...] = False
     within: Contiguous | Paged = Contiguous()
 
-    per_head = True
-
     def __post_init__(self) -> None:
         check_fields(self, "tokens", "new", "num_layers", "num_kv_heads")
         within = self.within
@@ -82,7 +80,7 @@ class Kept(Plain):
         return dataclasses.replace(self, within=self.within.shared_by(devices))
 
     @property
-    def state(self) -> tuple[str, ...]:
+    def state(self) -> tuple[str, ...]:  # type: ignore[override]
         """Names of the numbers that a policy keeps per token and head."""
         return self.sums if isinstance(self.sums, tuple) else ("sums",) * self.sums
 

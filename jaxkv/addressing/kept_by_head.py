@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import math
-from typing import ClassVar, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxkv.addressing.addressing import Layer, Plain
+from jaxkv.addressing.addressing import Layer, PlainPerHead
 from jaxkv.addressing.contiguous import Contiguous
 from jaxkv.addressing.kept import KeptIndex
 from jaxkv.addressing.rows import read_rows
@@ -18,7 +18,7 @@ from jaxkv.counts import ceil_div, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
-class KeptByHead(Plain):
+class KeptByHead(PlainPerHead):
     """As `Kept`, with a number of tokens of its own for each layer, sequence and KV head.
 
     The slots of new tokens come first, ``new`` a sequence. Behind them the ctx and KV head axes
@@ -48,12 +48,8 @@ class KeptByHead(Plain):
     num_layers: int
     num_kv_heads: int
 
-    per_head = True
-
     def __post_init__(self) -> None:
         check_fields(self, "places", "longest", "new", "num_layers", "num_kv_heads")
-
-    state: ClassVar[tuple[str, ...]] = ()  # of a policy: there is none
 
     @property
     def name(self) -> str:

@@ -83,10 +83,8 @@ class KVCacheConfig:
             problems.append(
                 f"addressing must be one such as jaxkv.Contiguous(), got {self.addressing!r}"
             )
-        for field in ("num_layers", "num_kv_heads"):  # of compressed caches, whose heads differ
-            own = getattr(self, field)
-            if getattr(self.addressing, field, own) != own:
-                problems.append(f"{field} must be that of {self.addressing}, got {own}")
+        elif not any(problems):
+            problems.append(self.addressing.reason_against(self.num_layers, self.num_kv_heads))
         if self.placement is not None:
             problems.append(self._check_placement())
         if self.newest is not None:
@@ -106,7 +104,7 @@ class KVCacheConfig:
     def _check_newest(self) -> str | None:
         if not isinstance(self.newest, Newest):
             return f"newest must be jaxkv.Newest(...) or None, got {self.newest!r}"
-        if getattr(self.addressing, "aligned", False):
+        if isinstance(self.addressing, Addressing) and self.addressing.aligned:
             return f"newest must be None: newest tokens may be of two chunks of {self.addressing}"
         return None
 

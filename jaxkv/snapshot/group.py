@@ -59,7 +59,7 @@ class Group:
                 yield f"{sequence}.first_new", Spec("int32", ())
             if self.is_compressed or held != length:
                 yield f"{sequence}.positions", Spec("int32", (held,))
-            if names := getattr(config.addressing, "state", ()):
+            if names := config.addressing.state:
                 yield from ((f"{sequence}.{name}", Spec("float32", (held,))) for name in names)
                 yield f"{sequence}.since", Spec("int32", ())
         if self.of_newest is not None:

@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     assert "holds 4 kept tokens of one head" in load(
         "even", addressing=dataclasses.replace(KEPT, tokens=3)
     )
-    assert "num_layers must be that of Kept" in load(
+    assert "num_layers and num_kv_heads must be those of Kept" in load(
         "even", addressing=dataclasses.replace(KEPT, num_layers=3)
     )
     batch = jaxkv.create(uneven.replace(batch_size=3))
