@@ -50,6 +50,11 @@ def _loaded(variant: str) -> Any:
     for module in model.modules():  # which DeepSeek-V2's router of groups reads, and 5.2 lacks
         if hasattr(module, "topk_method") and not hasattr(module, "num_experts"):
             module.num_experts = model.config.n_routed_experts
+    if model.config.model_type == "bamba":  # whose rope 5.2 lets turn whole heads, unlike 4.48
+        rope = model.config.rope_parameters
+        dim = int(model.config.hidden_size / model.config.num_attention_heads * 0.5)
+        powers = torch.arange(0, dim, 2).float() / dim
+        model.model.rotary_emb.inv_freq = 1 / rope["rope_theta"] ** powers
     return model
 
 

@@ -15,6 +15,8 @@ from jaxkv.cache.newest import Newest
 from jaxkv.cache.rearrange import copy_pages, fork, select
 from jaxkv.cache.regroup import gather, spread
 from jaxkv.cache.shards import partition_specs
+from jaxkv.cache.state import StateConfig
+from jaxkv.cache.states import copy_state, real_tokens, restore_state, state, with_state
 from jaxkv.cache.verbs import (
     advance,
     append,
@@ -111,6 +113,7 @@ __all__ = [
     "SnapshotError",
     "Speculation",
     "Stair",
+    "StateConfig",
     "Timings",
     "UnknownRequestError",
     "advance",
@@ -121,6 +124,7 @@ __all__ = [
     "check",
     "compress",
     "copy_pages",
+    "copy_state",
     "create",
     "evict",
     "evicting",
@@ -142,15 +146,19 @@ __all__ = [
     "plan",
     "plots",
     "prefetch",
+    "real_tokens",
     "reconstruction_scores",
     "reset",
+    "restore_state",
     "sample",
     "save",
     "select",
     "session",
     "spread",
+    "state",
     "truncate",
     "wide_at_the_ends",
+    "with_state",
 ]
 
 

@@ -25,17 +25,18 @@ from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.newest import Newest, NewestIndex, NewestSlots
+from jaxkv.cache.state import StateCache, StateConfig, StateIndex
 from jaxkv.codecs import CODECS, KeysValues, Rope
 from jaxkv.placement import Bounds, HostMemory, Resident
 
 _NODES = (
-    *(KVCache, HybridCache, Resident, Bounds, PolicyState),
+    *(KVCache, HybridCache, StateCache, StateIndex, Resident, Bounds, PolicyState),
     *(ContiguousIndex, PagedIndex, RingIndex, KeptEvenlyIndex, KeptByHeadIndex, NewestIndex),
 )
 _STATIC = {
     kind.__name__: kind
     for kind in (
-        *(KVCacheConfig, HybridConfig, HostMemory, Newest),
+        *(KVCacheConfig, HybridConfig, StateConfig, HostMemory, Newest),
         *(Chunked, Contiguous, Paged, Ring, Kept, KeptByHead, NewestSlots),
         *map(type, CODECS.values()),
         *(KeysValues, Rope),

@@ -181,7 +181,8 @@ def test_codecs_that_are_not_one_a_layer():
 @pytest.mark.parametrize("maker", [jaxkv.cache_config, Shape.cache_config, Model.cache_config])
 def test_every_maker_takes_all_that_a_model_does_not_decide(maker):
     fields = {field.name for field in dataclasses.fields(jaxkv.KVCacheConfig)}
-    named = set(inspect.signature(maker).parameters) - {"self", "model", "fields"}
+    own = {"self", "model", "fields", "state_dtype"}  # the last one a model's own
+    named = set(inspect.signature(maker).parameters) - own
     decided = {"num_layers", "num_kv_heads", "head_dim", "value_dim", "values_in_keys"}
     left = fields - decided | {"chunk"}
     assert named | set(SameInAllLayers.__annotations__) == left

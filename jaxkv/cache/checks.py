@@ -140,6 +140,16 @@ def check_alive(cache: AnyCache) -> None:
         )
 
 
+def check_stateless(cache: AnyCache, verb: str, instead: str) -> None:
+    """Refuse a cache with layers that keep a state, for what cannot do anything about them."""
+    if cache.states:
+        layers = [layer for each in cache.config.states for layer in each.layers]
+        raise ValueError(
+            f"{verb}: layers {layers} of this cache keep a state, which is of no tokens that could "
+            f"be told apart. {instead}"
+        )
+
+
 def check_here(cache: KVCache) -> None:
     """Refuse a cache of which this process holds a part, where all of it is to be read."""
     leaf = buffer_of(cache)
@@ -195,16 +205,7 @@ def check_intact(cache: KVCache) -> None:
     lengths, _, intact = books_of(cache)
     if intact.all():
         return
-    cure = "Their pages were given back; reset it, and assign pages to it anew."
-    if (chunk := cache.index.chunk) is not None:
-        cure = (
-            f"It takes back {chunk} tokens at most; create it with a larger chunk to roll back "
-            "further, or reset it."
-        )
-    raise ValueError(
-        f"cannot roll back to {lengths.tolist()} tokens: the {cache.config.addressing.name} cache "
-        f"has lost tokens that the next query would see. {cure}"
-    )
+    raise ValueError(f"cannot roll back to {lengths.tolist()} tokens: {cache.how_lost}")
 
 
 def checked_prompt(

@@ -69,6 +69,7 @@ class KVCacheConfig:
     # Of a `HybridConfig`; here all layers are of one group.
     group_of_layer: ClassVar[None] = None
     source_of_layer: ClassVar[tuple[int, ...]] = ()
+    states: ClassVar[tuple[Any, ...]] = ()
 
     def __post_init__(self) -> None:
         problems = [self._normalize_count(field) for field in _COUNTS]

@@ -13,6 +13,7 @@ from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import OUT_OF_RANGE, KVCache
+from jaxkv.cache.state import StateCache, StateConfig
 from jaxkv.codecs import Leaves, container_dtype
 from jaxkv.devices import default_device
 from jaxkv.errors import ConfigError
@@ -73,9 +74,12 @@ def create(
         named = default_device() if group.in_host_memory and device is None else device
         return _create(group, named)
 
-    if isinstance(config, HybridConfig):
-        return HybridCache(tuple(made(group) for group in config.groups), config)
-    return made(config)
+    if not isinstance(config, HybridConfig):
+        return made(config)
+    if spread is not None:
+        _check_no_states(config)
+    states = (_create_state(each, device) for each in config.states)
+    return HybridCache(tuple(made(group) for group in config.groups), config, tuple(states))
 
 
 def config_of_a_device(config: AnyConfig, spread: Spread | None) -> AnyConfig:
@@ -86,10 +90,19 @@ def config_of_a_device(config: AnyConfig, spread: Spread | None) -> AnyConfig:
     """
     if spread is None:
         return config
+    _check_no_states(config)
     groups = tuple(spread.local(group) for group in config.groups)
     if isinstance(config, HybridConfig):
         return dataclasses.replace(config, groups=groups)
     return groups[0]
+
+
+def _check_no_states(config: AnyConfig) -> None:
+    if config.states:
+        raise ConfigError(
+            "axes: layers that keep a state are on one device, and are not split over a mesh. "
+            "Create the cache without axes."
+        )
 
 
 @functools.lru_cache(maxsize=256)
@@ -186,6 +199,12 @@ def _create(
     storage = buffers(config.num_slots, host_zeros if config.in_host_memory else jnp.zeros)
     newest = None if config.newest_config is None else _create(config.newest_config, device)
     return KVCache(storage, index, config, codec_state, resident, newest)
+
+
+def _create_state(config: StateConfig, device: Any) -> StateCache:
+    if isinstance(device, NamedSharding):  # on all of the mesh: its axes are not those of a buffer
+        device = NamedSharding(device.mesh, PartitionSpec())
+    return StateCache.create(config, device)
 
 
 def _platform(device: Any) -> str:

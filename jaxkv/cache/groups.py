@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from jaxkv.cache.hybrid import AnyCache, SameCache
 from jaxkv.cache.kv_cache import KVCache
@@ -44,10 +44,10 @@ def changing_its_group(
     return on_any_cache
 
 
-def in_every_group(
+def in_every_group_of_tokens(
     verb: Callable[Concatenate[KVCache, _Options], KVCache],
 ) -> Callable[Concatenate[SameCache, _Options], SameCache]:
-    """Let a verb that changes a cache change every group."""
+    """Let a verb that changes keys and values change every group; states stay as they are."""
 
     @functools.wraps(verb)
     def on_any_cache(
@@ -55,5 +55,26 @@ def in_every_group(
     ) -> SameCache:
         groups = [where_it_is(verb, group, *arguments, **options) for group in cache.groups]
         return cache.with_groups(groups)  # type: ignore[return-value]
+
+    return on_any_cache
+
+
+def in_every_group(
+    verb: Callable[Concatenate[KVCache, _Options], KVCache],
+) -> Callable[Concatenate[SameCache, _Options], SameCache]:
+    """Let a verb that changes a cache change every group, and every kind of state.
+
+    A `StateCache` has what such a verb asks of a cache, so no verb has a case for it.
+    """
+
+    @functools.wraps(verb)
+    def on_any_cache(
+        cache: SameCache, *arguments: _Options.args, **options: _Options.kwargs
+    ) -> SameCache:
+        kinds: tuple[Any, ...] = (cache.groups, cache.states)
+        groups, states = (
+            [where_it_is(verb, each, *arguments, **options) for each in kind] for kind in kinds
+        )
+        return cache.with_groups(groups, states)  # type: ignore[return-value]
 
     return on_any_cache

@@ -10,7 +10,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
 from jaxkv.cache.checks import check_alive
-from jaxkv.cache.groups import in_every_group
+from jaxkv.cache.groups import in_every_group_of_tokens
 from jaxkv.cache.kv_cache import KVCache, Layer, buffer_of
 from jaxkv.cache.vectors import read
 from jaxkv.codecs import Leaves, bitcast
@@ -19,7 +19,7 @@ from jaxkv.placement import Bounds, host_sharding, needed_run, to_device, write_
 from jaxkv.programs import on_device
 
 
-@in_every_group
+@in_every_group_of_tokens
 def offload(cache: KVCache) -> KVCache:
     """The cache in host memory, bit for bit, for as long as its device memory is needed.
 
@@ -49,7 +49,7 @@ def offload(cache: KVCache) -> KVCache:
     return dataclasses.replace(beside, storage=storage)
 
 
-@in_every_group
+@in_every_group_of_tokens
 def prefetch(cache: KVCache) -> KVCache:
     """The cache on its device again, all of it: one made with `HostMemory` has no placement then.
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.state import StateCache, StateConfig
 from jaxkv.devices import is_concrete
 from jaxkv.errors import ConfigError
 from jaxkv.show.html import occupancy_html
@@ -27,6 +28,8 @@ class HybridConfig:
       group_of_layer: for each layer of the model, the number of its group.
       source_of_layer: for each layer, the layer whose keys and values it reads: itself, or an
         earlier one, and then it keeps none (Gemma 3n's last 15 of 35). ``()``: all keep their own.
+      states: the kinds of state per sequence that layers keep, in place of keys and values (their
+        ``group_of_layer`` is -1) or beside them; see `StateConfig`.
 
     Raises:
       ConfigError: groups that do not fit together, or layers that do not fit them.
@@ -42,21 +45,28 @@ class HybridConfig:
     groups: tuple[KVCacheConfig, ...]
     group_of_layer: tuple[int, ...]
     source_of_layer: tuple[int, ...] = ()
+    states: tuple[StateConfig, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))
         object.__setattr__(self, "group_of_layer", tuple(map(int, self.group_of_layer)))
+        object.__setattr__(self, "states", tuple(self.states))
         self._check_sources()
+        self._check_states()
         held = [group.num_layers for group in self.groups]
         named = [len(self.layers_of(number)) for number in range(len(self.groups))]
-        known = set(self.group_of_layer) <= set(range(len(held)))
+        stateful = {layer for each in self.states for layer in each.layers}
+        layers = enumerate(self.group_of_layer)
+        known = all(0 <= group < len(held) or layer in stateful for layer, group in layers)
         if held != named or not known or not held:
             raise ConfigError(
                 f"HybridConfig: group_of_layer must name each group as often as it has layers, "
-                f"{held} times, got {list(self.group_of_layer)}."
+                f"{held} times, and be -1 for layers with nothing but a state, got "
+                f"{list(self.group_of_layer)}."
             )
         for field in ("max_context_length", "batch_size"):
-            values = [getattr(group, field) for group in self.groups]
+            kinds = self.groups if field == "max_context_length" else self.kinds
+            values = [getattr(kind, field) for kind in kinds]
             if len(set(values)) > 1:
                 raise ConfigError(f"HybridConfig: all groups need the same {field}, got {values}.")
 
@@ -76,8 +86,21 @@ class HybridConfig:
                 f"or an earlier layer of its group that keeps its own, got {list(sources)}."
             )
 
+    def _check_states(self) -> None:
+        layers = [layer for each in self.states for layer in each.layers]
+        if len(set(layers)) < len(layers) or not set(layers) <= set(range(self.num_layers)):
+            raise ConfigError(
+                f"HybridConfig: states must be of layers 0 to {self.num_layers - 1}, each in one "
+                f"at most, got {layers}."
+            )
+
     def _source(self, layer: int) -> int:
         return self.source_of_layer[layer] if self.source_of_layer else layer
+
+    @property
+    def kinds(self) -> tuple[KVCacheConfig | StateConfig, ...]:
+        """All that layers keep: the groups, and the states."""
+        return (*self.groups, *self.states)
 
     @property
     def num_layers(self) -> int:
@@ -97,18 +120,20 @@ class HybridConfig:
 
     @property
     def size_bytes(self) -> int:
-        """Exact bytes of the keys and values of all groups."""
-        return sum(group.size_bytes for group in self.groups)
+        """Exact bytes of the keys and values of all groups, and of the states."""
+        return sum(each.size_bytes for each in self.kinds)
 
     @property
     def index_bytes(self) -> int:
         """Exact bytes of what stands beside them."""
-        return sum(group.index_bytes for group in self.groups)
+        return sum(each.index_bytes for each in self.kinds)
 
     def replace(self, **fields: Any) -> Self:
         """The same with other ``max_context_length``, ``batch_size`` or ``codec`` in all groups."""
         groups = tuple(group.replace(**fields) for group in self.groups)
-        return dataclasses.replace(self, groups=groups)
+        of_states = {name: fields[name] for name in fields.keys() & {"batch_size"}}
+        states = tuple(each.replace(**of_states) for each in self.states)
+        return dataclasses.replace(self, groups=groups, states=states)
 
     @property
     def host_bytes(self) -> int:
@@ -129,10 +154,15 @@ class HybridConfig:
         Raises:
           IndexError: no such layer.
           TypeError: it is traced, and layers of a hybrid cache are arrays of different shapes.
-          ValueError: it is to be written, and keeps none of its own.
+          ValueError: it keeps none, or is to be written and keeps none of its own.
         """
         layer = check_static_layer(self, layer)
         source, group = self._source(layer), self.group_of_layer[layer]
+        if group < 0:
+            raise ValueError(
+                f"layer {layer} keeps a state, and neither keys nor values. jaxkv.state reads it, "
+                "and jaxkv.with_state writes it."
+            )
         if to_write and source != layer:
             raise ValueError(
                 f"layer {layer} keeps no keys and values: it reads those of layer {source}. "
@@ -148,17 +178,21 @@ class HybridConfig:
     def to_dict(self) -> dict[str, Any]:
         """Its fields as plain values."""
         groups = [group.to_dict() for group in self.groups]
-        layers = {"group_of_layer": list(self.group_of_layer)}
+        layers: dict[str, Any] = {"group_of_layer": list(self.group_of_layer)}
         if self.source_of_layer:
             layers["source_of_layer"] = list(self.source_of_layer)
+        if self.states:
+            layers["states"] = [each.to_dict() for each in self.states]
         return {"groups": groups, **layers}
 
     def describe(self) -> str:
         """One line for messages."""
-        return " + ".join(f"({group.describe()})" for group in self.groups)
+        return " + ".join(f"({each.describe()})" for each in self.kinds)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["groups"], meta_fields=["config"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["groups", "states"], meta_fields=["config"]
+)
 @dataclasses.dataclass(frozen=True, repr=False)
 class HybridCache:
     """One cache value for layers that differ. Made by `create` from a `HybridConfig`.
@@ -168,6 +202,7 @@ class HybridCache:
     Attributes:
       groups: a `KVCache` for each group of layers.
       config: the static description.
+      states: a `StateCache` for each kind of state.
 
     >>> import jaxkv
     >>> group = jaxkv.KVCacheConfig(1, 64, num_kv_heads=1, head_dim=4)
@@ -178,6 +213,12 @@ class HybridCache:
 
     groups: tuple[KVCache, ...]
     config: HybridConfig
+    states: tuple[StateCache, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[KVCache | StateCache, ...]:
+        """All that layers keep: the groups, and the states."""
+        return (*self.groups, *self.states)
 
     @property
     def lengths(self) -> Int[Array, "*batch"]:
@@ -191,17 +232,23 @@ class HybridCache:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the keys and values; equal to ``config.size_bytes``."""
-        return sum(group.size_bytes for group in self.groups)
+        """Bytes of keys, values and states; equal to ``config.size_bytes``."""
+        return sum(each.size_bytes for each in self.kinds)
 
-    def with_groups(self, groups: Sequence[KVCache]) -> "HybridCache":
-        """The same layers in these groups."""
-        configs = tuple(group.config for group in groups)
-        config = dataclasses.replace(self.config, groups=configs)
-        return HybridCache(tuple(groups), config)
+    def with_groups(
+        self, groups: Sequence[KVCache], states: Sequence[StateCache] | None = None
+    ) -> "HybridCache":
+        """The same layers in these groups, with these states; those that it has if None."""
+        kept = self.states if states is None else tuple(states)
+        config = dataclasses.replace(
+            self.config,
+            groups=tuple(group.config for group in groups),
+            states=tuple(each.config for each in kept),
+        )
+        return HybridCache(tuple(groups), config, kept)
 
     def __repr__(self) -> str:
-        groups = ", ".join(map(repr, self.groups))
+        groups = ", ".join(map(repr, self.kinds))
         size = format_bytes(self.config.size_bytes)
         return f"HybridCache({self.config.num_layers} layers, {size}: {groups})"
 
@@ -211,7 +258,7 @@ class HybridCache:
 
         return repr_lib.render_object_constructor(
             object_type=type(self),
-            attributes={"groups": self.groups, "config": self.config},
+            attributes={"groups": self.groups, "states": self.states, "config": self.config},
             path=path,
             subtree_renderer=subtree_renderer,
         )
@@ -220,7 +267,7 @@ class HybridCache:
         """What a notebook shows: each group, and how full it is."""
         size = f"{format_bytes(self.config.size_bytes)} ({self.config.size_bytes:,} bytes)"
         heading = occupancy_html("HybridCache", f"{self.config.num_layers} layers, {size}", [], "")
-        groups = "".join(group._repr_html_() for group in self.groups)
+        groups = "".join(each._repr_html_() for each in self.kinds)
         return f'{heading}<div style="margin-left: 16px">{groups}</div>'
 
 

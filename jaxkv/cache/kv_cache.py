@@ -16,7 +16,7 @@ from jaxkv.cache.axes import Spread
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.codecs import Leaves, State
 from jaxkv.devices import is_concrete
-from jaxkv.placement import Resident
+from jaxkv.placement import Resident, take_slots
 from jaxkv.programs import one_program
 from jaxkv.show.html import Bar, occupancy_html
 from jaxkv.show.text import format_bytes, sequences
@@ -81,7 +81,12 @@ class KVCache:
         """One, as a `HybridCache` has several."""
         return (self,)
 
-    def with_groups(self, groups: Sequence["KVCache"]) -> "KVCache":
+    @property
+    def states(self) -> tuple[Any, ...]:
+        """None, as a `HybridCache` may have some."""
+        return ()
+
+    def with_groups(self, groups: Sequence["KVCache"], states: Sequence[Any] = ()) -> "KVCache":
         """The cache that these groups are."""
         (own,) = groups
         return own
@@ -120,6 +125,33 @@ class KVCache:
     def pages(self) -> PageTable | None:
         """The page table of a cache whose pages hold tokens, all their heads; None for none."""
         return None if self.index.per_head else self.index.pages
+
+    @property
+    def how_lost(self) -> str:
+        """Why a rollback was refused, and what to do."""
+        cure = "Their pages were given back; reset it, and assign pages to it anew."
+        if (chunk := self.index.chunk) is not None:
+            cure = (
+                f"It takes back {chunk} tokens at most; create it with a larger chunk to roll back "
+                "further, or reset it."
+            )
+        name = self.config.addressing.name
+        return f"the {name} cache has lost tokens that the next query would see. {cure}"
+
+    def of_rows(self, rows: Int[Array, " rows"]) -> "KVCache":
+        """A batch of these sequences, which go on independently or in the pages that they had."""
+        index, slots = self.index.select(rows)
+        storage = self.storage
+        if slots is not None:
+            storage = {name: take_slots(leaf, slots) for name, leaf in storage.items()}
+        return KVCache(
+            storage,
+            index,
+            self.config.replace(batch_size=rows.size),
+            self.codec_state,
+            None if self.resident is None else self.resident.select(rows),
+            None if self.newest is None else self.newest.of_rows(rows),
+        )
 
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> "KVCache":
         """The same buffers with other lengths: for those who write verbs."""

@@ -16,7 +16,7 @@ from jaxkv.cache.kv_cache import KVCache, buffer_of
 from jaxkv.cache.shards import beside_storage, in_each_shard
 from jaxkv.cache.verbs import where_in_range
 from jaxkv.devices import is_concrete
-from jaxkv.placement import copy_runs, in_host_memory, scatter, take_slots
+from jaxkv.placement import copy_runs, in_host_memory, scatter
 from jaxkv.programs import on_device, one_program, promotes_ranks
 
 
@@ -96,15 +96,7 @@ def _with_rows(cache: KVCache, rows: Int[Array, " rows"]) -> KVCacheConfig:
 
 @in_each_shard(config_of=_with_rows)
 def _selected(cache: KVCache, rows: Int[Array, " rows"]) -> KVCache:
-    chosen = rows
-    index, slots = cache.index.select(chosen)
-    storage = cache.storage
-    if slots is not None:
-        storage = {name: take_slots(leaf, slots) for name, leaf in storage.items()}
-    resident = None if cache.resident is None else cache.resident.select(chosen)
-    newest = None if cache.newest is None else select(cache.newest, chosen)
-    config = cache.config.replace(batch_size=chosen.size)
-    return KVCache(storage, index, config, cache.codec_state, resident, newest)
+    return cache.of_rows(rows)
 
 
 _select = one_program()(_selected)

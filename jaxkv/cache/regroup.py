@@ -70,6 +70,10 @@ def spread(cache: AnyCache, *, mesh: Mesh | None = None, axes: Axes) -> AnyCache
     found = Spread.of(mesh, axes)
     if found is None:
         return cache
+    if cache.states:
+        raise ConfigError(
+            "spread: layers that keep a state are on one device. Leave the cache there."
+        )
     return cache.with_groups([_spread(group, found) for group in cache.groups])
 
 

@@ -16,7 +16,7 @@ from jaxkv.addressing import (
     KeptByHead,
     Paged,
 )
-from jaxkv.cache.checks import check_alive
+from jaxkv.cache.checks import check_alive, check_stateless
 from jaxkv.cache.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.shards import check_outside, check_sequences_whole
@@ -86,6 +86,7 @@ def compress(
     >>> small.size_bytes / cache.size_bytes, int(small.lengths)
     (0.4, 80)
     """
+    check_stateless(cache, "compress", "Compress caches of keys and values alone.")
     check_sequences_whole(cache, "compress")
     check_outside(cache, "compress")
     check_alive(cache)

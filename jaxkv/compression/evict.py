@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from jaxkv.addressing import KeptIndex
 from jaxkv.attention.observed import observed
-from jaxkv.cache.checks import check_alive
+from jaxkv.cache.checks import check_alive, check_stateless
 from jaxkv.cache.hybrid import AnyCache, SameCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.shards import in_each_shard, where_it_is
@@ -77,6 +77,7 @@ def evict(
     >>> int(cache.lengths), cache.config.num_slots
     (20, 8)
     """
+    check_stateless(cache, "evict", "Evict from caches of keys and values alone.")
     check_alive(cache)
     refuse_name(policy, "evict")
     groups = []

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.addressing import Addressing, Contiguous
+from jaxkv.cache.checks import check_stateless
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.groups import in_its_group
 from jaxkv.cache.hybrid import AnyCache
@@ -38,6 +39,7 @@ def to_hf(cache: AnyCache) -> Pairs:
     >>> keys.shape
     (1, 1, 3, 4)
     """
+    check_stateless(cache, "to_hf", "jaxkv.state and jaxkv.layer give what each layer keeps.")
     check_whole(cache, "to_hf")
     check(cache)
     lengths = np.asarray(cache.lengths).reshape(-1)

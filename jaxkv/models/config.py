@@ -21,6 +21,7 @@ from jaxkv.models.hf_fields import (
 from jaxkv.models.latents import HF_FIELDS as LATENT_FIELDS
 from jaxkv.models.latents import LatentConfig
 from jaxkv.models.layers import ACTIVATIONS
+from jaxkv.models.mixers import MixerConfig
 from jaxkv.models.rope import HF_FIELDS as ROPE_FIELDS
 from jaxkv.models.rope import RopeConfig
 from jaxkv.models.routing import ExpertsConfig
@@ -62,6 +63,8 @@ class DecoderConfig:
       num_experts, experts_per_token: of gpt-oss's mixture of experts, and how many a token takes.
       swiglu_alpha, swiglu_limit: of the experts' activation.
       experts: of the usual kind of mixture, see `jaxkv.models.routing`.
+      mixer: what layers are that keep a state in place of keys and values.
+      mixer_layers: whether each layer is such a one; none is if there are none.
       latent: multi-head latent attention in place of keys and values per head; ``head_dim`` is
         that of its queries then.
       eos_token_ids: the tokens that end a text.
@@ -109,6 +112,8 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...] = ()
     latent: LatentConfig | None = None
     experts: ExpertsConfig | None = None
+    mixer: MixerConfig | None = None
+    mixer_layers: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         def default(field: str, value: Any) -> None:
@@ -136,6 +141,8 @@ class DecoderConfig:
         object.__setattr__(self, "windows", tuple(self.windows) or (None,) * self.num_layers)
         has_rope = tuple(map(bool, self.rope_layers)) or (True,) * self.num_layers
         object.__setattr__(self, "rope_layers", has_rope)
+        mixes = tuple(map(bool, self.mixer_layers)) or (False,) * self.num_layers
+        object.__setattr__(self, "mixer_layers", mixes)
         check_positive(
             self, "query_pre_attn_scalar", "attention_softcap", "logit_softcap", "swiglu_limit"
         )
@@ -149,11 +156,14 @@ class DecoderConfig:
                 f"DecoderConfig: num_heads must be a multiple of num_kv_heads, got "
                 f"{self.num_heads} and {self.num_kv_heads}."
             )
-        if len(self.rope_layers) != self.num_layers:
-            raise ConfigError(
-                f"DecoderConfig: rope_layers must be {self.num_layers} entries, one per layer, got "
-                f"{self.rope_layers!r}."
-            )
+        for field in ("rope_layers", "mixer_layers"):
+            if len(getattr(self, field)) != self.num_layers:
+                raise ConfigError(
+                    f"DecoderConfig: {field} must be {self.num_layers} entries, one per layer, got "
+                    f"{getattr(self, field)!r}."
+                )
+        if any(self.mixer_layers) and self.mixer is None:
+            raise ConfigError("DecoderConfig: mixer_layers need a mixer, got None.")
         if (self.latent is not None) != self.family.latent:
             has = "is made of latents" if self.family.latent else "has no latents"
             raise ConfigError(f"DecoderConfig: {self.architecture} {has}, got {self.latent}.")
@@ -206,14 +216,19 @@ class DecoderConfig:
         """Of the cache."""
         if self.latent is not None:
             return self.latent.shape(self.num_layers)
-        return Shape(self.num_layers, self.num_kv_heads, self.head_dim, self.windows)
+        shape = Shape(self.num_layers, self.num_kv_heads, self.head_dim, self.windows)
+        if self.mixer is None:
+            return shape
+        return shape._replace(state=self.mixer.kept, stateful=self.mixer_layers)
 
     @property
     def ropes(self) -> tuple[RopeConfig | None, ...]:
         """The rope of each layer; None where it has none."""
         return tuple(
-            None if not has_rope else self.rope if window is None else self.local_rope
-            for window, has_rope in zip(self.windows, self.rope_layers, strict=True)
+            None if not has_rope or mixes else self.rope if window is None else self.local_rope
+            for window, has_rope, mixes in zip(
+                self.windows, self.rope_layers, self.mixer_layers, strict=True
+            )
         )
 
     @classmethod
@@ -229,8 +244,13 @@ class DecoderConfig:
         check_all_read(architecture, config, _read_of(architecture))
         family = FAMILIES[architecture]
         flat |= {ours: flat[theirs] for theirs, ours in family.aliases if theirs in flat}
+        flat |= family.derived(flat)
         given = read_fields(cls, flat, _hf_fields(architecture))
+        row = BY_MODEL_TYPE[family.model_type]
         try:
+            if row.states is not None:
+                given["mixer"] = row.states.mixer.from_hf(flat)
+                given["mixer_layers"] = row.states.of(flat, given["num_layers"])
             given["latent"] = LatentConfig.from_hf(flat) if family.latent else None
             given["experts"] = ExpertsConfig.from_hf(flat, family.routed) if family.routed else None
             ends = eos_token_ids(flat)
@@ -263,6 +283,11 @@ class DecoderConfig:
             written |= self.latent.to_hf()
         if self.experts is not None and self.family.routed is not None:
             written |= self.experts.to_hf(self.family.routed)
+        if self.mixer is not None:
+            states = BY_MODEL_TYPE[self.family.model_type].states
+            assert states is not None
+            written |= self.mixer.to_hf() | states.written(self.mixer_layers)
+        written |= dict(self.family.written)
         if "no_rope_layers" in self.family.unused:
             written["no_rope_layers"] = [int(has_rope) for has_rope in self.rope_layers]
         if self.family.slides:
@@ -337,6 +362,7 @@ _OWN = {
     "swiglu_limit": "swiglu_limit",
     "layer_norm_eps": "rms_norm_eps",
     "norm_epsilon": "rms_norm_eps",
+    "norm_eps": "rms_norm_eps",
     "use_qkv_bias": "qkv_bias",
     "use_qk_norm": "use_qk_norm",
     "use_parallel_residual": "parallel_residual",
@@ -361,5 +387,7 @@ def _read_of(architecture: str) -> set[str]:
     local = ("rope_local_base_freq",) if family.local_rope == "of their own" else ()
     latent = LATENT_FIELDS if family.latent else ()
     routed = family.routed.fields if family.routed else ()
+    states = BY_MODEL_TYPE[family.model_type].states
+    kept = states.fields if states else ()
     fields = (*_hf_fields(architecture), *family.unused, *dict(family.aliases))
-    return {*fields, *windows, *ROPE_FIELDS, *local, *latent, *routed}
+    return {*fields, *windows, *ROPE_FIELDS, *local, *latent, *routed, *kept}

@@ -26,6 +26,7 @@ from jaxkv.models.layout import Layout
 from jaxkv.models.mlp import MLP
 from jaxkv.models.model import Model
 from jaxkv.models.rope import check_room, rotate, rotation, unpaired
+from jaxkv.models.stateful import MIXERS
 from jaxkv.programs import promotes_ranks
 
 Hidden = Float[Array, "*batch tokens hidden"]
@@ -42,7 +43,8 @@ class Attention(nnx.Module):
         qkv_bias = config.attention_bias or config.qkv_bias or family.qkv_bias
         output_bias = config.attention_bias and family.output_bias
         shared = {"rngs": rngs, "dtype": dtype}
-        self.q_proj = Linear(hidden, queries, bias=qkv_bias, **shared)
+        gates = queries if family.output_gate else 0
+        self.q_proj = Linear(hidden, queries + gates, bias=qkv_bias, **shared)
         self.k_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
         self.v_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
         self.o_proj = Linear(queries, hidden, bias=output_bias, std=out_std, **shared)
@@ -59,6 +61,12 @@ class Attention(nnx.Module):
     ) -> tuple[Hidden, Any]:
         config, norms = self.config, self.qk_norm
         queries, keys, values = linears(x, self.q_proj, self.k_proj, self.v_proj)
+        gate = None
+        if config.family.output_gate:  # of each head beside its query
+            by_head = queries.reshape(*x.shape[:-1], config.num_heads, -1)
+            queries, gate = (
+                part.reshape(*x.shape[:-1], -1) for part in jnp.split(by_head, 2, axis=-1)
+            )
         if norms == "all":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys, values = (
@@ -79,7 +87,8 @@ class Attention(nnx.Module):
             softcap=config.attention_softcap,
             sink_logits=self.sinks[...] if config.family.has_sinks else None,
         )
-        return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache
+        mixed = mixed.reshape(*x.shape[:-1], -1)
+        return self.o_proj(mixed if gate is None else mixed * nnx.sigmoid(gate)), cache
 
     def _rotated(self, vectors: Array, rotation: Any) -> Array:
         if rotation is None:
@@ -90,7 +99,10 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and what follows it, each added to the stream, with a family's norms."""
+    """One layer: attention, or what mixes tokens in its place, and what follows it.
+
+    Each is added to the stream, with a family's norms.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs, dtype: Any):
         out_std = INIT_STD / (2 * config.num_layers) ** 0.5
@@ -98,8 +110,10 @@ class Block(nnx.Module):
         for name in dict.fromkeys(config.family.norms[:4]):
             if name is not None:
                 setattr(self, name, _norm(config.hidden_size, config, dtype))
-        attention = Attention if config.latent is None else LatentAttention
-        self.self_attn = attention(config, layer, **shared)
+        self.mixing, mixer = "self_attn", Attention if config.latent is None else LatentAttention
+        if config.mixer is not None and config.mixer_layers[layer]:
+            self.mixing, mixer = MIXERS[type(config.mixer)]
+        setattr(self, self.mixing, mixer(config, layer, **shared))
         self.mlp = _mlp(config, layer, **shared)
         self.norms, self.is_parallel = config.family.norms, config.is_parallel
         self.multiplier = config.residual_multiplier
@@ -109,7 +123,7 @@ class Block(nnx.Module):
     ) -> tuple[Hidden, Any]:
         norms = self.norms
         given = self._normed(norms.attention_input, x)
-        mixed, cache = self.self_attn(given, rotation, cache, num_tokens)
+        mixed, cache = getattr(self, self.mixing)(given, rotation, cache, num_tokens)
         mixed = self._normed(norms.attention_output, mixed) * self.multiplier
         between = x if self.is_parallel else x + mixed
         if not (self.is_parallel and norms.mlp_input is None):
@@ -143,6 +157,7 @@ class Decoder(Model):
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
         *("gate_proj", "up_proj", "down_proj", "router", "gate", "lm_head"),
+        *("in_proj", "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"),
     )
     checkpoint_embedding = "embed_tokens"
 
@@ -153,7 +168,7 @@ class Decoder(Model):
         self.layers = nnx.data(
             [Block(config, layer, rngs=rngs, dtype=dtype) for layer in range(config.num_layers)]
         )
-        self.norm = _norm(hidden, config, dtype)
+        setattr(self, config.family.norms.last, _norm(hidden, config, dtype))
         if not config.tie_word_embeddings:
             self.lm_head = Linear(hidden, vocab, rngs=rngs, dtype=dtype)
 
@@ -197,7 +212,8 @@ class Decoder(Model):
             x, cache = block(x, rotations[rope], cache, num_tokens)
         if cache is not None:
             cache = advance(cache, length if num_tokens is None else num_tokens)
-        logits, cap = self._logits(self.norm(x), self.embed_tokens), self.config.logit_softcap
+        last, cap = getattr(self, self.config.family.norms.last), self.config.logit_softcap
+        logits = self._logits(last(x), self.embed_tokens)
         logits *= self.config.logit_scale
         return logits if cap is None else cap * jnp.tanh(logits / cap), cache
 

@@ -140,9 +140,16 @@ class RoutedExperts(nnx.Module):
         shared = {"rngs": rngs, "dtype": dtype}
         self.gate = Router(config, **shared)
         self.experts = GatedExperts(config, out_std=out_std, **shared)
-        inner = experts.shared_experts * experts.intermediate_size
+        inner = experts.shared_size or experts.shared_experts * experts.intermediate_size
         self.shared_experts = MLP(config, inner, out_std=out_std, **shared) if inner else None
+        gated = inner and experts.shared_gate
+        self.shared_expert_gate = Linear(config.hidden_size, 1, **shared) if gated else None
 
     def __call__(self, x: Hidden) -> Hidden:
         mixed = self.experts(x, self.gate(x))
-        return mixed if self.shared_experts is None else mixed + self.shared_experts(x)
+        if self.shared_experts is None:
+            return mixed
+        given = self.shared_experts(x)
+        if self.shared_expert_gate is not None:
+            given *= jax.nn.sigmoid(self.shared_expert_gate(x))
+        return mixed + given

@@ -1,7 +1,7 @@
 """What tells the decoders that `Decoder` can be from each other, a row a family."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ class Norms(NamedTuple):
       attention_input, mlp_input: of the stream, before attention and before the MLP.
       attention_output, mlp_output: of what they give, before it is added to the stream.
       kind: of all norms of the model, a name in `jaxkv.models.layers.NORMS`.
+      last: of the stream after all layers.
     """
 
     attention_input: str | None = "input_layernorm"
@@ -20,6 +21,7 @@ class Norms(NamedTuple):
     mlp_input: str | None = "post_attention_layernorm"
     mlp_output: str | None = None
     kind: str = "rms"
+    last: str = "norm"
 
 
 class Joined(NamedTuple):
@@ -46,6 +48,10 @@ class Routed(NamedTuple):
 
     fields: Mapping[str, str]
     always: Mapping[str, Any] = MappingProxyType({})
+
+
+def _nothing(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +85,10 @@ class Family:
       renamed: parts of names in a checkpoint, and what they are here.
       joined: projections that a checkpoint has in one tensor.
       aliases: fields of its ``config.json`` that others call otherwise, and how.
+      derived: fields that follow from others in a way of its own.
+      written: what a ``config.json`` says so that they do not.
+      output_gate: attention's output is multiplied by the sigmoid of a gate, which is projected
+        beside the queries (Qwen3-Next).
     """
 
     model_type: str
@@ -105,8 +115,28 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     joined: tuple[Joined, ...] = ()
+    derived: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
+    written: tuple[tuple[str, Any], ...] = ()
+    output_gate: bool = False
 
 
+def _lfm2_inner(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Its MLP is two thirds as wide as said, by a factor and rounded up to whole blocks."""
+    inner, block = config["intermediate_size"], config.get("block_multiple_of", 256)
+    if not config.get("block_auto_adjust_ff_dim", True):
+        return {}
+    inner = 2 * inner // 3
+    if (factor := config.get("block_ffn_dim_multiplier", 1.0)) is not None:
+        inner = -(-int(factor * inner) // block) * block
+    return {"intermediate_size": inner}
+
+
+_LFM2 = (  # of training, of code that is elsewhere, or said by other fields too
+    *("block_dim", "block_mlp_init_scale", "block_norm_eps", "block_out_init_scale"),
+    *("block_use_swiglu", "block_use_xavier_init", "conv_dim", "conv_dim_out"),
+    *("conv_use_xavier_init", "use_pos_enc", "num_heads"),
+)
+_LFM2_ADJUSTED = ("block_auto_adjust_ff_dim", "block_ffn_dim_multiplier", "block_multiple_of")
 _GEMMA = ("attention_bias", "hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping")
 _GPT_OSS = ("num_local_experts", "num_experts_per_tok", "swiglu_alpha", "swiglu_limit")
 _GEMMA_NORMS = Norms(
@@ -197,6 +227,48 @@ FAMILIES: dict[str, Family] = {
         slides=True,
         qk_norm="head",
         routed=Routed(_QWEN_EXPERTS),
+    ),
+    "Qwen3NextForCausalLM": Family(
+        "qwen3_next",
+        ("hidden_act", "attention_bias"),
+        partial_rope=True,
+        qk_norm="head",
+        norms=Norms(kind="rms plus one"),
+        output_gate=True,
+        routed=Routed(
+            _QWEN_EXPERTS | {"shared_expert_intermediate_size": "shared_size"},
+            {"shared_gate": True},
+        ),
+        renamed=((".shared_expert.", ".shared_experts."),),
+    ),
+    "BambaForCausalLM": Family(
+        "bamba",
+        ("hidden_act",),
+        unused=("num_logits_to_keep", "z_loss_coefficient"),
+        partial_rope=True,
+        norms=Norms(mlp_input="pre_ff_layernorm", last="final_layernorm"),
+        renamed=((".feed_forward.", ".mlp."),),
+    ),
+    "Lfm2ForCausalLM": Family(
+        "lfm2",
+        ("norm_eps",),
+        unused=("rms_norm_eps", *_LFM2, *_LFM2_ADJUSTED),
+        qk_norm="head",
+        derived=_lfm2_inner,
+        written=(("block_auto_adjust_ff_dim", False),),
+        norms=Norms("operator_norm", mlp_input="ffn_norm", last="embedding_norm"),
+        renamed=(
+            (".feed_forward.w1.", ".mlp.gate_proj."),
+            (".feed_forward.w3.", ".mlp.up_proj."),
+            (".feed_forward.w2.", ".mlp.down_proj."),
+            (".self_attn.out_proj.", ".self_attn.o_proj."),
+            (".q_layernorm.", ".q_norm."),
+            (".k_layernorm.", ".k_norm."),
+        ),
+        aliases=(
+            ("block_ff_dim", "intermediate_size"),
+            ("tie_embedding", "tie_word_embeddings"),
+        ),
     ),
     "OlmoeForCausalLM": Family(
         "olmoe",

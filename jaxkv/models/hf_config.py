@@ -112,7 +112,16 @@ def hf_shape(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_kv_heads": _num_kv_heads(config) or num_heads,
         "head_dim": head_dim or width // num_heads,
     }
-    return shape | BY_MODEL_TYPE[config.get("model_type")].keeps(config, shape)
+    row = BY_MODEL_TYPE[config.get("model_type")]
+    if row.states is not None:
+        mixer, stateful = row.states.mixer.from_hf(config), row.states.of(config, num_layers)
+        if all(stateful):
+            raise ConfigError(
+                f"Of a {config['model_type']} no layer attends by this config, and so there are no "
+                f"keys and values: {row.states.field} must name layers that do."
+            )
+        shape |= {"state": mixer.kept, "stateful": stateful}
+    return shape | row.keeps(config, shape)
 
 
 def _num_kv_heads(config: Mapping[str, Any]) -> int | None:
@@ -130,7 +139,8 @@ def _num_kv_heads(config: Mapping[str, Any]) -> int | None:
 def _refuse_other_kinds(config: Mapping[str, Any], head_dim: int | None) -> None:
     """Refuse what is not, or may not be, what the family's row reads."""
     model_type = config.get("model_type")
-    read = BY_MODEL_TYPE[model_type].reads if model_type in BY_MODEL_TYPE else ()
+    row = BY_MODEL_TYPE.get(model_type)
+    read = () if row is None else (*row.reads, *(row.states.fields if row.states else ()))
     for field, value in config.items():
         if field in read:
             continue
@@ -152,6 +162,8 @@ def _refuse_other_kinds(config: Mapping[str, Any], head_dim: int | None) -> None
 def _check_layer_types(config: Mapping[str, Any], num_layers: int) -> None:
     windows = BY_MODEL_TYPE[config.get("model_type")].windows
     types, known = config.get("layer_types"), (windows.kind, "full_attention")
+    if (states := BY_MODEL_TYPE[config.get("model_type")].states) is not None:
+        known = (states.kind, states.attends)
     unknown = sorted(set(types or ()) - set(known))
     if types and (unknown or len(types) != num_layers):
         raise ConfigError(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxkv.counts import check_count
 from jaxkv.errors import ConfigError
+from jaxkv.models.mixers import DeltaNetConfig, MambaConfig, MixerConfig, ShortConvConfig
 from jaxkv.models.shape import Heads
 
 
@@ -167,6 +168,56 @@ def _overridden(heads: Heads, fields: Mapping[str, Any]) -> Heads:
     return heads._replace(**{names[name]: value for name, value in fields.items()})
 
 
+class States(NamedTuple):
+    """Which layers keep a state in place of keys and values, and what they are.
+
+    Attributes:
+      mixer: what such layers are.
+      kind: what ``layer_types`` call one, or else ``field`` would.
+      field: the field that says which layers attend: ``layer_types``, or numbers of layers.
+      stateful: whether each layer is one, where the field is silent.
+      attends: what ``layer_types`` call the others.
+      also: further fields that ``stateful`` reads.
+    """
+
+    mixer: type[MixerConfig]
+    kind: str
+    stateful: Callable[[Mapping[str, Any], int], Sequence[bool]]
+    field: str = "layer_types"
+    attends: str = "full_attention"
+    also: tuple[str, ...] = ()
+
+    def of(self, config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
+        """Whether each layer keeps a state."""
+        said = config.get(self.field)
+        if said is None:
+            return tuple(self.stateful(config, num_layers))
+        if self.field == "layer_types":
+            return tuple(kind == self.kind for kind in said)
+        return tuple(layer not in said for layer in range(num_layers))
+
+    def written(self, stateful: Sequence[bool]) -> dict[str, Any]:
+        """The field that says so."""
+        if self.field == "layer_types":
+            return {self.field: [self.kind if each else self.attends for each in stateful]}
+        return {self.field: [layer for layer, each in enumerate(stateful) if not each]}
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All that is read or known of a ``config.json``."""
+        return (self.field, *self.also, *self.mixer.hf_fields, *self.mixer.hf_unused)
+
+
+def _unless_named(field: str) -> Callable[[Mapping[str, Any], int], Sequence[bool]]:
+    """All layers attend, or those that an older field numbers."""
+
+    def stateful(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
+        named = config.get(field)
+        return [named is not None and layer not in named for layer in range(num_layers)]
+
+    return stateful
+
+
 class Family(NamedTuple):
     """A row.
 
@@ -177,6 +228,7 @@ class Family(NamedTuple):
         ``new_decoder_architecture``; None where it is not read.
       keeps: what layers keep, where that is not keys and values of one size in each.
       reads: the fields of `OTHER_KINDS` that it reads.
+      states: which layers keep a state; None where none does.
     """
 
     defaults: Mapping[str, Any]
@@ -184,6 +236,7 @@ class Family(NamedTuple):
     multi_query: bool | None = None
     keeps: Keeps = _as_said
     reads: tuple[str, ...] = ()
+    states: States | None = None
 
 
 def _plain(
@@ -242,6 +295,15 @@ _YARN = {
     "truncate": False,
 }
 
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 128,
+    "mamba_d_head": "auto",
+    "mamba_n_groups": 1,
+    "mamba_d_state": 256,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+}
+
 _SHARED = ("num_kv_shared_layers", "kv_sharing_modes")
 _GLOBAL = ("global_head_dim", "num_global_key_value_heads", "attention_k_eq_v", "per_layer_config")
 
@@ -296,6 +358,11 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "axk1": _latent(61, 64, 7168, 512, 64),
     "beam": _plain(52, 48, 5120, 8, 128, windows=_NAMED, sliding_window=512),
     "biogpt": _plain(24, 16, 1024),
+    "bamba": _plain(
+        *(32, 32, 4096, 8),
+        **_MAMBA,
+        partial_rotary_factor=0.5,
+    )._replace(states=States(MambaConfig, "mamba", _all_layers, "attn_layer_indices")),
     "bitnet": _plain(30, 20, 2560, 5),
     "bloom": Family({"n_layer": 2, "n_head": 8, "hidden_size": 64}),
     "codegen": _gpt2(28, 16, 4096),
@@ -446,6 +513,19 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "kolibri1": _plain(50, 48, 2560, 4, 128, windows=_every(5), sliding_window=513),
     "kimi_k2": _latent(61, 64, 7168, 512, 64),
     "laguna": _plain(40, 48, 2048, 8, 128, windows=_UNNAMED.windows, sliding_window=512),
+    "lfm2": _plain(
+        *(32, 32, 2560, 8),
+        conv_L_cache=3,
+        conv_bias=False,
+        intermediate_size=12_288,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+    )._replace(
+        states=States(
+            ShortConvConfig, "conv", _unless_named("full_attn_idxs"), also=("full_attn_idxs",)
+        )
+    ),
     "llama": _plain(32, 32, 4096),
     "llama4_text": _plain(
         *(48, 40, 5120, 8, 128),
@@ -503,6 +583,28 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         sliding_window=4096,
         num_experts_per_tok=8,
         moe_intermediate_size=768,
+    ),
+    "qwen3_next": _plain(
+        *(48, 16, 2048, 2, 256),
+        full_attention_interval=4,
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_conv_kernel_dim=4,
+        partial_rotary_factor=0.25,
+        num_experts=512,
+        num_experts_per_tok=10,
+        moe_intermediate_size=512,
+        shared_expert_intermediate_size=512,
+        norm_topk_prob=True,
+    )._replace(
+        states=States(
+            DeltaNetConfig,
+            "linear_attention",
+            _all_but_every("full_attention_interval"),
+            also=("full_attention_interval",),
+        )
     ),
     "qwen3_vl_moe_text": _plain(24, 16, 2048, 16, windows=_ALL),
     "qwen3_vl_text": _plain(32, 32, 4096, 32, 128),

@@ -80,6 +80,7 @@ def cache_config(
     codec: Codecs = "bfloat16",
     addressing: Addressing = Contiguous(),
     chunk: int | None = RING_CHUNK,
+    state_dtype: str = "bfloat16",
     **fields: Unpack[SameInAllLayers],
 ) -> AnyConfig:
     """The cache that a model needs, layers with windows in rings.
@@ -93,6 +94,8 @@ def cache_config(
       addressing: which slot holds which token, in layers that see all tokens.
       chunk: the most tokens that a step brings. Layers with a window keep ``window - 1 + chunk``
         tokens. None for steps of any size: then all layers keep all tokens.
+      state_dtype: of those parts of a state that have the model's own dtype; what adds up over
+        all tokens is float32.
       **fields: other fields of `KVCacheConfig`, the same in all layers: ``placement``, for
         contexts that do not fit on the device, and ``newest``.
 
@@ -119,6 +122,7 @@ def cache_config(
         codec=codec,
         addressing=addressing,
         chunk=chunk,
+        state_dtype=state_dtype,
         **fields,
     )
 

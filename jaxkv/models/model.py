@@ -88,6 +88,7 @@ class Model(nnx.Module):
             codec=codecs,
             addressing=addressing,
             chunk=chunk,
+            state_dtype=self.dtype.name,
             **fields,
         )
 

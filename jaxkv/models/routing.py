@@ -29,6 +29,8 @@ class ExpertsConfig:
       num_experts, experts_per_token: how many there are, and how many a token takes.
       intermediate_size: numbers in a token's vector inside one.
       shared_experts: experts that all tokens take (DeepSeekMoE, 2024), as one of their size.
+      shared_size: numbers in a token's vector inside all of these together, if that is not so.
+      shared_gate: what they give is multiplied by the sigmoid of a gate (Qwen3-Next).
       method: a name in `METHODS` (DeepSeek-V2, section 2.2; DeepSeek-V3, section 2.1.2).
       scores: that of the method, or None for it.
       normalized: a token's weights add up to one.
@@ -54,6 +56,8 @@ class ExpertsConfig:
     first_layer: int = 0
     every: int = 1
     dense_layers: tuple[int, ...] = ()
+    shared_size: int = 0
+    shared_gate: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))

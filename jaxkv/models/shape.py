@@ -7,6 +7,7 @@ from jaxkv.addressing import Addressing, Chunked, Contiguous, Paged, Ring
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import AnyConfig, HybridConfig
 from jaxkv.cache.newest import Newest
+from jaxkv.cache.state import StateArray, StateConfig
 from jaxkv.codecs import CODECS, Codec
 from jaxkv.counts import ceil_div
 from jaxkv.errors import ConfigError
@@ -55,6 +56,14 @@ class Heads(NamedTuple):
     values_in_keys: bool = False
 
 
+class Kept(NamedTuple):
+    """An array that a layer keeps as state of each sequence; a dtype of None is the model's own."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None = None
+
+
 class Shape(NamedTuple):
     """What a model decides about its cache.
 
@@ -65,6 +74,8 @@ class Shape(NamedTuple):
       heads: what each layer keeps, where layers differ; ``()`` where they do not.
       aligned: windows are chunks of the text, as `Chunked` has them (Llama 4).
       sources: for each layer, the layer whose keys and values it reads, as in `HybridConfig`.
+      state: what layers keep that have a state in place of keys and values.
+      stateful: whether each layer is such a one; ``()`` for a model that has none.
 
     >>> local_and_global = Shape(6, num_kv_heads=1, head_dim=256).sliding(512, full_every=6)
     >>> local_and_global.windows
@@ -82,6 +93,8 @@ class Shape(NamedTuple):
     heads: tuple[Heads, ...] = ()
     sources: tuple[int, ...] = ()
     aligned: bool = False
+    state: tuple[Kept, ...] = ()
+    stateful: tuple[bool, ...] = ()
 
     @classmethod
     def latent(cls, num_layers: int, rank: int, rope_dim: int) -> "Shape":
@@ -106,6 +119,7 @@ class Shape(NamedTuple):
         codec: Codecs = "bfloat16",
         addressing: Addressing = Contiguous(),
         chunk: int | None = RING_CHUNK,
+        state_dtype: str = "bfloat16",
         **fields: Unpack[SameInAllLayers],
     ) -> AnyConfig:
         """The cache: a `KVCacheConfig`, or a `HybridConfig` where layers differ.
@@ -118,6 +132,7 @@ class Shape(NamedTuple):
             chunk`` tokens: in a `Ring`, or in pages of their own where ``addressing`` is a
             shared pool. None for steps of any size: they keep all tokens, in ``addressing``,
             and see the newest. Chunks of the text are kept in `Chunked`, whatever they are.
+          state_dtype: of those parts of a state that have the model's own dtype.
           **fields: other fields of `KVCacheConfig`, the same in all layers: ``placement`` and
             ``newest``.
 
@@ -145,7 +160,16 @@ class Shape(NamedTuple):
         heads = self.heads or (alike,) * self.num_layers
         layers = list(zip(addressings, codecs, heads, strict=True))
         sources = self.sources or range(self.num_layers)
-        own = [layers[layer] for layer, source in enumerate(sources) if layer == source]
+        attends = [not stateful for stateful in self.stateful or (False,) * self.num_layers]
+        own = [
+            layers[layer]
+            for layer, source in enumerate(sources)
+            if layer == source and attends[layer]
+        ]
+        if not own:
+            raise ConfigError(
+                "stateful must leave some layer that attends: a cache here has keys and values."
+            )
         kinds = list(dict.fromkeys(own))
         groups = tuple(
             KVCacheConfig(
@@ -159,10 +183,22 @@ class Shape(NamedTuple):
             )
             for kind in kinds
         )
-        if len(groups) == 1 and not self.sources:
+        if len(groups) == 1 and not self.sources and all(attends):
             return groups[0]
-        numbers = tuple(kinds.index(layers[source]) for source in sources)
-        return HybridConfig(groups, numbers, self.sources)
+        numbers = tuple(
+            kinds.index(layers[source]) if attends[layer] else -1
+            for layer, source in enumerate(sources)
+        )
+        return HybridConfig(groups, numbers, self.sources, self._states(state_dtype, batch_size))
+
+    def _states(self, dtype: str, batch_size: int | None) -> tuple[StateConfig, ...]:
+        keeping = tuple(layer for layer, stateful in enumerate(self.stateful) if stateful)
+        if not keeping or not self.state:
+            return ()
+        arrays = tuple(
+            StateArray(kept.name, kept.shape, kept.dtype or dtype) for kept in self.state
+        )
+        return (StateConfig(keeping, arrays, batch_size),)
 
 
 def _windowed(

@@ -1,5 +1,6 @@
 """What codecs learn, from tokens of nobody's: so no answer depends on who came first."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from jaxtyping import Array
 from jaxkv.addressing import Contiguous
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.create import create
-from jaxkv.cache.hybrid import AnyCache, AnyConfig, HybridConfig
+from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Codec, State
 from jaxkv.serve.model_step import Model, ModelStep, Weights
@@ -150,4 +151,6 @@ def _plain(config: AnyConfig, tokens: int) -> AnyConfig:
 
     if isinstance(config, KVCacheConfig):
         return plain(config)
-    return HybridConfig(tuple(plain(group) for group in config.groups), config.group_of_layer)
+    groups = tuple(plain(group) for group in config.groups)
+    states = tuple(each.replace(batch_size=1) for each in config.states)
+    return dataclasses.replace(config, groups=groups, states=states)

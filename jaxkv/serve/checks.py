@@ -18,6 +18,10 @@ def check_config(
     swap_space: int,
 ) -> tuple[list[Group], int]:
     """The groups of pages that a cache is made of, and their page size."""
+    if config.states:
+        raise ConfigError(
+            "Engine: this model's layers keep a state, which pages do not hold. Use jaxkv.generate."
+        )
     addressings = [group.addressing for group in config.groups]
     groups = [
         Group(paged.num_pages, paged.window)

@@ -381,6 +381,11 @@ def check_draft(who: str, config: AnyConfig, num_guesses: int) -> None:
       ValueError: a number of guesses that is none.
     """
     check_count(f"{who}: num_guesses", num_guesses)
+    if config.states:
+        raise ConfigError(
+            f"{who}: a draft's wrong guesses are taken back, and layers with a state cannot go "
+            "back. Leave draft out."
+        )
     for group in config.groups:
         chunk = group.addressing.chunk
         if chunk is not None and chunk <= num_guesses:

@@ -16,11 +16,12 @@ from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.create import create
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.cache.newest import Newest
+from jaxkv.cache.state import StateConfig
 from jaxkv.codecs import Codec
 from jaxkv.errors import CacheFullError, ConfigError, SnapshotError
 from jaxkv.memory.allocate import allocate
 from jaxkv.programs import moves_data, on_device
-from jaxkv.snapshot import container, manifest, parts
+from jaxkv.snapshot import container, manifest, parts, states
 from jaxkv.snapshot.fill_shares import fill_of_group, wanted_by
 from jaxkv.snapshot.fingerprint import differences, fingerprint
 from jaxkv.snapshot.kept import check_kept
@@ -136,8 +137,12 @@ def load(
                 fill_of_group(file, saved, number, group, chosen, tensors)
                 for number, group in enumerate(cache.groups)
             ]
-        filled = tuple(fill() for fill in fills)  # once all of them are known to fit
-    return cache.with_groups(filled)
+        filled = [fill() for fill in fills]  # once all of them are known to fit
+        of_states = [
+            states.filled(state, kind, saved.lengths, chosen, tensors)
+            for kind, state in enumerate(cache.states)
+        ]
+    return cache.with_groups(filled, of_states)
 
 
 @contextlib.contextmanager
@@ -161,7 +166,8 @@ def opened(
         for name, spec in saved.layout().items():
             if name not in tensors:
                 tensors[name] = np.zeros(spec.shape, spec.dtype)
-        tokens = {name: tensors.pop(name) for name in saved.token_layout()}
+        beside = (*saved.token_layout(), *saved.state_layout())
+        tokens = {name: tensors.pop(name) for name in beside}
         if saved.parts is None:
             for number, group in enumerate(saved.groups):
                 if group.is_compressed:
@@ -248,6 +254,12 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
             f"{file} has layers that read those of {saved.source_of_layer or 'no other'}, and the "
             f"cache to load it into {into.config.source_of_layer or 'of no other'}."
         )
+    kept = [each.replace(batch_size=None) for each in into.config.states]
+    if [each.replace(batch_size=None) for each in saved.states] != kept:
+        raise SnapshotError(
+            f"{file} has {_described(saved.states)}, and the cache to load it into "
+            f"{_described(kept)}."
+        )
     theirs = [group.config for group in saved.groups]
     ours = [cache.config for cache in into.groups]
     fields = ("num_layers", "num_kv_heads", "head_dim", "value_dim", "values_in_keys", "codec")
@@ -259,6 +271,10 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
             )
 
     _check_compressed(file, saved, into.config)
+
+
+def _described(kinds: Sequence[StateConfig]) -> str:
+    return " and ".join(f"{each.describe()} ({each.arrays})" for each in kinds) or "no state"
 
 
 def _check_compressed(file: Path, saved: Manifest, config: AnyConfig) -> None:

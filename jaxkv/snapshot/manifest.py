@@ -9,8 +9,10 @@ from jaxkv.addressing import ADDRESSINGS, Addressing, Kept, KeptByHead
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.hybrid import AnyConfig, HybridConfig
 from jaxkv.cache.newest import Newest
+from jaxkv.cache.state import StateConfig
 from jaxkv.codecs import CODECS, Codec, KeysValues, Rope
 from jaxkv.errors import SnapshotError
+from jaxkv.snapshot import states
 from jaxkv.snapshot.container import Layout, Spec
 from jaxkv.snapshot.fingerprint import Fingerprint
 from jaxkv.snapshot.group import Group
@@ -35,6 +37,7 @@ class Manifest:
       groups: one, or for a hybrid cache one a kind of layer.
       group_of_layer: as in `HybridConfig`; None for a plain cache.
       source_of_layer: as in `HybridConfig`.
+      states: as in `HybridConfig`.
       parts: where the vectors are, if several processes saved them; None for in this file.
     """
 
@@ -46,19 +49,20 @@ class Manifest:
     group_of_layer: tuple[int, ...] | None
     source_of_layer: tuple[int, ...] = ()
     parts: Parts | None = None
+    states: tuple[StateConfig, ...] = ()
 
     @property
     def config(self) -> AnyConfig:
         """The config of the cache that was saved."""
         configs = tuple(group.config for group in self.groups)
         return configs[0] if self.group_of_layer is None else HybridConfig(
-            configs, self.group_of_layer, self.source_of_layer
+            configs, self.group_of_layer, self.source_of_layer, self.states
         )  # fmt: skip
 
     def layout(self) -> Layout:
         """Its tensors: ``sequence.tokens`` and, where it has no parts, ``group.sequence.leaf``."""
         tensors = [*self._vectors()] if self.parts is None else []
-        tensors += self.token_layout().items()
+        tensors += [*self.token_layout().items(), *self.state_layout().items()]
         layout = dict(tensors)
         if len(layout) < len(tensors):
             names = [name for name, _ in tensors]
@@ -79,6 +83,10 @@ class Manifest:
         rows = enumerate(self.lengths) if self.has_tokens else ()
         return {f"{row}.tokens": Spec("int32", (length,)) for row, length in rows}
 
+    def state_layout(self) -> Layout:
+        """Those of the states."""
+        return states.layout_of(self.states, len(self.lengths))
+
     def _vectors(self) -> Iterator[tuple[str, Spec]]:
         for number, group in enumerate(self.groups):
             for name, spec in group.layout(self.lengths):
@@ -89,6 +97,9 @@ class Manifest:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if not self.source_of_layer:  # so that files stay what they were
             del fields["source_of_layer"]
+        fields["states"] = states.to_json(self.states)
+        if not self.states:
+            del fields["states"]
         parts = fields.pop("parts")
         if parts is None:  # as files ever were
             return {"format": 1, **fields, "groups": groups}
@@ -133,22 +144,28 @@ class _Reader:
         in_parts = isinstance(json, dict) and json.get("format") == 2
         names = "saved_by lengths model has_tokens groups group_of_layer"
         names += " source_of_layer" * (isinstance(json, dict) and "source_of_layer" in json)
+        also: tuple[str, ...] = ("format", *("parts",) * in_parts)
+        also += ("states",) * (isinstance(json, dict) and "states" in json)
         saved_by, lengths, model, has_tokens, groups, group_of_layer, *sources = self._fields(
-            json, names, also=("format", "parts") if in_parts else ("format",)
+            json, names, also=also
         )
         if not isinstance(saved_by, str) or not isinstance(has_tokens, bool):
             raise ValueError("saved_by must be text and has_tokens true or false.")
         if not isinstance(groups, list) or not groups:
             raise ValueError("groups must be a list of at least one.")
+        if group_of_layer is not None:  # -1 for layers with nothing but a state
+            group_of_layer = self._counts("group_of_layer", group_of_layer, least=-1)
+        of_groups = tuple(self._group(group, lengths) for group in groups)
         manifest = Manifest(
             saved_by,
             self._counts("lengths", lengths),
             self._model(model),
             has_tokens,
-            tuple(self._group(group, lengths) for group in groups),
-            None if group_of_layer is None else self._counts("group_of_layer", group_of_layer),
+            of_groups,
+            group_of_layer,
             self._counts("source_of_layer", sources[0]) if sources else (),
             Parts.of_json(json["parts"]) if in_parts else None,
+            states.of_json(json.get("states", []), of_groups[0].config.batch_size),
         )
         if group_of_layer is None and len(groups) > 1:
             raise ValueError("several groups need a group_of_layer.")
@@ -228,11 +245,11 @@ class _Reader:
             raise ValueError("model must be facts by name.")
         return json
 
-    def _counts(self, what: str, json: Any) -> tuple[int, ...]:
+    def _counts(self, what: str, json: Any, least: int = 0) -> tuple[int, ...]:
         if not isinstance(json, list) or not all(
-            type(count) is int and 0 <= count <= _LARGEST for count in json
+            type(count) is int and least <= count <= _LARGEST for count in json
         ):
-            raise ValueError(f"{what} must be ints from 0 to {_LARGEST}.")
+            raise ValueError(f"{what} must be ints from {least} to {_LARGEST}.")
         return tuple(json)
 
     def _fields(self, json: Any, names: str, also: tuple[str, ...] = ()) -> list[Any]:

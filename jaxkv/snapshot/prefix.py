@@ -65,6 +65,11 @@ def load_prefix(
     >>> pages.find(pages.prompt([1, 2, 3, 4, 5, 6])), pages.find(pages.prompt([1, 2, 3, 4, 9, 9]))
     (5, 4)
     """
+    if cache.states:
+        raise ValueError(
+            "load_prefix: this cache has layers with a state, which pages do not hold. Load the "
+            "file with jaxkv.load."
+        )
     cache = jax.tree.map(on_device, cache)
     file, groups, pools = Path(path), cache.groups, Pools.of(pages)
     _check_pool(groups, pools)

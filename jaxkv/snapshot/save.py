@@ -16,7 +16,7 @@ from jaxkv.cache.regroup import gather
 from jaxkv.cache.shards import books_of
 from jaxkv.cache.verbs import check
 from jaxkv.programs import moves_data
-from jaxkv.snapshot import container
+from jaxkv.snapshot import container, states
 from jaxkv.snapshot.fingerprint import fingerprint
 from jaxkv.snapshot.manifest import Manifest
 from jaxkv.snapshot.parts import Parts, parts_named_by, remove, share_of
@@ -91,9 +91,12 @@ def save(
         group_of_layer=cache.config.group_of_layer,
         source_of_layer=cache.config.source_of_layer,
         parts=parts,
+        states=cache.config.states,
     )
 
     def pieces(name: str) -> Iterator[np.ndarray]:
+        if name.startswith(states.PREFIX):
+            return states.pieces(cache.states, name)
         first, rest = name.split(".", 1)
         if ids is not None and rest == "tokens":
             return iter([ids[int(first)]])

@@ -217,6 +217,40 @@ _GLM4_MOE = {
     "partial_rotary_factor": 0.5,
     "pad_token_id": 0,
 }
+_QWEN3_NEXT = _like_llama(
+    *("Qwen3NextForCausalLM", "qwen3_next"),
+    layer_types=["linear_attention", "full_attention"],
+    head_dim=16,
+    partial_rotary_factor=0.25,
+    num_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    shared_expert_intermediate_size=20,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=12,
+    linear_conv_kernel_dim=4,
+)
+_BAMBA = _like_llama(
+    *("BambaForCausalLM", "bamba"),
+    attn_layer_indices=[1],
+    mamba_n_heads=8,
+    mamba_n_groups=2,
+    mamba_d_state=6,
+    mamba_chunk_size=8,
+    partial_rotary_factor=0.5,
+)
+_LFM2 = _like_llama(
+    *("Lfm2ForCausalLM", "lfm2"),
+    rms_norm_eps=None,
+    norm_eps=1e-4,
+    hidden_act=None,
+    layer_types=["conv", "full_attention"],
+    block_auto_adjust_ff_dim=False,
+    tie_word_embeddings=None,
+    pad_token_id=0,
+)
 _SEED_OSS = _like_llama("SeedOssForCausalLM", "seed_oss", attention_bias=True, head_dim=12)
 _ARCEE = _like_llama("ArceeForCausalLM", "arcee", hidden_act="relu2", head_dim=8)
 _GEMMA = _like_llama(
@@ -357,6 +391,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "olmoe": _OLMOE,
     "glm4_moe": _GLM4_MOE,
     "glm4_moe no norms": _GLM4_MOE | {"use_qk_norm": False, "attention_bias": False},
+    "lfm2": _LFM2,
+    "lfm2 as released": _LFM2
+    | {"layer_types": None, "full_attn_idxs": [0], "block_ff_dim": 60, "conv_bias": True}
+    | {"block_auto_adjust_ff_dim": True, "block_multiple_of": 16, "conv_L_cache": 4},
+    "qwen3_next": _QWEN3_NEXT,
+    "qwen3_next dense": _QWEN3_NEXT
+    | {"layer_types": ["full_attention", "linear_attention"], "mlp_only_layers": [0, 1]}
+    | {"attention_bias": True, "linear_conv_kernel_dim": 2, "linear_num_key_heads": 4},
+    "bamba": _BAMBA,
+    "bamba bias": _BAMBA
+    | {"mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_d_head": 8, "mamba_n_groups": 1}
+    | {"time_step_limit": [0.3, 0.9], "attn_layer_indices": [0], "mamba_d_conv": 3},
     "seed_oss": _SEED_OSS,
     "arcee": _ARCEE,
     "gemma": _GEMMA,
@@ -405,6 +451,8 @@ def weights(variant: str) -> dict[str, np.ndarray]:
             noise = np.abs(noise)
         is_norm_weight = "norm.weight" in name or (".ln_" in name and name.endswith("weight"))
         is_plus_one = config["model_type"].startswith("gemma")  # its norms add the one
+        if config["model_type"] == "qwen3_next":  # but that of a delta net
+            is_plus_one = "linear_attn" not in name
         made[name] = (noise + (is_norm_weight and not is_plus_one)).astype(np.float32)
     return made
 
@@ -420,6 +468,7 @@ def write_checkpoint(variant: str, folder: Path, dtype: str = "float32") -> Path
     return folder
 
 
+_Shapes = dict[str, tuple[int, ...]]
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -491,6 +540,8 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if config.get("mlp_bias"):
             block |= {f"mlp.{name}_proj.bias": (inner,) for name in ("gate", "up")}
             block["mlp.down_proj.bias"] = (hidden,)
+        if family in _MIXERS:
+            block = _MIXERS[family](config, layer, block)
         if family == "arcee":
             block = _without(block, "mlp.gate_")
         if family in ("qwen3", "qwen3_moe", "gemma3_text") or config.get("use_qk_norm"):
@@ -498,10 +549,96 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
     if family in ("starcoder2", "stablelm"):
         shapes["model.norm.bias"] = (hidden,)
-    tied = family.startswith(("gemma", "cohere", "starcoder"))
+    if family in ("lfm2", "bamba"):
+        name = {"lfm2": "embedding_norm", "bamba": "final_layernorm"}[family]
+        shapes[f"model.{name}.weight"] = shapes.pop("model.norm.weight")
+    tied = family.startswith(("gemma", "cohere", "starcoder", "lfm2"))
     if not config.get("tie_word_embeddings", tied):
         shapes["lm_head.weight"] = (VOCAB_SIZE, hidden)
     return shapes
+
+
+def _of_lfm2(config: dict[str, Any], layer: int, block: _Shapes) -> _Shapes:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    if config["block_auto_adjust_ff_dim"]:
+        inner = -(-(2 * config["block_ff_dim"] // 3) // 16) * 16
+    attends = config.get("full_attn_idxs") or [1]
+    shapes = {f"feed_forward.w{i}.weight": (inner, hidden) for i in (1, 3)}
+    shapes |= {"feed_forward.w2.weight": (hidden, inner)}
+    shapes |= {f"{name}_norm.weight": (hidden,) for name in ("operator", "ffn")}
+    if layer in attends:
+        own = {name: block[f"self_attn.{name}_proj.weight"] for name in ("q", "k", "v")}
+        shapes |= {f"self_attn.{name}_proj.weight": shape for name, shape in own.items()}
+        head_dim = hidden // config["num_attention_heads"]
+        shapes |= {f"self_attn.{name}_layernorm.weight": (head_dim,) for name in "qk"}
+        return shapes | {"self_attn.out_proj.weight": (hidden, hidden)}
+    shapes["conv.conv.weight"] = (hidden, 1, config.get("conv_L_cache", 3))
+    for name, rows in (("in", 3 * hidden), ("out", hidden)):
+        shapes[f"conv.{name}_proj.weight"] = (rows, hidden)
+    biases = {"conv.in_proj": 3 * hidden, "conv.out_proj": hidden, "conv.conv": hidden}
+    if config.get("conv_bias"):
+        shapes |= {f"{name}.bias": (size,) for name, size in biases.items()}
+    return shapes
+
+
+def _of_qwen3_next(config: dict[str, Any], layer: int, block: _Shapes) -> _Shapes:
+    hidden, shared = config["hidden_size"], config["shared_expert_intermediate_size"]
+    attends = config["layer_types"][layer] == "full_attention"
+    if "mlp.gate.weight" in block:
+        for name in ("gate", "up"):
+            block[f"mlp.shared_expert.{name}_proj.weight"] = (shared, hidden)
+        block["mlp.shared_expert.down_proj.weight"] = (hidden, shared)
+        block["mlp.shared_expert_gate.weight"] = (1, hidden)
+    if attends:
+        rows, columns = block["self_attn.q_proj.weight"]
+        block["self_attn.q_proj.weight"] = (2 * rows, columns)
+        if "self_attn.q_proj.bias" in block:
+            block["self_attn.q_proj.bias"] = (2 * rows,)
+        return block | {f"self_attn.{name}_norm.weight": (config["head_dim"],) for name in "qk"}
+    heads, values = config["linear_num_value_heads"], config["linear_value_head_dim"]
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    made = {
+        "in_proj_qkvz.weight": (2 * keys + 2 * heads * values, hidden),
+        "in_proj_ba.weight": (2 * heads, hidden),
+        "conv1d.weight": (2 * keys + heads * values, 1, config["linear_conv_kernel_dim"]),
+        "dt_bias": (heads,),
+        "A_log": (heads,),
+        "norm.weight": (values,),
+        "out_proj.weight": (hidden, heads * values),
+    }
+    return _without(block, "self_attn.") | {f"linear_attn.{n}": shape for n, shape in made.items()}
+
+
+def _of_bamba(config: dict[str, Any], layer: int, block: _Shapes) -> _Shapes:
+    hidden, heads, width = (
+        config["hidden_size"],
+        config["mamba_n_heads"],
+        config.get("mamba_d_conv", 4),
+    )
+    inner, side = 2 * hidden, config["mamba_n_groups"] * config["mamba_d_state"]
+    renamed = {
+        name.replace("mlp.", "feed_forward.").replace("post_attention_", "pre_ff_"): shape
+        for name, shape in block.items()
+    }
+    if layer in config["attn_layer_indices"]:
+        return renamed
+    made = {
+        "in_proj.weight": (2 * inner + 2 * side + heads, hidden),
+        "conv1d.weight": (inner + 2 * side, 1, width),
+        "dt_bias": (heads,),
+        "A_log": (heads,),
+        "D": (heads,),
+        "norm.weight": (inner,),
+        "out_proj.weight": (hidden, inner),
+    }
+    if config.get("mamba_proj_bias"):
+        made |= {"in_proj.bias": made["in_proj.weight"][:1], "out_proj.bias": (hidden,)}
+    if config.get("mamba_conv_bias", True):
+        made["conv1d.bias"] = made["conv1d.weight"][:1]
+    return _without(renamed, "self_attn.") | {f"mamba.{n}": shape for n, shape in made.items()}
+
+
+_MIXERS = {"lfm2": _of_lfm2, "qwen3_next": _of_qwen3_next, "bamba": _of_bamba}
 
 
 def _without(block: dict[str, tuple[int, ...]], names: str) -> dict[str, tuple[int, ...]]:
