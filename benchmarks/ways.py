@@ -128,6 +128,7 @@ def run(quick: bool) -> Iterator[Table]:
             kept = Kept(model, prompts, codec)
             for way, answers in ways.items():
                 found[way][codec] = answers(kept)
+                jax.clear_caches()  # programs of 30 layers, which no other way runs
                 advance_bar(1)
     known = [each["answer"][:_NEW] for each in asked]
     rows: list[Row] = [
