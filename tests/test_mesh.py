@@ -419,8 +419,15 @@ def test_a_decode_step_moves_no_keys_or_values(split, codec, kind, monkeypatch):
     totals = queries // HEAD_DIM
     states = (jax.tree.leaves(group.codec_state) for group in many.groups)
     learned = sum(leaf.nbytes for leaf in itertools.chain(*states))
-    # Of a share: but queries and outputs, and what a codec learns, do not shrink with it.
-    assert memory.temp_size_in_bytes <= of_one.temp_size_in_bytes + 8 * queries + 2 * learned
+    # Of a share: but queries and outputs, and what a codec learns, do not shrink with it. Where
+    # positions are dealt out and keys are told by theirs, a position per slot is written down.
+    listed = (
+        4
+        * leaves[0].sharding.shard_shape(leaves[0].shape)[2]
+        * (codec == "centred" and "context" in SPLITS[split][0])
+    )
+    allowed = of_one.temp_size_in_bytes + 8 * queries + 2 * learned + listed
+    assert memory.temp_size_in_bytes <= allowed
     # Per layer: outputs and two numbers per query and head, and what the test itself sums.
     assert collective_bytes(program.as_text()) <= 2 * (2 * queries + 3 * totals) + 64 + 2 * learned
 
