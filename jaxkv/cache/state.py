@@ -213,6 +213,29 @@ class StateCache:
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> Self:
         return dataclasses.replace(self, index=self.index.with_lengths(lengths))
 
+    def standing_at(self, lengths: Int[Array, "*batch"]) -> Self:
+        """The same arrays as the state of sequences of these lengths: for who keeps the books."""
+        return dataclasses.replace(self, index=StateIndex(lengths, lengths))
+
+    def with_rows(
+        self, rows: Int[Array, " rows"], others: "StateCache", of: Int[Array, " rows"]
+    ) -> Self:
+        """With the arrays of other sequences in these rows; one of -1 is skipped.
+
+        Args:
+          rows: each named once.
+          others: a batch of the same arrays.
+          of: which of them.
+        """
+        to = jnp.where(rows < 0, self.config.batch_size or 1, rows)
+
+        def written(leaf: Array, other: Array) -> Array:
+            return leaf.at[to].set(other[jnp.maximum(of, 0)], mode="drop")
+
+        return dataclasses.replace(
+            self, storage=jax.tree.map(written, self.storage, others.storage)
+        )
+
     def of_rows(self, rows: Int[Array, " rows"]) -> Self:
         """A batch of these sequences, which go on independently."""
         unbatched = self.config.batch_size is None
@@ -236,10 +259,15 @@ class StateCache:
         return found
 
     def written(self, position: int, new: dict[str, Array]) -> Self:
-        """With these arrays in one of its layers."""
+        """With these arrays in one of its layers; not where all of a step's tokens are padding."""
         storage = {}
         for name, of_layers in self.storage.items():
-            own = new[name].astype(of_layers[position].dtype)
+            old = of_layers[position]
+            own = new[name].astype(old.dtype)
+            if self.real_tokens is not None:
+                moves = jnp.broadcast_to(self.real_tokens > 0, self.lengths.shape)
+                moves = moves.reshape(*moves.shape, *(1 for _ in old.shape[moves.ndim :]))
+                own = jnp.where(moves, own, old)
             storage[name] = (*of_layers[:position], own, *of_layers[position + 1 :])
         return dataclasses.replace(self, storage=storage)
 

@@ -9,6 +9,7 @@ from jaxkv.paging.pools import Pools
 from jaxkv.paging.prefix_index import Event
 from jaxkv.paging.prompt import Content, Prompt
 from jaxkv.paging.sequence import Admission, Copy
+from jaxkv.paging.snapshots import Snapshots
 
 __all__ = [
     "Admission",
@@ -19,6 +20,7 @@ __all__ = [
     "PageAllocator",
     "Pools",
     "Prompt",
+    "Snapshots",
     "Usage",
     "restore",
 ]

@@ -12,6 +12,7 @@ from jaxkv.paging.prefix_index import Event, PrefixIndex
 from jaxkv.paging.prompt import Prompt, num_tokens, page_digest
 from jaxkv.paging.search import PrefixSearch
 from jaxkv.paging.sequence import Admission, Copy, HeldSequence
+from jaxkv.paging.snapshots import Snapshots
 
 Request = Hashable
 
@@ -32,6 +33,7 @@ class Usage:
       evictions: cached pages that were taken for something else, so far.
       prompt_tokens: admitted so far.
       hit_tokens: of them, that were in the pool already.
+      snapshots: of states that are kept now, and how many made room for others so far.
     """
 
     num_pages: int
@@ -45,6 +47,8 @@ class Usage:
     evictions: int
     prompt_tokens: int
     hit_tokens: int
+    snapshots: int = 0
+    snapshot_evictions: int = 0
 
     @property
     def occupancy(self) -> float:
@@ -115,6 +119,7 @@ class PageAllocator:
         fingerprint: bytes = b"",
         sharing: bool = True,
         on_event: Callable[[Event], None] | None = None,
+        snapshots: Snapshots | None = None,
     ):
         groups = [Group(groups)] if isinstance(groups, int) else list(groups)
         chunk = page_size if chunk is None else chunk
@@ -124,6 +129,7 @@ class PageAllocator:
         check_count("PageAllocator: reserve", reserve, least=0)
         self.page_size, self.chunk, self.reserve = page_size, chunk, reserve
         self.fingerprint, self.sharing = fingerprint, sharing
+        self.snapshots = snapshots
         self.groups = [
             GroupPages(group, page_size, chunk, PrefixIndex(number, on_event))
             for number, group in enumerate(groups)
@@ -149,7 +155,17 @@ class PageAllocator:
 
     def find(self, prompt: Prompt) -> int:
         """How many tokens of a prompt need not be computed, if it is admitted now."""
-        return next(PrefixSearch(self.groups, prompt, self.chunk).hits())
+        search = PrefixSearch(self.groups, prompt, self.chunk, snapshots=self.snapshots)
+        return next(search.hits())
+
+    def will_leave(self, other: Prompt, prompt: Prompt) -> int:
+        """How many tokens of a prompt computing another one will leave to be found."""
+        common = other.num_common(prompt)
+        whole = [common] if common == prompt.num_shareable else []
+        for hit in (*whole, *range(common - common % self.chunk, 0, -self.chunk)):
+            if self.snapshots is None or self.snapshots.wants(other, hit):
+                return hit
+        return 0
 
     def admit(self, request: Request, prompt: Prompt, *, ahead: int = 0) -> Admission:
         """Give a request pages for its whole prompt: those that hold a part of it, and free ones.
@@ -166,10 +182,12 @@ class PageAllocator:
         """
         self.check_new(request, prompt)
         check_fits(self.groups, len(prompt) + ahead)
-        search = PrefixSearch(self.groups, prompt, self.chunk, ahead)
+        search = PrefixSearch(self.groups, prompt, self.chunk, ahead, self.snapshots)
         hit = search.longest_that_fits(self.reserve if self.sequences else 0)
         if hit is None:
             raise PoolFullError(f"{how_full(self.groups)}: no room for {len(prompt)} tokens now.")
+        if self.snapshots is not None and (found := next(search.in_pages())) > hit:
+            self.snapshots.miss(prompt, found)
         sequence, copies = HeldSequence(prompt, hit), []
         for number, group in enumerate(search.groups):
             table, source = group.claim(hit)
@@ -317,6 +335,8 @@ class PageAllocator:
         for group, table in zip(self.groups, self._sequence(request).tables, strict=True):
             for page in table:
                 group.pool.index.remove(page)
+        if self.snapshots is not None:  # whose state they spoiled; the others come again
+            self.snapshots.forget()
 
     def forget(self) -> None:
         """Forget the content of all pages, as after a change of weights.
@@ -327,6 +347,8 @@ class PageAllocator:
         self.check_idle()
         for group in self.groups:
             group.pool.forget_cached()
+        if self.snapshots is not None:
+            self.snapshots.forget()
 
     def check_idle(self) -> None:
         """Raise `ValueError` if a request holds pages."""
@@ -349,6 +371,8 @@ class PageAllocator:
             evictions=sum(pool.num_evictions for pool in pools),
             prompt_tokens=self.num_prompt_tokens,
             hit_tokens=self.num_hit_tokens,
+            snapshots=0 if self.snapshots is None else self.snapshots.num_held,
+            snapshot_evictions=0 if self.snapshots is None else self.snapshots.num_evictions,
         )
 
     def check(self) -> None:

@@ -109,6 +109,18 @@ class Prompt:
         parent = self.digests[number - 1] if number else self.root
         return Content(parent, tokens.tobytes(), self.digests[number] if full else None)
 
+    def name(self, length: int) -> tuple[bytes, bytes]:
+        """What the first ``length`` shareable tokens are called: their last digest, and the rest.
+
+        >>> import jaxkv.paging
+        >>> prompt = jaxkv.paging.Prompt.of(range(9), page_size=4)
+        >>> prompt.name(4) == (prompt.digests[0], b"")
+        True
+        """
+        full = length // self.page_size
+        parent = self.digests[full - 1] if full else self.root
+        return parent, self.tokens[full * self.page_size : length].tobytes()
+
 
 def page_digest(parent: bytes, tokens: bytes) -> bytes:
     """The name of a full page: of its tokens, and of all tokens before it."""

@@ -5,20 +5,35 @@ from collections.abc import Iterator, Sequence
 
 from jaxkv.paging.group import GroupPages
 from jaxkv.paging.prompt import Prompt
+from jaxkv.paging.snapshots import Snapshots
 
 
 class PrefixSearch:
     """What all groups together hold of a prompt.
 
-    A hit is a number of tokens: all but the last, or a multiple of ``chunk``.
+    A hit is a number of tokens: all but the last, or a multiple of ``chunk``. With ``snapshots`` it
+    ends at one.
     """
 
-    def __init__(self, groups: Sequence[GroupPages], prompt: Prompt, chunk: int, ahead: int = 0):
-        self.prompt, self._chunk = prompt, chunk
+    def __init__(
+        self,
+        groups: Sequence[GroupPages],
+        prompt: Prompt,
+        chunk: int,
+        ahead: int = 0,
+        snapshots: Snapshots | None = None,
+    ):
+        self.prompt, self._chunk, self._snapshots = prompt, chunk, snapshots
         self.groups = [GroupSearch(group, prompt, ahead) for group in groups]
 
     def hits(self) -> Iterator[int]:
-        """The lengths that every group can serve, the longest first; 0 at last."""
+        """The lengths that can be served, the longest first; 0 at last."""
+        for hit in self.in_pages():
+            if not hit or self._snapshots is None or self._snapshots.has(self.prompt, hit):
+                yield hit
+
+    def in_pages(self) -> Iterator[int]:
+        """Those that every group can serve, whether a snapshot is there or not."""
         reach = min(group.reach() for group in self.groups)
         whole = [reach] if reach == self.prompt.num_shareable else []
         for hit in (*whole, *range(reach - reach % self._chunk, 0, -self._chunk)):

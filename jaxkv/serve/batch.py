@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Iterable
 
 from jaxkv.errors import PoolFullError
 from jaxkv.serve.figures import Figures
@@ -104,6 +105,9 @@ class Batch:
         admission = rank.pages.admit(request.number, request.prompt, ahead=len(request.tokens))
         rank.seat(request)
         self._runner.copy(rank, admission.copies)
+        if admission.num_cached and (snapshots := rank.pages.snapshots) is not None:
+            slot = snapshots.use(request.prompt, admission.num_cached)
+            self._runner.restore_state(slot, request.row)
         request.length, request.shares = admission.num_cached, admission.num_cached > 0
         if request.num_cached is None:
             request.num_cached = admission.num_cached
@@ -126,6 +130,7 @@ class Batch:
             return False
         rows = rank.rows.index(request), rank.rows.index(None)
         self._runner.copy(rank, rank.pages.fork(request.number, child.number), rows)
+        self._runner.copy_state(*rows)
         child.length, child.shares = request.length, request.shares
         child.num_cached = child.prompt.num_shareable
         rank.seat(child)
@@ -150,6 +155,18 @@ class Batch:
                 request.length = end
                 self.rank_of(request).pages.advance(request.number, end)
                 self._figures.prefilled_tokens += end - start
+            self._keep_states(itertools.chain(*chunks))
+
+    def _keep_states(self, chunks: Iterable[Chunk]) -> None:
+        """Take snapshots at the ends of chunks that were just computed, where some are wanted."""
+        rows = {}
+        for request, _, end in chunks:
+            snapshots = self.rank_of(request).pages.snapshots
+            if snapshots is not None and snapshots.wants(request.prompt, end):
+                slot = snapshots.keep(request.prompt, end)
+                if slot is not None:
+                    rows[slot] = request.row
+        self._runner.keep_states(rows)
 
     def _next_chunks(self, rank: Rank) -> list[Chunk]:
         """What a step computes of the prompts on a rank, in order of admission."""
@@ -166,7 +183,7 @@ class Batch:
         """The next chunks of a prompt: after the first, those for which there are pages anyway."""
         chunks: list[Chunk] = []
         start = request.length
-        while start < request.prompt.num_shareable and len(chunks) < self._runner.prefill_rows:
+        while start < request.prompt.num_shareable and len(chunks) < self._runner.chunks_of_one:
             end = self._end_of_chunk(request, start)
             try:
                 rank.pages.extend(request.number, end)

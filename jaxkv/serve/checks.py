@@ -18,9 +18,10 @@ def check_config(
     swap_space: int,
 ) -> tuple[list[Group], int]:
     """The groups of pages that a cache is made of, and their page size."""
-    if config.states:
+    if config.states and swap_space:
         raise ConfigError(
-            "Engine: this model's layers keep a state, which pages do not hold. Use jaxkv.generate."
+            f"Engine: swap_space must be 0, got {swap_space}: this model's layers keep a state, "
+            "which is not brought to host memory. Preempted requests are computed again."
         )
     addressings = [group.addressing for group in config.groups]
     groups = [

@@ -14,8 +14,9 @@ from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.devices import platform_at
 from jaxkv.drafts.draft import Draft, StatefulDraft
 from jaxkv.errors import ConfigError, ModelChangedError, PoolFullError, UnknownRequestError
-from jaxkv.memory import MemoryTracker, session
-from jaxkv.paging import PageAllocator, Pools, Prompt
+from jaxkv.memory import MemoryTracker, Purpose, session
+from jaxkv.memory.session import Session
+from jaxkv.paging import PageAllocator, Pools, Prompt, Snapshots
 from jaxkv.serve.batch import Arrived, Batch
 from jaxkv.serve.calibration import Constants
 from jaxkv.serve.checks import check_config, check_request
@@ -24,6 +25,7 @@ from jaxkv.serve.model_step import Model
 from jaxkv.serve.request import Request
 from jaxkv.serve.runner import Runner
 from jaxkv.serve.sampling import Sampling
+from jaxkv.serve.snapshots import StateSnapshots, checked_space
 from jaxkv.serve.speculate import NUM_GUESSES, check_draft
 from jaxkv.show.progress import progress_bar
 from jaxkv.show.stop_strings import StopStrings
@@ -71,6 +73,12 @@ class Engine:
         pages are free. Arrays of the model that are on one device are copied to all of the mesh.
       draft, num_guesses: who guesses tokens that a step checks, and how many, as for `generate`. A
         dispatch brings ``decode_steps`` tokens, in fewer steps.
+      snapshot_space: bytes of device memory, beside the cache, for snapshots of the state of models
+        whose layers keep one: what a prompt shares with another is found up to where one was taken.
+        The least recently used makes room. If None, as much as the states of all rows take.
+      snapshot_every: tokens from one snapshot of a prompt to the next, a multiple of
+        ``prefill_chunk``; 1,024 if None. Others are taken at the end of a prompt, and where an
+        earlier prompt parted from it.
 
     Attributes:
       pages: the books, of the pool of each data rank, see `jaxkv.paging.Pools`; of one unless the
@@ -114,6 +122,8 @@ class Engine:
         axes: Axes | None = None,
         draft: Draft | StatefulDraft | None = None,
         num_guesses: int = NUM_GUESSES,
+        snapshot_space: int | None = None,
+        snapshot_every: int | None = None,
     ):
         spread = _checked_spread(mesh, axes, swap_space)
         on_cpu = (platform_at(device) if spread is None else spread.platform) == "cpu"
@@ -125,6 +135,8 @@ class Engine:
         )
         if draft is not None:
             check_draft("Engine", config, num_guesses)
+        space, every = checked_space(config, snapshot_space, snapshot_every, prefill_chunk, sharing)
+        snapshots = StateSnapshots(config, space, prefill_rows, device)
         self.config = config
         self._vocabulary = getattr(model, "vocab_size", None)
         stops = getattr(model, "stop_tokens", ()) if stop_tokens is None else stop_tokens
@@ -142,6 +154,9 @@ class Engine:
             fingerprint=f"{type(model).__qualname__} {config}".encode(),
             sharing=sharing,
         )
+        if config.states:
+            kept = Snapshots(snapshots.num_slots, every, prefill_chunk)
+            books = functools.partial(books, snapshots=kept)
         self.pages = Pools(books() for _ in range(1 if spread is None else spread.size("batch")))
         self._stack = contextlib.ExitStack()
         self._held = self._stack.enter_context(
@@ -153,7 +168,8 @@ class Engine:
                 axes=axes,
             )
         )
-        self.figures = Figures()
+        self.figures = Figures(snapshot_bytes=snapshots.size_bytes)
+        self._stack.enter_context(_counted(self._held, snapshots))
         self._runner = Runner(
             model,
             sampling,
@@ -167,6 +183,7 @@ class Engine:
             constants=constants,
             draft=draft,
             num_guesses=num_guesses,
+            snapshots=snapshots,
         )
         self._batch = Batch(self._runner, self.figures, swap_space=swap_space)
 
@@ -372,6 +389,18 @@ class Engine:
                 f"request {request.number} is not in this engine: it has ended "
                 f"({request.finish_reason}), or belongs to another."
             )
+
+
+@contextlib.contextmanager
+def _counted(held: Session, snapshots: StateSnapshots) -> Iterator[None]:
+    """Snapshots in the ledger that has the cache, for as long as the engine is open."""
+    what = {"purpose": Purpose.KV_CACHE, "name": "snapshots of state"}
+    receipt = held.tracker.track(snapshots.size_bytes, **what)
+    try:
+        yield
+    finally:
+        snapshots.close()
+        held.tracker.release(receipt)
 
 
 def _checked_spread(mesh: Mesh | None, axes: Axes | None, swap_space: int) -> Spread | None:

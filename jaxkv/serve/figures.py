@@ -18,6 +18,7 @@ class Figures:
       swaps: of them, those that kept their pages in host memory.
       swapped_bytes: of host memory that holds such pages now.
       most_swapped_bytes: at any time so far.
+      snapshot_bytes: of device memory for snapshots of states; ``pages.usage()`` has their number.
       dispatches: of decode.
       steps, checked_guesses, right_guesses: with a draft, steps of decode per request, and guesses.
     """
@@ -30,6 +31,7 @@ class Figures:
     swaps: int = 0
     swapped_bytes: int = 0
     most_swapped_bytes: int = 0
+    snapshot_bytes: int = 0
     dispatches: int = 0
     steps: int = 0
     checked_guesses: int = 0

@@ -45,14 +45,14 @@ class Rank:
     def is_computing(self, prompt: Prompt) -> bool:
         """Will a running prefill leave more of this prompt in the pool than there is now?"""
         others = self.prefilling if prompt.reuse else []
-        ahead = max((other.prompt.num_common(prompt) for other in others), default=0)
-        if ahead < prompt.num_shareable:
-            ahead -= ahead % self.pages.chunk
+        left = (self.pages.will_leave(other.prompt, prompt) for other in others)
+        ahead = max(left, default=0)
         return ahead > 0 and ahead > self.pages.find(prompt)
 
     def seat(self, request: Request) -> None:
         """Give a request, which has pages, a free row."""
-        self.rows[self.rows.index(None)] = request
+        request.row = self.rows.index(None)
+        self.rows[request.row] = request
         request.rank = self.number
 
     def leave(self, request: Request) -> None:

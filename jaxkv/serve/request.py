@@ -50,6 +50,8 @@ class Request:
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     first_token: float | None = None
     rank: int | None = None
+    # Of its rank, while it runs.
+    row: int = -1
     # Tokens whose keys and values are in its pages; those of the answer follow the prompt's.
     length: int = 0
     # Did others compute some of them?

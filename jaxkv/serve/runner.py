@@ -1,7 +1,7 @@
 """What a round computes: the weights and the cache, and the compiled steps that take them."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from jaxkv.serve.model_step import Model, ModelStep, Watch, Weights, spread_over
 from jaxkv.serve.rank import Rank
 from jaxkv.serve.request import MOST_STOP_TOKENS, Request
 from jaxkv.serve.sampling import Sampling
+from jaxkv.serve.snapshots import StateSnapshots
 from jaxkv.serve.speculate import Pace, Static, padded
 
 
@@ -43,6 +44,7 @@ class Runner:
       prefill_chunk, decode_steps: tokens of a request that a step takes.
       prefill_rows: chunks that a step of prefill takes, on each data rank.
       draft, num_guesses: who guesses tokens that a step checks, and how many.
+      snapshots: of states, where layers keep some.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class Runner:
         constants: Constants | None = None,
         draft: Draft | StatefulDraft | None = None,
         num_guesses: int = 0,
+        snapshots: StateSnapshots,
     ):
         self.session, self.pages = session, pages
+        self.snapshots = snapshots
         self.prefill_chunk, self.prefill_rows = prefill_chunk, prefill_rows
         self.decode_steps = decode_steps
         self.num_rows = session.config.batch_size or 1
@@ -143,6 +147,11 @@ class Runner:
             list(pool.map(lambda compilation: compilation(), compilations))
         self._compiled = True
 
+    @property
+    def chunks_of_one(self) -> int:
+        """Chunks of one prompt that a step takes; a state must be there before the next one."""
+        return 1 if self.session.config.states else self.prefill_rows
+
     def prefill(self, chunks: Sequence[Sequence[Chunk]]) -> None:
         """The chunks of each rank, all in one step; rows without one rest."""
         rows = [
@@ -161,8 +170,9 @@ class Runner:
                 start[row], num_tokens[row] = chunk.start, chunk.end - chunk.start
                 own = chunk.request.prompt.tokens[chunk.start : chunk.end]
                 tokens[row, : len(own)] = own
-        tables = self._tables([None if chunk is None else chunk.request for chunk in rows])
-        return jax.device_put((tokens, num_tokens, start, tables))
+        requests = [None if chunk is None else chunk.request for chunk in rows]
+        of_rows = np.array([-1 if r is None else r.row for r in requests], np.int32)
+        return jax.device_put((tokens, num_tokens, start, self._tables(requests), of_rows))
 
     def decode(self, rows: Sequence[Request | None]) -> New:
         """What a dispatch of decode finds."""
@@ -231,6 +241,23 @@ class Runner:
                     row[: len(pages)] = pages
             tables.append(table)
         return tuple(tables)
+
+    def keep_states(self, rows: Mapping[int, int]) -> None:
+        """Take snapshots of the states of rows, by their slots."""
+        if rows:
+            self.snapshots.keep(rows, self.session.cache)
+
+    def restore_state(self, slot: int, row: int) -> None:
+        """Let a row go on from a snapshot."""
+        self.session.cache = self.snapshots.bring_back(slot, row, self.session.cache)
+
+    def copy_state(self, source: int, row: int) -> None:
+        """Let a row go on from where another one is."""
+        cache = self.session.cache
+        if cache.states:
+            numbers = jax.device_put((np.int32(source), np.int32(row)))
+            states = steps.copy_state(cache.states, *numbers)
+            self.session.cache = cache.with_groups(cache.groups, states)
 
     def copy(self, rank: Rank, copies: list[Copy], rows: tuple[int, int] = (-1, -1)) -> None:
         """Pages and, from row to row, newest tokens. Before the next step; padded to one shape."""

@@ -19,6 +19,7 @@ from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.rearrange import copied, select, slots_of_pages
 from jaxkv.cache.shards import by_row, everywhere, in_each_shard
+from jaxkv.cache.state import StateCache
 from jaxkv.cache.verbs import padded_after
 from jaxkv.codecs import Leaves
 from jaxkv.placement import scatter
@@ -47,13 +48,14 @@ class Rows(NamedTuple):
     tables: Tables
 
 
-@functools.partial(ModelStep, donated=[4])
+@functools.partial(ModelStep, donated=[5])
 def prefill(
     model: Model,
     tokens: Int[Ints, "chunks chunk"],
     num_tokens: Int[Array, " chunks"],
     start: Int[Ints, " chunks"],
     tables: Tables,
+    of_rows: Int[Ints, " chunks"],
     cache: AnyCache,
 ) -> AnyCache:
     """Compute chunks of prompts, as many on each data rank, each padded on the right.
@@ -62,17 +64,26 @@ def prefill(
     layer all write before any reads. Each begins at a multiple of the chunk, and all steps have
     one shape: so a page's bits depend on the tokens up to it and on nothing else, and a page found
     is a page computed. That is also why it neither reads nor writes `Newest` tokens, which stand
-    in no page.
+    in no page. State is of the chunk's request, and goes back to its row; where layers keep some,
+    no two chunks are of one prompt.
     """
     tokens, num_tokens, start = by_row(cache, tuple(map(jnp.asarray, (tokens, num_tokens, start))))
     rows = _rows_for(cache, len(tokens))
-    sequences = _placed(_plain(select(cache, rows)), tables, start, start)
+    of_rows = jnp.asarray(of_rows)
+    chosen = _plain(select(cache, rows))
+    states = [each.of_rows(jnp.maximum(of_rows, 0)) for each in cache.states]
+    sequences = _placed(chosen.with_groups(chosen.groups, states), tables, start, start)
     _, sequences = model(tokens, padded_after(sequences, num_tokens))
     groups = [
         dataclasses.replace(group, storage=written.storage).with_codec_state(written.codec_state)
         for group, written in zip(cache.groups, sequences.groups, strict=True)
     ]
-    return cache.with_groups(groups)
+    every = jnp.arange(len(of_rows), dtype=jnp.int32)
+    states = [
+        each.with_rows(of_rows, written, every)
+        for each, written in zip(cache.states, sequences.states, strict=True)
+    ]
+    return cache.with_groups(groups, states)
 
 
 @functools.partial(ModelStep, donated=[1], few_rows=True)
@@ -188,6 +199,26 @@ def copy(
     return _with_pools(cache, pools)
 
 
+States = tuple[StateCache, ...]
+
+
+@functools.partial(jax.jit, donate_argnames="to")
+def move_states(
+    source: States, sources: Int[Ints, " copies"], to: States, rows: Int[Ints, " copies"]
+) -> States:
+    """States of one batch into rows of another; a row of -1 is skipped."""
+    sources, rows = jnp.asarray(sources), jnp.asarray(rows)
+    pairs = zip(to, source, strict=True)
+    return tuple(each.with_rows(rows, other, sources) for each, other in pairs)
+
+
+@functools.partial(jax.jit, donate_argnames="states")
+def copy_state(states: States, source: Int[Ints, ""], row: Int[Ints, ""]) -> States:
+    """The state of one row in another too."""
+    one, other = jnp.asarray(source)[None], jnp.asarray(row)[None]
+    return tuple(each.with_rows(other, each, one) for each in states)
+
+
 @jax.jit
 def read(pages: Sequence[Int[Ints, " pages"]], cache: AnyCache) -> tuple[Leaves, ...]:
     """What pages of each pool hold, ``[layers, sides, pages * page_size, ...]``; any for -1."""
@@ -274,4 +305,6 @@ def _placed(
         group.with_pages(*map(jnp.asarray, (table, lengths, prompts)))
         for group, table in zip(cache.groups, tables, strict=True)
     ]
-    return cache.with_groups(groups)
+    return cache.with_groups(
+        groups, [each.standing_at(jnp.asarray(lengths)) for each in cache.states]
+    )

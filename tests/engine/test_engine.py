@@ -191,7 +191,7 @@ def test_steps_are_in_place(model):
     rows = steps.Rows(two, two, two, two, two, two[:, None], known, tables)
     tokens = np.zeros((1, 32), np.int32)
     lowered = [
-        steps.prefill.lower(weights, tokens, one, one, (table,), cache),
+        steps.prefill.lower(weights, tokens, one, one, (table,), one, cache),
         steps.decode.lower(weights, rows, cache, sampling=HOT, num_steps=4),
         steps.copy.lower((one, one), (one, one), cache),
     ]

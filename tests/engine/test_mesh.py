@@ -199,7 +199,7 @@ def test_steps_are_in_place_and_move_no_pages(model):
     tables = (np.full((4, 64), -1, np.int32),)
     known = np.full((4, 4), -1, np.int32)
     rows = steps.Rows(four, four, four, four, four, four[:, None], known, tables)
-    tokens, starts = np.zeros((2, 32), np.int32), (two, two, (tables[0][:2],))
+    tokens, starts = np.zeros((2, 32), np.int32), (two, two, (tables[0][:2],), two)
     lowered = [
         steps.prefill.lower(weights, tokens, *starts, cache),
         steps.decode.lower(weights, rows, cache, sampling=HOT, num_steps=4),
