@@ -81,6 +81,16 @@ def test_state_goes_on_by_steps_with_padding_and_begins_anew():
     assert_holds(jaxkv.check(run(cache, jnp.asarray(more))), more)
 
 
+def test_a_row_that_rests_keeps_its_state_whatever_is_written():
+    x, cache = filled()
+    told = jaxkv.padded_after(cache, jnp.array([0, 1]))
+    new = {name: jnp.full_like(kept, 7) for name, kept in jaxkv.state(cache, 0).items()}
+    told = jaxkv.advance(jaxkv.with_state(told, 0, new), 1)
+    kept = jaxkv.state(jaxkv.padded_after(told, None), 0)
+    np.testing.assert_allclose(kept["sum"][0, 1], sums(x[0]), rtol=1e-5)
+    assert (kept["sum"][1] == 7).all()
+
+
 def test_bytes_are_those_of_the_leaves():
     cache = jaxkv.create(CONFIG)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))

@@ -51,7 +51,7 @@ def with_state(cache: AnyCache, layer: int, new: Mapping[str, Array]) -> HybridC
     """Write what a layer keeps after the tokens of a step. Lengths do not move.
 
     In place under donation. What padding would add must not be in it: `real_tokens` says which
-    tokens are real.
+    tokens are real. A sequence all of whose tokens are padding by `padded_after` keeps what it has.
 
     Args:
       layer: as in `state`.
