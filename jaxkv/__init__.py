@@ -10,6 +10,7 @@ from jaxkv.cache.axes import Axes
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.host import offload, prefetch
 from jaxkv.cache.hybrid import HybridCache, HybridConfig
+from jaxkv.cache.keep_path import keep_path
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.newest import Newest
 from jaxkv.cache.rearrange import copy_pages, fork, select
@@ -133,6 +134,7 @@ __all__ = [
     "fork",
     "gather",
     "generate",
+    "keep_path",
     "layer",
     "load",
     "load_prefix",

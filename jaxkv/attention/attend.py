@@ -22,11 +22,12 @@ from jaxkv.attention.mosaic.attend import should_not_serve as mosaic_should_not_
 from jaxkv.attention.native import cannot_serve as native_cannot_serve
 from jaxkv.attention.native import native, native_part
 from jaxkv.attention.native import should_not_serve as native_should_not_serve
-from jaxkv.attention.observed import Call, notify
+from jaxkv.attention.observed import Call, is_watched, notify
 from jaxkv.attention.products import sums_in_place
 from jaxkv.attention.reference import reference, reference_part
 from jaxkv.attention.streamed import cannot_serve as streamed_cannot_serve
 from jaxkv.attention.streamed import is_streamed, streamed, streamed_part
+from jaxkv.cache.ancestors import Ancestors, check_ancestors, check_tree
 from jaxkv.cache.axes import words_of_copies
 from jaxkv.cache.checks import check_counts, check_layer, check_queries, layer_exists
 from jaxkv.cache.groups import in_its_group
@@ -55,6 +56,7 @@ class Implementation(NamedTuple):
       reads_host_memory: whether it can serve caches that are there.
       rotates: whether it rotates queries and outputs itself, as the codec wants.
       caps: whether it knows a softcap.
+      branches: whether it serves tokens that form a tree.
       part: the function with the log of its total too, by which parts of a context are merged.
     """
 
@@ -65,6 +67,7 @@ class Implementation(NamedTuple):
     reads_host_memory: bool = False
     rotates: bool = False
     caps: bool = True
+    branches: bool = True
     part: Callable[[AttentionCall], tuple[Grouped, LogTotal]] | None = None
 
     def cannot_serve(self, cache: KVCache, tokens: int, platform: str | None = None) -> str | None:
@@ -97,6 +100,7 @@ class Asked(NamedTuple):
 
     softcap: bool = False
     part: bool = False
+    tree: bool = False
 
 
 # The first that can and should, serves; blockwise always can, but for host memory.
@@ -116,10 +120,17 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         mosaic_should_not_serve,
         "gpu",
         rotates=True,
+        branches=False,
         part=mosaic_part,
     ),
     "cudnn": Implementation(
-        cudnn, cudnn_cannot_serve, cudnn_should_not_serve, "gpu", rotates=True, caps=False
+        cudnn,
+        cudnn_cannot_serve,
+        cudnn_should_not_serve,
+        "gpu",
+        rotates=True,
+        caps=False,
+        branches=False,
     ),
     "reference": Implementation(reference, _no_reason, _reference_is_wasteful, part=reference_part),
     # Under a jit of its own a scan is traced once for all layers.
@@ -148,6 +159,7 @@ def attend(
     softcap: float | None = None,
     window: int | None = None,
     sink_logits: Float[Array, " heads"] | None = None,
+    ancestors: Ancestors | None = None,
     implementation: str | None = None,
     partial: Literal[False] = False,
 ) -> Float[Array, "*batch tokens heads head_dim"]: ...
@@ -163,6 +175,7 @@ def attend(
     softcap: float | None = None,
     window: int | None = None,
     sink_logits: Float[Array, " heads"] | None = None,
+    ancestors: Ancestors | None = None,
     implementation: str | None = None,
     partial: Literal[True],
 ) -> tuple[Float[Array, "*batch tokens heads head_dim"], Float[Array, "*batch tokens heads"]]: ...
@@ -178,6 +191,7 @@ def attend(
     softcap: float | None = None,
     window: int | None = None,
     sink_logits: Float[Array, " heads"] | None = None,
+    ancestors: Ancestors | None = None,
     implementation: str | None = None,
     partial: bool = False,
 ) -> Any:
@@ -194,6 +208,11 @@ def attend(
       softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, section 2).
       window: a query sees this many newest tokens, itself included (Mistral 7B, section 2).
       sink_logits: one learned logit per head, added to the softmax denominator only (gpt-oss).
+      ancestors: where the tokens form a tree, which of them come before which: ``[i, j]`` if token
+        j is an ancestor of token i, bool ``[tokens, tokens]``, with a leading ``[batch]`` if
+        sequences differ. Each sees the text before the step, its ancestors and itself; windows
+        count these alone. The rope of token i is yours to turn by its own position, the length and
+        the number of its ancestors (`next_positions`). `keep_path` makes one branch the text.
       implementation: a name in `IMPLEMENTATIONS`; None picks the first that can serve, see
         `explain`. A named one is used or an error, never replaced.
       partial: give the log-sum-exp of the logits too, for this to be one part of what queries see:
@@ -208,6 +227,7 @@ def attend(
       "Self-attention does not need O(n^2) memory", 2021, section 3). Both can be differentiated.
 
     Raises:
+      ConfigError: ``ancestors`` for a cache that `keep_path` refuses.
       IndexError, TypeError, ValueError: a bad layer, dtype, shape or option.
 
     >>> import jax.numpy as jnp, jaxkv
@@ -241,14 +261,17 @@ def attend(
     platform = platform_of(buffer_of(cache), queries)
     if (spread := cache.spread or cache.part_of) is not None:
         platform = spread.platform
-    asked = Asked(softcap is not None, partial or shapes.index.share is not None)
+    if ancestors is not None:
+        ancestors = _checked_tree(cache, tokens, ancestors)
+    part = partial or shapes.index.share is not None
+    asked = Asked(softcap is not None, part, ancestors is not None)
     names = _serving(shapes, tokens, heads, asked, platform, implementation)
     number = check_layer(cache, layer)
     notify(Call(cache, queries, layer, num_tokens))
     if tokens == 0:
         output = jnp.zeros((*queries.shape[:-1], cache.config.pair.value_dim), queries.dtype)
         return (output, jnp.zeros(queries.shape[:-1], jnp.float32)) if partial else output
-    arrays = cache, queries, number, num_tokens, scale, sink_logits
+    arrays = cache, queries, number, num_tokens, scale, sink_logits, ancestors
     serve: Any = _serve_part if partial else _serve
     call = functools.partial(serve, *arrays, softcap=softcap, window=window)
     runs = {name: functools.partial(call, chosen=IMPLEMENTATIONS[name]) for name in names.values()}
@@ -269,11 +292,13 @@ def _serve(
     num_tokens: NumTokens | None,
     scale: float | None,
     sink_logits: Array | None,
+    ancestors: Array | None,
     *,
     chosen: Implementation,
     **options: Any,
 ) -> Array:
-    options |= {"scale": scale, "sink_logits": sink_logits, "rotate": not chosen.rotates}
+    options |= {"scale": scale, "sink_logits": sink_logits, "ancestors": ancestors}
+    options["rotate"] = not chosen.rotates
     request = request_of(cache, queries, layer, num_tokens, **options)
     output = chosen.run(request) if cache.index.share is None else _merged(request, chosen)[0]
     return _as_given(output, queries, cache, chosen)
@@ -288,12 +313,14 @@ def _serve_part(
     num_tokens: NumTokens | None,
     scale: float | None,
     sink_logits: Array | None,
+    ancestors: Array | None,
     *,
     chosen: Implementation,
     **options: Any,
 ) -> tuple[Array, Array]:
     assert chosen.part is not None
-    options |= {"scale": scale, "sink_logits": sink_logits, "rotate": not chosen.rotates}
+    options |= {"scale": scale, "sink_logits": sink_logits, "ancestors": ancestors}
+    options["rotate"] = not chosen.rotates
     request = request_of(cache, queries, layer, num_tokens, **options)
     part = chosen.part(request) if cache.index.share is None else _merged(request, chosen)
     output, log_total = part
@@ -329,7 +356,12 @@ def _merged(request: AttentionCall, chosen: Implementation) -> tuple[Grouped, Lo
 
 
 def explain(
-    cache: AnyCache, *, tokens: int = 1, heads: int | None = None, softcap: float | None = None
+    cache: AnyCache,
+    *,
+    tokens: int = 1,
+    heads: int | None = None,
+    softcap: float | None = None,
+    tree: bool = False,
 ) -> str:
     """Which implementation `attend` picks for a call of this shape, and why not each other one.
 
@@ -337,6 +369,7 @@ def explain(
       tokens: queries of each sequence: 1 for decode, more for prefill.
       heads: query heads; as many as KV heads if None.
       softcap: as in `attend`.
+      tree: whether the tokens form one, as ``ancestors`` of `attend` say.
 
     >>> import jaxkv
     >>> print(jaxkv.explain(jaxkv.create(jaxkv.KVCacheConfig(1, 16, 1, 4)), tokens=9))
@@ -361,7 +394,7 @@ def explain(
     if spread is not None and (copies := spread.copies(cache.config)) > 1:
         lines.append(f"copies: {words_of_copies(copies, spread.copied_bytes(cache.config))}")
     cache = local_shapes(cache)
-    asked = Asked(softcap is not None, cache.index.share is not None)
+    asked = Asked(softcap is not None, cache.index.share is not None, tree)
     chosen = _first_choice(cache, tokens, heads, asked, platform)
     for name in IMPLEMENTATIONS:
         if name == chosen:
@@ -433,6 +466,8 @@ def _cannot_serve(
         return "it gives no log-sum-exp, by which parts of a context are merged"
     if asked.softcap and not IMPLEMENTATIONS[name].caps:
         return "it has no softcap"
+    if asked.tree and not IMPLEMENTATIONS[name].branches:
+        return "it serves no tree of tokens"
     return None
 
 
@@ -441,6 +476,18 @@ def _expected_platform(cache: KVCache) -> str:
     if (spread := cache.spread or cache.part_of) is not None:
         return spread.platform
     return platform_of(buffer_of(cache)) or default_device().platform
+
+
+def _checked_tree(cache: KVCache, tokens: int, ancestors: Ancestors) -> Array:
+    """With a batch axis where the cache has one."""
+    check_ancestors(cache, tokens, ancestors)
+    check_tree(cache, "attend", tokens)
+    if is_watched():
+        raise ValueError(
+            "attend: queries of tokens that form a tree are not observed, for a policy would score "
+            "by those of all branches. Call the model itself, and evict after keep_path."
+        )
+    return jnp.broadcast_to(ancestors, (*cache.config.batch_shape, tokens, tokens))
 
 
 def _check_call(

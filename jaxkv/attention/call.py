@@ -10,6 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.attention.masks import visible
+from jaxkv.attention.tree import Tree
+from jaxkv.cache.ancestors import Ancestors
 from jaxkv.cache.checks import check_layer
 from jaxkv.cache.kv_cache import KVCache, Layer, NumTokens
 from jaxkv.cache.vectors import is_second, offsets_of, read_stored
@@ -30,7 +32,7 @@ Vectors = Float[Array, "batch slots kv_heads head_dim"]
     jax.tree_util.register_dataclass,
     data_fields=[
         *("cache", "queries", "layer", "positions", "lengths", "sink_logits"),
-        *("offset_queries", "newest"),
+        *("offset_queries", "newest", "tree"),
     ],
     meta_fields=["softcap", "window"],
 )
@@ -44,11 +46,12 @@ class AttentionCall:
       cache: with the keys and values of these queries' tokens appended already.
       queries: float32, scaled, and rotated as keys are; outputs are rotated as values are. An
         implementation that rotates them itself is given neither, and gives neither.
-      positions: of each query, -1 for padding.
+      positions: of each query, in its own text where the tokens form a tree; -1 for padding.
       lengths: of each sequence, after these tokens.
       sink_logits: None, or a learned logit per query head, added to the softmax denominator only.
       offset_queries: what features of a position are multiplied with, for the share of `offsets`.
       newest: the same call of the cache of `Newest` tokens, which are not read here then; or None.
+      tree: where the tokens of these queries form one, which; else None.
     """
 
     cache: KVCache
@@ -61,6 +64,7 @@ class AttentionCall:
     sink_logits: Float[Array, "kv_heads group"] | None = None
     offset_queries: Float[Array, "batch kv_heads tokens group centres features"] | None = None
     newest: "AttentionCall | None" = None
+    tree: Tree | None = None
 
     @classmethod
     def of(
@@ -89,13 +93,14 @@ class AttentionCall:
             padded = jnp.pad(array, widths, constant_values=value)
             return lax.dynamic_slice_in_dim(padded, start, size, axis)
 
-        offset_queries = self.offset_queries
+        offset_queries, tree = self.offset_queries, self.tree
         return dataclasses.replace(
             self,
             queries=take(self.queries, 2, 0),
             positions=take(self.positions, 1, -1),
             offset_queries=None if offset_queries is None else take(offset_queries, 2, 0),
             newest=None if self.newest is None else self.newest.take_queries(start, size),
+            tree=None if tree is None else tree._replace(sees=take(tree.sees, 1, False)),
         )
 
     def keys_and_values(self, start: Int[Array, ""] | int, size: int) -> tuple[Vectors, Vectors]:
@@ -119,12 +124,21 @@ class AttentionCall:
         """Which of those slots each query may read, shaped to mask `Scores`."""
         index, positions = self.cache.index, self.key_positions(start, size)
         kept = index.window, index.sinks, index.aligned
-        seen = visible(self.positions[:, None], positions, *kept)
+        seen = self._visible(positions, *kept)
         if self.window is not None:
-            seen &= visible(self.positions[:, None], positions, self.window)
+            seen &= self._visible(positions, self.window)
+        if self.tree is not None:
+            seen &= self.tree.visible(positions)
         if self.newest is not None:
             seen &= ~self._in_newest(positions)
         return seen[:, :, :, None, :]
+
+    def _visible(
+        self, positions: Int[Array, "batch #kv_heads slots"], *window: Any
+    ) -> Bool[Array, "batch #kv_heads tokens slots"]:
+        """What each query may read of the tokens at these positions, if its text has them."""
+        in_text = positions if self.tree is None else self.tree.in_text(positions)
+        return visible(self.positions[:, None], in_text, *window)
 
     def _in_newest(
         self, positions: Int[Array, "batch #kv_heads slots"]
@@ -134,7 +148,7 @@ class AttentionCall:
         index = self.newest.cache.index.ring
         assert index is not None
         first = index.first_position(self.lengths.reshape(index.lengths.shape)).reshape(-1)
-        near = visible(self.positions[:, None], positions, index.window)
+        near = self._visible(positions, index.window)
         return near & (positions >= first[:, None, None])[:, :, None]
 
     def logits(self, scores: Scores, start: Int[Array, ""] | int, size: int) -> Scores:
@@ -176,6 +190,7 @@ def request_of(
     softcap: float | None = None,
     window: int | None = None,
     sink_logits: Float[Array, " heads"] | None = None,
+    ancestors: Ancestors | None = None,
     rotate: bool = True,
 ) -> AttentionCall:
     """The request of a call of `attend`, whose arguments these are, checked."""
@@ -189,18 +204,24 @@ def request_of(
     newest = None
     if cache.newest is not None:  # sinks take their share once
         options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
+        options["ancestors"] = ancestors
         newest = request_of(cache.newest, queries, layer, num_tokens, **options)
     if sink_logits is not None:
         sink_logits = sink_logits.astype(jnp.float32).reshape(-1, group)
+    positions, tree = token_positions(cache, tokens, num_tokens).reshape(batch, tokens), None
+    if ancestors is not None:
+        tree = Tree.of(ancestors, cache.lengths.reshape(batch))
+        positions = jnp.where(positions < 0, -1, tree.start[:, None] + tree.depths)
     return AttentionCall.of(
         cache,
         jnp.moveaxis(scaled, 1, 2),
         check_layer(cache, layer),
         rotate,
-        positions=token_positions(cache, tokens, num_tokens).reshape(batch, tokens),
+        positions=positions,
         lengths=(cache.lengths + added).reshape(batch),
         softcap=softcap,
         window=window,
         sink_logits=sink_logits,
         newest=newest,
+        tree=tree,
     )

@@ -126,6 +126,7 @@ def _read(
         rope_tables,
         table,
         _key_positions(request, hidden_from),
+        *_branches(request),
         key_bits=np.int64(_bits(value_codec if steps else key_codec)),
         value_bits=np.int64(_bits(value_codec)),
         extent=np.int64(index.extent),
@@ -218,6 +219,15 @@ def _key_positions(
         return jnp.zeros(0, jnp.int32)
     positions = request.key_positions(0, index.extent)
     return jnp.where(positions < hidden_from[:, None, None], positions, -1).reshape(-1)
+
+
+def _branches(request: AttentionCall) -> tuple[Int[Array, " starts"], Int[Array, " queries"]]:
+    """Where a tree of tokens begins, and what each query sees of it, in bits; empty for no tree."""
+    if request.tree is None:
+        return jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.int32)
+    bits = 1 << jnp.arange(request.tree.sees.shape[-1], dtype=jnp.int32)
+    sees = jnp.where(request.tree.sees, bits, 0).sum(-1, dtype=jnp.int32)
+    return request.tree.start, sees.reshape(-1)
 
 
 @native_part.defjvp

@@ -30,12 +30,13 @@ What = tuple[str | None, ...]
 _ARGUMENTS: dict[str, What] = {
     **dict.fromkeys(("keys", "values"), ("batch", None, "kv_heads", None)),
     "queries": ("batch", None, "heads", None),
+    "ancestors": ("batch", None, None),
     # Those of a KV head together.
     "grouped_queries": ("batch", None, "kv_heads", None),
     "layer_queries": (None, "batch", None, "kv_heads", None),
     **dict.fromkeys(("scores", "remembered"), (None, "batch", "kv_heads", None)),
     "limits": (None, "batch", "kv_heads"),
-    "pages": ("batch", None),
+    **dict.fromkeys(("pages", "path"), ("batch", None)),
     **dict.fromkeys(("num_tokens", "length", "in_range", "rows", "since"), ("batch",)),
     **dict.fromkeys(("numbers", "sources", "destinations"), ("batch",)),  # of pages
     "contents": (None, None, None, "heads"),

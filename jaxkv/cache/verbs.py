@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxkv.cache.ancestors import Ancestors, check_ancestors, depths_of
 from jaxkv.cache.checks import (
     check_alive,
     check_chunk,
@@ -198,8 +199,14 @@ def real_of(cache: KVCache, tokens: int, num_tokens: NumTokens | None) -> NumTok
     return jnp.minimum(cache.real_tokens, jnp.asarray(most, jnp.int32))
 
 
-def next_positions(cache: AnyCache, num_tokens: int) -> Int[Array, "*batch tokens"]:
+def next_positions(
+    cache: AnyCache, num_tokens: int, *, ancestors: Ancestors | None = None
+) -> Int[Array, "*batch tokens"]:
     """The positions of the next ``num_tokens`` tokens, for rope or a position embedding.
+
+    Args:
+      num_tokens: how many.
+      ancestors: where they form a tree, as in `attend`; each stands after its ancestors alone.
 
     >>> import jaxkv
     >>> cache = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 3)
@@ -207,12 +214,20 @@ def next_positions(cache: AnyCache, num_tokens: int) -> Int[Array, "*batch token
     [3, 4]
     """
     check_alive(cache)
+    if ancestors is not None:
+        check_ancestors(cache, num_tokens, ancestors)
+        return _positions_in_tree(cache.lengths, ancestors)
     return _next_positions(cache.lengths, num_tokens=num_tokens)
 
 
 @one_program("num_tokens")
 def _next_positions(lengths: Int[Array, "*batch"], *, num_tokens: int) -> Array:
     return lengths[..., None] + jnp.arange(num_tokens, dtype=jnp.int32)
+
+
+@one_program()
+def _positions_in_tree(lengths: Int[Array, "*batch"], ancestors: Ancestors) -> Array:
+    return lengths[..., None] + depths_of(ancestors)
 
 
 def layer(

@@ -35,7 +35,8 @@ Side SideOf(const ffi::AnyBuffer& vectors, const ffi::AnyBuffer& scales,
   return side;
 }
 
-// `table` and `key_positions` are empty where the addressing has none; see slots.h.
+// `table` and `key_positions` are empty where the addressing has none, and `starts` and `sees` where
+// a step's tokens form no tree; see slots.h.
 ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                   ffi::AnyBuffer key_scales, ffi::AnyBuffer value_scales,
                   ffi::Buffer<ffi::S8> levels, ffi::Buffer<ffi::S32> run_widths,
@@ -45,6 +46,7 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
                   ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> sinks,
                   ffi::Buffer<ffi::F32> centre_queries, ffi::Buffer<ffi::F32> rope_tables,
                   ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> key_positions,
+                  ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> sees,
                   int64_t key_bits, int64_t value_bits, int64_t extent, int64_t page_size,
                   int64_t window, int64_t kept_window, int64_t kept_sinks, float softcap,
                   ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> log_total,
@@ -88,6 +90,7 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
   slots.table = DataOrNull(table);
   slots.pages = table.element_count() / shape[0], slots.page_size = page_size;
   slots.key_positions = DataOrNull(key_positions);
+  slots.starts = DataOrNull(starts), slots.sees = DataOrNull(sees);
   if (slots.key_positions) slots.lists = key_positions.element_count() / shape[0] / extent;
 
   const int64_t threads = pool.num_threads();
@@ -159,6 +162,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxkvDecode, jaxkv::Decode,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<int64_t>("key_bits")

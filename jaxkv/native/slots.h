@@ -45,10 +45,15 @@ struct Slots {
   const int32_t* key_positions = nullptr;  // [batch, lists, extent]
   int64_t lists = 1;                       // as many as KV heads, if each keeps its own tokens
   int64_t kept_window = 0, kept_sinks = 0;  // of the cache itself: newest and first positions
+  // Where a step's tokens form a tree: its first slot, and which of its tokens query q sees, bit j
+  // for token j. A query's position is that in its own text, of which the others are no part.
+  const int32_t* starts = nullptr;  // [batch]
+  const int32_t* sees = nullptr;    // [batch, tokens]
 
   int64_t Queries() const { return batch * tokens; }
 
-  // The logical slots [begin, end) among which are all that query q sees.
+  // The logical slots [begin, end) among which are all that query q sees; by default those of its
+  // own text, in order.
   int64_t End(int64_t q) const {
     if (key_positions) return query_positions[q] < 0 ? 0 : extent;
     return std::max<int64_t>(
@@ -67,11 +72,16 @@ struct Slots {
     const int64_t b = q / tokens;
     block.count = 0;
     while (cursor < end && block.count < kBlock) {
-      int64_t run_end = end, first = b * extent;  // slot of the run's logical slot 0
+      int64_t run_end = end, first = b * extent, moved = 0;  // slot of the run's logical slot 0
+      if (sees && !key_positions) {
+        moved = Moved(q, cursor);
+        if (cursor + moved >= extent) break;  // it was dropped
+        run_end = cursor < starts[b] ? std::min<int64_t>(end, starts[b]) : cursor + 1;
+      }
       if (table) {
-        const int64_t page = cursor / page_size;
+        const int64_t page = (cursor + moved) / page_size;
         const int64_t place = (int64_t)table[b * pages + page] * page_size;
-        run_end = std::min(end, (page + 1) * page_size);
+        run_end = std::min(run_end, (page + 1) * page_size - moved);
         if (place < 0 || place + page_size > num_slots) {
           cursor = run_end;
           continue;
@@ -80,14 +90,15 @@ struct Slots {
       }
       if (!key_positions) {
         const int64_t some = std::min<int64_t>(run_end - cursor, kBlock - block.count);
-        for (int64_t i = 0; i < some; ++i) block.slots[block.count + i] = first + cursor + i;
+        first += moved + cursor;
+        for (int64_t i = 0; i < some; ++i) block.slots[block.count + i] = first + i;
         for (int64_t i = 0; i < some; ++i) block.positions[block.count + i] = cursor + i;
         block.count += some, cursor += some;
         continue;
       }
       const int32_t* held = key_positions + (b * lists + list) * extent;
       for (; cursor < run_end && block.count < kBlock; ++cursor)
-        if (Sees(query_positions[q], held[cursor])) {
+        if (Sees(q, held[cursor])) {
           block.positions[block.count] = held[cursor];
           block.slots[block.count++] = first + cursor;
         }
@@ -96,7 +107,21 @@ struct Slots {
   }
 
  private:
-  bool Sees(int64_t query, int64_t key) const {
+  // How much further on than its place in the text of query q a token is stored.
+  int64_t Moved(int64_t q, int64_t in_text) const {
+    if (in_text < starts[q / tokens]) return 0;
+    const int64_t depth = in_text - starts[q / tokens];
+    uint32_t rest = sees[q];
+    for (int64_t i = 0; i < depth; ++i) rest &= rest - 1;
+    return rest == 0 ? extent : __builtin_ctz(rest) - depth;
+  }
+  bool Sees(int64_t q, int64_t key) const {
+    const int64_t query = query_positions[q];
+    if (const int64_t token = sees ? key - starts[q / tokens] : -1; token >= 0) {
+      const uint32_t own = sees[q];
+      if (token >= 32 || !(own >> token & 1)) return false;
+      key = starts[q / tokens] + __builtin_popcount(own & ((1u << token) - 1));
+    }
     if (key < 0 || key > query) return false;
     if (window > 0 && key <= query - window) return false;
     return kept_window == 0 || key > query - kept_window || key < kept_sinks;
