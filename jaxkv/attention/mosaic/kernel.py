@@ -376,7 +376,9 @@ def decode_parts(
         [queries, *leaves, *added, layer, bounds, table, signs],
         outputs=[
             jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, both, head_dim), jnp.bfloat16),
-            jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, 2 + plan.signed, rows), jnp.float32),
+            jax.ShapeDtypeStruct(
+                (plan.splits, batch, kv_heads, 2 + plan.signed, rows), jnp.float32
+            ),
         ],
         scratch=[
             gpu.shared_tiles((both, head_dim), jnp.int8 if quantized else stored),
