@@ -35,6 +35,7 @@ _CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("rotated4", _RING, {}),
     ("rotated2", jaxkv.Contiguous(), {}),
     ("rotated4-centred", jaxkv.Contiguous(), {}),
+    ("int8-centred", _PAGES, {"window": 700}),
     ("float16", jaxkv.Contiguous(), {}),
     ("bfloat16", _PAGES, {"softcap": 4.0, "head_dim": 256}),
     ("rotated4", jaxkv.Contiguous(), {"head_dim": 256}),

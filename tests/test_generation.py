@@ -129,6 +129,26 @@ def test_logits_that_are_no_numbers_end_their_own_sequence_alone(bad):
     assert np.isfinite(np.concatenate(result.logprobs)).all()
 
 
+def test_steps_that_no_condition_stands_between_change_no_answer(model, monkeypatch):
+    free = run(model).tokens
+    options = {"stop_tokens": [free[0][2], free[1][9]], "max_new_tokens": 18}
+    one_by_one = run(model, **options)
+    monkeypatch.setattr(decode, "_steps_at_once", lambda *_: 4)
+    together = run(model, **options)
+    assert together.tokens == one_by_one.tokens
+    assert together.logprobs == one_by_one.logprobs
+    assert together.finish_reasons == one_by_one.finish_reasons
+    assert set(together.finish_reasons) == {"stop", "length"}
+
+
+def test_one_step_at_a_time_where_few_are_wanted(monkeypatch):
+    weights = decode.Weights.of(sharp_decoder())
+    assert decode._steps_at_once(weights, 16, 100) == 1
+    monkeypatch.setattr(decode, "platform_of", lambda *_: "gpu")
+    steps = [decode._steps_at_once(weights, *asked) for asked in ((16, 16), (16, 15), (6, 9))]
+    assert steps == [4, 1, 2]
+
+
 def test_tokens_arrive_in_order_and_whole(model):
     arrived = [[], [], []]
     result = run(model, on_tokens=lambda number, tokens: arrived[number].append(tokens))

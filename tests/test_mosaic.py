@@ -64,11 +64,6 @@ REASONS = {
     "head_dim": ({"head_dim": 80}, 1, "head_dim is 80, and it takes 64, 128 or 256"),
     "scales": ({"codec": jaxkv.Int8()}, 1, "scales of 2 KV heads are not a multiple of 16 bytes"),
     "three bits": ({"codec": jaxkv.Centred(jaxkv.Rotated(3))}, 1, "not rotated3-centred"),
-    "two centres": (
-        {"codec": jaxkv.Centred(jaxkv.Rotated(4)), "num_kv_heads": 8},
-        1,
-        "vectors that were stored less one centre, not two",
-    ),
     "short codes": ({"codec": jaxkv.Rotated(2)}, 1, "rotated2 with a head_dim of 64 has 16"),
     "page size": ({"addressing": jaxkv.Paged(24)}, 1, "page_size 24 is not 8, 16, 32 or a"),
     "small pages": ({"addressing": jaxkv.Paged(4)}, 1, "page_size 4 is not 8, 16, 32 or a"),
@@ -105,6 +100,7 @@ def test_what_it_cannot_read(case):
         {"head_dim": 256, "codec": jaxkv.Dense("float16")},
         {"codec": jaxkv.Int8(), "num_kv_heads": 8},
         {"codec": jaxkv.Rotated(4), "num_kv_heads": 8},
+        {"codec": jaxkv.Centred(jaxkv.Rotated(4)), "num_kv_heads": 8},
         {"addressing": jaxkv.Paged(16)},
         {"addressing": jaxkv.Ring(window=61, sinks=2, chunk=9)},
         {"addressing": jaxkv.Paged(64, num_pages=9), "batch_size": 3},
@@ -214,6 +210,29 @@ INTERPRETED = {
         {"softcap": 5.0, "window": 66},
         (1,),
     ),
+    "two centres": (
+        {
+            "batch_size": 1,
+            "num_kv_heads": 8,
+            "codec": jaxkv.Centred(jaxkv.Int8(), rope=jaxkv.Rope.of(1e4, rotary_dim=64)),
+            "addressing": jaxkv.Paged(16),
+        },
+        (40,),
+        {"sinks": jnp.linspace(-1, 1, 8)},
+        (1,),
+    ),
+    "two centres, turned": (
+        {
+            "batch_size": 2,
+            "num_kv_heads": 8,
+            "max_context_length": 1000,
+            "codec": jaxkv.Centred(jaxkv.Rotated(4)),
+            "addressing": jaxkv.Ring(window=20, sinks=3, chunk=240),
+        },
+        (180, 3),
+        {"softcap": 5.0},
+        (1, 1),
+    ),
     "rotated2": (
         {
             "num_kv_heads": 8,
@@ -239,6 +258,8 @@ INTERPRETED = {
         "int8",
         pytest.param("int8 tokens", marks=pytest.mark.slow),
         "rotated4",
+        "two centres",
+        pytest.param("two centres, turned", marks=pytest.mark.slow),
         pytest.param("rotated4 of 256", marks=pytest.mark.slow),
         pytest.param("rotated2", marks=pytest.mark.slow),
     ],

@@ -114,7 +114,7 @@ class AttentionCall:
         )
         if (offsets := self.offsets) is not None:
             each = [self.cache.config.codec.rotate_values(both[1]) for both in offsets.centres]
-            values += chosen(each, self._is_second(1, start, size))
+            values += chosen(each, self.is_second(1, start, size))
         held = jnp.swapaxes(self.key_positions(start, size) >= 0, 1, 2)[..., None]
         return jnp.where(held, keys, 0), jnp.where(held, values, 0)
 
@@ -158,14 +158,14 @@ class AttentionCall:
             # On a GPU they would be rounded to TF32.
             share = "bktgcf,bksf->cbktgs", self.offset_queries, features
             first, *second = jnp.einsum(*share, precision="highest")
-            is_second = self._is_second(0, start, size)
+            is_second = self.is_second(0, start, size)
             if second and is_second is not None:
                 by_head = jnp.swapaxes(is_second, 1, 2)[:, :, None, None, :]
                 first = jnp.where(by_head, second[0], first)
             scores += first
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
-    def _is_second(
+    def is_second(
         self, side: int, start: Int[Array, ""] | int, size: int
     ) -> Bool[Array, "batch size kv_heads"] | None:
         """Which of those slots' keys, or values, were stored less the second of `offsets`."""

@@ -6,6 +6,7 @@ of prompt lengths compiles each once.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.shards import everywhere
 from jaxkv.cache.verbs import padded_after
 from jaxkv.counts import ceil_div
+from jaxkv.devices import platform_of
 from jaxkv.serve.model_step import Model, ModelStep, Weights
 from jaxkv.serve.sampling import Sampling, sample
 
@@ -35,6 +37,9 @@ _ROWS_TO_READ = 256
 _MOST_ROWS = 16384  # of all prompts in a step, whose activations are held at once
 # Decode steps that run on the device before the host sees their tokens.
 TOKENS_PER_DISPATCH = 16
+# On a GPU the host waits for a loop's condition at each turn, but not for one that counts: so the
+# condition is looked at once for so many steps. Those after the end find nothing.
+_STEPS_AT_ONCE = 4
 # What stands for a token where the model's logits are no distribution; the sequence ends there.
 NOT_A_NUMBER = -2
 
@@ -118,6 +123,7 @@ def _decode(
     sampling: Sampling,
     stop_tokens: tuple[int, ...],
     num_steps: int,
+    at_once: int,
 ) -> tuple[State, AnyCache, New]:
     """Up to ``num_steps`` tokens of each sequence that has any remaining."""
 
@@ -143,9 +149,12 @@ def _decode(
         )
         return step + 1, State(jnp.where(active, token, last), remaining, seeds), cache, new
 
+    def some_steps(carry: Any) -> Any:
+        return lax.fori_loop(0, at_once, lambda _, carry: one_step(carry), carry)
+
     shape = (num_steps, len(state.last))
     new = New(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
-    _, state, cache, new = lax.while_loop(unfinished, one_step, (0, state, cache, new))
+    _, state, cache, new = lax.while_loop(unfinished, some_steps, (0, state, cache, new))
     state, new = everywhere(cache, (state, new))
     return state, cache, new
 
@@ -158,6 +167,7 @@ class Program:
     sampling: Sampling
     stop_tokens: tuple[int, ...]
     num_steps: int
+    at_once: int
     observe: bool
 
     @classmethod
@@ -168,6 +178,7 @@ class Program:
         stop_tokens: Sequence[int],
         *,
         num_steps: int = TOKENS_PER_DISPATCH,
+        most_steps: int | None = None,
         observe: bool = False,
         on: Spread | None = None,
     ) -> "Program":
@@ -175,12 +186,14 @@ class Program:
 
         Args:
           num_steps: of decode between two looks of the host.
+          most_steps: of decode at all, if that is known.
           observe: does prefill give the prompts' queries?
           on: the mesh.
         """
         weights = Weights.of(model) if on is None else Weights.of(model).spread_over(on.mesh)
         stops = tuple(int(token) for token in stop_tokens)
-        return cls(weights, sampling, stops, num_steps, observe)
+        at_once = _steps_at_once(weights, num_steps, most_steps or num_steps)
+        return cls(weights, sampling, stops, num_steps, at_once, observe)
 
     # Compiled first, so that timings of the steps do not include XLA's.
     def compile_prefill(self, chunks: list[Chunk], cache: AnyCache) -> None:
@@ -201,4 +214,12 @@ class Program:
             "sampling": self.sampling,
             "stop_tokens": self.stop_tokens,
             "num_steps": self.num_steps,
+            "at_once": self.at_once,
         }
+
+
+def _steps_at_once(weights: Weights, num_steps: int, most_steps: int) -> int:
+    """One where a step is the slower part, or where fewer are wanted than a dispatch has."""
+    if platform_of(*weights.arrays) != "gpu" or most_steps < num_steps:
+        return 1
+    return math.gcd(num_steps, _STEPS_AT_ONCE)

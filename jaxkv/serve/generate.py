@@ -260,6 +260,7 @@ def generate(
         sampling,
         stops,
         num_steps=stream_every,
+        most_steps=max_new_tokens,
         observe=compression is not None and compression.window != 0,
         on=spread and spread.automatic,
     )

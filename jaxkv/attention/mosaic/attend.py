@@ -67,8 +67,6 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
         return f"scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
     if config.num_slots < TILE:
         return f"it reads {TILE} slots at once, and the cache has {config.num_slots}"
-    if (offsets := codec.offsets(cache.codec_state)) is not None and offsets.second is not None:
-        return "it reads vectors that were stored less one centre, not two"
     if index.share is not None and config.codec_state:
         return f"it cannot read {codec.name} where the context is on several devices"
     ordered = index.by_position or index.ring or index.share
@@ -147,21 +145,25 @@ def _decode(request: AttentionCall, interpret: object) -> tuple[Grouped, LogTota
         plan=plan(request, 2 * columns.shape[3]),
         interpret=interpret,
     )
-    highest, totals = jnp.moveaxis(sums[..., :count], 3, 0)
+    highest, totals, *of_second = jnp.moveaxis(sums[..., :count], 3, 0)
     coarse, fine = (
         part[:, :, :, :count] for part in jnp.split(mixes.astype(jnp.float32), 2, axis=3)
     )
     sink_logits = (
         None if request.sink_logits is None else jnp.tile(request.sink_logits, (1, tokens))
     )
-    mix, share, log_total = _combined(coarse + fine, highest, totals, sink_logits)
+    unscaled = jnp.concatenate([coarse + fine, *(part[..., None] for part in of_second)], axis=-1)
+    mix, share, log_total = _combined(unscaled, highest, totals, sink_logits)
     if tokens > 1:  # padding sees nothing
         real = jnp.repeat(request.positions >= 0, group, axis=1)[:, None]
         mix, share = jnp.where(real[..., None], mix, 0), jnp.where(real, share, 0)
+    mix, second_share = mix[..., :head_dim], mix[..., head_dim:]
     if rotates:
         mix *= half_turn(head_dim)
     if (offsets := request.offsets) is not None:
         mix += share[..., None] * offsets.vectors[1][:, None]
+        if offsets.second is not None:
+            mix += second_share * (offsets.second - offsets.vectors)[1][:, None]
     return mix.reshape(request.queries.shape), log_total.reshape(batch, kv_heads, tokens, group)
 
 
@@ -235,15 +237,20 @@ def _added(request: AttentionCall) -> tuple[Float[Array, "batch kv_heads slots r
     index, offsets = request.cache.index, request.offsets
     if offsets is None or request.offset_queries is None:
         return ()
-    queries = _columns(request.offset_queries[..., 0, :])
     if not index.by_position:
         positions = request.key_positions(0, index.extent)
     else:  # behind a barrier, or XLA would compute the table while it compiles
         slots = jnp.arange(index.extent, dtype=jnp.int32)
         positions = lax.optimization_barrier(slots[None, None])
     features = offsets.features(positions)[:, 0]
-    features = jnp.broadcast_to(features, (len(queries), *features.shape[1:]))
-    scores = jnp.einsum("bkfg,bsf->bksg", queries, features, precision="highest")
+    features = jnp.broadcast_to(features, (len(request.lengths), *features.shape[1:]))
+    scores, *second = (
+        jnp.einsum("bkfg,bsf->bksg", _columns(queries), features, precision="highest")
+        for queries in jnp.moveaxis(request.offset_queries, -2, 0)
+    )
+    is_second = request.is_second(0, 0, index.extent)
+    if second and is_second is not None:
+        scores = jnp.where(jnp.swapaxes(is_second, 1, 2)[..., None], second[0], scores)
     return (scores * (1 if request.softcap else _LOG2_E),)
 
 

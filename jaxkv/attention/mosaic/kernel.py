@@ -197,7 +197,8 @@ def decode_parts(
 
     Returns:
       Mixes ``[splits, batch, kv_heads, 2 * rows, head_dim]``, again high parts and then low ones,
-      and the maxima and totals of weights ``[splits, batch, kv_heads, 2, rows]``, base 2.
+      and the maxima and totals of weights ``[splits, batch, kv_heads, 2, rows]``, base 2; with two
+      centres the total of values that were stored less the second, too.
     """
     quantized = len(leaves) == 2
     batch, kv_heads, head_dim, rows = queries.shape
@@ -262,6 +263,9 @@ def decode_parts(
         def scales_of(side, stage):
             return gpu.load(buffers[side][1].at[stage, :, head], gpu.ROW_VECTOR).astype(jnp.float32)
 
+        def of_second(scales):  # of zeros too
+            return lax.bitcast_convert_type(scales, jnp.int32) < 0
+
         def scores_of(stage):
             keys = buffers[0][0].at[stage]
             if plan.levels:
@@ -274,7 +278,10 @@ def decode_parts(
                 return coarse + fine
             whole = (coarse * LOW_STEPS + fine).astype(jnp.float32)
             whole *= gpu.across(gpu.load(sums_tile.at[0], gpu.COLUMN_VECTOR), scores_shape, 1)
-            return whole * gpu.across(scales_of(0, stage), scores_shape, 0)
+            scales = scales_of(0, stage)
+            if plan.signed:
+                scales = jnp.abs(scales)
+            return whole * gpu.across(scales, scores_shape, 0)
 
         def values_of(stage, start, its_pages):
             """In bfloat16, without what hidden slots hold: zero times NaN is NaN."""
@@ -291,7 +298,7 @@ def decode_parts(
             return values
 
         def one_tile(number, state):
-            mix, highest, total, upcoming = state
+            mix, highest, total, second, upcoming = state
             stage, start, here = lax.rem(number, stages), slots.start_of(number), upcoming[0]
 
             gpu.wait(arrived[0].at[stage])
@@ -309,7 +316,13 @@ def decode_parts(
             gpu.wait(arrived[1].at[stage])
             values = values_of(stage, start, here)
             if quantized:
-                weights *= gpu.across(scales_of(1, stage), scores_shape, 0)
+                scales = scales_of(1, stage)
+                if plan.signed:
+                    theirs = gpu.across(of_second(scales), scores_shape, 0)
+                    keeping = gpu.across(keep, scores_shape, 1)
+                    second = (second[0] * keeping + jnp.where(theirs, weights, 0),)
+                    scales = jnp.abs(scales)
+                weights *= gpu.across(scales, scores_shape, 0)
                 weights = jnp.where(visible, weights, 0)
             store_in_two(weight_tiles, weights)
             gpu.commit()
@@ -321,12 +334,18 @@ def decode_parts(
             def _():
                 fetch(number + stages, stage, upcoming[-1])
 
-            return mix, new_highest, total, (*upcoming[1:], slots.pages_of(number + stages + 1))
+            upcoming = (*upcoming[1:], slots.pages_of(number + stages + 1))
+            return mix, new_highest, total, second, upcoming
 
         state = gpu.full(mix_shape, 0), gpu.full((rows,), LOWEST), gpu.full(scores_shape, 0)
-        mix, highest, total, _ = gpu.fori_loop(0, count, one_tile, (*state, upcoming))
+        second = (gpu.full(scores_shape, 0),) * plan.signed
+        mix, highest, total, second, _ = gpu.fori_loop(
+            0, count, one_tile, (*state, second, upcoming)
+        )
         sums_tile[0] = highest
         sums_tile[1] = total.sum(axis=0)
+        if plan.signed:
+            sums_tile[2] = second[0].sum(axis=0)
         if plan.levels:
             gpu.commit()  # what was there
             gpu.copy_in(signs_ref, rotating[1], signs_arrived)
@@ -357,12 +376,14 @@ def decode_parts(
         [queries, *leaves, *added, layer, bounds, table, signs],
         outputs=[
             jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, both, head_dim), jnp.bfloat16),
-            jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, 2, rows), jnp.float32),
+            jax.ShapeDtypeStruct(
+                (plan.splits, batch, kv_heads, 2 + plan.signed, rows), jnp.float32
+            ),
         ],
         scratch=[
             gpu.shared_tiles((both, head_dim), jnp.int8 if quantized else stored),
             gpu.Either((side, side), gpu.shared_tiles((both, head_dim), jnp.bfloat16)),
-            gpu.shared((2, rows), jnp.float32),
+            gpu.shared((2 + plan.signed, rows), jnp.float32),
             gpu.Either(
                 (gpu.shared_tiles((both, TILE), number), wide),
                 (gpu.shared((head_dim, rows), jnp.float32), rotating),

@@ -36,6 +36,7 @@ class Plan:
       stages: tiles that a block of threads holds at once.
       softcap: of `attend`, or None.
       levels: what packed codes stand for; None for numbers that are stored as they are.
+      signed: whether the sign of a scale says which of two centres a vector has.
     """
 
     page_size: int
@@ -47,6 +48,7 @@ class Plan:
     stages: int
     softcap: float | None
     levels: tuple[int, ...] | None
+    signed: bool
 
     @property
     def piece(self) -> int:
@@ -68,6 +70,7 @@ def plan(request: AttentionCall, rows: int) -> Plan:
         stages=stages,
         softcap=request.softcap,
         levels=packed_levels(cache),
+        signed=request.offsets is not None and request.offsets.second is not None,
     )
 
 
