@@ -211,8 +211,8 @@ def attend(
       ancestors: where the tokens form a tree, which of them come before which: ``[i, j]`` if token
         j is an ancestor of token i, bool ``[tokens, tokens]``, with a leading ``[batch]`` if
         sequences differ. Each sees the text before the step, its ancestors and itself; windows
-        count these alone. The rope of token i is yours to turn by its own position, the length and
-        the number of its ancestors (`next_positions`). `keep_path` makes one branch the text.
+        count these alone. Token i's own position, for its rope, is the length and the number of its
+        ancestors (`next_positions`). `keep_path` makes one branch the text.
       implementation: a name in `IMPLEMENTATIONS`; None picks the first that can serve, see
         `explain`. A named one is used or an error, never replaced.
       partial: give the log-sum-exp of the logits too, for this to be one part of what queries see:
