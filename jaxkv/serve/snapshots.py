@@ -13,6 +13,8 @@ from jaxkv.serve import steps
 
 # Tokens from one snapshot of a prompt to the next, where an engine is told nothing else.
 SNAPSHOT_EVERY = 1024
+# Snapshots that there is room for, one per row or this many. Each new prompt takes one or two.
+LEAST_SNAPSHOTS = 8
 
 
 class StateSnapshots:
@@ -85,7 +87,8 @@ def checked_space(
             "snapshot is taken where a chunk ends."
         )
     if space is None:
-        space = sum(state.size_bytes for state in config.states)
+        kept = max(config.states[0].batch_size or 1, LEAST_SNAPSHOTS)
+        space = kept * sum(state.bytes_per_sequence for state in config.states)
     if space < 0:
         raise ConfigError(f"Engine: snapshot_space must be at least 0 bytes, got {space}.")
     return space if sharing else 0, every
