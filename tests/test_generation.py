@@ -131,14 +131,15 @@ def test_logits_that_are_no_numbers_end_their_own_sequence_alone(bad):
 
 def test_steps_that_no_condition_stands_between_change_no_answer(model, monkeypatch):
     free = run(model).tokens
-    options = {"stop_tokens": [free[0][2], free[1][9]], "max_new_tokens": 18}
-    one_by_one = run(model, **options)
+    asked = [{"max_new_tokens": 18}, {"stop_tokens": [free[0][2], free[1][9]]}]
+    one_by_one = [run(model, **options) for options in asked]
     monkeypatch.setattr(decode, "_steps_at_once", lambda *_: 4)
-    together = run(model, **options)
-    assert together.tokens == one_by_one.tokens
-    assert together.logprobs == one_by_one.logprobs
-    assert together.finish_reasons == one_by_one.finish_reasons
-    assert "stop" in together.finish_reasons
+    for options, expected in zip(asked, one_by_one, strict=True):
+        together = run(model, **options)
+        assert together.tokens == expected.tokens
+        assert together.logprobs == expected.logprobs
+        assert together.finish_reasons == expected.finish_reasons
+    assert [each.finish_reasons[0] for each in one_by_one] == ["length", "stop"]
 
 
 def test_one_step_at_a_time_where_few_are_wanted(monkeypatch):

@@ -218,10 +218,10 @@ INTERPRETED = {
             "addressing": jaxkv.Paged(16),
         },
         (40,),
-        {"sinks": jnp.linspace(-1, 1, 8)},
+        {"sink_logits": jnp.linspace(-1, 1, 8)},
         (1,),
     ),
-    "two centres, turned": (
+    "two centres, rotated": (
         {
             "batch_size": 2,
             "num_kv_heads": 8,
@@ -259,7 +259,7 @@ INTERPRETED = {
         pytest.param("int8 tokens", marks=pytest.mark.slow),
         "rotated4",
         "two centres",
-        pytest.param("two centres, turned", marks=pytest.mark.slow),
+        pytest.param("two centres, rotated", marks=pytest.mark.slow),
         pytest.param("rotated4 of 256", marks=pytest.mark.slow),
         pytest.param("rotated2", marks=pytest.mark.slow),
     ],
