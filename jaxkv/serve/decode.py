@@ -37,8 +37,8 @@ _ROWS_TO_READ = 256
 _MOST_ROWS = 16384  # of all prompts in a step, whose activations are held at once
 # Decode steps that run on the device before the host sees their tokens.
 TOKENS_PER_DISPATCH = 16
-# On a GPU the host waits for a loop's condition at each turn, but not for one that counts: so the
-# condition is looked at once for so many steps. Those after the end find nothing.
+# On a GPU the host waits for a loop's condition at each iteration, but not for one that counts: so
+# the condition is looked at once for so many steps. Those after the end find nothing.
 _STEPS_AT_ONCE = 4
 # What stands for a token where the model's logits are no distribution; the sequence ends there.
 NOT_A_NUMBER = -2

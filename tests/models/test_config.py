@@ -42,7 +42,7 @@ def test_architecture_may_be_told_by_model_type():
         ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported; known are"),
         ({"architectures": None, "model_type": "rwkv"}, "architecture 'rwkv' is not supported"),
         ({"quantization_config": {"bits": 4}}, r"weights are quantized \({'bits': 4}\)"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not .* rotates whole heads"),
+        ({"partial_rotary_factor": 0.5}, "factor = 0.5 is not .* rotates whole heads"),
         ({"rope_interleaved": True}, "rope_interleaved = True is not supported"),
         ({"attn_logit_softcapping": 5.0}, "attn_logit_softcapping = 5.0 is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .*sliding"),
