@@ -20,6 +20,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import re
+import resource
 
 import hypothesis
 import jax
@@ -77,11 +78,14 @@ def compiled_as_users_do(request):
 
 
 @pytest.fixture(autouse=True)
-def fewer_mappings_than_a_process_may_have():
-    """Let go of compiled programs in time: Linux allows 65,530 mappings, each program has some."""
+def fewer_programs_than_a_process_has_room_for():
+    """Let go of compiled ones in time: each has mappings, of which Linux allows 65,530, and bytes."""
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+    mine = pathlib.Path("/proc/self")
+    if not mine.exists():
+        return
+    num_bytes = int((mine / "statm").read_text().split()[1]) * resource.getpagesize()
+    if num_bytes > 5e9 or (mine / "maps").read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
 
 
