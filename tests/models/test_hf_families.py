@@ -198,7 +198,6 @@ def test_what_a_row_cannot_plan_is_refused(config, message):
         ("mamba", {}, "refused"),
         ("mistral", {}, "right"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 3}, "right"),
-        ("falcon_h1", {}, "refused"),
     ],
 )
 def test_the_transformers_that_is_installed(model_type, changed, expected):
