@@ -75,8 +75,8 @@ class Kept:
 
     def _saved(self, prompt: list[int]) -> list[int]:
         cache = jaxkv.create(self.config(batch_size=None))
-        for group, constants in zip(cache.groups, self.constants, strict=True):
-            cache = cache.with_groups([group.with_codec_state(constants)])
+        (constants,) = self.constants  # its layers are all alike
+        cache = cache.with_codec_state(constants)
         padded = jnp.zeros(_CONTEXT // 2, jnp.int32).at[: len(prompt)].set(jnp.asarray(prompt))
         logits, cache = _step(self.model, padded, jaxkv.padded_after(cache, len(prompt)))
         token, cache = logits[len(prompt) - 1].argmax(), jaxkv.padded_after(cache, None)

@@ -5,7 +5,7 @@ from typing import NamedTuple, Self
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxkv.cache.ancestors import Ancestors, with_itself
+from jaxkv.cache.ancestors import Ancestors, depths_of, with_itself
 
 
 class Tree(NamedTuple):
@@ -25,9 +25,8 @@ class Tree(NamedTuple):
     @classmethod
     def of(cls, ancestors: Ancestors, lengths: Int[Array, " batch"]) -> Self:
         """Of tokens that come after sequences of these lengths."""
-        sees = with_itself(ancestors)
-        sees = jnp.broadcast_to(sees, (len(lengths), *sees.shape[-2:]))
-        return cls(lengths, sees.sum(axis=-1, dtype=jnp.int32) - 1, sees)
+        ancestors = jnp.broadcast_to(ancestors, (len(lengths), *ancestors.shape[-2:]))
+        return cls(lengths, depths_of(ancestors), with_itself(ancestors))
 
     def in_text(
         self, positions: Int[Array, "batch #kv_heads slots"]

@@ -84,8 +84,6 @@ class KVCacheConfig:
             problems.append(
                 f"addressing must be one such as jaxkv.Contiguous(), got {self.addressing!r}"
             )
-        elif not any(problems):
-            problems.append(self.addressing.reason_against(self.num_layers, self.num_kv_heads))
         if self.placement is not None:
             problems.append(self._check_placement())
         if self.newest is not None:
@@ -93,7 +91,8 @@ class KVCacheConfig:
         if self.value_dim is not None:
             problems.append(self._normalize_count("value_dim", " or None for head_dim"))
         if not any(problems):
-            problems.append(self._check_pair())
+            shape = self.num_layers, self.num_kv_heads
+            problems += [self.addressing.reason_against(*shape), self._check_together()]
         if problems := [problem for problem in problems if problem]:
             raise ConfigError("KVCacheConfig: " + "; ".join(problems) + ".")
 
@@ -105,13 +104,13 @@ class KVCacheConfig:
     def _check_newest(self) -> str | None:
         if not isinstance(self.newest, Newest):
             return f"newest must be jaxkv.Newest(...) or None, got {self.newest!r}"
-        if isinstance(self.addressing, Addressing) and self.addressing.aligned:
-            return f"newest must be None: newest tokens may be of two chunks of {self.addressing}"
         return None
 
-    def _check_pair(self) -> str | None:
+    def _check_together(self) -> str | None:
         if self.value_dim == self.head_dim:
             object.__setattr__(self, "value_dim", None)
+        if self.newest is not None and self.addressing.aligned:
+            return f"newest must be None: newest tokens may be of two chunks of {self.addressing}"
         if self.values_in_keys and self.pair.value_dim > self.head_dim:
             return (
                 "value_dim must be at most head_dim where values are in the keys, got "

@@ -1,5 +1,6 @@
 """The cache: an immutable pytree. Its verbs are in `jaxkv.cache`."""
 
+import abc
 import dataclasses
 import functools
 import warnings
@@ -33,13 +34,34 @@ OUT_OF_RANGE = 1 << 30
 NumTokens = int | Int[Array, "*batch"]
 
 
+class Counted(abc.ABC):
+    """What is kept of some tokens of each sequence, and an index that counts them."""
+
+    index: Any
+
+    @property
+    def lengths(self) -> Int[Array, "*batch"]:
+        """Tokens in each sequence. More than the capacity once a write was dropped."""
+        return self.index.lengths
+
+    @property
+    def overflowed(self) -> Bool[Array, "*batch"]:
+        """True for a sequence that was given more tokens than it can hold."""
+        return self.lengths > self.index.room
+
+    @property
+    def misused(self) -> Bool[Array, "*batch"]:
+        """True for a sequence whose verb got an argument out of range inside jit."""
+        return self.lengths >= OUT_OF_RANGE
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["storage", "index", "codec_state", "resident", "newest", "real_tokens"],
     meta_fields=["config", "spread", "part_of"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
-class KVCache:
+class KVCache(Counted):
     """Keys and values of every token so far, and where they are. Made by `create`.
 
     Attributes:
@@ -90,21 +112,6 @@ class KVCache:
         """The cache that these groups are."""
         (own,) = groups
         return own
-
-    @property
-    def lengths(self) -> Int[Array, "*batch"]:
-        """Tokens in each sequence. More than the capacity once a write was dropped."""
-        return self.index.lengths
-
-    @property
-    def overflowed(self) -> Bool[Array, "*batch"]:
-        """True for a sequence that was given more tokens than it can hold."""
-        return self.lengths > self.index.room
-
-    @property
-    def misused(self) -> Bool[Array, "*batch"]:
-        """True for a sequence whose verb got an argument out of range inside jit."""
-        return self.lengths >= OUT_OF_RANGE
 
     @property
     def means(self) -> Array | None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxkv.cache.kv_cache import OUT_OF_RANGE
+from jaxkv.cache.kv_cache import OUT_OF_RANGE, Counted
 from jaxkv.counts import as_count
 from jaxkv.errors import ConfigError
 from jaxkv.show.text import format_bytes
@@ -151,7 +151,7 @@ class StateIndex:
     meta_fields=["config"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
-class StateCache:
+class StateCache(Counted):
     """State of each sequence, in the layers of one `StateConfig`. Part of a `HybridCache`.
 
     Attributes:
@@ -185,18 +185,6 @@ class StateCache:
         }
         lengths, at = (jnp.zeros(config.batch_shape, jnp.int32, device=device) for _ in range(2))
         return cls(storage, StateIndex(lengths, at), config)
-
-    @property
-    def lengths(self) -> Int[Array, "*batch"]:
-        return self.index.lengths
-
-    @property
-    def overflowed(self) -> Bool[Array, "*batch"]:
-        return self.lengths > self.index.room
-
-    @property
-    def misused(self) -> Bool[Array, "*batch"]:
-        return self.lengths >= OUT_OF_RANGE
 
     @property
     def size_bytes(self) -> int:

@@ -1,7 +1,5 @@
 """Models whose layers keep a state, in an engine: a prompt that is found equals one computed."""
 
-import functools
-
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -10,24 +8,14 @@ import pytest
 from hypothesis import given, settings
 
 import jaxkv
-from jaxkv.models import load
 from jaxkv.paging import PageAllocator, Snapshots
-from tests.models.variants import write_checkpoint
+from tests.models.variants import model_of
 
 CHUNK = 8
 FAST = pytest.mark.parametrize(
     "variant",
     ["lfm2", *(pytest.param(v, marks=pytest.mark.slow) for v in ("bamba", "qwen3_next"))],
 )
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory):
-    @functools.cache
-    def loaded(variant):
-        return load(write_checkpoint(variant, tmp_path_factory.mktemp("checkpoint")))[0]
-
-    return loaded
 
 
 def prompts_with_common_starts(count=14):
@@ -68,7 +56,7 @@ def answers(model, prompts, **options):
 
 
 @FAST
-def test_a_hit_equals_a_miss_bit_for_bit_whatever_is_evicted(variant, model_of):
+def test_a_hit_equals_a_miss_bit_for_bit_whatever_is_evicted(variant):
     """Beside an engine that shares nothing, which says what the model says without a cache."""
     model, prompts = model_of(variant), prompts_with_common_starts()
     expected, alone, _ = answers(model, prompts, sharing=False)
@@ -88,7 +76,7 @@ def test_a_hit_equals_a_miss_bit_for_bit_whatever_is_evicted(variant, model_of):
     assert 0 not in counts
 
 
-def test_snapshots_are_taken_where_prompts_part(model_of):
+def test_snapshots_are_taken_where_prompts_part():
     """The second prompt shows where the third will find the first."""
     model = model_of("bamba")
     text = list(range(40))  # at the end of its last chunk, at its own end, and where pages ended
@@ -107,7 +95,7 @@ def test_snapshots_are_taken_where_prompts_part(model_of):
         assert [cached(text[:20]), cached(text[:20])] == [0, 0]
 
 
-def test_a_fork_and_other_weights(model_of):
+def test_a_fork_and_other_weights():
     model, prompt = model_of("lfm2"), list(range(21))
     with engine_for(model, config_for(model)) as engine:
         request = engine.submit(prompt, max_new_tokens=8)
@@ -135,7 +123,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_is_refused_by_name(what, model_of):
+def test_what_cannot_be_is_refused_by_name(what):
     variant, options, message = REFUSED[what]
     model = model_of(variant)
     with pytest.raises(jaxkv.ConfigError, match=message):

@@ -1,7 +1,6 @@
 """Logits equal transformers' in every variant, and equal each other however they are computed."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,31 +11,21 @@ from jax.sharding import AxisType
 
 import jaxkv
 from jaxkv.models import RopeConfig, load, save
-from tests.models.variants import GOLDENS, NUM_TOKENS, VARIANTS, token_ids, write_checkpoint
+from tests.models.variants import (
+    NUM_TOKENS,
+    VARIANTS,
+    goldens,
+    model_of,
+    token_ids,
+    write_checkpoint,
+)
 from tests.oracle import jit
 
 TOLERANCE = 2e-4
 
 
-@functools.cache
-def goldens():
-    with np.load(GOLDENS) as file:
-        return dict(file)
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory):
-    @functools.cache
-    def loaded(variant):
-        model, tokenizer = load(write_checkpoint(variant, tmp_path_factory.mktemp("checkpoint")))
-        assert tokenizer is None
-        return model
-
-    return loaded
-
-
 @pytest.fixture
-def model(request, model_of):
+def model(request):
     return model_of(request.param)
 
 
@@ -98,7 +87,7 @@ LENGTH_DEPENDENT = [("llama longrope short", 32), ("llama longrope", 16), ("llam
 
 
 @pytest.mark.parametrize(("variant", "trained"), LENGTH_DEPENDENT)
-def test_room_that_a_text_does_not_use_changes_nothing(variant, trained, model_of):
+def test_room_that_a_text_does_not_use_changes_nothing(variant, trained):
     """A cache with room for longer texts, whose rope is another, is refused until one is chosen."""
     model, tokens = model_of(variant), jnp.asarray(token_ids(variant))
     short = model.for_context(trained)
@@ -119,7 +108,7 @@ def test_room_that_a_text_does_not_use_changes_nothing(variant, trained, model_o
 
 
 @pytest.mark.parametrize(("variant", "trained"), LENGTH_DEPENDENT)
-def test_a_rope_that_was_chosen_is_saved(variant, trained, model_of, tmp_path):
+def test_a_rope_that_was_chosen_is_saved(variant, trained, tmp_path):
     chosen = model_of(variant).for_context(trained + 8)
     save(chosen, tmp_path)
     loaded, _ = load(tmp_path)
@@ -163,7 +152,7 @@ def test_ragged_batch_equals_single(variant, model, padding):
         assert_golden(next_logits[sequence, 0], variant, length)
 
 
-def test_uncached_forward_takes_any_leading_axes(model_of):
+def test_uncached_forward_takes_any_leading_axes():
     model = model_of("llama")
     tokens = jnp.asarray(token_ids("llama"))
     logits, _ = model(jnp.broadcast_to(tokens, (2, 3, NUM_TOKENS)))
@@ -172,7 +161,7 @@ def test_uncached_forward_takes_any_leading_axes(model_of):
 
 
 @pytest.mark.parametrize("variant", [v for v in SCALED_ROPES if "default" not in v])
-def test_goldens_tell_scalings_apart(variant, model_of):
+def test_goldens_tell_scalings_apart(variant):
     """With the plain frequencies the logits are others, unless the variant says it is short."""
     changed = nnx.clone(model_of(variant))
     plain = RopeConfig(changed.config.rope.head_dim, theta=changed.config.rope.theta)
@@ -199,7 +188,7 @@ def test_goldens_tell_scalings_apart(variant, model_of):
         ("gpt_oss", {"swiglu_alpha": 1.0}),
     ],
 )
-def test_goldens_tell_options_apart(variant, changes, model_of):
+def test_goldens_tell_options_apart(variant, changes):
     changed = nnx.clone(model_of(variant))
     config = dataclasses.replace(changed.config, **changes)
     for _, module in nnx.iter_modules(changed):

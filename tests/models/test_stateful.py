@@ -1,7 +1,5 @@
 """Layers with a state: logits are those of transformers however a text is cut, and so are bytes."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 import jaxkv
 from jaxkv.models import load, save
 from jaxkv.models.recurrence import CHUNK, Terms, convolve, run
-from tests.models.variants import GOLDENS, NUM_TOKENS, token_ids, write_checkpoint
+from tests.models.variants import NUM_TOKENS, goldens, model_of, token_ids
 
 VARIANTS = ("lfm2", "qwen3_next", "bamba")
 MORE = ("lfm2 as released", "qwen3_next dense", "bamba bias")
@@ -20,21 +18,6 @@ def each(fast, variants=VARIANTS):
     """Every variant, of which some are tried each time."""
     cases = [v if v in fast else pytest.param(v, marks=pytest.mark.slow) for v in variants]
     return pytest.mark.parametrize("variant", cases)
-
-
-@functools.cache
-def goldens():
-    with np.load(GOLDENS) as file:
-        return dict(file)
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory):
-    @functools.cache
-    def loaded(variant):
-        return load(write_checkpoint(variant, tmp_path_factory.mktemp("checkpoint")))[0]
-
-    return loaded
 
 
 @jax.jit
@@ -47,7 +30,7 @@ def assert_golden(logits, variant, tokens):
 
 
 @each(["qwen3_next", "bamba"], [*VARIANTS, *MORE])
-def test_chunks_with_padding_and_one_token_at_a_time(variant, model_of):
+def test_chunks_with_padding_and_one_token_at_a_time(variant):
     """Chunks of 8 whose last tokens are padding, which leaves no trace, then single tokens."""
     model, tokens = model_of(variant), token_ids(variant)
     cache = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS))
@@ -63,7 +46,7 @@ def test_chunks_with_padding_and_one_token_at_a_time(variant, model_of):
 
 
 @each(["lfm2"], ["lfm2", "qwen3_next"])
-def test_a_ragged_batch_equals_single_texts(variant, model_of):
+def test_a_ragged_batch_equals_single_texts(variant):
     model, tokens = model_of(variant), np.tile(token_ids(variant), (3, 1))
     lengths = np.array([5, 23, 1], np.int32)
     cache = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS, batch_size=3))
@@ -80,7 +63,7 @@ def test_a_ragged_batch_equals_single_texts(variant, model_of):
 
 
 @each(["bamba"], ["bamba", "qwen3_next"])
-def test_a_fork_a_copy_and_a_file_go_on_bit_for_bit(variant, model_of, tmp_path):
+def test_a_fork_a_copy_and_a_file_go_on_bit_for_bit(variant, tmp_path):
     model, tokens = model_of(variant), token_ids(variant)
     cache = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS, batch_size=1))
     _, cache = step(model, tokens[None, :9], cache)
@@ -95,7 +78,7 @@ def test_a_fork_a_copy_and_a_file_go_on_bit_for_bit(variant, model_of, tmp_path)
 
 
 @each(["lfm2"])
-def test_generate_says_what_the_model_says_without_a_cache(variant, model_of):
+def test_generate_says_what_the_model_says_without_a_cache(variant):
     """Ragged prompts, in chunks of 8: greedy tokens are the arguments of the largest logits."""
     model = model_of(variant)
     prompts = [np.resize(token_ids(variant), length).tolist() for length in (13, 1, 20)]
@@ -111,7 +94,7 @@ def test_generate_says_what_the_model_says_without_a_cache(variant, model_of):
 
 
 @each(VARIANTS)
-def test_bfloat16_keeps_sums_in_float32(variant, model_of):
+def test_bfloat16_keeps_sums_in_float32(variant):
     config = model_of(variant).cache_config(max_context_length=8, codec="bfloat16")
     (state,) = config.states
     assert {array.name: array.dtype for array in state.arrays}["conv"] == "float32"  # the model's
@@ -122,7 +105,7 @@ def test_bfloat16_keeps_sums_in_float32(variant, model_of):
 
 
 @each(["lfm2"], [*VARIANTS, *MORE])
-def test_a_model_is_saved_as_it_was_loaded(variant, model_of, tmp_path):
+def test_a_model_is_saved_as_it_was_loaded(variant, tmp_path):
     model = model_of(variant)
     save(model, tmp_path)
     again, _ = load(tmp_path)
@@ -172,7 +155,7 @@ def test_bytes_of_released_models(name):
 
 @pytest.mark.filterwarnings("ignore")
 @each([])
-def test_what_transformers_keeps(variant, model_of):
+def test_what_transformers_keeps(variant):
     """The numbers of its own cache after five tokens, but for the oldest input of convolutions."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers", minversion="5")

@@ -5,8 +5,10 @@ make the same weights again. Numpy promises that a seeded PCG64 stream never cha
 """
 
 import copy
+import functools
 import json
 import re
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -429,6 +431,24 @@ def hf_config(variant: str) -> dict[str, Any]:
     fields = copy.deepcopy(VARIANTS[variant])  # transformers writes into the dicts it is given
     said = ("q_lora_rank",)  # whose None means something
     return {name: value for name, value in fields.items() if value is not None or name in said}
+
+
+@functools.cache
+def goldens() -> dict[str, np.ndarray]:
+    """The logits of transformers for every variant."""
+    with np.load(GOLDENS) as file:
+        return dict(file)
+
+
+@functools.cache
+def model_of(variant: str) -> Any:
+    """The variant's model, loaded from a checkpoint as transformers writes it."""
+    from jaxkv.models import load  # goldens are made where there is no jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = load(write_checkpoint(variant, Path(folder)))
+    assert tokenizer is None
+    return model
 
 
 def token_ids(variant: str) -> np.ndarray:
