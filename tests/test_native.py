@@ -255,6 +255,10 @@ def test_products_equal_xlas(dtype, axis, rows):
     for result, expected in zip(got, exact, strict=True):
         assert result.dtype == jnp.float32
         np.testing.assert_allclose(result, expected, atol=1e-4, rtol=1e-5)
+    for row in range(rows):  # has the bits that it has alone, whoever stands beside it
+        alone = jax.jit(products, static_argnums=2)(x[row], weights, axis)
+        for result, own in zip(got, alone, strict=True):
+            np.testing.assert_array_equal(result[row], own)
 
 
 def test_products_under_vmap_and_derivatives_are_xlas():
