@@ -14,7 +14,7 @@ constexpr int kTogether = 4;  // rows of a weight that are read at once
 // Rows of one unit's part of a weight [in, out], whose parts are summed at the end: fewer make more
 // to sum, more leave too few units.
 constexpr int64_t kUnitRows = 128;
-constexpr int64_t kUnitBytes = 128 << 10;
+constexpr int64_t kUnitBytes = 256 << 10;
 constexpr int64_t kProductWorthWaking = 256 << 10;
 
 // y[m] = x[m] W for a weight [in, out], or x[m] W^T for a table [out, in].
@@ -38,10 +38,9 @@ struct Product {
 
 // function(M, first) for M of `rows` rows at a time, up to `Most`: with more, sums leave the registers.
 template <int Most, typename Function>
-inline void InRegisters(int64_t rows, const Function& function) {
-  int64_t first = 0;
+inline void InRegisters(int64_t rows, const Function& function, int64_t first = 0) {
   for (; first + Most <= rows; first += Most) function(Number<Most>{}, first);
-  for (; first < rows; ++first) function(Number<1>{}, first);
+  if constexpr (Most > 1) InRegisters<Most - 1>(rows, function, first);
 }
 
 // sums[m] = x[m] W for all rows of x, `count` rows and `width` columns of a weight. All have strides.
