@@ -148,6 +148,7 @@ GROUPS += [(3, codec, size) for codec in CODECS for size in (80, 96) if "stair" 
 GROUPS += [(group, codec, 64) for codec in CODECS for group in (1, 7)]
 
 
+@pytest.mark.full_cases(r"^1-|-(80|96)$")
 @pytest.mark.slow_cases(
     r"^(?!3-(float32-64|bfloat16-64|bfloat16/bfloat16-64|int8-64|rotated4-64|rotated4-centred-64|stair4-64)$)"
 )
