@@ -106,7 +106,7 @@ DEFAULT |= {("2 KV heads over 8", "bfloat16", "hybrid"), ("context 8", "float32"
 def _cases():
     """All; but for some of them left to `slow`, and but for some of these to `full`.
 
-    Slow is each split with two codecs, and each codec with two kinds, by both types of axes in turn.
+    Slow is each split with two codecs, and each codec with two kinds, by both types of axes.
     """
     splits, codecs, kinds = list(SPLITS), list(CODECS), list(KINDS)
     types = [AxisType.Auto, AxisType.Explicit]
