@@ -23,6 +23,7 @@ PARTS = (
         "codecs-real",
         "checkpoint",
         "ways",
+        "latents",
         "mesh",
         "draft",
     ),

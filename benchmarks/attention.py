@@ -116,7 +116,7 @@ def _measure(
             absent[f"jaxkv {name}"] = reason
         else:
             competitors[f"jaxkv {name}"] = _JaxkvStep(holder, queries, computed, name)
-    picked = _picked(cache)
+    picked = chosen(cache)
     paged = filled(config.replace(addressing=jaxkv.Paged(_PAGE)), shape.context - 1)
     competitors[picked + _PAGED] = _JaxkvStep([paged], queries, computed, picked.split()[1])
     _check_agreement(competitors, computed)
@@ -151,7 +151,7 @@ def _rows(
     return rows
 
 
-def _picked(cache: jaxkv.KVCache) -> str:
+def chosen(cache: jaxkv.KVCache) -> str:
     """The implementation that `attend` uses, in this table's words."""
     lines = jaxkv.explain(cache, tokens=1).splitlines()
     return "jaxkv " + next(line.split(":")[0] for line in lines if line.endswith(": used"))

@@ -14,11 +14,14 @@ import jaxkv
 @functools.partial(jax.jit, static_argnames="num_tokens", donate_argnames="cache")
 def _fill(cache: jaxkv.KVCache, seed: jax.Array, num_tokens: int) -> jaxkv.KVCache:
     config = cache.config
-    shape = (2, *config.batch_shape, num_tokens, config.num_kv_heads, config.head_dim)
+    shape = (*config.batch_shape, num_tokens, config.num_kv_heads)
 
     def one_layer(cache, layer):
         key = jax.random.fold_in(jax.random.key(seed), layer)
-        keys, values = jax.random.normal(key, shape, jnp.float32)
+        own = jax.random.split(key)
+        keys = jax.random.normal(own[0], (*shape, config.head_dim), jnp.float32)
+        values = jax.random.normal(own[1], (*shape, config.pair.value_dim), jnp.float32)
+        values = None if config.values_in_keys else values
         return jaxkv.append(cache, keys, values, layer=layer), None
 
     cache, _ = lax.scan(one_layer, cache, jnp.arange(config.num_layers))

@@ -43,6 +43,7 @@ SLOW_EXAMPLES = {
     "jaxkv.attention.fetched",
     "jaxkv.drafts.draft",
     "jaxkv.drafts.draft_model",
+    "jaxkv.serve.calibration",
     "jaxkv.serve.generate",
     "jaxkv.quality",
     "jaxkv.models.decoder",
@@ -55,12 +56,14 @@ SLOW_EXAMPLES = {
 
 
 def pytest_collection_modifyitems(items):
-    """Give `pytest.mark.slow` to the cases and examples that are said to be slow."""
+    """Give `slow` and `full` to the cases and examples that are said to be so."""
     for item in items:
         case = getattr(item, "callspec", None)
-        patterns = [mark.args[0] for mark in item.iter_markers("slow_cases")]
-        if case and any(re.search(pattern, case.id) for pattern in patterns):
-            item.add_marker(pytest.mark.slow)
+        for cases in ("full", "slow"):
+            patterns = [mark.args[0] for mark in item.iter_markers(f"{cases}_cases")]
+            if case and any(re.search(pattern, case.id) for pattern in patterns):
+                item.add_marker(cases)
+                break
         if isinstance(item, pytest.DoctestItem) and item.dtest.globs["__name__"] in SLOW_EXAMPLES:
             item.add_marker(pytest.mark.slow)
         needs = item.get_closest_marker("devices")

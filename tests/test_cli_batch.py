@@ -38,14 +38,20 @@ def test_good_lines_run_and_bad_ones_are_named(folder, tmp_path, capsys):
         {"prompt": [1, 40]},
         {"promt": "1"},
         {"prompt": [1], "max_new_tokens": "many"},
-        {"prompt": [1], "top_k": 3},
+        {"prompt": [1], "topk": 3},
         {"prompt": "one two"},
         [1, 2],
+        {"prompt": [1], "temperature": "hot"},
+        {"prompt": [1, 2], "temperature": 1.5, "top_k": 1, "max_new_tokens": 2},
     ]
     assert run(folder, tmp_path, lines) == 1
     captured = capsys.readouterr()
     answers = [json.loads(line) for line in captured.out.splitlines()]
-    assert [(answer["line"], len(answer["tokens"])) for answer in answers] == [(1, 5), (4, 3)]
+    assert [(answer["line"], len(answer["tokens"])) for answer in answers] == [
+        (1, 5),
+        (4, 3),
+        (13, 2),
+    ]
     assert answers[0]["text"].split() == [str(token) for token in answers[0]["tokens"]]
     for number, what in {
         3: "not JSON",
@@ -53,14 +59,15 @@ def test_good_lines_run_and_bad_ones_are_named(folder, tmp_path, capsys):
         6: "token 40, outside the vocabulary of 40",
         7: 'expected a text in quotes or an object with a "prompt"',
         8: "max_new_tokens must be an int, got 'many'",
-        9: "unknown top_k; there are",
+        9: "unknown topk; there are",
         10: "this model has no tokenizer",
         11: 'expected a text in quotes or an object with a "prompt"',
+        12: "temperature must be a number, got 'hot'",
     }.items():
         assert any(
             f"line {number}: " in line and what in line for line in captured.err.splitlines()
         ), (what, captured.err)
-    assert "requests     2, and 8 lines that could not be run" in captured.err
+    assert "requests     3, and 9 lines that could not be run" in captured.err
 
 
 def test_the_report_as_json(folder, tmp_path, capsys):

@@ -148,6 +148,7 @@ GROUPS += [(3, codec, size) for codec in CODECS for size in (80, 96) if "stair" 
 GROUPS += [(group, codec, 64) for codec in CODECS for group in (1, 7)]
 
 
+@pytest.mark.full_cases(r"^1-|-(80|96)$")
 @pytest.mark.slow_cases(
     r"^(?!3-(float32-64|bfloat16-64|bfloat16/bfloat16-64|int8-64|rotated4-64|rotated4-centred-64|stair4-64)$)"
 )
@@ -255,6 +256,10 @@ def test_products_equal_xlas(dtype, axis, rows):
     for result, expected in zip(got, exact, strict=True):
         assert result.dtype == jnp.float32
         np.testing.assert_allclose(result, expected, atol=1e-4, rtol=1e-5)
+    for row in range(rows):  # has the bits that it has alone, whoever stands beside it
+        alone = jax.jit(products, static_argnums=2)(x[row], weights, axis)
+        for result, own in zip(got, alone, strict=True):
+            np.testing.assert_array_equal(result[row], own)
 
 
 def test_products_under_vmap_and_derivatives_are_xlas():

@@ -40,6 +40,7 @@ def served(codec, prompts):
     return [(request.tokens, request.logprobs) for request in requests]
 
 
+@pytest.mark.full_cases(r"float|int8$|-rotated[234]$|[23]-centred|stair[23]")
 @pytest.mark.slow_cases("generated-(?!int8-centred)|served-(?!stair4)")
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("answers", [generated, served], ids=["generated", "served"])

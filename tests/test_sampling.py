@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.serve.sampling import Sampling, sample
+from jaxkv.serve.sampling import RowSampling, Sampling, sample
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.02, 0.25, 0.1, 0.15, 0.03], np.float32))
 DRAWS = 10_000
@@ -98,6 +98,25 @@ def test_greedy_takes_the_most_likely_whatever_the_seed():
         assert tokens.tolist() == [1, 0, 1]
         expected = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
         np.testing.assert_allclose(np.exp(logprobs), expected[[0, 1, 2], tokens], rtol=1e-6)
+
+
+def test_a_row_that_asks_for_its_own_is_drawn_as_where_all_ask_for_it():
+    """Beside every other, and where nobody draws, cuts or sorts."""
+    every = {**SAMPLINGS, "greedy": Sampling()}
+    logits = np.random.default_rng(0).standard_normal((40, 57)).astype(np.float32) * 3
+    logits[:7, :7] = LOGITS
+    seeds = np.arange(40)
+    alone = {name: draw(logits, sampling, seeds, seeds)[0] for name, sampling in every.items()}
+    for names in (list(every), ["greedy", "greedy"], ["greedy", "cold", "min_p"]):
+        asked = [names[row % len(names)] for row in range(40)]
+        rows = RowSampling.of([every[name] for name in asked])
+        tokens, _ = jax.jit(sample)(
+            jnp.asarray(logits),
+            jax.tree.map(jnp.asarray, rows),
+            seeds=jnp.asarray(seeds, jnp.int32),
+            positions=jnp.asarray(seeds, jnp.int32),
+        )
+        assert tokens.tolist() == [alone[name][row] for row, name in enumerate(asked)]
 
 
 TIED, FAR_APART = [19, 20, 20, 19.9999], [-3e38, 3e38, -3e38, -np.inf]

@@ -48,6 +48,7 @@ def config_of(pair, codec="float32", addressing="contiguous", **fields):
 each = pytest.mark.parametrize("pair", ["narrower", "in keys"])
 
 
+@pytest.mark.full_cases(r"whole|bfloat16")
 @pytest.mark.slow_cases(
     r"wider|whole|streamed|bfloat16|contiguous-blockwise|(ring|paged)-reference"
 )

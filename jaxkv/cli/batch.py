@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import statistics
@@ -25,6 +26,7 @@ from jaxkv.cli.model_options import (
 from jaxkv.counts import ceil_div
 from jaxkv.memory import parse_tokens
 from jaxkv.serve import Engine, Request
+from jaxkv.serve.sampling import Sampling
 from jaxkv.show.progress import progress_bar
 from jaxkv.show.text import format_bytes
 from jaxkv.show.tokens import decode_answer
@@ -42,13 +44,15 @@ examples:
 
 A line is a text in quotes, or an object: {"prompt": TEXT or [token ids]}, or {"messages":
 [{"role": "user", "content": TEXT}, ...]} for a model with a chat template; and if wanted
-"max_new_tokens", "seed", "stop_tokens" (ids), "stop_strings" and "salt" (only equal ones share
-pages). Lines that start alike are computed once.
+"max_new_tokens", "seed", "temperature", "top_k", "top_p", "min_p", "stop_tokens" (ids),
+"stop_strings" and "salt" (only equal ones share pages). Lines that start alike are computed once.
 
 exit status: 0 done, 1 some lines could not be run or their logits are no numbers, and are named,
 2 none could be run
 """
+_SAMPLING = {field.name for field in dataclasses.fields(Sampling)}
 _FIELDS = {"prompt", "messages", "max_new_tokens", "seed", "stop_tokens", "stop_strings", "salt"}
+_FIELDS |= _SAMPLING
 
 
 class _Line(NamedTuple):
@@ -80,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
     sampling = sampling_of(options)
     model, tokenizer = load_model(options)
     stop_strings = stop_strings_of(options, tokenizer)
-    lines, bad = _read(options, tokenizer)
+    lines, bad = _read(options, tokenizer, sampling)
     longest = max(
         (len(line.fields["prompt"]) + line.fields["max_new_tokens"] for line in lines), default=1
     )
@@ -118,7 +122,9 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if bad or failed else 0
 
 
-def _read(options: argparse.Namespace, tokenizer: Any) -> tuple[list[_Line], list[tuple[int, str]]]:
+def _read(
+    options: argparse.Namespace, tokenizer: Any, sampling: Sampling
+) -> tuple[list[_Line], list[tuple[int, str]]]:
     """The lines that say something, and what is wrong with the others."""
     lines, bad = [], []
     chat = functools.cache(lambda: load_chat(options, tokenizer))
@@ -128,6 +134,8 @@ def _read(options: argparse.Namespace, tokenizer: Any) -> tuple[list[_Line], lis
                 continue
             try:
                 fields = _parsed(text, tokenizer, chat)
+                own = {name: fields.pop(name) for name in _SAMPLING & fields.keys()}
+                fields["sampling"] = dataclasses.replace(sampling, **own)
             except (ValueError, TypeError) as error:
                 bad.append((number, str(error)))
                 continue

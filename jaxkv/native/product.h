@@ -10,11 +10,11 @@
 
 namespace jaxkv {
 
-constexpr int kRuns = 8;  // runs of a weight's rows that are read at once; see slots.h
+constexpr int kTogether = 4;  // rows of a weight that are read at once
 // Rows of one unit's part of a weight [in, out], whose parts are summed at the end: fewer make more
 // to sum, more leave too few units.
 constexpr int64_t kUnitRows = 128;
-constexpr int64_t kUnitBytes = 128 << 10;
+constexpr int64_t kUnitBytes = 256 << 10;
 constexpr int64_t kProductWorthWaking = 256 << 10;
 
 // y[m] = x[m] W for a weight [in, out], or x[m] W^T for a table [out, in].
@@ -25,7 +25,7 @@ struct Weight {
   float* y;  // [rows, out]
 
   int64_t parts, strips, width;  // of [in, out]: along in; along out, and their columns
-  float* sums;                   // [parts, rows, out]
+  float* sums;                   // [parts, strips, rows, width]
   int64_t first_unit, units;
 };
 
@@ -38,51 +38,49 @@ struct Product {
 
 // function(M, first) for M of `rows` rows at a time, up to `Most`: with more, sums leave the registers.
 template <int Most, typename Function>
-inline void InRegisters(int64_t rows, const Function& function) {
-  int64_t first = 0;
+inline void InRegisters(int64_t rows, const Function& function, int64_t first = 0) {
   for (; first + Most <= rows; first += Most) function(Number<Most>{}, first);
-  for (; first < rows; ++first) function(Number<1>{}, first);
+  if constexpr (Most > 1) InRegisters<Most - 1>(rows, function, first);
 }
 
-// sums[m] = x[m] W for all rows of x, `count` rows and `width` columns of a weight. x and sums have
-// strides. A few rows of the weight at a time, which are in the nearest cache for all of x.
+// sums[m] = x[m] W for all rows of x, `count` rows and `width` columns of a weight. All have strides.
+// A few rows of the weight at a time, which are in the nearest cache for all of x: rows are often a
+// multiple of 4 KiB apart, and of such lines that cache keeps eight. The next rows are fetched
+// meanwhile: the strip of a row is too short for the processor to see where it leads.
 template <typename T>
 void Columns(const T* weight, int64_t stride, int64_t count, int64_t width, const float* x,
              int64_t in, float* sums, int64_t out, int64_t all) {
-  const int64_t steps = count / kRuns;
-  // Of R rows and M of x, added to what is there if `more`.
-  auto add = [&](auto number, auto of_x, int64_t m0, int64_t first, int64_t next, bool more) {
+  // Of R rows from `first` on and M of x, added to what is there from the rows before.
+  auto add = [&](auto number, auto of_x, int64_t first, int64_t m0) {
     constexpr int R = decltype(number)::value, M = decltype(of_x)::value;
-    const T* rows[R];
+    const T* const rows = weight + first * stride;
     float factor[M][R];
-    float* const to = sums + m0 * out;
-    UNROLL for (int r = 0; r < R; ++r) rows[r] = weight + (first + r * next) * stride;
     UNROLL for (int m = 0; m < M; ++m)
-      UNROLL for (int r = 0; r < R; ++r) factor[m][r] = x[(m0 + m) * in + first + r * next];
+      UNROLL for (int r = 0; r < R; ++r) factor[m][r] = x[(m0 + m) * in + first + r];
     for (int64_t c = 0; c < width; c += 2 * kLanes) {
-      Part sum[M][2][kParts] = {};
-      if (more)
-        UNROLL for (int m = 0; m < M; ++m) LoadMany(to + m * out + c, sum[m]);
-      UNROLL for (int r = 0; r < R; ++r) {
-        Part row[2][kParts];
-        LoadMany(rows[r] + c, row);
+      if (m0 == 0)
+        UNROLL for (int r = 0; r < R; ++r) FetchPair(rows + (R + r) * stride + c);
+      UNROLL for (int part = 0; part < kParts; ++part) {
+        float* const to = sums + m0 * out + c + part * kPart;
+        Part sum[M][2] = {}, row[2];
+        if (first > 0) UNROLL for (int m = 0; m < M; ++m) LoadPair(to + m * out, 0, sum[m]);
+        UNROLL for (int r = 0; r < R; ++r) {
+          LoadPair(rows + r * stride + c, part, row);
+          UNROLL for (int m = 0; m < M; ++m)
+            UNROLL for (int n = 0; n < 2; ++n) sum[m][n] += factor[m][r] * row[n];
+        }
         UNROLL for (int m = 0; m < M; ++m)
-          UNROLL for (int n = 0; n < 2; ++n)
-            UNROLL for (int part = 0; part < kParts; ++part)
-              sum[m][n][part] += factor[m][r] * row[n][part];
+          UNROLL for (int n = 0; n < 2; ++n) *(Part*)(to + m * out + n * kLanes) = sum[m][n];
       }
-      UNROLL for (int m = 0; m < M; ++m) StoreMany(to + m * out + c, sum[m]);
     }
   };
-  constexpr int kMost = kParts == 1 ? 4 : 2;
-  for (int64_t step = 0; step < steps; ++step)
-    InRegisters<kMost>(all, [&](auto of_x, int64_t m) {
-      add(Number<kRuns>{}, of_x, m, step, steps, step > 0);
-    });
-  for (int64_t row = steps * kRuns; row < count; ++row)
-    InRegisters<kMost>(all, [&](auto of_x, int64_t m) {
-      add(Number<1>{}, of_x, m, row, 0, row > 0);
-    });
+  constexpr int kMost = kParts == 1 ? 8 : 4;
+  auto add_to_all = [&](auto number, int64_t first) {
+    InRegisters<kMost>(all, [&](auto of_x, int64_t m) { add(number, of_x, first, m); });
+  };
+  int64_t row = 0;
+  for (; row + kTogether <= count; row += kTogether) add_to_all(Number<kTogether>{}, row);
+  for (; row < count; ++row) add_to_all(Number<1>{}, row);
 }
 
 // y[m][r] = table[r] . x[m] for `count` rows of a table and all of x, which are arranged.
@@ -120,7 +118,7 @@ void RunProductUnit(const Product& job, int64_t unit) {
     const int64_t row = part * kUnitRows;
     Columns(data + row * weight.out + column, weight.out, std::min(kUnitRows, weight.in - row),
             std::min(weight.width, weight.out - column), job.x + row, weight.in,
-            weight.sums + part * job.rows * weight.out + column, weight.out, job.rows);
+            weight.sums + unit * job.rows * weight.width, weight.width, job.rows);
   }
 }
 
@@ -132,7 +130,8 @@ void Finish(const Weight& weight, int64_t rows) {
     for (int64_t c = 0; c < weight.out; c += 2 * kLanes) {
       Vec sum[2] = {};
       for (int64_t part = 0; part < weight.parts; ++part) {
-        const float* of_part = weight.sums + (part * rows + m) * weight.out + c;
+        const int64_t unit = part * weight.strips + c / weight.width;
+        const float* of_part = weight.sums + (unit * rows + m) * weight.width + c % weight.width;
         sum[0] += Load(of_part), sum[1] += Load(of_part + kLanes);
       }
       Restore(kWaysOf<T>, (const float*)sum, weight.y + m * weight.out + c, 2 * kLanes);
@@ -155,7 +154,7 @@ void Multiply(Product& job, int64_t threads) {
       weight.width = (weight.out / weight.strips + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
       weight.strips = (weight.out + weight.width - 1) / weight.width;
       weight.units = weight.parts * weight.strips;
-      size += weight.parts * job.rows * weight.out;
+      size += weight.units * job.rows * weight.width;
     }
     weight.first_unit = units;
     units += weight.units, bytes += weight.in * weight.out * sizeof(T);
@@ -164,7 +163,7 @@ void Multiply(Product& job, int64_t threads) {
   bool tables = false;
   for (Weight& weight : job.weights) {
     weight.sums = next;
-    if (!weight.table) next += weight.parts * job.rows * weight.out;
+    if (!weight.table) next += weight.units * job.rows * weight.width;
     tables |= weight.table;
   }
   if (tables) {

@@ -107,6 +107,23 @@ inline float Widen(uint16_t bits) {  // one bfloat16
 }
 inline void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 
+// One part of two vectors that are side by side, in the order in which `LoadMany` has them.
+inline void LoadPair(const float* p, int part, Part (&pair)[2]) {
+  pair[0] = *reinterpret_cast<const Part*>(p + part * kPart);
+  pair[1] = *reinterpret_cast<const Part*>(p + kLanes + part * kPart);
+}
+inline void LoadPair(const BFloat16* p, int part, Part (&pair)[2]) {
+  const PartWords both = *reinterpret_cast<const PartWords*>(p + 2 * part * kPart);
+  pair[0] = (Part)(both << 16);
+  pair[1] = (Part)(both & 0xffff0000);
+}
+// The lines of both, into the nearest cache.
+template <typename T>
+inline void FetchPair(const T* p) {
+  for (const T* line = p; line < p + 2 * kLanes; line += sizeof(Line) / sizeof(T))
+    __builtin_prefetch(line);
+}
+
 // N vectors, in parts. bfloat16 comes in the order in which it is widened with one instruction a
 // register: of each 32 elements first the even ones, then the odd. Whoever meets them is put in that
 // order by `Arrange`, once, and back by `Restore`.
@@ -131,10 +148,9 @@ inline void LoadMany(const BFloat16* p, Part (&v)[N][kParts]) {
   } else {
     UNROLL for (int i = 0; i < N; i += 2)
       UNROLL for (int part = 0; part < kParts; ++part) {
-        const PartWords pairs =
-            *reinterpret_cast<const PartWords*>(p + i * kLanes + 2 * part * kPart);
-        v[i][part] = (Part)(pairs << 16);
-        v[i + 1][part] = (Part)(pairs & 0xffff0000);
+        Part pair[2];
+        LoadPair(p + i * kLanes, part, pair);
+        v[i][part] = pair[0], v[i + 1][part] = pair[1];
       }
   }
 }

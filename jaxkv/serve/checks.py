@@ -7,6 +7,7 @@ from jaxkv.counts import check_count
 from jaxkv.errors import CacheFullError, ConfigError
 from jaxkv.paging import Group, PageAllocator
 from jaxkv.serve.request import MOST_STOP_TOKENS
+from jaxkv.serve.sampling import Sampling
 
 
 def check_config(
@@ -67,8 +68,11 @@ def check_request(
     max_new_tokens: int,
     seed: int,
     stop_tokens: tuple[int, ...],
+    sampling: Sampling,
 ) -> None:
     """Refuse what could never run."""
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"a sampling must be a jaxkv.Sampling, got {sampling!r}.")
     limits = np.iinfo(np.int32)
     if not isinstance(seed, int) or not limits.min <= seed <= limits.max:
         raise ValueError(f"a seed must be an int32, got {seed!r}.")

@@ -46,7 +46,7 @@ class Engine:
       model: any ``model(tokens, cache) -> (logits, cache)``, as for `generate`.
       config: of the cache: ``batch_size`` is how many requests run at once, ``addressing`` a
         `Paged` with ``num_pages``.
-      sampling: how tokens are drawn; greedy unless said.
+      sampling: how tokens of requests are drawn that do not say it; greedy unless said.
       stop_tokens: ids that end any request; the model's own ``stop_tokens`` if None, which those
         of `jaxkv.models` have.
       tokenizer: a `tokenizers.Tokenizer`, for stop strings and `Request.text`.
@@ -141,6 +141,7 @@ class Engine:
         self._vocabulary = getattr(model, "vocab_size", None)
         stops = getattr(model, "stop_tokens", ()) if stop_tokens is None else stop_tokens
         self._stop_tokens, self._budget = tuple(stops), token_budget
+        self._sampling = sampling
         self._tokenizer = tokenizer
         self._stop_strings = StopStrings.of(stop_strings, tokenizer)
         self._num_submitted = 0
@@ -193,6 +194,7 @@ class Engine:
         *,
         max_new_tokens: int,
         seed: int = 0,
+        sampling: Sampling | None = None,
         stop_tokens: Sequence[int] = (),
         stop_strings: str | Sequence[str] = (),
         salt: bytes | str = b"",
@@ -203,6 +205,8 @@ class Engine:
           prompt: token ids, at least one.
           max_new_tokens: of the answer, at most.
           seed: of its draws, an int32.
+          sampling: how they are made; as the engine's if None. The first of another kind compiles
+            programs that take each row's.
           stop_tokens: ids that end it, besides the engine's.
           stop_strings: texts that end it, likewise; for an engine with a tokenizer.
           salt: requests share pages with those of the same salt only. Give each tenant one of
@@ -210,6 +214,7 @@ class Engine:
 
         Raises:
           CacheFullError: prompt and answer can never fit.
+          TypeError: a sampling that is none.
           ValueError: an empty prompt, a token outside the vocabulary, a bad limit or seed, or stop
             strings without a tokenizer.
         """
@@ -217,7 +222,8 @@ class Engine:
         named, stops = self.pages[0].prompt(ids, salt=salt), (*self._stop_tokens, *stop_tokens)
         own = StopStrings.of(stop_strings, self._tokenizer).strings
         strings = StopStrings((*self._stop_strings.strings, *own))
-        request = self._new_request(named, max_new_tokens, seed, stops, strings)
+        sampling = self._sampling if sampling is None else sampling
+        request = self._new_request(named, max_new_tokens, seed, stops, sampling, strings)
         self._batch.waiting.append(request)
         return request
 
@@ -233,7 +239,12 @@ class Engine:
         """
         self._check_alive(request)
         child = self._new_request(
-            request.prompt, request.max_new_tokens, seed, request.stop_tokens, request.stop_strings
+            request.prompt,
+            request.max_new_tokens,
+            seed,
+            request.stop_tokens,
+            request.sampling,
+            request.stop_strings,
         )
         child.tokens, child.logprobs = list(request.tokens), list(request.logprobs)
         running = request in self._batch.rows and not request.is_prefilling
@@ -302,7 +313,7 @@ class Engine:
             return self._round()
 
     def _round(self) -> Arrived:
-        self._runner.compile()
+        self._runner.compile([*self._batch.waiting, *self._batch.running])
         self._batch.admit_waiting()
         budget = self._budget - self._batch.most_decoding * self._runner.decode_steps
         self._batch.prefill(budget // self._runner.prefill_chunk)
@@ -373,12 +384,21 @@ class Engine:
         max_new_tokens: int,
         seed: int,
         stop_tokens: Sequence[int],
+        sampling: Sampling,
         stop_strings: StopStrings,
     ) -> Request:
         stops = tuple(dict.fromkeys(map(int, stop_tokens)))
-        check_request(self.config, self.pages[0], len(prompt), max_new_tokens, seed, stops)
+        pages = self.pages[0]
+        check_request(self.config, pages, len(prompt), max_new_tokens, seed, stops, sampling)
         request = Request(
-            self._num_submitted, prompt, max_new_tokens, seed, stops, stop_strings, self._tokenizer
+            self._num_submitted,
+            prompt,
+            max_new_tokens,
+            seed,
+            stops,
+            sampling,
+            stop_strings,
+            self._tokenizer,
         )
         self._num_submitted += 1
         return request

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxkv.paging import Prompt
 from jaxkv.serve.ending import Ending
+from jaxkv.serve.sampling import Sampling
 from jaxkv.show.stop_strings import StopStrings
 
 # Tokens that end a request, those of the engine and its own together: a fixed shape to compile.
@@ -21,6 +22,7 @@ class Request:
       prompt: with the names of its pages.
       max_new_tokens: the most tokens of the answer.
       seed: of its draws.
+      sampling: how they are made.
       stop_tokens: ids that end it, the engine's included.
       stop_strings: texts that end it, the engine's included.
       tokenizer: of its engine; None for none.
@@ -40,6 +42,7 @@ class Request:
     max_new_tokens: int
     seed: int
     stop_tokens: tuple[int, ...]
+    sampling: Sampling = Sampling()
     stop_strings: StopStrings = StopStrings()
     tokenizer: Any = None
     tokens: list[int] = dataclasses.field(default_factory=list)

@@ -20,7 +20,7 @@ from jaxkv.serve.figures import Figures
 from jaxkv.serve.model_step import Model, ModelStep, Watch, Weights, spread_over
 from jaxkv.serve.rank import Rank
 from jaxkv.serve.request import MOST_STOP_TOKENS, Request
-from jaxkv.serve.sampling import Sampling
+from jaxkv.serve.sampling import RowSampling, Sampling
 from jaxkv.serve.snapshots import StateSnapshots
 from jaxkv.serve.speculate import Pace, Static, padded
 
@@ -37,7 +37,8 @@ class Runner:
     """The steps of an engine, told of requests: which row has which, and which pages.
 
     Args:
-      model, sampling: of every step.
+      model: of every step.
+      sampling: of steps until a request has another.
       session: holds the cache.
       pages: its books.
       figures: where steps are counted.
@@ -69,7 +70,8 @@ class Runner:
         self.prefill_chunk, self.prefill_rows = prefill_chunk, prefill_rows
         self.decode_steps = decode_steps
         self.num_rows = session.config.batch_size or 1
-        self._model, self._sampling, self._figures = model, sampling, figures
+        self._model, self._figures = model, figures
+        self._sampling, self._by_row = sampling, False
         self._watch = Watch(Weights.of(model))
         self._spread = spread
         self._constants, self._calibrated = constants, False
@@ -133,8 +135,14 @@ class Runner:
         self._constants, self._calibrated = None, False  # they were of the old ones
         self._watch = Watch(weights)
 
-    def compile(self) -> None:
-        """The programs of a round, before the first: XLA takes long for each, and two at once."""
+    def compile(self, asked: Iterable[Request]) -> None:
+        """The programs of a round, before the first: XLA takes long for each, and two at once.
+
+        Args:
+          asked: requests, of which one that is not drawn as the engine's takes other programs.
+        """
+        if not self._by_row and any(each.sampling != self._sampling for each in asked):
+            self._by_row, self._compiled = True, False
         if self._compiled:
             return
         decode, arguments, options = self._decoding([None] * self.num_rows)
@@ -226,6 +234,9 @@ class Runner:
             known=padded(known, self.decode_steps),
             prompts=column(lambda r: r.prompt.num_shareable),
             tables=self._tables(rows),
+            sampling=RowSampling.of([Sampling() if r is None else r.sampling for r in rows])
+            if self._by_row
+            else None,
         )
 
     def _tables(self, rows: Sequence[Request | None]) -> steps.Tables:

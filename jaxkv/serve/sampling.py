@@ -2,11 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.programs import promotes_ranks
 
@@ -27,6 +31,7 @@ class Sampling:
       min_p: keep tokens at least this share as likely as the most likely (Nguyen et al. 2024).
 
     Raises:
+      TypeError: a value that is no number.
       ValueError: naming each value out of range.
 
     >>> import jaxkv
@@ -40,6 +45,9 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, Real) and not (name == "top_k" and value is None):
+                raise TypeError(f"Sampling: {name} must be a number, got {value!r}.")
         problems = []
         if self.temperature != 0 and not _COLDEST <= self.temperature <= _HOTTEST:
             problems.append(
@@ -56,10 +64,37 @@ class Sampling:
             raise ValueError("Sampling: " + "; ".join(problems) + ".")
 
 
+class RowSampling(NamedTuple):
+    """A `Sampling` of each row: arrays, so that others are no other program."""
+
+    temperatures: Float[Array, " batch"]
+    top_ks: Int[Array, " batch"]  # the vocabulary or more keeps all
+    top_ps: Float[Array, " batch"]
+    log_min_ps: Float[Array, " batch"]
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling]) -> "RowSampling":
+        """In numpy, for the host to send."""
+        most = np.iinfo(np.int32).max
+        return cls(
+            np.array([own.temperature for own in samplings], np.float32),
+            np.array([min(own.top_k or most, most) for own in samplings], np.int32),
+            np.array([own.top_p for own in samplings], np.float32),
+            np.array([_log(own.min_p) for own in samplings], np.float32),
+        )
+
+
+def repeated(sampling: Sampling | RowSampling, number: int) -> Sampling | RowSampling:
+    """For rows that are repeated so often, each beside its own."""
+    if isinstance(sampling, Sampling):
+        return sampling
+    return RowSampling(*(jnp.repeat(array, number) for array in sampling))
+
+
 @promotes_ranks
 def sample(
     logits: Float[Array, "batch vocabulary"],
-    sampling: Sampling,
+    sampling: Sampling | RowSampling,
     *,
     seeds: Int[Array, " batch"],
     positions: Int[Array, " batch"],
@@ -87,35 +122,88 @@ def sample(
     [1]
     """
     logits = logits.astype(jnp.float32)
-    if sampling.temperature == 0:
-        tokens = jnp.argmax(logits, axis=-1)
-    else:
-        keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))
-        # Less the highest first, or a low temperature makes it infinite.
-        scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
-        kept = _filtered(scaled, sampling)
-        tokens = jnp.argmax(kept + noise(keys(seeds, positions)), axis=-1)
-    tokens = tokens.astype(jnp.int32)
+    choose = _chosen_by_row if isinstance(sampling, RowSampling) else _chosen
+    tokens = choose(logits, sampling, seeds, positions).astype(jnp.int32)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)
     return tokens, logprobs[:, 0]
 
 
-def _filtered(
-    logits: Float[Array, "batch vocabulary"], sampling: Sampling
-) -> Float[Array, "batch vocabulary"]:
-    """Minus infinity where a filter forbids the token. The most likely one always stays."""
+Logits = Float[Array, "batch vocabulary"]
+Rows = Int[Array, " batch"]
+
+
+def _chosen(logits: Logits, sampling: Sampling, seeds: Rows, positions: Rows) -> Rows:
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    scaled = _scaled(logits, sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        lowest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
+        scaled = _at_least(scaled, lax.top_k(scaled, sampling.top_k)[0][:, -1:])
     if sampling.top_p < 1:
-        descending = -jnp.sort(-logits, axis=-1)
-        probabilities = jax.nn.softmax(descending)
-        # A token stays while the tokens before it have not reached top_p yet.
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = jnp.where(before < sampling.top_p, descending, descending[:, :1])
-        logits = jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
+        scaled = _at_least(scaled, _last_of_nucleus(-jnp.sort(-scaled, axis=-1), sampling.top_p))
     if sampling.min_p > 0:
-        lowest = logits.max(axis=-1, keepdims=True) + math.log(sampling.min_p)
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    return logits
+        scaled = _at_least(scaled, scaled.max(axis=-1, keepdims=True) + _log(sampling.min_p))
+    return jnp.argmax(scaled + _noise(logits, seeds, positions), axis=-1)
+
+
+def _chosen_by_row(logits: Logits, rows: RowSampling, seeds: Rows, positions: Rows) -> Rows:
+    """The same tokens; what no row asks for is not computed."""
+    greedy = jnp.argmax(logits, axis=-1)
+    draws = rows.temperatures > 0
+    temperatures, top_ps, log_min_ps = (
+        array[:, None]
+        for array in (jnp.where(draws, rows.temperatures, 1), rows.top_ps, rows.log_min_ps)
+    )
+    is_cut = rows.top_ks[:, None] < logits.shape[-1]
+
+    def filtered(scaled: Logits) -> Logits:
+        descending = -jnp.sort(-scaled, axis=-1)
+        last = jnp.clip(rows.top_ks - 1, 0, logits.shape[-1] - 1)[:, None]
+        lowest = jnp.take_along_axis(descending, last, axis=-1)
+        descending, scaled = (
+            jnp.where(is_cut, _at_least(each, lowest), each) for each in (descending, scaled)
+        )
+        nucleus = _at_least(scaled, _last_of_nucleus(descending, top_ps))
+        return jnp.where(top_ps < 1, nucleus, scaled)
+
+    def drawn() -> Rows:
+        scaled = _scaled(logits, temperatures)
+        sorts: Bool[Array, ""] = (draws[:, None] & (is_cut | (top_ps < 1))).any()
+        scaled = lax.cond(sorts, filtered, lambda same: same, scaled)
+        scaled = _at_least(scaled, scaled.max(axis=-1, keepdims=True) + log_min_ps)
+        tokens = jnp.argmax(scaled + _noise(logits, seeds, positions), axis=-1)
+        return jnp.where(draws, tokens, greedy)
+
+    return lax.cond(draws.any(), drawn, lambda: greedy)
+
+
+def _scaled(logits: Logits, temperature: float | Float[Array, "batch 1"]) -> Logits:
+    """Less the highest first, or a low temperature makes it infinite."""
+    return (logits - logits.max(axis=-1, keepdims=True)) / temperature
+
+
+def _at_least(logits: Logits, lowest: Float[Array, "batch 1"]) -> Logits:
+    """Minus infinity for those below."""
+    return jnp.where(logits < lowest, -jnp.inf, logits)
+
+
+def _last_of_nucleus(
+    descending: Logits, top_p: float | Float[Array, "batch 1"]
+) -> Float[Array, "batch 1"]:
+    """The least likely token that stays, as the most likely one always does."""
+    probabilities = jax.nn.softmax(descending)
+    # A token stays while the tokens before it have not reached top_p yet.
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = jnp.where(before < top_p, descending, descending[:, :1])
+    return kept.min(axis=-1, keepdims=True)
+
+
+def _noise(logits: Logits, seeds: Rows, positions: Rows) -> Logits:
+    def of_row(seed: Int[Array, ""], position: Int[Array, ""]) -> Float[Array, " vocabulary"]:
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
+
+    return jax.vmap(of_row)(seeds, positions)
+
+
+def _log(probability: float) -> float:
+    return math.log(probability) if probability > 0 else -math.inf

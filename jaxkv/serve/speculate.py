@@ -24,7 +24,7 @@ from jaxkv.drafts.draft import NO_GUESS, Draft, StatefulDraft, proposed, state_o
 from jaxkv.errors import ConfigError
 from jaxkv.serve.decode import NOT_A_NUMBER, Chunk, New, Program, State
 from jaxkv.serve.model_step import Model, ModelStep, Weights, spread_over
-from jaxkv.serve.sampling import Sampling, sample
+from jaxkv.serve.sampling import RowSampling, Sampling, repeated, sample
 
 # With the last token a step of 8, as many as the native kernel reads for.
 NUM_GUESSES = 7
@@ -104,7 +104,7 @@ def check(
     seeds: Int[Array, " batch"],
     stop_tokens: Int[Array, "#batch stops"],
     known: Int[Array, "batch places"],
-    sampling: Sampling,
+    sampling: Sampling | RowSampling,
 ) -> tuple[AnyCache, Checked]:
     """Take the last token of each sequence and its guesses; the cache keeps what is the answer's.
 
@@ -124,7 +124,7 @@ def check(
     positions = lengths[:, None] + 1 + jnp.arange(width, dtype=jnp.int32)[None]
     tokens, logprobs = sample(
         logits.reshape(batch * width, -1),
-        sampling,
+        repeated(sampling, width),
         seeds=jnp.repeat(seeds, width),
         positions=positions.reshape(-1),
     )
@@ -167,7 +167,7 @@ def decode(
     known: Int[Array, "batch tokens"],
     *,
     num_guesses: int,
-    sampling: Sampling,
+    sampling: Sampling | RowSampling,
     num_steps: int,
 ) -> tuple[Speculating, AnyCache, New]:
     """Up to ``num_steps`` steps of each sequence that has any tokens remaining.

@@ -25,7 +25,7 @@ from jaxkv.codecs import Leaves
 from jaxkv.placement import scatter
 from jaxkv.serve.decode import NOT_A_NUMBER, New, State
 from jaxkv.serve.model_step import Model, ModelStep
-from jaxkv.serve.sampling import Sampling, sample
+from jaxkv.serve.sampling import RowSampling, Sampling, sample
 from jaxkv.serve.speculate import Pace, Speculating, Static
 from jaxkv.serve.speculate import decode as decode_with
 
@@ -46,6 +46,7 @@ class Rows(NamedTuple):
     stop_tokens: Int[Ints, "batch stops"]  # -1 for none
     known: Int[Ints, "batch steps"]  # tokens that came before a preemption; -1 where not known
     tables: Tables
+    sampling: RowSampling | None = None  # of each; None where all are drawn as the step says
 
 
 @functools.partial(ModelStep, donated=[5])
@@ -97,7 +98,7 @@ def decode(
 ) -> tuple[AnyCache, New]:
     """Up to ``num_steps`` tokens of each row that has any remaining."""
     rows = by_row(cache, jax.tree.map(jnp.asarray, rows))
-    seeds = jnp.asarray(rows.seeds)
+    seeds, how = jnp.asarray(rows.seeds), _asked(rows, sampling)
 
     def unfinished(carry: Any) -> Any:
         step, _, remaining, *_ = carry
@@ -110,7 +111,7 @@ def decode(
         cache = padded_after(cache, active.astype(jnp.int32))
         logits, cache = model(last[:, None], cache)
         cache = padded_after(cache, None)
-        token, logprob = sample(logits[:, -1], sampling, seeds=seeds, positions=cache.lengths)
+        token, logprob = sample(logits[:, -1], how, seeds=seeds, positions=cache.lengths)
         known = rows.known[:, step]
         token = jnp.where(known >= 0, known, token)
         failed = jnp.isnan(logprob)
@@ -128,6 +129,11 @@ def decode(
     placed = _placed(cache, rows.tables, rows.lengths, rows.prompts)
     *_, cache, new = lax.while_loop(unfinished, one_step, (0, *rows[:2], placed, new))
     return cache, everywhere(cache, new)
+
+
+def _asked(rows: Rows, sampling: Sampling) -> Sampling | RowSampling:
+    """How tokens of these rows are drawn."""
+    return sampling if rows.sampling is None else rows.sampling
 
 
 class Drafting(NamedTuple):
@@ -175,7 +181,7 @@ def speculate(
         stop_tokens,
         known,
         num_guesses=num_guesses,
-        sampling=sampling,
+        sampling=_asked(rows, sampling),
         num_steps=num_steps,
     )
     counts = everywhere(cache, (now.steps.sum(), now.num_guesses.sum()))

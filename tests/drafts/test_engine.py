@@ -12,6 +12,7 @@ from tests.drafts.toy import config_of, toy
 PREFIX = [1, 2, 3, 1, 2, 3, 1, 2]
 PROMPTS = [[*PREFIX, 4], [7, 7, 7, 4, 7, 7], [5], [*PREFIX, 9, 2], [*PREFIX, 4]]
 STOPS = [(), (6, 3), (), (8,), ()]
+OWN = [None, jaxkv.Sampling(1.2, top_k=3), None, None, jaxkv.Sampling(0.8, top_p=0.7)]
 NEW, POOL = 22, jaxkv.Paged(page_size=4, num_pages=14)
 
 
@@ -20,8 +21,8 @@ def answers(sampling, **options):
     chunks = {"prefill_chunk": 8, "decode_steps": 6}
     with jaxkv.Engine(toy, config, sampling=sampling, **chunks, **options) as engine:
         requests = [
-            engine.submit(prompt, max_new_tokens=NEW, seed=seed, stop_tokens=stops)
-            for seed, (prompt, stops) in enumerate(zip(PROMPTS, STOPS, strict=True))
+            engine.submit(prompt, max_new_tokens=NEW, seed=seed, stop_tokens=stops, sampling=own)
+            for seed, (prompt, stops, own) in enumerate(zip(PROMPTS, STOPS, OWN, strict=True))
         ]
         engine.run()
         engine.pages.check()

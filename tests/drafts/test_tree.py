@@ -135,6 +135,7 @@ CASES += [("int8", "ring", "native"), ("float32", "paged", "reference")]
 CASES += [("float32", addressing, "streamed") for addressing in ("ring", "paged")]
 
 
+@pytest.mark.full_cases(r"float16|float8|rotated[23]")
 @pytest.mark.slow_cases(r"^(?!(int8-ring-blockwise|float32-paged-native)$)")
 @pytest.mark.parametrize(("codec", "addressing", "name"), CASES)
 def test_a_branch_sees_what_it_would_alone_and_is_kept_bit_for_bit(codec, addressing, name):

@@ -47,6 +47,25 @@ def test_tokens_are_those_of_each_request_alone(model, alone, sampling, rows):
         assert usage.evictions > 0
 
 
+def test_each_request_is_drawn_as_it_asks(model, alone):
+    with engine(model) as running:
+        first = running.submit(PROMPTS[0], max_new_tokens=NEW, seed=0)
+        running.step()  # as the engine says, until one asks for another
+        hot = [
+            running.submit(prompt, max_new_tokens=NEW, seed=number, sampling=HOT)
+            for number, prompt in enumerate(PROMPTS)
+        ]
+        cold = running.submit(PROMPTS[2], max_new_tokens=NEW, seed=2)
+        running.step()
+        child = running.fork(hot[0], seed=0)
+        run(running)
+        assert [first.tokens, cold.tokens] == [alone[jaxkv.Sampling()][n] for n in (0, 2)]
+        assert [request.tokens for request in hot] == alone[HOT]
+        assert child.tokens == hot[0].tokens
+        with pytest.raises(TypeError, match=r"a sampling must be a jaxkv\.Sampling, got 'hot'"):
+            running.submit([1], max_new_tokens=1, sampling="hot")
+
+
 @pytest.mark.parametrize("codec", ["float32", "int8"])
 def test_a_hit_equals_a_miss_bit_for_bit(model, codec):
     misses = {}
