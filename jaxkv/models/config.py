@@ -51,6 +51,8 @@ class DecoderConfig:
       windows: a layer's window, in tokens, the query itself counted; None for a layer that
         sees all. One entry a layer, or none at all for no windows.
       rope_layers: whether a layer has a rope; all have one if there are none.
+      grows_queries, query_growth_step, query_growth: queries of layers without a rope are
+        multiplied by more the later they are, see `jaxkv.models.temperature` (Llama 4).
       query_pre_attn_scalar: attention logits are divided by its root; ``head_dim`` if None.
       attention_multiplier: they are multiplied by it instead, if not None (Granite).
       embedding_multiplier, residual_multiplier: what embeddings, and what a layer adds to the
@@ -114,6 +116,9 @@ class DecoderConfig:
     experts: ExpertsConfig | None = None
     mixer: MixerConfig | None = None
     mixer_layers: tuple[bool, ...] = ()
+    grows_queries: bool = False
+    query_growth_step: float = 8192
+    query_growth: float = 0.1
 
     def __post_init__(self) -> None:
         def default(field: str, value: Any) -> None:
@@ -146,6 +151,7 @@ class DecoderConfig:
         check_positive(
             self, "query_pre_attn_scalar", "attention_softcap", "logit_softcap", "swiglu_limit"
         )
+        check_positive(self, "query_growth_step")
         multipliers = ("attention", "embedding", "residual", "logit")
         check_positive(self, *(f"{name}_multiplier" for name in multipliers), "logits_scaling")
         check_choice(self, "activation", ACTIVATIONS)
@@ -217,6 +223,7 @@ class DecoderConfig:
         if self.latent is not None:
             return self.latent.shape(self.num_layers)
         shape = Shape(self.num_layers, self.num_kv_heads, self.head_dim, self.windows)
+        shape = shape._replace(aligned=self.family.aligned)
         if self.mixer is None:
             return shape
         return shape._replace(state=self.mixer.kept, stateful=self.mixer_layers)
@@ -288,17 +295,10 @@ class DecoderConfig:
             assert states is not None
             written |= self.mixer.to_hf() | states.written(self.mixer_layers)
         written |= dict(self.family.written)
-        if "no_rope_layers" in self.family.unused:
+        if self.family.rope_layers == "named":
             written["no_rope_layers"] = [int(has_rope) for has_rope in self.rope_layers]
         if self.family.slides:
-            window = next(filter(None, self.windows), None)
-            types = ["full_attention" if w is None else "sliding_attention" for w in self.windows]
-            written |= {"sliding_window": window, "layer_types": types}
-            reads = BY_MODEL_TYPE[self.family.model_type].windows.reads
-            if "use_sliding_window" in reads:
-                written["use_sliding_window"] = window is not None
-            if "layer_types" not in reads:
-                del written["layer_types"]  # all of its layers slide, or none
+            written |= BY_MODEL_TYPE[self.family.model_type].windows.written(self.windows)
         if self.family.local_rope != "of their own":
             return written | self.rope.to_hf()
         ropes = {"full_attention": self.rope, "sliding_attention": self.local_rope}
@@ -366,6 +366,10 @@ _OWN = {
     "use_qkv_bias": "qkv_bias",
     "use_qk_norm": "use_qk_norm",
     "use_parallel_residual": "parallel_residual",
+    "intermediate_size_mlp": "intermediate_size",  # of layers without experts
+    "attn_temperature_tuning": "grows_queries",
+    "floor_scale": "query_growth_step",
+    "attn_scale": "query_growth",
     "attention_multiplier": "attention_multiplier",
     "embedding_multiplier": "embedding_multiplier",
     "residual_multiplier": "residual_multiplier",

@@ -21,12 +21,14 @@ from jaxkv.models.layers import (
     attend_causal,
     check_tokens,
     linears,
+    unit,
 )
 from jaxkv.models.layout import Layout
 from jaxkv.models.mlp import MLP
 from jaxkv.models.model import Model
 from jaxkv.models.rope import check_room, rotate, rotation, unpaired
 from jaxkv.models.stateful import MIXERS
+from jaxkv.models.temperature import query_growth
 from jaxkv.programs import promotes_ranks
 
 Hidden = Float[Array, "*batch tokens hidden"]
@@ -49,7 +51,7 @@ class Attention(nnx.Module):
         self.v_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
         self.o_proj = Linear(queries, hidden, bias=output_bias, std=out_std, **shared)
         self.qk_norm = family.qk_norm if config.use_qk_norm else None
-        if self.qk_norm is not None:
+        if self.qk_norm in ("head", "all"):
             sizes = {"head": (head_dim, head_dim), "all": (queries, keys)}[self.qk_norm]
             self.q_norm, self.k_norm = (_norm(size, config, dtype) for size in sizes)
         if family.has_sinks:
@@ -75,15 +77,20 @@ class Attention(nnx.Module):
         )
         if norms == "head":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if config.rope_layers[self.layer]:
+            queries, keys = self._rotated(queries, rotation), self._rotated(keys, rotation)
+        elif rotation is not None:
+            queries = (queries * rotation).astype(queries.dtype)
         mixed, cache = attend_causal(
             cache,
-            self._rotated(queries, rotation),
-            self._rotated(keys, rotation),
+            queries,
+            keys,
             values,
             layer=self.layer,
             num_tokens=num_tokens,
             scale=config.attention_scale,
             window=config.windows[self.layer],
+            aligned=config.family.aligned,
             softcap=config.attention_softcap,
             sink_logits=self.sinks[...] if config.family.has_sinks else None,
         )
@@ -91,11 +98,12 @@ class Attention(nnx.Module):
         return self.o_proj(mixed if gate is None else mixed * nnx.sigmoid(gate)), cache
 
     def _rotated(self, vectors: Array, rotation: Any) -> Array:
-        if rotation is None:
-            return vectors
         if self.config.family.interleaved:
             vectors = unpaired(vectors, rotation)
-        return rotate(vectors, rotation)
+        rotated = rotate(vectors, rotation)
+        if self.qk_norm != "rotated":
+            return rotated
+        return unit(rotated, self.config.rms_norm_eps).astype(rotated.dtype)
 
 
 class Block(nnx.Module):
@@ -204,9 +212,9 @@ class Decoder(Model):
         if cache is not None or num_tokens is not None:  # texts may be shorter than that
             check_room(ropes, context)
         rotations: dict[Any, Any] = {
-            rope: None if rope is None else rotation(rope, positions, context)
-            for rope in dict.fromkeys(ropes)
+            rope: rotation(rope, positions, context) for rope in dict.fromkeys(ropes) if rope
         }
+        rotations[None] = self._growth(positions)
         x = self._embed(tokens)
         for rope, block in zip(ropes, self.layers, strict=True):
             x, cache = block(x, rotations[rope], cache, num_tokens)
@@ -228,6 +236,13 @@ class Decoder(Model):
                 module.config = config  # type: ignore[attr-defined]
         return model
 
+    def _growth(self, positions: Int[Array, "*batch tokens"]) -> Array | None:
+        """What queries of layers without a rope are multiplied by."""
+        config = self.config
+        if not config.grows_queries:
+            return None
+        return query_growth(positions, config.query_growth_step, config.query_growth)
+
     def _embed(self, tokens: Int[Array, "*batch tokens"]) -> Hidden:
         embedded = self.embed_tokens(tokens)
         scale = self.config.embedding_multiplier
@@ -239,7 +254,8 @@ class Decoder(Model):
     def checkpoint_layout(self) -> Layout:
         family = self.config.family
         num_layers = self.config.num_layers if family.predicts_ahead else None
-        return Layout(family.renamed, family.joined, self.config.num_heads, num_layers)
+        whole = family.routed is not None and family.routed.whole
+        return Layout(family.renamed, family.joined, self.config.num_heads, num_layers, whole)
 
     @property
     def dtype(self) -> jnp.dtype:

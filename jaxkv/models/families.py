@@ -44,10 +44,12 @@ class Routed(NamedTuple):
     Attributes:
       fields: name in a ``config.json`` -> field of `jaxkv.models.routing.ExpertsConfig`.
       always: fields of it that no ``config.json`` says.
+      whole: a checkpoint has one tensor of a projection for all experts.
     """
 
     fields: Mapping[str, str]
     always: Mapping[str, Any] = MappingProxyType({})
+    whole: bool = False
 
 
 def _nothing(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +66,7 @@ class Family:
       unused: fields that it may have and that change nothing: transformers does not use them.
       quantization: how its released weights may be packed.
       slides: layers may have a window.
+      aligned: it is a chunk of the text, as `jaxkv.Chunked` has it (Llama 4).
       local_rope: those layers have a rope "of their own", or the same one "unscaled".
       rope_layers: which layers have a rope, a name in `jaxkv.models.config.ROPE_LAYERS`.
       partial_rope: the rope may rotate a part of each head.
@@ -71,7 +74,8 @@ class Family:
       qkv_bias: queries, keys and values have biases even where attention has not.
       output_bias: attention's output has a bias where queries have one.
       qk_norm: queries and keys are normalized: "head", each head (Henry et al., 2020), or "all",
-        all heads together (OLMo 2).
+        all heads together (OLMo 2), or "rotated", each head after the rope, where a layer has one,
+        and by no weights (Llama 4).
       norms: the norms of a layer.
       parallel: attention and the MLP read the same, and both are added to the stream.
       gated: the MLP is a gated linear unit; if not, it is two projections.
@@ -96,6 +100,7 @@ class Family:
     unused: tuple[str, ...] = ()
     quantization: str | None = None
     slides: bool = False
+    aligned: bool = False
     local_rope: str | None = None
     rope_layers: str = "all"
     partial_rope: bool = False
@@ -192,6 +197,14 @@ _QWEN_EXPERTS = {
     "decoder_sparse_step": "every",
     "mlp_only_layers": "dense_layers",
 }
+_LLAMA4 = ("use_qk_norm", "attn_temperature_tuning", "floor_scale", "attn_scale")
+_LLAMA4_EXPERTS = {
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "intermediate_size": "intermediate_size",
+    "interleave_moe_layer_step": "every",
+    "moe_layers": "layers",
+}
 _NORMALIZED = {"norm_topk_prob": "normalized"}
 _MIXTRAL_EXPERTS = {
     "num_local_experts": "num_experts",
@@ -202,6 +215,26 @@ _MIXTRAL_EXPERTS = {
 # By architecture, as a config.json names it.
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("llama", ("hidden_act", "attention_bias", "mlp_bias")),
+    "Llama4ForCausalLM": Family(
+        "llama4_text",
+        ("hidden_act", "attention_bias", "intermediate_size_mlp", *_LLAMA4),
+        unused=("router_jitter_noise", "for_llm_compressor"),
+        slides=True,
+        aligned=True,
+        rope_layers="named",
+        interleaved=True,
+        qk_norm="rotated",
+        routed=Routed(
+            _LLAMA4_EXPERTS,
+            {"method": "greedy_sigmoid", "shared_experts": 1, "weighs_inputs": True},
+            whole=True,
+        ),
+        renamed=(
+            (".feed_forward.", ".mlp."),
+            (".shared_expert.", ".shared_experts."),
+            (".router.", ".gate."),
+        ),
+    ),
     "MistralForCausalLM": Family("mistral", ("hidden_act",), slides=True),
     "MixtralForCausalLM": Family(
         "mixtral",

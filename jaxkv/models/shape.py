@@ -131,7 +131,7 @@ class Shape(NamedTuple):
           chunk: the most tokens that a step brings. Layers with a window keep ``window - 1 +
             chunk`` tokens: in a `Ring`, or in pages of their own where ``addressing`` is a
             shared pool. None for steps of any size: they keep all tokens, in ``addressing``,
-            and see the newest. Chunks of the text are kept in `Chunked`, whatever they are.
+            and see the newest. Chunks of the text are kept in `Chunked`, or in pages of their own.
           state_dtype: of those parts of a state that have the model's own dtype.
           **fields: other fields of `KVCacheConfig`, the same in all layers: ``placement`` and
             ``newest``.
@@ -204,14 +204,12 @@ class Shape(NamedTuple):
 def _windowed(
     addressing: Addressing, window: int, chunk: int, rows: int, aligned: bool
 ) -> Addressing:
-    if aligned:
-        return Chunked(window, chunk)
     if addressing.per_head or addressing.num_pages is None or addressing.page_size is None:
-        return Ring(window, chunk=chunk)
+        return Chunked(window, chunk) if aligned else Ring(window, chunk=chunk)
     # What all rows hold at once, and as much again for the ends of prompts that may come back.
     held = rows * (ceil_div(window + chunk, addressing.page_size) + 1)
     num_pages = min(addressing.num_pages, 2 * held)
-    return Paged(addressing.page_size, num_pages, window)
+    return Paged(addressing.page_size, num_pages, window, aligned)
 
 
 def wide_at_the_ends(

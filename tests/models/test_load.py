@@ -89,9 +89,9 @@ def test_save_then_load_gives_the_same_model(tmp_path, variant, kind):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(first), nnx.state(second))
 
 
-@pytest.mark.slow_cases("deepseek|starcoder")
+@pytest.mark.slow_cases("deepseek|starcoder|llama4")
 @pytest.mark.parametrize(
-    "variant", ["llama", "mixtral", "phi3", "deepseek_v3", "starcoder2", "gpt_neox"]
+    "variant", ["llama", "mixtral", "phi3", "deepseek_v3", "starcoder2", "gpt_neox", "llama4"]
 )
 def test_saved_files_are_those_of_the_checkpoint(variant, tmp_path):
     """Experts apart, joined tensors as one, and each under its name there."""

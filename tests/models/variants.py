@@ -141,6 +141,19 @@ _DEEPSEEK_V3 = _DEEPSEEK_V2 | {
     "topk_method": "noaux_tc",
     "norm_topk_prob": True,
 }
+_LLAMA4 = _like_llama(
+    *("Llama4ForCausalLM", "llama4_text"),
+    num_hidden_layers=3,
+    attention_chunk_size=7,
+    no_rope_layer_interval=3,
+    head_dim=16,
+    intermediate_size_mlp=40,
+    interleave_moe_layer_step=2,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    floor_scale=5,
+    attn_scale=0.4,
+)
 _OLMO2 = _like_llama("Olmo2ForCausalLM", "olmo2")
 _OLMO3 = _like_llama(
     *("Olmo3ForCausalLM", "olmo3"),
@@ -367,6 +380,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "deepseek_v3 halves": _DEEPSEEK_V3
     | {"rope_interleave": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
     | {"attention_bias": True},
+    "llama4": _LLAMA4,
+    "llama4 other layers": _LLAMA4
+    | {
+        "num_hidden_layers": 4,
+        "moe_layers": [0, 3],
+        "no_rope_layers": [0, 1, 1, 0],
+        "use_qk_norm": False,
+    }
+    | {"layer_types": ["chunked_attention", "full_attention"] * 2, "attention_bias": True}
+    | {"rope_scaling": _LLAMA3, "rope_theta": 100.0},
+    "llama4 plain queries": _LLAMA4
+    | {"attn_temperature_tuning": False, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
+    | {"num_hidden_layers": 2, "no_rope_layer_interval": 2, "num_key_value_heads": 4},
     "olmo2": _OLMO2,
     "olmo2 attention bias": _OLMO2 | {"attention_bias": True, "num_key_value_heads": 4},
     "olmo3": _OLMO3,
@@ -564,7 +590,9 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             block = _MIXERS[family](config, layer, block)
         if family == "arcee":
             block = _without(block, "mlp.gate_")
-        if family in ("qwen3", "qwen3_moe", "gemma3_text") or config.get("use_qk_norm"):
+        if family in ("qwen3", "qwen3_moe", "gemma3_text", "glm4_moe") and config.get(
+            "use_qk_norm", True
+        ):
             block |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
     if family in ("starcoder2", "stablelm"):
@@ -658,7 +686,33 @@ def _of_bamba(config: dict[str, Any], layer: int, block: _Shapes) -> _Shapes:
     return _without(renamed, "self_attn.") | {f"mamba.{n}": shape for n, shape in made.items()}
 
 
-_MIXERS = {"lfm2": _of_lfm2, "qwen3_next": _of_qwen3_next, "bamba": _of_bamba}
+def _of_llama4(config: dict[str, Any], layer: int, block: _Shapes) -> _Shapes:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    experts, dense = config["num_local_experts"], config["intermediate_size_mlp"]
+    step, layers = config["interleave_moe_layer_step"], config.get("moe_layers")
+    mlp, size = "feed_forward", dense
+    is_routed = (layer + 1) % step == 0 if layers is None else layer in layers
+    if is_routed:
+        mlp, size = "feed_forward.shared_expert", inner
+    block = _without(block, "mlp.") | {
+        f"{mlp}.gate_proj.weight": (size, hidden),
+        f"{mlp}.up_proj.weight": (size, hidden),
+        f"{mlp}.down_proj.weight": (hidden, size),
+    }
+    routed = {
+        "feed_forward.router.weight": (experts, hidden),
+        "feed_forward.experts.gate_up_proj": (experts, hidden, 2 * inner),
+        "feed_forward.experts.down_proj": (experts, inner, hidden),
+    }
+    return block | routed if is_routed else block
+
+
+_MIXERS = {
+    "llama4_text": _of_llama4,
+    "lfm2": _of_lfm2,
+    "qwen3_next": _of_qwen3_next,
+    "bamba": _of_bamba,
+}
 
 
 def _without(block: dict[str, tuple[int, ...]], names: str) -> dict[str, tuple[int, ...]]:
