@@ -113,7 +113,8 @@ WINDOWED = {
 }
 CALLS = [("contiguous", options) for options in list(OPTIONS)[1:]]
 CALLS += itertools.product(["ring", "paged"], ["window", "together"])
-CALLS += itertools.product(WINDOWED, ["plain", "window", "together"])
+CALLS += itertools.product(["pages, window"], ["plain", "window", "together"])
+CALLS += [("pages, chunks", "together")]
 
 
 @pytest.mark.slow_cases(r"streamed")

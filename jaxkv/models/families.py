@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jaxkv.errors import CheckpointError
+
 
 class Norms(NamedTuple):
     """A layer's norms, as a checkpoint names them; None where there is none.
@@ -91,6 +93,9 @@ class Family:
       aliases: fields of its ``config.json`` that others call otherwise, and how.
       derived: fields that follow from others in a way of its own.
       written: what a ``config.json`` says so that they do not.
+      value_norm: values are normalized, each head, by no weights (Gemma 3n).
+      shares: the last layers may read what earlier ones keep (Gemma 3n).
+      streams: layers read one of several streams (Gemma 3n).
       output_gate: attention's output is multiplied by the sigmoid of a gate, which is projected
         beside the queries (Qwen3-Next).
     """
@@ -123,6 +128,9 @@ class Family:
     derived: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     written: tuple[tuple[str, Any], ...] = ()
     output_gate: bool = False
+    value_norm: bool = False
+    shares: bool = False
+    streams: bool = False
 
 
 def _lfm2_inner(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +142,26 @@ def _lfm2_inner(config: Mapping[str, Any]) -> dict[str, Any]:
     if (factor := config.get("block_ffn_dim_multiplier", 1.0)) is not None:
         inner = -(-int(factor * inner) // block) * block
     return {"intermediate_size": inner}
+
+
+def _gemma3n(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes may be lists, and logits of attention are as they come."""
+    num_layers, sizes = config["num_hidden_layers"], config["intermediate_size"]
+    if not isinstance(sizes, int):
+        if len(set(sizes)) != 1 or len(sizes) != num_layers:
+            raise CheckpointError(
+                f"config.json: intermediate_size of a {config['model_type']} must be one number in "
+                f"all of {num_layers} layers, got {sizes!r:.60}."
+            )
+        sizes = sizes[0]
+    sparse = config.get("activation_sparsity_pattern")
+    if sparse is None:
+        sparse = [0.95 if layer < 10 < num_layers else 0.0 for layer in range(num_layers)]
+    return {
+        "intermediate_size": sizes,
+        "activation_sparsity_pattern": sparse,
+        "attention_multiplier": 1.0,
+    }
 
 
 _LFM2 = (  # of training, of code that is elsewhere, or said by other fields too
@@ -149,6 +177,10 @@ _GEMMA_NORMS = Norms(
     mlp_input="pre_feedforward_layernorm",
     mlp_output="post_feedforward_layernorm",
     kind="rms plus one",
+)
+_GEMMA3N = (  # without `query_pre_attn_scalar`, which it may have and does not use
+    *("attention_bias", "hidden_activation", "final_logit_softcapping"),
+    *("attention_multiplier", "activation_sparsity_pattern"),
 )
 _OLMO2_NORMS = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _GLM4_NORMS = Norms(attention_output="post_self_attn_layernorm", mlp_output="post_mlp_layernorm")
@@ -347,6 +379,30 @@ FAMILIES: dict[str, Family] = {
         qk_norm="head",
         norms=_GEMMA_NORMS,
         scales_embeddings=True,
+    ),
+    "Gemma3nForCausalLM": Family(
+        "gemma3n_text",
+        _GEMMA3N,
+        unused=("query_pre_attn_scalar", "altup_coef_clip", "altup_lr_multiplier"),
+        slides=True,
+        local_rope="of their own",
+        qk_norm="head",
+        value_norm=True,
+        norms=_GEMMA_NORMS._replace(kind="rms"),
+        scales_embeddings=True,
+        shares=True,
+        streams=True,
+        derived=_gemma3n,
+        renamed=(
+            ("embed_tokens_per_layer.", "streams.embed_tokens_per_layer."),
+            ("per_layer_model_projection.", "streams.per_layer_model_projection."),
+            ("per_layer_projection_norm.", "streams.per_layer_projection_norm."),
+            ("altup_projections.", "streams.altup_projections."),
+            ("altup_unembed_projections.", "streams.altup_unembed_projections."),
+            (".per_layer_input_gate.", ".altup.per_layer_input_gate."),
+            (".per_layer_projection.", ".altup.per_layer_projection."),
+            (".post_per_layer_input_norm.", ".altup.post_per_layer_input_norm."),
+        ),
     ),
     "GptOssForCausalLM": Family(
         "gpt_oss",

@@ -445,7 +445,22 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         **_GEMMA,
     ),
     "gemma3n_text": _plain(
-        *(35, 8, 2048, 2, 256), windows=_every(5), sliding_window=512, num_kv_shared_layers=15
+        *(35, 8, 2048, 2, 256),
+        windows=_every(5),
+        sliding_window=512,
+        num_kv_shared_layers=15,
+        vocab_size=262_400,
+        intermediate_size=16_384,
+        final_logit_softcapping=30.0,
+        rope_theta=1_000_000.0,
+        rope_local_base_freq=10_000.0,
+        altup_num_inputs=4,
+        altup_active_idx=0,
+        altup_correct_scale=True,
+        laurel_rank=64,
+        hidden_size_per_layer_input=256,
+        vocab_size_per_layer_input=262_144,
+        **_GEMMA,
     )._replace(keeps=_shared, reads=_SHARED),
     "gemma4_text": _plain(
         *(30, 8, 2304, 4, 256), windows=_every(6), sliding_window=512, global_head_dim=512

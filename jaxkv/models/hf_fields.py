@@ -18,6 +18,7 @@ _MODEL_TYPES = {name: family.model_type for name, family in FAMILIES.items()} | 
 # Multimodal architectures whose text decoder is read, and which one that is.
 _NESTED = {
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Gemma3nForConditionalGeneration": "Gemma3nForCausalLM",
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
 }
 

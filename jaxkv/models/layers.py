@@ -189,38 +189,54 @@ NORMS: dict[str, Callable[..., nnx.Module]] = {
 }
 
 
+class Passed(dict[Layer, tuple[Array, Array]]):
+    """Stands in for a cache in a text without one, where layers read what others would keep.
+
+    By the number of a layer, its keys and values.
+    """
+
+
 def attend_causal(
-    cache: AnyCache | None,
+    cache: AnyCache | Passed | None,
     queries: Float[Array, "*batch tokens heads head_dim"],
-    keys: Float[Array, "*batch tokens kv_heads head_dim"],
+    keys: Float[Array, "*batch tokens kv_heads head_dim"] | None,
     values: Float[Array, "*batch tokens kv_heads value_dim"] | None,
     *,
     layer: Layer,
     num_tokens: NumTokens | None,
     scale: float,
+    source: int | None = None,
     window: int | None = None,
     aligned: bool = False,
     **options: Any,
-) -> tuple[Float[Array, "*batch tokens heads value_dim"], AnyCache | None]:
+) -> tuple[Float[Array, "*batch tokens heads value_dim"], AnyCache | Passed | None]:
     """Append to the cache and attend over it; without one, attend over the tokens given.
 
     Args:
-      values: None for a cache that has them in its keys.
+      keys: None for a layer that reads those of another.
+      values: None for a cache that has them in its keys, and where there are no keys.
+      source: the layer whose keys and values it reads, if not its own.
       window, aligned: the newest tokens that a query sees, or of them, those of its own chunk.
       **options: ``softcap`` and ``sink_logits``, as in `jaxkv.attend`.
 
     Raises:
       ValueError: the layer sees chunks of the text, and its cache does not keep them.
     """
-    if cache is None:
+    if isinstance(cache, Passed):
+        if keys is not None and values is not None:
+            cache[layer] = keys, values
+        keys, values = cache[layer if source is None else source]
+    if cache is None or isinstance(cache, Passed):
+        assert keys is not None
         assert values is not None
         options |= {"window": window, "aligned": aligned}
-        return _attend_uncached(queries, keys, values, scale, **options), None
+        return _attend_uncached(queries, keys, values, scale, **options), cache
     if aligned and window is not None:  # what a query sees is said by the cache alone
         _check_chunks(cache, layer, window)
     else:
         options["window"] = window
-    cache = append(cache, keys, values, layer=layer, num_tokens=num_tokens, queries=queries)
+    if keys is not None:
+        cache = append(cache, keys, values, layer=layer, num_tokens=num_tokens, queries=queries)
     return attend(cache, queries, layer=layer, num_tokens=num_tokens, scale=scale, **options), cache
 
 

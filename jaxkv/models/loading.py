@@ -163,7 +163,8 @@ def _with_its_head(config: Any, tensors: Tensors, embedding: str, folder: Path) 
 def _params(model: Model) -> Iterator[tuple[tuple[Any, ...], str, nnx.Param[Any], bool]]:
     """Each parameter's path, name in a checkpoint, itself, and whether it is transposed there."""
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        *_, module, kind = path
+        *above, kind = path
+        module = next(name for name in reversed(above) if isinstance(name, str))  # or of its list
         prefix = "" if module == "lm_head" else model.checkpoint_prefix
         transposed = kind == "weight" and module in model.checkpoint_transposes
         yield path, prefix + ".".join(map(str, path)), param, transposed

@@ -39,7 +39,7 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "youtu", "deepseek_v2", "deepseek
 EXPERTS = ("mixtral", "qwen3_moe", "glm4_moe")
 PLAIN = ("olmo2", "phi3", "glm4", "smollm3", "granite", "cohere", "stablelm", "gpt_neox")
 SLIDING = ("mistral", "qwen3 sliding", "gemma2", "gemma3", "gpt_oss", "olmo3", "cohere2")
-SLIDING += ("llama4",)
+SLIDING += ("llama4", "gemma3n")
 # Biases, activations and widths do not meet the cache; these do.
 HEADS_AND_SCALES = ("llama mha", "llama mqa", "gpt2 unscaled", "gpt2 by layer")
 SCALED_ROPES = tuple(
@@ -58,7 +58,7 @@ def assert_golden(logits, variant, tokens=slice(None)):
     np.testing.assert_allclose(logits, goldens()[variant][tokens], atol=TOLERANCE, rtol=0)
 
 
-NEWER = "|".join((*FAMILIES[-2:], *EXPERTS, *PLAIN, "cohere2", "llama4"))
+NEWER = "|".join((*FAMILIES[-2:], *EXPERTS, *PLAIN, "cohere2", "llama4", "gemma3n"))
 
 
 @pytest.mark.slow_cases(rf"({NEWER}) |cohere$|cohere-|olmo3|olmoe|seed|arcee|neox")
@@ -119,7 +119,8 @@ def test_a_rope_that_was_chosen_is_saved(variant, trained, tmp_path):
     )
 
 
-@for_each("llama", "qwen3", "gpt2", "gemma3", "gpt_oss", "youtu", "llama4")
+@pytest.mark.slow_cases("llama4|gemma3n")
+@for_each("llama", "qwen3", "gpt2", "gemma3", "gpt_oss", "youtu", "llama4", "gemma3n")
 def test_one_shot_and_one_token_at_a_time(variant, model):
     tokens = jnp.asarray(token_ids(variant))
     chunk = NUM_TOKENS if variant == "llama4" else None  # chunks of the text are not masks alone
@@ -133,8 +134,8 @@ def test_one_shot_and_one_token_at_a_time(variant, model):
         assert_golden(logits[0], variant, position)
 
 
-@pytest.mark.slow_cases("llama4")
-@for_each("llama", "gpt2", "gemma2", "gpt_oss", "youtu", "llama4")
+@pytest.mark.slow_cases("llama4|gemma3n")
+@for_each("llama", "gpt2", "gemma2", "gpt_oss", "youtu", "llama4", "gemma3n")
 @pytest.mark.parametrize("padding", ["dropped", "truncated"])
 def test_ragged_batch_equals_single(variant, model, padding):
     """A prompt padded on the right, then one token more, whatever the neighbours are."""
@@ -192,6 +193,8 @@ def test_goldens_tell_scalings_apart(variant):
         ("llama4", {"windows": (None,) * 3}),
         ("llama4", {"grows_queries": False}),
         ("llama4", {"rope_layers": (True,) * 3}),
+        ("gemma3n", {"sources": ()}),
+        ("gemma3n", {"attention_multiplier": 0.25}),
     ],
 )
 def test_goldens_tell_options_apart(variant, changes):
@@ -227,8 +230,8 @@ def test_generate_goes_round_the_rings(variant, model):
         assert jnp.argmax(seen, axis=-1).tolist() == tokens
 
 
-@pytest.mark.slow_cases("llama4 other")
-@for_each("llama4", "llama4 other layers")
+@pytest.mark.slow_cases("llama4 other|gemma3n")
+@for_each("llama4", "llama4 other layers", "gemma3n")
 def test_an_engine_says_what_the_model_says_without_a_cache(variant, model):
     """Prompts with common starts, in pages of pools of two kinds, of which some are given back."""
     texts = np.random.default_rng(1).integers(0, 64, (2, 30))
