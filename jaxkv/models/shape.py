@@ -57,11 +57,15 @@ class Heads(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """An array that a layer keeps as state of each sequence; a dtype of None is the model's own."""
+    """An array that a layer keeps as state of each sequence; a dtype of None is the model's own.
+
+    ``by_head`` says that its first axis is of heads.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str | None = None
+    by_head: bool = False
 
 
 class Shape(NamedTuple):
@@ -198,7 +202,8 @@ class Shape(NamedTuple):
         arrays = tuple(
             StateArray(kept.name, kept.shape, kept.dtype or dtype) for kept in self.state
         )
-        return (StateConfig(keeping, arrays, batch_size),)
+        by_head = tuple(kept.name for kept in self.state if kept.by_head)
+        return (StateConfig(keeping, arrays, batch_size, by_head),)
 
 
 def _windowed(
