@@ -51,7 +51,7 @@ def assert_same(many, one):
         np.testing.assert_array_equal(np.asarray(jaxkv.state(many, 0)[name]), np.asarray(array))
 
 
-@pytest.mark.slow_cases("Explicit-heads|Auto-batch 8|Auto-heads 8|context")
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
 def test_it_gives_what_one_device_gives(split, axis_type, tmp_path):
@@ -104,6 +104,8 @@ def test_a_step_moves_nothing_and_is_in_place():
     assert collective_bytes(compiled.as_text()) == 0
     own = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(many))
     assert compiled.memory_analysis().alias_size_in_bytes == own
+    assert own == jaxkv.plan(CONFIG, "1GB", **place).needed_bytes
+    assert_same(compiled(many, x), jax.jit(step)(jaxkv.create(CONFIG), tokens_of(0, 1))[0])
 
 
 def test_inside_ones_own_shard_map():
@@ -147,7 +149,7 @@ def test_an_engine_keeps_states_on_one_device():
         jaxkv.Engine(step, config, **spread_over("batch 8"))
 
 
-@pytest.mark.slow_cases("lfm2|bamba")
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["qwen3_next", "bamba", "lfm2"])
 def test_a_model_answers_as_on_one_device(variant):
     """By batch and by heads, prompts of unlike lengths, prefilled by chunks."""

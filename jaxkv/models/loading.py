@@ -46,7 +46,8 @@ def load(
     ``tokenizer.json``; of ``generation_config.json`` the tokens that end a text, which come before
     those of ``config.json``. Tensors go to the device one at a time: beside the model, memory
     holds one tensor. Experts in MXFP4, as gpt-oss is released, are read as floats; of a multimodal
-    Gemma 3 the text decoder. The numbers of a GGUF file are those that its package ``gguf`` makes.
+    Gemma 3 or 3n or Llama 4 the text decoder. The numbers of a GGUF file are those that its package
+    ``gguf`` makes.
 
     Args:
       folder: the folder, the GGUF file, or a name such as ``Qwen/Qwen2.5-0.5B`` that is fetched
