@@ -275,7 +275,7 @@ class KVCache(Counted):
 
 def buffer_of(cache: KVCache) -> Array:
     """One of a cache's buffers, which stands for all: they are made and moved together."""
-    buffer: Array = jax.tree.leaves(cache.storage)[0]
+    buffer: Array = jax.tree.leaves(next(iter(cache.storage.values())))[0]
     return buffer
 
 
