@@ -30,7 +30,9 @@ def golden_logits(variant: str) -> np.ndarray:
     model = _with_unpacked(variant) if packed else _loaded(variant)
     with torch.no_grad():
         ids = torch.from_numpy(token_ids(variant).astype(np.int64))[None]
-        return model.eval()(ids, use_cache=False).logits[0].float().numpy()
+        # Without a cache no layer reads another's keys and values.
+        shares = "num_kv_shared_layers" in VARIANTS[variant]
+        return model.eval()(ids, use_cache=shares).logits[0].float().numpy()
 
 
 def _loaded(variant: str) -> Any:

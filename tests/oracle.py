@@ -113,9 +113,9 @@ class Oracle:
 
     def _seen(self, tokens):
         """All so far or, with a window, the newest, and a ring's first few; or a chunk's."""
-        if isinstance(self.addressing, jaxkv.Chunked):
-            return tokens[(len(tokens) - 1) // self.addressing.size * self.addressing.size :]
         window = getattr(self.addressing, "window", None)
+        if getattr(self.addressing, "aligned", False):
+            return tokens[(len(tokens) - 1) // window * window :]
         if window is None:
             return tokens
         newest = max(len(tokens) - window, 0)

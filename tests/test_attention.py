@@ -106,11 +106,15 @@ def test_every_pair_equals_the_oracle(codec, addressing, batch_size, heads, impl
     assert_equals_oracle(config, implementation, heads=query_heads)
 
 
-# Addressings of the table, and one with a window of its own that is no ring.
-WINDOWED = {"pages, window": jaxkv.Paged(page_size=4, window=4)}
+# Addressings of the table, and some with a window of their own that are no rings.
+WINDOWED = {
+    "pages, window": jaxkv.Paged(page_size=4, window=4),
+    "pages, chunks": jaxkv.Paged(page_size=4, window=3, aligned=True),
+}
 CALLS = [("contiguous", options) for options in list(OPTIONS)[1:]]
 CALLS += itertools.product(["ring", "paged"], ["window", "together"])
-CALLS += itertools.product(WINDOWED, ["plain", "window", "together"])
+CALLS += itertools.product(["pages, window"], ["plain", "window", "together"])
+CALLS += [("pages, chunks", "together")]
 
 
 @pytest.mark.slow_cases(r"streamed")

@@ -30,6 +30,8 @@ def test_any_way_to_write_it(name):
         ("Qwen/Qwen3-4B-Base", "Qwen3-4B"),
         ("mistralai/Mistral-7B-Instruct-v0.1", "Mistral-7B-v0.1"),
         ("google/gemma-3-27b-it", "Gemma-3-27B"),
+        ("google/gemma-3n-E4B-it", "Gemma-3n-E4B"),
+        ("meta-llama/Llama-4-Scout-17B-16E-Instruct", "Llama-4-Scout-17B-16E"),
     ],
 )
 def test_tuned_models_have_the_shape_of_their_base(name, expected):
@@ -88,6 +90,8 @@ PUBLISHED = {
     "Gemma-3-4B": ("gemma3_text", 34, 8, 4, 2560, {"sliding_window": 1024}),
     "Gemma-3-12B": ("gemma3_text", 48, 16, 8, 3840, {"sliding_window": 1024}),
     "Gemma-3-27B": ("gemma3_text", 62, 32, 16, 5376, {"sliding_window": 1024, "head_dim": 128}),
+    "Gemma-3n-E2B": ("gemma3n_text", 30, 8, 2, 2048, {"num_kv_shared_layers": 10}),
+    "Gemma-3n-E4B": ("gemma3n_text", 35, 8, 2, 2048, {"num_kv_shared_layers": 15}),
     "Llama-2-7B": ("llama", 32, 32, 32, 4096),
     "Llama-2-13B": ("llama", 40, 40, 40, 5120),
     "Llama-2-70B": ("llama", 80, 64, 8, 8192),
@@ -99,6 +103,8 @@ PUBLISHED = {
     "Llama-3.2-1B": ("llama", 16, 32, 8, 2048, {"head_dim": 64}),
     "Llama-3.2-3B": ("llama", 28, 24, 8, 3072, {"head_dim": 128}),
     "Llama-3.3-70B": ("llama", 80, 64, 8, 8192),
+    "Llama-4-Scout-17B-16E": ("llama4_text", 48, 40, 8, 5120),
+    "Llama-4-Maverick-17B-128E": ("llama4_text", 48, 40, 8, 5120, {"use_qk_norm": False}),
     "Mistral-7B": ("mistral", 32, 32, 8, 4096, {"sliding_window": None}),
     "Mistral-7B-v0.1": ("mistral", 32, 32, 8, 4096, {"sliding_window": 4096}),
     "Mixtral-8x7B": ("mixtral", 32, 32, 8, 4096, {"sliding_window": None}),

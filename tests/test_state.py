@@ -202,14 +202,6 @@ REFUSED = {
     "compress": (lambda c: jaxkv.compress(c, keep=2, policy=max), "keep a state"),
     "evict": (lambda c: jaxkv.evict(c, max, tokens=2), "keep a state"),
     "to_hf": (lambda c: to_hf(c), "keep a state"),
-    "spread": (
-        lambda c: jaxkv.spread(c, mesh=jax.make_mesh((2,), ("d",)), axes=jaxkv.Axes("d")),
-        "keep a state",
-    ),
-    "create": (
-        lambda c: jaxkv.create(CONFIG, mesh=jax.make_mesh((2,), ("d",)), axes=jaxkv.Axes("d")),
-        "keep a state",
-    ),
 }
 
 

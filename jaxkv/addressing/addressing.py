@@ -14,6 +14,9 @@ from jaxtyping import Array, Bool, Int
 # A static layer number, or a traced one inside a scan over layers.
 Layer = int | Int[Array, ""]
 
+# Of a field that an addressing did not have at first: files name it where it is not the default.
+LATER = {"later": True}
+
 
 class Traits(Protocol):
     """What an addressing and its index both say of it."""

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from jaxkv.addressing.addressing import Layer, Plain, PlainIndex
+from jaxkv.addressing.addressing import LATER, Layer, Plain, PlainIndex, first_visible
 from jaxkv.addressing.rows import read_rows
 from jaxkv.counts import ceil_div, check_fields
 
@@ -29,6 +29,8 @@ class Paged(Plain):
         from an allocator (`jaxkv.paging`) through `KVCache.with_pages`.
       window: newest tokens that a query sees, itself included; all if None. The allocator
         takes back the pages before it, whose entries are -1 then.
+      aligned: a query sees, of its window, the tokens from a multiple of its size on, as in
+        `Chunked` (Llama 4).
 
     Raises:
       ValueError: a number that is not one of slots or pages.
@@ -41,6 +43,7 @@ class Paged(Plain):
     page_size: int = 16
     num_pages: int | None = None
     window: int | None = None
+    aligned: bool = dataclasses.field(default=False, metadata=LATER)
 
     by_position = True
 
@@ -75,13 +78,14 @@ class Paged(Plain):
             table = jnp.full(shape, -1, jnp.int32)
         shared = self.num_pages is not None
         lengths = jnp.zeros(batch, jnp.int32)
-        return PagedIndex(lengths, table, self.page_size, max_context_length, shared, self.window)
+        sizes = self.page_size, max_context_length
+        return PagedIndex(lengths, table, *sizes, shared, self.window, self.aligned)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["lengths", "table"],
-    meta_fields=["page_size", "capacity", "shared", "window"],
+    meta_fields=["page_size", "capacity", "shared", "window", "aligned"],
 )
 @dataclasses.dataclass(frozen=True)
 class PagedIndex(PlainIndex):
@@ -96,6 +100,7 @@ class PagedIndex(PlainIndex):
     capacity: int
     shared: bool
     window: int | None = None
+    aligned: bool = False
 
     by_position = True
 
@@ -113,7 +118,8 @@ class PagedIndex(PlainIndex):
             return True
         pages = jnp.arange(self.table.shape[-1], dtype=jnp.int32)
         end = self.lengths[..., None]
-        first = jnp.maximum(end - (self.window - 1), 0) // self.page_size
+        first = first_visible(end, self.window, self.aligned)
+        first = jnp.maximum(first, 0) // self.page_size
         seen = (pages >= first) & (pages * self.page_size < end)
         return jnp.all(~seen | (self.table >= 0), axis=-1)
 

@@ -1,7 +1,7 @@
 """Which axes of a mesh a cache is split over, and what one device holds of it."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
@@ -9,6 +9,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.errors import ConfigError
 from jaxkv.show.text import format_bytes
+
+_Kind = TypeVar("_Kind")  # `KVCacheConfig` or `StateConfig`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Spread:
 
     def copies(self, config: KVCacheConfig) -> int:
         """Devices that hold the same KV head, where there are more devices than heads."""
-        return max(self.size("heads") // config.num_kv_heads, 1)
+        return max(self.size("heads") // config.num_kv_heads, 1) if config.has_tokens else 1
 
     def copied_bytes(self, config: KVCacheConfig) -> int:
         """How many bytes of what one device holds would not be there without copies of KV heads."""
@@ -103,14 +105,17 @@ class Spread:
 
     def held(self, config: KVCacheConfig) -> KVCacheConfig:
         """Of all arrays together: copies of a KV head count as heads."""
+        if not config.has_tokens:
+            return config
         return _with_heads(config, config.num_kv_heads * self.copies(config))
 
     def whole(self, before: KVCacheConfig, own: KVCacheConfig) -> KVCacheConfig:
         """Of all devices' parts together, after a verb; it can change sequences and placement."""
         sequences = own.batch_size and own.batch_size * self.size("batch")
-        return before.replace(batch_size=sequences, placement=own.placement)
+        fields = {"placement": own.placement} if own.has_tokens else {}
+        return before.replace(batch_size=sequences, **fields)
 
-    def local(self, config: KVCacheConfig, *only: str) -> KVCacheConfig:
+    def local(self, config: _Kind, *only: str) -> _Kind:
         """Of what one device holds.
 
         Args:
@@ -119,28 +124,40 @@ class Spread:
         Raises:
           ConfigError: a number that its axis does not divide, or what cannot be split so.
         """
+        kind: Any = config
         batch, heads, context = (
             self.size(what) if not only or what in only else 1
             for what in ("batch", "heads", "context")
         )
+        if batch > 1:
+            if kind.batch_size is None:
+                raise ConfigError("axes: batch needs a config with a batch_size, got None.")
+            check_divides("batch_size", kind.batch_size, batch, self.axes.batch)
+        if kind.has_tokens:
+            kind = self._local_of_tokens(kind, batch, heads, context)
+        else:
+            kind = kind.part(batch, heads, self.axes.heads)
+        own: _Kind = kind
+        return own
+
+    def _local_of_tokens(
+        self, config: KVCacheConfig, batch: int, heads: int, context: int
+    ) -> KVCacheConfig:
         held = self.held(config)
-        _check_divides("num_kv_heads", held.num_kv_heads, heads, self.axes.heads)
+        check_divides("num_kv_heads", held.num_kv_heads, heads, self.axes.heads)
         own = _with_heads(held, held.num_kv_heads // heads)
         fields: dict[str, Any] = {}
-        if batch > 1:
-            if config.batch_size is None:
-                raise ConfigError("axes: batch needs a config with a batch_size, got None.")
+        if batch > 1 and config.batch_size is not None:
             _check_state(config)
-            _check_divides("batch_size", config.batch_size, batch, self.axes.batch)
             fields["batch_size"] = config.batch_size // batch
         if context > 1:
             _check_context(config)
             unit = context * (config.addressing.page_size or 1)
-            _check_divides("max_context_length", config.max_context_length, unit, self.axes.context)
+            check_divides("max_context_length", config.max_context_length, unit, self.axes.context)
             fields["max_context_length"] = config.max_context_length // context
         pages = config.addressing.num_pages
         if pages is not None and batch * context > 1:
-            _check_divides("num_pages", pages, batch * context, "batch or context")
+            check_divides("num_pages", pages, batch * context, "batch or context")
         return own.replace(addressing=own.addressing.shared_by(batch * context), **fields)
 
 
@@ -157,7 +174,8 @@ def words_of_copies(copies: int, copied_bytes: int) -> str:
     )
 
 
-def _check_divides(field: str, value: int, parts: int, axis: str | None) -> None:
+def check_divides(field: str, value: int, parts: int, axis: str | None) -> None:
+    """Refuse a number that an axis does not divide."""
     if value % parts:
         raise ConfigError(
             f"axes: {field} must be a multiple of {parts} to be split over {axis!r}, got {value}."

@@ -71,6 +71,8 @@ class KVCacheConfig:
     source_of_layer: ClassVar[tuple[int, ...]] = ()
     states: ClassVar[tuple[Any, ...]] = ()
 
+    has_tokens: ClassVar[bool] = True  # unlike a `StateConfig`
+
     def __post_init__(self) -> None:
         problems = [self._normalize_count(field) for field in _COUNTS]
         if self.batch_size is not None:

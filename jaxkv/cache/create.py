@@ -67,7 +67,7 @@ def create(
     if spread is not None and device is not None:
         raise ValueError(f"create: give device= or axes=, not both; got {device} and {axes}.")
 
-    def made(group: KVCacheConfig) -> KVCache:
+    def made(group: Any) -> Any:
         if spread is not None:
             return _create_spread(group, spread)
         # All in one place that is named, for a step returns it so, and compiles once then.
@@ -75,11 +75,10 @@ def create(
         return _create(group, named)
 
     if not isinstance(config, HybridConfig):
-        return made(config)
-    if spread is not None:
-        _check_no_states(config)
-    states = (_create_state(each, device) for each in config.states)
-    return HybridCache(tuple(made(group) for group in config.groups), config, tuple(states))
+        cache: KVCache = made(config)
+        return cache
+    groups, states = (tuple(map(made, kinds)) for kinds in (config.groups, config.states))
+    return HybridCache(groups, config, states)
 
 
 def config_of_a_device(config: AnyConfig, spread: Spread | None) -> AnyConfig:
@@ -90,24 +89,16 @@ def config_of_a_device(config: AnyConfig, spread: Spread | None) -> AnyConfig:
     """
     if spread is None:
         return config
-    _check_no_states(config)
     groups = tuple(spread.local(group) for group in config.groups)
-    if isinstance(config, HybridConfig):
-        return dataclasses.replace(config, groups=groups)
-    return groups[0]
-
-
-def _check_no_states(config: AnyConfig) -> None:
-    if config.states:
-        raise ConfigError(
-            "axes: layers that keep a state are on one device, and are not split over a mesh. "
-            "Create the cache without axes."
-        )
+    if not isinstance(config, HybridConfig):
+        return groups[0]
+    states = tuple(spread.local(each) for each in config.states)
+    return dataclasses.replace(config, groups=groups, states=states)
 
 
 @functools.lru_cache(maxsize=256)
 def shapes_of(config: KVCacheConfig) -> KVCache:
-    """The cache of a config, of shapes in place of arrays."""
+    """The cache of a config, or state of one, of shapes in place of arrays."""
     return jax.eval_shape(lambda: _create(config, None, host_zeros=jnp.zeros))
 
 
@@ -129,7 +120,8 @@ def specs_of(config: KVCacheConfig, spread: Spread) -> tuple[PartitionSpec, ...]
 
 def _create_spread(config: KVCacheConfig, spread: Spread) -> KVCache:
     local = spread.local(config)
-    _check_numbers(local)
+    if local.has_tokens:
+        _check_numbers(local)
     specs: Any = jax.tree.unflatten(jax.tree.structure(shapes_of(config)), specs_of(config, spread))
     storage = _in_host_memory(config, spread, specs.storage) if config.in_host_memory else {}
     elsewhere = dataclasses.replace(
@@ -169,9 +161,13 @@ def _check_numbers(config: KVCacheConfig) -> None:
         )
 
 
-def _create(
-    config: KVCacheConfig, device: Any, host_zeros: Callable[..., Any] = zeros_in_host_memory
-) -> KVCache:
+def _create(config: Any, device: Any, host_zeros: Callable[..., Any] = zeros_in_host_memory) -> Any:
+    if config.has_tokens:
+        return _create_tokens(config, device, host_zeros)
+    return _create_state(config, device)
+
+
+def _create_tokens(config: KVCacheConfig, device: Any, host_zeros: Callable[..., Any]) -> KVCache:
     _check_numbers(config)
     platform = _platform(device)
 

@@ -275,7 +275,8 @@ class KVCache(Counted):
 
 def buffer_of(cache: KVCache) -> Array:
     """One of a cache's buffers, which stands for all: they are made and moved together."""
-    return next(iter(cache.storage.values()))
+    buffer: Array = jax.tree.leaves(next(iter(cache.storage.values())))[0]
+    return buffer
 
 
 def books_of_index(index: Index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """A cache from a mesh onto one device, and back: through the host's memory, bit for bit."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,9 @@ def gather(cache: KVCache, *, device: Any = None) -> KVCache:
         return cache
     check_here(cache)
     config = cache.config
+    if not config.has_tokens:  # its arrays are whole as they are
+        whole = dataclasses.replace(jax.device_get(cache), spread=None)
+        return jax.device_put(whole, device)
     _check_pages(cache, spread)
     whole = _moved(cache, lambda leaf: _in_order(leaf, config, spread))
     once = _by_copies(whole, spread, _each_once)
@@ -70,19 +73,31 @@ def spread(cache: AnyCache, *, mesh: Mesh | None = None, axes: Axes) -> AnyCache
     found = Spread.of(mesh, axes)
     if found is None:
         return cache
-    if cache.states:
-        raise ConfigError(
-            "spread: layers that keep a state are on one device. Leave the cache there."
-        )
-    return cache.with_groups([_spread(group, found) for group in cache.groups])
+    made: list[tuple[Sequence[Any], Callable[..., Any]]]
+    made = [(cache.groups, _dealt_out), (cache.states, _as_it_is)]
+    for each in (*cache.groups, *cache.states):
+        _check_spread(each, found)
+    groups, states = (
+        [_on_mesh(each, make(each, found), found) for each in kinds] for kinds, make in made
+    )
+    return cache.with_groups(groups, states)
 
 
-def _spread(cache: KVCache, spread: Spread) -> KVCache:
+def _check_spread(cache: Any, spread: Spread) -> None:
     check_alive(cache)
     if cache.spread is not None:
         raise ConfigError(f"spread: it is spread already, by {cache.spread.axes}; gather it first.")
+    spread.local(cache.config)  # or an error that says what cannot be split
+
+
+def _as_it_is(cache: Any, spread: Spread) -> Any:
+    """State on the host: its arrays are of sequences and heads in their order."""
+    return jax.device_get(cache)
+
+
+def _dealt_out(cache: KVCache, spread: Spread) -> KVCache:
+    """The arrays of all devices' parts, on the host."""
     config = cache.config
-    spread.local(config)  # or an error that says what cannot be split
     _check_pages(cache, spread)
     if cache.index.pages is not None and cache.index.pages.shared and spread.size("batch") > 1:
         raise ConfigError(
@@ -91,7 +106,12 @@ def _spread(cache: KVCache, spread: Spread) -> KVCache:
         )
     dealt = _moved(cache, lambda leaf: _dealt(leaf, config, spread))
     copied = _by_copies(dealt, spread, lambda leaf, axis, copies: np.repeat(leaf, copies, axis))
-    parts = _with_numbers(copied, spread, -1)
+    return _with_numbers(copied, spread, -1)
+
+
+def _on_mesh(cache: Any, parts: Any, spread: Spread) -> Any:
+    """The parts on their devices."""
+    config = cache.config
     specs = specs_of(config, spread)
     leaves = [
         jax.make_array_from_callback(

@@ -25,6 +25,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 # What each axis of an array is: "batch", "heads" of queries, "kv_heads", "context" or None.
 What = tuple[str | None, ...]
+KEPT: What = ("kept",)  # of a dict: a layer's arrays of state, by name
 
 # Of arguments, by name. The batch axis is absent where the cache has none.
 _ARGUMENTS: dict[str, What] = {
@@ -41,6 +42,7 @@ _ARGUMENTS: dict[str, What] = {
     **dict.fromkeys(("numbers", "sources", "destinations"), ("batch",)),  # of pages
     "contents": (None, None, None, "heads"),
     "sink_logits": ("heads",),
+    "kept": KEPT,
 }
 
 
@@ -76,7 +78,7 @@ def in_each_shard(
                 return result if given else _of_all(result, spread, after)
 
             specs = specs_like(cache, cache.config), [_spec_of(cache, *pair) for pair in named]
-            results: Any = tuple(_spec(spread, _present(cache, what)) for what in given)
+            results: Any = tuple(_split_as(cache, _present(cache, what)) for what in given)
             results = results[0] if len(results) == 1 else results
             mapped = _shard_map(spread, on_shard, specs, results or specs_like(cache, after))
             output = mapped(cache, list(arrays))
@@ -128,9 +130,12 @@ def own_part(cache: KVCache) -> KVCache:
     assert spread is not None
     own = _structure(cache, spread.local(cache.config)).unflatten(leaves)
     axis = spread.axes.context
-    newest = own.newest and dataclasses.replace(own.newest, part_of=spread)
-    own = dataclasses.replace(own, part_of=spread, newest=newest)
-    return own if axis is None else _interleaved(spread, own, lax.axis_index(axis))
+    own = dataclasses.replace(own, part_of=spread)
+    if own.newest is not None:
+        own = dataclasses.replace(own, newest=dataclasses.replace(own.newest, part_of=spread))
+    if axis is None or not cache.config.has_tokens:
+        return own
+    return _interleaved(spread, own, lax.axis_index(axis))
 
 
 def _of_all(own: Any, spread: Spread, config: KVCacheConfig) -> KVCache:
@@ -140,13 +145,13 @@ def _of_all(own: Any, spread: Spread, config: KVCacheConfig) -> KVCache:
     return dataclasses.replace(cache, spread=spread)
 
 
-def where_it_is(verb: Callable[..., Any], cache: KVCache, *arguments: Any, **options: Any) -> Any:
+def where_it_is(verb: Callable[..., Any], cache: Any, *arguments: Any, **options: Any) -> Any:
     """What a verb gives: inside a user's own `jax.shard_map`, of one device's part of the cache."""
     spread = cache.spread
     if spread is None or not is_within(spread):
         return verb(cache, *arguments, **options)
     result = verb(own_part(cache), *arguments, **options)
-    if not isinstance(result, KVCache):
+    if not isinstance(result, type(cache)):
         return result
     return _of_all(result, spread, spread.whole(cache.config, result.config))
 
@@ -177,7 +182,10 @@ def partition_specs(cache: Any) -> Any:
     >>> run(cache, jnp.ones((2, 3, 1, 4))).lengths.tolist()
     [3, 3]
     """
-    return cache.with_groups([specs_like(group, group.config) for group in cache.groups])
+    groups, states = (
+        [specs_like(each, each.config) for each in kinds] for kinds in (cache.groups, cache.states)
+    )
+    return cache.with_groups(groups, states)
 
 
 def local_shapes(cache: KVCache) -> KVCache:
@@ -235,10 +243,22 @@ def _spec(spread: Spread, what: What) -> PartitionSpec:
     return spread.spec(*("heads" if each == "kv_heads" else each for each in what))
 
 
+def _split_as(cache: KVCache, what: What) -> Any:
+    """How an array is split whose axes are these, or arrays of state, by name."""
+    spread = cache.spread
+    assert spread is not None
+    if what != KEPT:
+        return _spec(spread, what)
+    storage = specs_like(cache, cache.config).storage
+    return {name: of_layers[0] for name, of_layers in storage.items()}
+
+
 def _spec_of(cache: KVCache, name: str, value: Any) -> Any:
     spread = cache.spread
     assert spread is not None
     what = _present(cache, _ARGUMENTS.get(name, ()))
+    if what == KEPT:
+        return _split_as(cache, what)
     if spread.copies(cache.config) > 1:  # whole, for a device to take the head that it has
         what = tuple(None if each == "kv_heads" else each for each in what)
     spec = _spec(spread, what)

@@ -7,12 +7,13 @@ written over by each step, so it goes back to no earlier token, only to none at 
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxkv.cache.axes import Spread, check_divides
 from jaxkv.cache.kv_cache import OUT_OF_RANGE, Counted
 from jaxkv.counts import as_count
 from jaxkv.errors import ConfigError
@@ -42,6 +43,8 @@ class StateConfig:
       layers: their numbers in the model. One that attends too is also in a group.
       arrays: what each keeps, `StateArray` or ``(name, shape, dtype)``.
       batch_size: as in `KVCacheConfig`.
+      by_head: names of the arrays whose first axis is of heads, which a mesh can split. The others
+        are on all devices that share heads.
 
     Raises:
       ConfigError: no layers, no arrays, or one that cannot be.
@@ -55,9 +58,14 @@ class StateConfig:
     layers: tuple[int, ...]
     arrays: tuple[StateArray, ...]
     batch_size: int | None = None
+    by_head: tuple[str, ...] = ()
+
+    has_tokens: ClassVar[bool] = False
+    in_host_memory: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(map(int, self.layers)))
+        object.__setattr__(self, "by_head", tuple(self.by_head))
         arrays = tuple(
             StateArray(name, tuple(shape), jnp.dtype(dtype).name)
             for name, shape, dtype in self.arrays
@@ -70,6 +78,11 @@ class StateConfig:
                 "StateConfig: arrays must be at least one, each of its own name, with sizes of at "
                 f"least 1, got {[tuple(array) for array in arrays]}."
             )
+        if not set(self.by_head) <= {array.name for array in arrays if array.shape}:
+            raise ConfigError(
+                f"StateConfig: by_head must name arrays that have axes, got {list(self.by_head)} "
+                f"of {[tuple(array) for array in arrays]}."
+            )
         if not self.layers or tuple(sorted({*self.layers})) != self.layers or self.layers[0] < 0:
             raise ConfigError(
                 "StateConfig: layers must be numbers of layers, each once and in order, got "
@@ -79,6 +92,23 @@ class StateConfig:
     def replace(self, **fields: Any) -> Self:
         """The same config with other values in some fields, validated anew."""
         return dataclasses.replace(self, **fields)
+
+    def part(self, batch: int, heads: int, axis: str | None) -> Self:
+        """What each of so many devices has that share the sequences, and the heads along an axis.
+
+        Raises:
+          ConfigError: heads that the axis does not divide.
+        """
+
+        def own(array: StateArray) -> StateArray:
+            if array.name not in self.by_head:
+                return array
+            first, *rest = array.shape
+            check_divides(f"the heads of {array.name!r}", first, heads, axis)
+            return array._replace(shape=(first // heads, *rest))
+
+        arrays = tuple(map(own, self.arrays))
+        return self.replace(arrays=arrays, batch_size=self.batch_size and self.batch_size // batch)
 
     @property
     def num_layers(self) -> int:
@@ -124,6 +154,7 @@ class StateIndex:
     chunk = None
     per_head = False
     pages = None
+    share = None
 
     @property
     def room(self) -> int:
@@ -148,7 +179,7 @@ class StateIndex:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["storage", "index", "real_tokens"],
-    meta_fields=["config"],
+    meta_fields=["config", "spread", "part_of"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class StateCache(Counted):
@@ -160,18 +191,19 @@ class StateCache(Counted):
         means nothing: its state is zeros.
       index: how many tokens each sequence has.
       config: the static description.
-      real_tokens: as in `KVCache`.
+      real_tokens, spread, part_of: as in `KVCache`.
     """
 
     storage: dict[str, tuple[Array, ...]]
     index: StateIndex
     config: StateConfig
     real_tokens: Int[Array, "*batch"] | None = None
+    spread: Spread | None = None
+    part_of: Spread | None = None
 
-    # What verbs ask of a cache: it is spread over no mesh, and has no pages and no codec.
-    spread = None
-    part_of = None
+    # What verbs ask of a cache: it has no pages, and no tokens of which some are the newest.
     pages = None
+    newest = None
 
     @classmethod
     def create(cls, config: StateConfig, device: Any) -> Self:
@@ -185,6 +217,11 @@ class StateCache(Counted):
         }
         lengths, at = (jnp.zeros(config.batch_shape, jnp.int32, device=device) for _ in range(2))
         return cls(storage, StateIndex(lengths, at), config)
+
+    @property
+    def groups(self) -> tuple[Self]:
+        """Itself, as a `KVCache` is one group."""
+        return (self,)
 
     @property
     def size_bytes(self) -> int:

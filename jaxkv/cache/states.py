@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool
 from jaxkv.cache.checks import check_alive
 from jaxkv.cache.hybrid import AnyCache, HybridCache, check_static_layer
 from jaxkv.cache.kv_cache import NumTokens
+from jaxkv.cache.shards import KEPT, in_each_shard, where_it_is
 from jaxkv.cache.state import StateCache
 from jaxkv.cache.verbs import real_of, truncate
 from jaxkv.devices import is_concrete
@@ -39,10 +40,12 @@ def state(cache: AnyCache, layer: int) -> dict[str, Array]:
     """
     check_alive(cache)
     number, position = _locate(cache, layer)
-    return _read(cache.states[number], position=position)
+    kept: dict[str, Array] = where_it_is(_read, cache.states[number], position=position)
+    return kept
 
 
 @one_program("position")
+@in_each_shard(KEPT)
 def _read(cache: StateCache, *, position: int) -> dict[str, Array]:
     return cache.read(position)
 
@@ -71,21 +74,28 @@ def with_state(cache: AnyCache, layer: int, new: Mapping[str, Array]) -> HybridC
     """
     check_alive(cache)
     number, position = _locate(cache, layer)
-    states = list(cache.states)
-    config = states[number].config
+    states, own = list(cache.states), dict(new)
+    states[number] = where_it_is(_with_kept, states[number], own, layer=layer, position=position)
+    return _with_states(cache, states)
+
+
+def _with_kept(
+    cache: StateCache, new: dict[str, Array], *, layer: int, position: int
+) -> StateCache:
+    config = cache.config
     expected = {array.name: (*config.batch_shape, *array.shape) for array in config.arrays}
     given = {name: jnp.shape(array) for name, array in new.items()}
     if given != expected:
         raise ValueError(
             f"with_state: layer {layer} keeps {_shapes(expected)}, got {_shapes(given)}."
         )
-    states[number] = _written(states[number], dict(new), position=position)
-    return _with_states(cache, states)
+    return _written(cache, new, position=position)
 
 
 @one_program("position")
-def _written(cache: StateCache, new: dict[str, Array], *, position: int) -> StateCache:
-    return cache.written(position, new)
+@in_each_shard()
+def _written(cache: StateCache, kept: dict[str, Array], *, position: int) -> StateCache:
+    return cache.written(position, kept)
 
 
 def real_tokens(

@@ -7,7 +7,7 @@ from typing import Any
 from jaxkv.counts import check_fields
 from jaxkv.errors import CheckpointError, ConfigError
 from jaxkv.models.families import FAMILIES, Family
-from jaxkv.models.hf_config import layer_windows
+from jaxkv.models.hf_config import hf_shape, layer_windows
 from jaxkv.models.hf_families import BY_MODEL_TYPE
 from jaxkv.models.hf_fields import (
     check_all_read,
@@ -26,6 +26,8 @@ from jaxkv.models.rope import HF_FIELDS as ROPE_FIELDS
 from jaxkv.models.rope import RopeConfig
 from jaxkv.models.routing import ExpertsConfig
 from jaxkv.models.shape import Shape
+from jaxkv.models.streams import HF_FIELDS as STREAM_FIELDS
+from jaxkv.models.streams import StreamsConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,11 @@ class DecoderConfig:
       windows: a layer's window, in tokens, the query itself counted; None for a layer that
         sees all. One entry a layer, or none at all for no windows.
       rope_layers: whether a layer has a rope; all have one if there are none.
+      grows_queries, query_growth_step, query_growth: queries of layers without a rope are
+        multiplied by more the later they are, see `jaxkv.models.temperature` (Llama 4).
+      sources: for each layer, the one whose keys and values it reads; all their own if none.
+      streams: several in place of one, see `jaxkv.models.streams`.
+      activation_sparsity: the share of an MLP's gate that is zero, per layer; nothing if none.
       query_pre_attn_scalar: attention logits are divided by its root; ``head_dim`` if None.
       attention_multiplier: they are multiplied by it instead, if not None (Granite).
       embedding_multiplier, residual_multiplier: what embeddings, and what a layer adds to the
@@ -114,6 +121,12 @@ class DecoderConfig:
     experts: ExpertsConfig | None = None
     mixer: MixerConfig | None = None
     mixer_layers: tuple[bool, ...] = ()
+    grows_queries: bool = False
+    query_growth_step: float = 8192
+    query_growth: float = 0.1
+    sources: tuple[int, ...] = ()
+    streams: StreamsConfig | None = None
+    activation_sparsity: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         def default(field: str, value: Any) -> None:
@@ -146,6 +159,8 @@ class DecoderConfig:
         check_positive(
             self, "query_pre_attn_scalar", "attention_softcap", "logit_softcap", "swiglu_limit"
         )
+        check_positive(self, "query_growth_step")
+        self._check_layers()
         multipliers = ("attention", "embedding", "residual", "logit")
         check_positive(self, *(f"{name}_multiplier" for name in multipliers), "logits_scaling")
         check_choice(self, "activation", ACTIVATIONS)
@@ -164,6 +179,9 @@ class DecoderConfig:
                 )
         if any(self.mixer_layers) and self.mixer is None:
             raise ConfigError("DecoderConfig: mixer_layers need a mixer, got None.")
+        if (self.streams is not None) != self.family.streams:
+            has = "several streams" if self.family.streams else "one stream"
+            raise ConfigError(f"DecoderConfig: {self.architecture} has {has}, got {self.streams}.")
         if (self.latent is not None) != self.family.latent:
             has = "is made of latents" if self.family.latent else "has no latents"
             raise ConfigError(f"DecoderConfig: {self.architecture} {has}, got {self.latent}.")
@@ -171,6 +189,21 @@ class DecoderConfig:
             raise ConfigError(
                 f"DecoderConfig: a token takes at most num_experts = {self.num_experts} experts, "
                 f"got experts_per_token = {self.experts_per_token}."
+            )
+
+    def _check_layers(self) -> None:
+        """What is said of each layer, or of none."""
+        for field in ("sources", "activation_sparsity"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+            if len(getattr(self, field)) not in (0, self.num_layers):
+                raise ConfigError(
+                    f"DecoderConfig: {field} must be {self.num_layers} entries, one per layer, or "
+                    f"none, got {getattr(self, field)!r}."
+                )
+        if not all(0 <= share < 1 for share in self.activation_sparsity):
+            raise ConfigError(
+                "DecoderConfig: activation_sparsity must be shares from 0 to below 1, got "
+                f"{self.activation_sparsity!r}."
             )
 
     def _check_windows(self) -> None:
@@ -217,6 +250,7 @@ class DecoderConfig:
         if self.latent is not None:
             return self.latent.shape(self.num_layers)
         shape = Shape(self.num_layers, self.num_kv_heads, self.head_dim, self.windows)
+        shape = shape._replace(aligned=self.family.aligned, sources=self.sources)
         if self.mixer is None:
             return shape
         return shape._replace(state=self.mixer.kept, stateful=self.mixer_layers)
@@ -251,6 +285,10 @@ class DecoderConfig:
             if row.states is not None:
                 given["mixer"] = row.states.mixer.from_hf(flat)
                 given["mixer_layers"] = row.states.of(flat, given["num_layers"])
+            if family.streams:
+                given["streams"] = StreamsConfig.from_hf(flat)
+            if family.shares:
+                given["sources"] = hf_shape(flat)["sources"]
             given["latent"] = LatentConfig.from_hf(flat) if family.latent else None
             given["experts"] = ExpertsConfig.from_hf(flat, family.routed) if family.routed else None
             ends = eos_token_ids(flat)
@@ -281,6 +319,11 @@ class DecoderConfig:
         written = write_fields(self, _hf_fields(self.architecture), self.architecture)
         if self.latent is not None:
             written |= self.latent.to_hf()
+        if self.streams is not None:
+            written |= self.streams.to_hf()
+        if self.family.shares:
+            others = [source for layer, source in enumerate(self.sources) if source != layer]
+            written["num_kv_shared_layers"] = len(others)
         if self.experts is not None and self.family.routed is not None:
             written |= self.experts.to_hf(self.family.routed)
         if self.mixer is not None:
@@ -288,17 +331,10 @@ class DecoderConfig:
             assert states is not None
             written |= self.mixer.to_hf() | states.written(self.mixer_layers)
         written |= dict(self.family.written)
-        if "no_rope_layers" in self.family.unused:
+        if self.family.rope_layers == "named":
             written["no_rope_layers"] = [int(has_rope) for has_rope in self.rope_layers]
         if self.family.slides:
-            window = next(filter(None, self.windows), None)
-            types = ["full_attention" if w is None else "sliding_attention" for w in self.windows]
-            written |= {"sliding_window": window, "layer_types": types}
-            reads = BY_MODEL_TYPE[self.family.model_type].windows.reads
-            if "use_sliding_window" in reads:
-                written["use_sliding_window"] = window is not None
-            if "layer_types" not in reads:
-                del written["layer_types"]  # all of its layers slide, or none
+            written |= BY_MODEL_TYPE[self.family.model_type].windows.written(self.windows)
         if self.family.local_rope != "of their own":
             return written | self.rope.to_hf()
         ropes = {"full_attention": self.rope, "sliding_attention": self.local_rope}
@@ -353,6 +389,7 @@ _OWN = {
     "hidden_activation": "activation",
     "attention_bias": "attention_bias",
     "mlp_bias": "mlp_bias",
+    "activation_sparsity_pattern": "activation_sparsity",
     "query_pre_attn_scalar": "query_pre_attn_scalar",
     "attn_logit_softcapping": "attention_softcap",
     "final_logit_softcapping": "logit_softcap",
@@ -366,6 +403,10 @@ _OWN = {
     "use_qkv_bias": "qkv_bias",
     "use_qk_norm": "use_qk_norm",
     "use_parallel_residual": "parallel_residual",
+    "intermediate_size_mlp": "intermediate_size",  # of layers without experts
+    "attn_temperature_tuning": "grows_queries",
+    "floor_scale": "query_growth_step",
+    "attn_scale": "query_growth",
     "attention_multiplier": "attention_multiplier",
     "embedding_multiplier": "embedding_multiplier",
     "residual_multiplier": "residual_multiplier",
@@ -386,8 +427,13 @@ def _read_of(architecture: str) -> set[str]:
     windows = BY_MODEL_TYPE[family.model_type].windows.reads
     local = ("rope_local_base_freq",) if family.local_rope == "of their own" else ()
     latent = LATENT_FIELDS if family.latent else ()
+    streams = STREAM_FIELDS if family.streams else ()
+    shared = ("num_kv_shared_layers",) if family.shares else ()
     routed = family.routed.fields if family.routed else ()
     states = BY_MODEL_TYPE[family.model_type].states
     kept = states.fields if states else ()
     fields = (*_hf_fields(architecture), *family.unused, *dict(family.aliases))
-    return {*fields, *windows, *ROPE_FIELDS, *local, *latent, *routed, *kept}
+    return {
+        *(*fields, *windows, *ROPE_FIELDS, *local),
+        *(*latent, *streams, *shared, *routed, *kept),
+    }

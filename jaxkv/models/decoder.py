@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.cache.verbs import advance, next_positions
+from jaxkv.models.altup import AltUp, Laurel, LayerInput, Streams
 from jaxkv.models.config import DecoderConfig
 from jaxkv.models.experts import MixtureOfExperts, RoutedExperts
 from jaxkv.models.latent_attention import LatentAttention
@@ -18,15 +19,18 @@ from jaxkv.models.layers import (
     NORMS,
     Embedding,
     Linear,
+    Passed,
     attend_causal,
     check_tokens,
     linears,
+    unit,
 )
 from jaxkv.models.layout import Layout
 from jaxkv.models.mlp import MLP
 from jaxkv.models.model import Model
 from jaxkv.models.rope import check_room, rotate, rotation, unpaired
 from jaxkv.models.stateful import MIXERS
+from jaxkv.models.temperature import query_growth
 from jaxkv.programs import promotes_ranks
 
 Hidden = Float[Array, "*batch tokens hidden"]
@@ -49,9 +53,9 @@ class Attention(nnx.Module):
         self.v_proj = Linear(hidden, keys, bias=qkv_bias, **shared)
         self.o_proj = Linear(queries, hidden, bias=output_bias, std=out_std, **shared)
         self.qk_norm = family.qk_norm if config.use_qk_norm else None
-        if self.qk_norm is not None:
-            sizes = {"head": (head_dim, head_dim), "all": (queries, keys)}[self.qk_norm]
-            self.q_norm, self.k_norm = (_norm(size, config, dtype) for size in sizes)
+        sizes = {"head": (head_dim, head_dim), "all": (queries, keys)}.get(self.qk_norm or "")
+        norms: list[Any] = [size and _norm(size, config, dtype) for size in sizes or (None, None)]
+        self.q_norm, self.k_norm = norms
         if family.has_sinks:
             self.sinks = nnx.Param(jnp.zeros(config.num_heads, dtype))
         self.config, self.layer = config, layer
@@ -59,43 +63,59 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
     ) -> tuple[Hidden, Any]:
-        config, norms = self.config, self.qk_norm
-        queries, keys, values = linears(x, self.q_proj, self.k_proj, self.v_proj)
+        config = self.config
+        source = config.sources[self.layer] if config.sources else self.layer
+        keeps = source == self.layer  # or the checkpoint has projections that are not used
+        used = (self.q_proj, self.k_proj, self.v_proj) if keeps else (self.q_proj,)
+        queries, *kept = linears(x, *used)
         gate = None
         if config.family.output_gate:  # of each head beside its query
             by_head = queries.reshape(*x.shape[:-1], config.num_heads, -1)
             queries, gate = (
                 part.reshape(*x.shape[:-1], -1) for part in jnp.split(by_head, 2, axis=-1)
             )
-        if norms == "all":
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys, values = (
-            projected.reshape(*x.shape[:-1], -1, config.head_dim)
-            for projected in (queries, keys, values)
-        )
-        if norms == "head":
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries = self._prepared(queries, self.q_norm, rotation)
+        if not config.rope_layers[self.layer] and rotation is not None:
+            queries = (queries * rotation).astype(queries.dtype)
         mixed, cache = attend_causal(
             cache,
-            self._rotated(queries, rotation),
-            self._rotated(keys, rotation),
-            values,
+            queries,
+            *(self._kept(kept[0], kept[1], rotation) if keeps else (None, None)),
             layer=self.layer,
+            source=source,
             num_tokens=num_tokens,
             scale=config.attention_scale,
             window=config.windows[self.layer],
+            aligned=config.family.aligned,
             softcap=config.attention_softcap,
             sink_logits=self.sinks[...] if config.family.has_sinks else None,
         )
         mixed = mixed.reshape(*x.shape[:-1], -1)
         return self.o_proj(mixed if gate is None else mixed * nnx.sigmoid(gate)), cache
 
+    def _kept(self, keys: Array, values: Array, rotation: Any) -> tuple[Array, Array]:
+        """What the cache is given."""
+        values = values.reshape(*values.shape[:-1], -1, self.config.head_dim)
+        if self.config.family.value_norm:
+            values = unit(values, self.config.rms_norm_eps).astype(values.dtype)
+        return self._prepared(keys, self.k_norm, rotation), values
+
+    def _prepared(self, projected: Array, norm: nnx.Module | None, rotation: Any) -> Array:
+        """Queries or keys of each head, with the norm and the rope that the layer has."""
+        if norm is not None and self.qk_norm == "all":
+            projected = norm(projected)
+        heads = projected.reshape(*projected.shape[:-1], -1, self.config.head_dim)
+        if norm is not None and self.qk_norm == "head":
+            heads = norm(heads)
+        return self._rotated(heads, rotation) if self.config.rope_layers[self.layer] else heads
+
     def _rotated(self, vectors: Array, rotation: Any) -> Array:
-        if rotation is None:
-            return vectors
         if self.config.family.interleaved:
             vectors = unpaired(vectors, rotation)
-        return rotate(vectors, rotation)
+        rotated = rotate(vectors, rotation)
+        if self.qk_norm != "rotated":
+            return rotated
+        return unit(rotated, self.config.rms_norm_eps).astype(rotated.dtype)
 
 
 class Block(nnx.Module):
@@ -117,8 +137,27 @@ class Block(nnx.Module):
         self.mlp = _mlp(config, layer, **shared)
         self.norms, self.is_parallel = config.family.norms, config.is_parallel
         self.multiplier = config.residual_multiplier
+        wide, own = config.streams is not None, {"rngs": rngs, "dtype": dtype}
+        self.laurel = Laurel(config, **own) if wide else None
+        self.altup = AltUp(config, **own) if wide else None
 
     def __call__(
+        self,
+        x: Hidden,
+        rotation: Any,
+        cache: Any,
+        num_tokens: NumTokens | None,
+        given: LayerInput | None = None,
+    ) -> tuple[Hidden, Any]:
+        """The stream, or all of them, after the layer."""
+        if self.altup is None or given is None:
+            return self._through(x, rotation, cache, num_tokens)
+        predicted = self.altup.predict(x)
+        active = predicted[self.altup.streams.active]
+        made, cache = self._through(active, rotation, cache, num_tokens)
+        return self.altup.correct(predicted, made, given), cache
+
+    def _through(
         self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
     ) -> tuple[Hidden, Any]:
         norms = self.norms
@@ -126,6 +165,8 @@ class Block(nnx.Module):
         mixed, cache = getattr(self, self.mixing)(given, rotation, cache, num_tokens)
         mixed = self._normed(norms.attention_output, mixed) * self.multiplier
         between = x if self.is_parallel else x + mixed
+        if self.laurel is not None:
+            between = (between + self.laurel(given)) * 0.5**0.5
         if not (self.is_parallel and norms.mlp_input is None):
             given = self._normed(norms.mlp_input, between)
         fed = self._normed(norms.mlp_output, self.mlp(given)) * self.multiplier
@@ -158,6 +199,9 @@ class Decoder(Model):
         *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
         *("gate_proj", "up_proj", "down_proj", "router", "gate", "lm_head"),
         *("in_proj", "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"),
+        *("linear_left", "linear_right", "per_layer_input_gate", "per_layer_projection"),
+        *("correction_coefs", "prediction_coefs", "modality_router", "per_layer_model_projection"),
+        *("altup_projections", "altup_unembed_projections"),
     )
     checkpoint_embedding = "embed_tokens"
 
@@ -168,6 +212,8 @@ class Decoder(Model):
         self.layers = nnx.data(
             [Block(config, layer, rngs=rngs, dtype=dtype) for layer in range(config.num_layers)]
         )
+        wide = config.streams is not None
+        self.streams = Streams(config, rngs=rngs, dtype=dtype) if wide else None
         setattr(self, config.family.norms.last, _norm(hidden, config, dtype))
         if not config.tie_word_embeddings:
             self.lm_head = Linear(hidden, vocab, rngs=rngs, dtype=dtype)
@@ -204,14 +250,20 @@ class Decoder(Model):
         if cache is not None or num_tokens is not None:  # texts may be shorter than that
             check_room(ropes, context)
         rotations: dict[Any, Any] = {
-            rope: None if rope is None else rotation(rope, positions, context)
-            for rope in dict.fromkeys(ropes)
+            rope: rotation(rope, positions, context) for rope in dict.fromkeys(ropes) if rope
         }
-        x = self._embed(tokens)
-        for rope, block in zip(ropes, self.layers, strict=True):
-            x, cache = block(x, rotations[rope], cache, num_tokens)
+        rotations[None] = self._growth(positions)
+        x, streams = self._embed(tokens), self.streams
+        given: list[Any] = [None] * len(ropes)
+        if streams is not None:
+            x, given = streams.begin(x), streams.inputs(tokens, x)
+        kept: Any = Passed() if cache is None and self.config.sources else cache
+        for rope, block, own in zip(ropes, self.layers, given, strict=True):
+            x, kept = block(x, rotations[rope], kept, num_tokens, own)
+        if streams is not None:
+            x = streams.end(x)
         if cache is not None:
-            cache = advance(cache, length if num_tokens is None else num_tokens)
+            cache = advance(kept, length if num_tokens is None else num_tokens)
         last, cap = getattr(self, self.config.family.norms.last), self.config.logit_softcap
         logits = self._logits(last(x), self.embed_tokens)
         logits *= self.config.logit_scale
@@ -228,6 +280,13 @@ class Decoder(Model):
                 module.config = config  # type: ignore[attr-defined]
         return model
 
+    def _growth(self, positions: Int[Array, "*batch tokens"]) -> Array | None:
+        """What queries of layers without a rope are multiplied by."""
+        config = self.config
+        if not config.grows_queries:
+            return None
+        return query_growth(positions, config.query_growth_step, config.query_growth)
+
     def _embed(self, tokens: Int[Array, "*batch tokens"]) -> Hidden:
         embedded = self.embed_tokens(tokens)
         scale = self.config.embedding_multiplier
@@ -239,7 +298,8 @@ class Decoder(Model):
     def checkpoint_layout(self) -> Layout:
         family = self.config.family
         num_layers = self.config.num_layers if family.predicts_ahead else None
-        return Layout(family.renamed, family.joined, self.config.num_heads, num_layers)
+        whole = family.routed is not None and family.routed.whole
+        return Layout(family.renamed, family.joined, self.config.num_heads, num_layers, whole)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -251,7 +311,8 @@ def _mlp(config: DecoderConfig, layer: int, **shared: Any) -> nnx.Module:
         return MixtureOfExperts(config, **shared)
     if config.experts is not None and config.experts.is_in(layer):
         return RoutedExperts(config, **shared)
-    return MLP(config, config.intermediate_size, **shared)
+    sparsity = config.activation_sparsity[layer] if config.activation_sparsity else 0.0
+    return MLP(config, config.intermediate_size, sparsity=sparsity, **shared)
 
 
 def _norm(features: int, config: DecoderConfig, dtype: Any) -> nnx.Module:

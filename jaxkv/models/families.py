@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jaxkv.errors import CheckpointError
+
 
 class Norms(NamedTuple):
     """A layer's norms, as a checkpoint names them; None where there is none.
@@ -44,10 +46,12 @@ class Routed(NamedTuple):
     Attributes:
       fields: name in a ``config.json`` -> field of `jaxkv.models.routing.ExpertsConfig`.
       always: fields of it that no ``config.json`` says.
+      whole: a checkpoint has one tensor of a projection for all experts.
     """
 
     fields: Mapping[str, str]
     always: Mapping[str, Any] = MappingProxyType({})
+    whole: bool = False
 
 
 def _nothing(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +68,7 @@ class Family:
       unused: fields that it may have and that change nothing: transformers does not use them.
       quantization: how its released weights may be packed.
       slides: layers may have a window.
+      aligned: it is a chunk of the text, as `jaxkv.Chunked` has it (Llama 4).
       local_rope: those layers have a rope "of their own", or the same one "unscaled".
       rope_layers: which layers have a rope, a name in `jaxkv.models.config.ROPE_LAYERS`.
       partial_rope: the rope may rotate a part of each head.
@@ -71,7 +76,8 @@ class Family:
       qkv_bias: queries, keys and values have biases even where attention has not.
       output_bias: attention's output has a bias where queries have one.
       qk_norm: queries and keys are normalized: "head", each head (Henry et al., 2020), or "all",
-        all heads together (OLMo 2).
+        all heads together (OLMo 2), or "rotated", each head after the rope, where a layer has one,
+        and by no weights (Llama 4).
       norms: the norms of a layer.
       parallel: attention and the MLP read the same, and both are added to the stream.
       gated: the MLP is a gated linear unit; if not, it is two projections.
@@ -87,6 +93,9 @@ class Family:
       aliases: fields of its ``config.json`` that others call otherwise, and how.
       derived: fields that follow from others in a way of its own.
       written: what a ``config.json`` says so that they do not.
+      value_norm: values are normalized, each head, by no weights (Gemma 3n).
+      shares: the last layers may read what earlier ones keep (Gemma 3n).
+      streams: layers read one of several streams (Gemma 3n).
       output_gate: attention's output is multiplied by the sigmoid of a gate, which is projected
         beside the queries (Qwen3-Next).
     """
@@ -96,6 +105,7 @@ class Family:
     unused: tuple[str, ...] = ()
     quantization: str | None = None
     slides: bool = False
+    aligned: bool = False
     local_rope: str | None = None
     rope_layers: str = "all"
     partial_rope: bool = False
@@ -118,6 +128,9 @@ class Family:
     derived: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     written: tuple[tuple[str, Any], ...] = ()
     output_gate: bool = False
+    value_norm: bool = False
+    shares: bool = False
+    streams: bool = False
 
 
 def _lfm2_inner(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,6 +142,26 @@ def _lfm2_inner(config: Mapping[str, Any]) -> dict[str, Any]:
     if (factor := config.get("block_ffn_dim_multiplier", 1.0)) is not None:
         inner = -(-int(factor * inner) // block) * block
     return {"intermediate_size": inner}
+
+
+def _gemma3n(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes may be lists, and logits of attention are as they come."""
+    num_layers, sizes = config["num_hidden_layers"], config["intermediate_size"]
+    if not isinstance(sizes, int):
+        if len(set(sizes)) != 1 or len(sizes) != num_layers:
+            raise CheckpointError(
+                f"config.json: intermediate_size of a {config['model_type']} must be one number in "
+                f"all of {num_layers} layers, got {sizes!r:.60}."
+            )
+        sizes = sizes[0]
+    sparse = config.get("activation_sparsity_pattern")
+    if sparse is None:
+        sparse = [0.95 if layer < 10 < num_layers else 0.0 for layer in range(num_layers)]
+    return {
+        "intermediate_size": sizes,
+        "activation_sparsity_pattern": sparse,
+        "attention_multiplier": 1.0,
+    }
 
 
 _LFM2 = (  # of training, of code that is elsewhere, or said by other fields too
@@ -144,6 +177,10 @@ _GEMMA_NORMS = Norms(
     mlp_input="pre_feedforward_layernorm",
     mlp_output="post_feedforward_layernorm",
     kind="rms plus one",
+)
+_GEMMA3N = (  # without `query_pre_attn_scalar`, which it may have and does not use
+    *("attention_bias", "hidden_activation", "final_logit_softcapping"),
+    *("attention_multiplier", "activation_sparsity_pattern"),
 )
 _OLMO2_NORMS = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _GLM4_NORMS = Norms(attention_output="post_self_attn_layernorm", mlp_output="post_mlp_layernorm")
@@ -192,6 +229,14 @@ _QWEN_EXPERTS = {
     "decoder_sparse_step": "every",
     "mlp_only_layers": "dense_layers",
 }
+_LLAMA4 = ("use_qk_norm", "attn_temperature_tuning", "floor_scale", "attn_scale")
+_LLAMA4_EXPERTS = {
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "intermediate_size": "intermediate_size",
+    "interleave_moe_layer_step": "every",
+    "moe_layers": "layers",
+}
 _NORMALIZED = {"norm_topk_prob": "normalized"}
 _MIXTRAL_EXPERTS = {
     "num_local_experts": "num_experts",
@@ -202,6 +247,26 @@ _MIXTRAL_EXPERTS = {
 # By architecture, as a config.json names it.
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("llama", ("hidden_act", "attention_bias", "mlp_bias")),
+    "Llama4ForCausalLM": Family(
+        "llama4_text",
+        ("hidden_act", "attention_bias", "intermediate_size_mlp", *_LLAMA4),
+        unused=("router_jitter_noise", "for_llm_compressor"),
+        slides=True,
+        aligned=True,
+        rope_layers="named",
+        interleaved=True,
+        qk_norm="rotated",
+        routed=Routed(
+            _LLAMA4_EXPERTS,
+            {"method": "greedy_sigmoid", "shared_experts": 1, "weighs_inputs": True},
+            whole=True,
+        ),
+        renamed=(
+            (".feed_forward.", ".mlp."),
+            (".shared_expert.", ".shared_experts."),
+            (".router.", ".gate."),
+        ),
+    ),
     "MistralForCausalLM": Family("mistral", ("hidden_act",), slides=True),
     "MixtralForCausalLM": Family(
         "mixtral",
@@ -314,6 +379,30 @@ FAMILIES: dict[str, Family] = {
         qk_norm="head",
         norms=_GEMMA_NORMS,
         scales_embeddings=True,
+    ),
+    "Gemma3nForCausalLM": Family(
+        "gemma3n_text",
+        _GEMMA3N,
+        unused=("query_pre_attn_scalar", "altup_coef_clip", "altup_lr_multiplier"),
+        slides=True,
+        local_rope="of their own",
+        qk_norm="head",
+        value_norm=True,
+        norms=_GEMMA_NORMS._replace(kind="rms"),
+        scales_embeddings=True,
+        shares=True,
+        streams=True,
+        derived=_gemma3n,
+        renamed=(
+            ("embed_tokens_per_layer.", "streams.embed_tokens_per_layer."),
+            ("per_layer_model_projection.", "streams.per_layer_model_projection."),
+            ("per_layer_projection_norm.", "streams.per_layer_projection_norm."),
+            ("altup_projections.", "streams.altup_projections."),
+            ("altup_unembed_projections.", "streams.altup_unembed_projections."),
+            (".per_layer_input_gate.", ".altup.per_layer_input_gate."),
+            (".per_layer_projection.", ".altup.per_layer_projection."),
+            (".post_per_layer_input_norm.", ".altup.post_per_layer_input_norm."),
+        ),
     ),
     "GptOssForCausalLM": Family(
         "gpt_oss",

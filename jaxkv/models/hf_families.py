@@ -14,10 +14,6 @@ from jaxkv.models.mixers import DeltaNetConfig, MambaConfig, MixerConfig, ShortC
 from jaxkv.models.shape import Heads
 
 
-def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    return config.get("sliding_window")
-
-
 class Windows(NamedTuple):
     """Which layers have the window that ``sliding_window`` is.
 
@@ -25,18 +21,20 @@ class Windows(NamedTuple):
       reads: the fields of a ``config.json`` that say so. Where ``use_sliding_window`` is one, no
         layer has a window unless it is true; where ``layer_types`` is one, it decides.
       slides: whether each layer has one, where no ``layer_types`` decide.
-      size: of the window, the query itself counted.
+      field: the one that says how large the window is, the query itself counted.
       kind: what ``layer_types`` call a layer that has one.
+      size: of the window, where other fields say it too.
     """
 
     reads: tuple[str, ...]
     slides: Callable[[Mapping[str, Any], int], Sequence[bool]]
-    size: Callable[[Mapping[str, Any]], int | None] = _sliding_window
+    field: str = "sliding_window"
     kind: str = "sliding_attention"
+    size: Callable[[Mapping[str, Any]], int | None] | None = None
 
     def of(self, config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
         """The window of each layer, None for one that sees all."""
-        window = self.size(config)
+        window = config.get(self.field) if self.size is None else self.size(config)
         used = "use_sliding_window" not in self.reads or config.get("use_sliding_window")
         if not self.reads or window is None or not used:
             return (None,) * num_layers
@@ -45,6 +43,13 @@ class Windows(NamedTuple):
         else:
             slides = self.slides(config, num_layers)
         return tuple(window if slide else None for slide in slides)
+
+    def written(self, windows: Sequence[int | None]) -> dict[str, Any]:
+        """The fields that say so."""
+        window = next(filter(None, windows), None)
+        types = ["full_attention" if each is None else self.kind for each in windows]
+        said = {self.field: window, "use_sliding_window": window is not None, "layer_types": types}
+        return {name: value for name, value in said.items() if name in self.reads}
 
 
 def _all_layers(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
@@ -310,7 +315,7 @@ _GLOBAL = ("global_head_dim", "num_global_key_value_heads", "attention_k_eq_v", 
 
 def _mimo_window(config: Mapping[str, Any]) -> int | None:
     before = config.get("sliding_window_size")  # without the query itself
-    return _sliding_window(config) if before is None else before + 1
+    return config.get("sliding_window") if before is None else before + 1
 
 
 def _mimo_slides(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
@@ -318,12 +323,8 @@ def _mimo_slides(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
 
 
 _MIMO_WINDOWS = Windows(
-    ("sliding_window", "sliding_window_size", "layer_types"), _mimo_slides, _mimo_window
+    ("sliding_window", "sliding_window_size", "layer_types"), _mimo_slides, size=_mimo_window
 )
-
-
-def _chunk_size(config: Mapping[str, Any]) -> int | None:
-    return config.get("attention_chunk_size")
 
 
 def _with_rope(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
@@ -334,7 +335,7 @@ def _with_rope(config: Mapping[str, Any], num_layers: int) -> Sequence[bool]:
 
 _CHUNKS = Windows(
     ("attention_chunk_size", "layer_types", "no_rope_layers", "no_rope_layer_interval"),
-    *(_with_rope, _chunk_size, "chunked_attention"),
+    *(_with_rope, "attention_chunk_size", "chunked_attention"),
 )
 
 _QWEN_VL = _plain(80, 64, 8192, 8, windows=_QWEN, max_window_layers=80, sliding_window=4096)
@@ -444,7 +445,22 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         **_GEMMA,
     ),
     "gemma3n_text": _plain(
-        *(35, 8, 2048, 2, 256), windows=_every(5), sliding_window=512, num_kv_shared_layers=15
+        *(35, 8, 2048, 2, 256),
+        windows=_every(5),
+        sliding_window=512,
+        num_kv_shared_layers=15,
+        vocab_size=262_400,
+        intermediate_size=16_384,
+        final_logit_softcapping=30.0,
+        rope_theta=1_000_000.0,
+        rope_local_base_freq=10_000.0,
+        altup_num_inputs=4,
+        altup_active_idx=0,
+        altup_correct_scale=True,
+        laurel_rank=64,
+        hidden_size_per_layer_input=256,
+        vocab_size_per_layer_input=262_144,
+        **_GEMMA,
     )._replace(keeps=_shared, reads=_SHARED),
     "gemma4_text": _plain(
         *(30, 8, 2304, 4, 256), windows=_every(6), sliding_window=512, global_head_dim=512
@@ -531,7 +547,17 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         *(48, 40, 5120, 8, 128),
         windows=_CHUNKS,
         attention_chunk_size=8192,
+        attn_scale=0.1,
+        attn_temperature_tuning=True,
+        floor_scale=8192,
+        interleave_moe_layer_step=1,
+        intermediate_size=8192,
+        intermediate_size_mlp=16_384,
         no_rope_layer_interval=4,
+        num_experts_per_tok=1,
+        num_local_experts=16,
+        rms_norm_eps=1e-5,
+        rope_theta=500_000.0,
     )._replace(keeps=_chunks, reads=("attention_chunk_size",)),
     "mellum": _plain(28, 32, 2304, 4, 128, windows=_UNNAMED.windows, sliding_window=1024),
     "mimo_v2_flash": _plain(

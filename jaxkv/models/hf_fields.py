@@ -16,7 +16,11 @@ _MODEL_TYPES = {name: family.model_type for name, family in FAMILIES.items()} | 
     "GPT2LMHeadModel": "gpt2"
 }
 # Multimodal architectures whose text decoder is read, and which one that is.
-_NESTED = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+_NESTED = {
+    "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Gemma3nForConditionalGeneration": "Gemma3nForCausalLM",
+    "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
+}
 
 # Fields that say nothing of logits: of files, of training, of how texts are drawn, of other heads.
 _HARMLESS = re.compile(

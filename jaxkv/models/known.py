@@ -12,6 +12,17 @@ from jaxkv.errors import ConfigError
 from jaxkv.models.hf_config import Source, hf_shape, layer_windows, read_hf, text_config
 from jaxkv.models.shape import RING_CHUNK, Codecs, SameInAllLayers, Shape
 
+
+def _gemma3n(num_layers: int, shared: int) -> Shape:
+    """Every fifth layer sees all; the last ones read the last before them of their kind."""
+    own = num_layers - shared
+    sources = (own - 1 if layer % 5 == 4 else own - 2 for layer in range(own, num_layers))
+    shape = Shape(num_layers, 2, 256, sources=(*range(own), *sources))
+    return shape.sliding(512, full_every=5)
+
+
+_LLAMA4 = Shape(48, 8, 128, aligned=True).sliding(8192, full_every=4)
+
 # As in the config.json files on the Hugging Face hub.
 KNOWN_MODELS: dict[str, Shape] = {
     "DeepSeek-V2": Shape.latent(60, rank=512, rope_dim=64),
@@ -33,6 +44,8 @@ KNOWN_MODELS: dict[str, Shape] = {
     "Gemma-3-4B": Shape(34, 4, 256).sliding(1024, full_every=6),
     "Gemma-3-12B": Shape(48, 8, 256).sliding(1024, full_every=6),
     "Gemma-3-27B": Shape(62, 16, 128).sliding(1024, full_every=6),
+    "Gemma-3n-E2B": _gemma3n(30, shared=10),
+    "Gemma-3n-E4B": _gemma3n(35, shared=15),
     "Llama-2-7B": Shape(32, 32, 128),
     "Llama-2-13B": Shape(40, 40, 128),
     "Llama-2-70B": Shape(80, 8, 128),
@@ -44,6 +57,8 @@ KNOWN_MODELS: dict[str, Shape] = {
     "Llama-3.2-1B": Shape(16, 8, 64),
     "Llama-3.2-3B": Shape(28, 8, 128),
     "Llama-3.3-70B": Shape(80, 8, 128),
+    "Llama-4-Scout-17B-16E": _LLAMA4,
+    "Llama-4-Maverick-17B-128E": _LLAMA4,
     "Mistral-7B": Shape(32, 8, 128),  # from v0.2 on without a window
     "Mistral-7B-v0.1": Shape(32, 8, 128).sliding(4096),
     "Mixtral-8x7B": Shape(32, 8, 128),

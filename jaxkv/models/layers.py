@@ -139,6 +139,12 @@ class Embedding(nnx.Module):
         return jnp.take(self.weight[...], ids, axis=0, mode="fill")
 
 
+def unit(x: Float[Array, "*shape features"], eps: float) -> Float[Array, "*shape features"]:
+    """Vectors whose numbers have a mean square of one; float32."""
+    wide = x.astype(jnp.float32)
+    return wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """Zhang and Sennrich, "Root mean square layer normalization" (2019); in float32.
 
@@ -150,11 +156,10 @@ class RMSNorm(nnx.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def __call__(self, x: Float[Array, "*shape features"]) -> Float[Array, "*shape features"]:
-        wide = x.astype(jnp.float32)
-        unit = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        normed = unit(x, self.eps)
         if self.plus_one:
-            return (unit * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
-        return self.weight[...] * unit.astype(x.dtype)
+            return (normed * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+        return self.weight[...] * normed.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -184,28 +189,65 @@ NORMS: dict[str, Callable[..., nnx.Module]] = {
 }
 
 
+class Passed(dict[Layer, tuple[Array, Array]]):
+    """Stands in for a cache in a text without one, where layers read what others would keep.
+
+    By the number of a layer, its keys and values.
+    """
+
+
 def attend_causal(
-    cache: AnyCache | None,
+    cache: AnyCache | Passed | None,
     queries: Float[Array, "*batch tokens heads head_dim"],
-    keys: Float[Array, "*batch tokens kv_heads head_dim"],
+    keys: Float[Array, "*batch tokens kv_heads head_dim"] | None,
     values: Float[Array, "*batch tokens kv_heads value_dim"] | None,
     *,
     layer: Layer,
     num_tokens: NumTokens | None,
     scale: float,
+    source: int | None = None,
+    window: int | None = None,
+    aligned: bool = False,
     **options: Any,
-) -> tuple[Float[Array, "*batch tokens heads value_dim"], AnyCache | None]:
+) -> tuple[Float[Array, "*batch tokens heads value_dim"], AnyCache | Passed | None]:
     """Append to the cache and attend over it; without one, attend over the tokens given.
 
     Args:
-      values: None for a cache that has them in its keys.
-      **options: ``window``, ``softcap`` and ``sink_logits``, as in `jaxkv.attend`.
+      keys: None for a layer that reads those of another.
+      values: None for a cache that has them in its keys, and where there are no keys.
+      source: the layer whose keys and values it reads, if not its own.
+      window, aligned: the newest tokens that a query sees, or of them, those of its own chunk.
+      **options: ``softcap`` and ``sink_logits``, as in `jaxkv.attend`.
+
+    Raises:
+      ValueError: the layer sees chunks of the text, and its cache does not keep them.
     """
-    if cache is None:
+    if isinstance(cache, Passed):
+        if keys is not None and values is not None:
+            cache[layer] = keys, values
+        keys, values = cache[layer if source is None else source]
+    if cache is None or isinstance(cache, Passed):
+        assert keys is not None
         assert values is not None
-        return _attend_uncached(queries, keys, values, scale, **options), None
-    cache = append(cache, keys, values, layer=layer, num_tokens=num_tokens, queries=queries)
+        options |= {"window": window, "aligned": aligned}
+        return _attend_uncached(queries, keys, values, scale, **options), cache
+    if aligned and window is not None:  # what a query sees is said by the cache alone
+        _check_chunks(cache, layer, window)
+    else:
+        options["window"] = window
+    if keys is not None:
+        cache = append(cache, keys, values, layer=layer, num_tokens=num_tokens, queries=queries)
     return attend(cache, queries, layer=layer, num_tokens=num_tokens, scale=scale, **options), cache
+
+
+def _check_chunks(cache: AnyCache, layer: Layer, size: int) -> None:
+    addressing = cache.groups[cache.config.locate(layer)[0]].config.addressing
+    if not addressing.aligned or addressing.window != size:
+        raise ValueError(
+            f"layer {layer} attends within chunks of {size} tokens, and its cache has "
+            f"{addressing}. Expected jaxkv.Chunked({size}) or jaxkv.Paged(window={size}, "
+            "aligned=True): create the cache from the model's own cache_config."
+        )
 
 
 def _attend_uncached(
@@ -215,6 +257,7 @@ def _attend_uncached(
     scale: float,
     *,
     window: int | None = None,
+    aligned: bool = False,
     softcap: float | None = None,
     sink_logits: Float[Array, " heads"] | None = None,
 ) -> Array:
@@ -226,7 +269,8 @@ def _attend_uncached(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     positions = jnp.arange(tokens, dtype=jnp.int32)
-    scores = jnp.where(visible(positions, positions, window), scores, -jnp.inf)
+    seen = visible(positions, positions, window, aligned=aligned)
+    scores = jnp.where(seen, scores, -jnp.inf)
     if sink_logits is not None:  # as a token before all others, whose value is zero
         sink_logits = sink_logits.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
         column = jnp.broadcast_to(sink_logits, (*scores.shape[:-1], 1))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxkv.errors import CheckpointError
+from jaxkv.models import expert_tensors
 from jaxkv.models.families import Joined
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -83,12 +84,14 @@ class Layout:
       joined: modules whose tensors are one there.
       num_heads: of those that are joined by head.
       num_layers: layers from this number on are there and not here; None: there are none.
+      whole_experts: a projection of all experts is one tensor there.
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
     joined: tuple[Joined, ...] = ()
     num_heads: int = 1
     num_layers: int | None = None
+    whole_experts: bool = False
 
     def read(
         self, stored: Mapping[str, Any], prefix: str, rows: Mapping[str, int]
@@ -106,11 +109,14 @@ class Layout:
         if self.num_layers is not None:
             own = functools.partial(_is_below, self.num_layers)
             named = {name: tensor for name, tensor in named.items() if own(name)}
-        return dict(self._apart(_stacked(named), rows))
+        stacked = dict(expert_tensors.apart(named)) if self.whole_experts else _stacked(named)
+        return dict(self._apart(stacked, rows))
 
     def written(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The other way round, of full names."""
         apart: dict[str, np.ndarray] = {}
+        if self.whole_experts:
+            arrays = expert_tensors.together(arrays)
         for name, array in arrays.items():
             head, experts, tail = name.rpartition(".experts.")
             if experts and array.ndim == 3 and tail.endswith(".weight"):

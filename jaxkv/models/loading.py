@@ -46,7 +46,8 @@ def load(
     ``tokenizer.json``; of ``generation_config.json`` the tokens that end a text, which come before
     those of ``config.json``. Tensors go to the device one at a time: beside the model, memory
     holds one tensor. Experts in MXFP4, as gpt-oss is released, are read as floats; of a multimodal
-    Gemma 3 the text decoder. The numbers of a GGUF file are those that its package ``gguf`` makes.
+    Gemma 3 or 3n or Llama 4 the text decoder. The numbers of a GGUF file are those that its package
+    ``gguf`` makes.
 
     Args:
       folder: the folder, the GGUF file, or a name such as ``Qwen/Qwen2.5-0.5B`` that is fetched
@@ -163,7 +164,8 @@ def _with_its_head(config: Any, tensors: Tensors, embedding: str, folder: Path) 
 def _params(model: Model) -> Iterator[tuple[tuple[Any, ...], str, nnx.Param[Any], bool]]:
     """Each parameter's path, name in a checkpoint, itself, and whether it is transposed there."""
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        *_, module, kind = path
+        *above, kind = path
+        module = next(name for name in reversed(above) if isinstance(name, str))  # or of its list
         prefix = "" if module == "lm_head" else model.checkpoint_prefix
         transposed = kind == "weight" and module in model.checkpoint_transposes
         yield path, prefix + ".".join(map(str, path)), param, transposed

@@ -58,7 +58,7 @@ class ShortConvConfig(MixerConfig):
       bias: of the convolution and of the projections.
 
     >>> ShortConvConfig(channels=2048, width=3).kept
-    (Kept(name='conv', shape=(2, 2048), dtype=None),)
+    (Kept(name='conv', shape=(2, 2048), dtype=None, by_head=False),)
     """
 
     channels: int
@@ -85,7 +85,7 @@ class DeltaNetConfig(MixerConfig):
       width: tokens that the convolution before it sees.
 
     >>> DeltaNetConfig(16, 32, 128, 128, 4).kept[1]
-    Kept(name='recurrent', shape=(32, 128, 128), dtype='float32')
+    Kept(name='recurrent', shape=(32, 128, 128), dtype='float32', by_head=True)
     """
 
     num_key_heads: int
@@ -129,7 +129,10 @@ class DeltaNetConfig(MixerConfig):
     @property
     def kept(self) -> tuple[Kept, ...]:
         recurrent = (self.num_value_heads, self.key_dim, self.value_dim)
-        return (*_conv(self.width, self.channels), Kept("recurrent", recurrent, "float32"))
+        return (
+            *_conv(self.width, self.channels),
+            Kept("recurrent", recurrent, "float32", by_head=True),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +148,7 @@ class MambaConfig(MixerConfig):
       step_limits: least and largest step of time ("dt").
 
     >>> MambaConfig(128, 64, 128, 1, 4).kept[0]
-    Kept(name='conv', shape=(3, 8448), dtype=None)
+    Kept(name='conv', shape=(3, 8448), dtype=None, by_head=False)
     """
 
     num_heads: int
@@ -206,7 +209,10 @@ class MambaConfig(MixerConfig):
     @property
     def kept(self) -> tuple[Kept, ...]:
         recurrent = (self.num_heads, self.state_size, self.head_dim)
-        return (*_conv(self.width, self.channels), Kept("recurrent", recurrent, "float32"))
+        return (
+            *_conv(self.width, self.channels),
+            Kept("recurrent", recurrent, "float32", by_head=True),
+        )
 
 
 def _conv(width: int, channels: int) -> tuple[Kept, ...]:

@@ -9,7 +9,7 @@ from jaxkv.counts import ceil_div
 from jaxkv.errors import CheckpointError
 from jaxkv.models.known import known_name
 
-# Numbers in the checkpoints on the Hugging Face hub; of Gemma 3 in the text decoder.
+# Numbers in the checkpoints on the Hugging Face hub; of Gemma 3 and Llama 4 in the text decoder.
 PARAMETERS: dict[str, int] = {
     "DeepSeek-V2": 235_741_434_880,
     "DeepSeek-V2-Lite": 15_706_484_224,
@@ -30,6 +30,8 @@ PARAMETERS: dict[str, int] = {
     "Gemma-3-4B": 3_880_263_168,
     "Gemma-3-12B": 11_766_034_176,
     "Gemma-3-27B": 27_009_346_304,
+    "Gemma-3n-E2B": 4_456_156_768,
+    "Gemma-3n-E4B": 6_866_696_688,
     "Llama-2-7B": 6_738_415_616,
     "Llama-2-13B": 13_015_864_320,
     "Llama-2-70B": 68_976_648_192,
@@ -41,6 +43,8 @@ PARAMETERS: dict[str, int] = {
     "Llama-3.2-1B": 1_235_814_400,
     "Llama-3.2-3B": 3_212_749_824,
     "Llama-3.3-70B": 70_553_706_496,
+    "Llama-4-Scout-17B-16E": 107_769_861_120,
+    "Llama-4-Maverick-17B-128E": 400_711_848_960,
     "Mistral-7B": 7_241_732_096,
     "Mistral-7B-v0.1": 7_241_732_096,
     "Mixtral-8x7B": 46_702_792_704,

@@ -18,7 +18,13 @@ Shares = Float[Array, "*batch tokens experts"]
 
 # How experts are chosen -> what makes scores of logits. The highest scores (`greedy`); those among
 # the groups whose best expert is highest; with a learned bias, of groups whose best two are.
-METHODS = {"greedy": "softmax", "group_limited_greedy": "softmax", "noaux_tc": "sigmoid"}
+METHODS = {
+    "greedy": "softmax",
+    "greedy_sigmoid": "sigmoid",
+    "group_limited_greedy": "softmax",
+    "noaux_tc": "sigmoid",
+}
+_GROUPED = ("group_limited_greedy", "noaux_tc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +44,8 @@ class ExpertsConfig:
       num_groups, groups_per_token: experts in groups, of which a token sees some.
       first_layer, every, dense_layers: layers before the first, those but every n-th and the named
         ones have a plain MLP.
+      layers: those that have experts, in place of all this; None where they are not named.
+      weighs_inputs: weights multiply what an expert is given, not what it gives (Llama 4).
 
     Raises:
       ConfigError: a number that cannot be.
@@ -58,9 +66,13 @@ class ExpertsConfig:
     dense_layers: tuple[int, ...] = ()
     shared_size: int = 0
     shared_gate: bool = False
+    layers: tuple[int, ...] | None = None
+    weighs_inputs: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
         counts = ("num_experts", "experts_per_token", "intermediate_size", "num_groups")
         check_fields(self, *counts, "groups_per_token", "every", error=ConfigError)
         if self.method not in METHODS:
@@ -109,6 +121,8 @@ class ExpertsConfig:
 
     def is_in(self, layer: int) -> bool:
         """Whether a layer has experts."""
+        if self.layers is not None:
+            return layer in self.layers
         named = layer < self.first_layer or layer in self.dense_layers
         return not named and (layer + 1) % self.every == 0
 
@@ -131,7 +145,7 @@ def shares_of(
     """
     scores = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}[METHODS[config.method]](logits)
     ranked = scores if correction is None else scores + correction
-    if config.method != "greedy" and config.num_groups > 1:
+    if config.method in _GROUPED and config.num_groups > 1:
         ranked = jnp.where(_in_groups(config, ranked), ranked, -jnp.inf)
     _, chosen = lax.top_k(ranked, config.experts_per_token)
     taken = jax.nn.one_hot(chosen, config.num_experts, dtype=scores.dtype).sum(axis=-2)

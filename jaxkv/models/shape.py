@@ -57,11 +57,15 @@ class Heads(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """An array that a layer keeps as state of each sequence; a dtype of None is the model's own."""
+    """An array that a layer keeps as state of each sequence; a dtype of None is the model's own.
+
+    ``by_head`` says that its first axis is of heads.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str | None = None
+    by_head: bool = False
 
 
 class Shape(NamedTuple):
@@ -131,7 +135,7 @@ class Shape(NamedTuple):
           chunk: the most tokens that a step brings. Layers with a window keep ``window - 1 +
             chunk`` tokens: in a `Ring`, or in pages of their own where ``addressing`` is a
             shared pool. None for steps of any size: they keep all tokens, in ``addressing``,
-            and see the newest. Chunks of the text are kept in `Chunked`, whatever they are.
+            and see the newest. Chunks of the text are kept in `Chunked`, or in pages of their own.
           state_dtype: of those parts of a state that have the model's own dtype.
           **fields: other fields of `KVCacheConfig`, the same in all layers: ``placement`` and
             ``newest``.
@@ -198,20 +202,19 @@ class Shape(NamedTuple):
         arrays = tuple(
             StateArray(kept.name, kept.shape, kept.dtype or dtype) for kept in self.state
         )
-        return (StateConfig(keeping, arrays, batch_size),)
+        by_head = tuple(kept.name for kept in self.state if kept.by_head)
+        return (StateConfig(keeping, arrays, batch_size, by_head),)
 
 
 def _windowed(
     addressing: Addressing, window: int, chunk: int, rows: int, aligned: bool
 ) -> Addressing:
-    if aligned:
-        return Chunked(window, chunk)
     if addressing.per_head or addressing.num_pages is None or addressing.page_size is None:
-        return Ring(window, chunk=chunk)
+        return Chunked(window, chunk) if aligned else Ring(window, chunk=chunk)
     # What all rows hold at once, and as much again for the ends of prompts that may come back.
     held = rows * (ceil_div(window + chunk, addressing.page_size) + 1)
     num_pages = min(addressing.num_pages, 2 * held)
-    return Paged(addressing.page_size, num_pages, window)
+    return Paged(addressing.page_size, num_pages, window, aligned)
 
 
 def wide_at_the_ends(

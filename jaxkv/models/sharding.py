@@ -54,6 +54,6 @@ def _split_axis(model: Model, path: list[str], ndim: int, size: int) -> int | No
         return ndim - 1 if config.num_kv_heads % size == 0 else None
     if owner in _BY_INPUT and not is_bias:
         return ndim - 2
-    if owner == "embed_tokens":
+    if owner in ("embed_tokens", "embed_tokens_per_layer"):
         return 0
     return None

@@ -27,7 +27,9 @@ Tensors = dict[str, StoredTensor | PackedTensor | GgufTensor]
 
 EMBEDDED = Path(__file__).parent / "embedded"
 # What multimodal models have beside their text decoder, and what stands before its names.
-_NO_TEXT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+_NO_TEXT = re.compile(
+    r"^(model\.)?(vision_tower|vision_model|multi_modal_projector|audio_tower|embed_(audio|vision))\."
+)
 _TEXT = re.compile(r"^language_model\.(?:model\.)?|^model\.language_model\.")
 
 

@@ -68,8 +68,8 @@ class Stateful(nnx.Module):
 def _nothing(mixer: MixerConfig, x: Hidden) -> Kept:
     """What is kept of a text that has not begun."""
     return {
-        name: jnp.zeros((*x.shape[:-2], *shape), dtype or x.dtype)
-        for name, shape, dtype in mixer.kept
+        kept.name: jnp.zeros((*x.shape[:-2], *kept.shape), kept.dtype or x.dtype)
+        for kept in mixer.kept
     }
 
 

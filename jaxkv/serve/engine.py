@@ -125,7 +125,7 @@ class Engine:
         snapshot_space: int | None = None,
         snapshot_every: int | None = None,
     ):
-        spread = _checked_spread(mesh, axes, swap_space)
+        spread = _checked_spread(mesh, axes, swap_space, config)
         on_cpu = (platform_at(device) if spread is None else spread.platform) == "cpu"
         prefill_rows = (1 if on_cpu else 8) if prefill_rows is None else prefill_rows
         token_budget = (512 if on_cpu else 8192) if token_budget is None else token_budget
@@ -423,11 +423,18 @@ def _counted(held: Session, snapshots: StateSnapshots) -> Iterator[None]:
         held.tracker.release(receipt)
 
 
-def _checked_spread(mesh: Mesh | None, axes: Axes | None, swap_space: int) -> Spread | None:
+def _checked_spread(
+    mesh: Mesh | None, axes: Axes | None, swap_space: int, config: AnyConfig
+) -> Spread | None:
     """How the cache is spread, unless the engine cannot have it so."""
     spread = Spread.of(mesh, axes)
     if spread is None:
         return None
+    if config.states:
+        raise ConfigError(
+            f"Engine: layers that keep a state are on one device, since snapshots of it are; got "
+            f"{axes}. Leave them out; generate takes such a model over a mesh."
+        )
     if spread.size("context") > 1:
         raise ConfigError(
             f"Engine: axes must name batch and heads alone, got {axes}: a page whose tokens are "

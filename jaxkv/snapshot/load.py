@@ -122,6 +122,7 @@ def load(
             saved, tensors = stack.enter_context(opened(file, codec, addressing, wanted))
             if spread is not None:
                 _check_heads_share_tokens(file, saved)
+                states.check_processes(saved.states, spread, "load")
             if model is not None:
                 check_model(file, saved, model)
             if newest is not None:
@@ -254,8 +255,8 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
             f"{file} has layers that read those of {saved.source_of_layer or 'no other'}, and the "
             f"cache to load it into {into.config.source_of_layer or 'of no other'}."
         )
-    kept = [each.replace(batch_size=None) for each in into.config.states]
-    if [each.replace(batch_size=None) for each in saved.states] != kept:
+    kept = [each.replace(batch_size=None, by_head=()) for each in into.config.states]
+    if [each.replace(batch_size=None, by_head=()) for each in saved.states] != kept:
         raise SnapshotError(
             f"{file} has {_described(saved.states)}, and the cache to load it into "
             f"{_described(kept)}."

@@ -279,7 +279,13 @@ def _group_json(group: Group) -> dict[str, Any]:
 def _kind_json(value: Any) -> dict[str, Any]:
     """A codec or an addressing: its class and its fields."""
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-    plain = {field.name: _as_lists(getattr(value, field.name)) for field in fields if field.init}
+    named = {field.name: getattr(value, field.name) for field in fields if field.init}
+    unsaid = {
+        field.name
+        for field in fields
+        if "later" in field.metadata and named[field.name] == field.default
+    }
+    plain = {name: _as_lists(each) for name, each in named.items() if name not in unsaid}
     return {"kind": type(value).__name__, "fields": plain}
 
 

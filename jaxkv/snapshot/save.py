@@ -81,6 +81,7 @@ def save(
         sources, parts = [Sources.of(group) for group in cache.groups], None
     else:
         sources = sources_of_all(cache, shares_of(spread, cache.config)[0], shares)
+        states.check_processes(cache.config.states, spread, "save")
         parts = Parts.of(spread, cache.config)
     manifest = Manifest(
         saved_by=f"jaxkv {__version__}",

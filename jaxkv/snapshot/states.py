@@ -4,13 +4,30 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.cache.axes import Spread
 from jaxkv.cache.state import StateCache, StateConfig, StateIndex
+from jaxkv.errors import SnapshotError
 from jaxkv.snapshot.container import Layout, Spec
+from jaxkv.snapshot.processes import processes_of
 
 PREFIX = "state."
+
+
+def check_processes(states: Sequence[StateConfig], spread: Spread | None, verb: str) -> None:
+    """Refuse states of which other processes hold a part: a file has them from one.
+
+    Raises:
+      SnapshotError: it says what to do.
+    """
+    if states and spread is not None and len(processes_of(spread)) > 1:
+        raise SnapshotError(
+            f"{verb}: layers that keep a state are on devices of {len(processes_of(spread))} "
+            "processes, and files have them from one. Use a mesh of one process."
+        )
 
 
 def layout_of(states: Sequence[StateConfig], sequences: int) -> Layout:
@@ -29,7 +46,8 @@ def pieces(states: Sequence[StateCache], name: str) -> Iterator[np.ndarray]:
     cache, row = states[int(kind)], int(sequence)
     empty = np.asarray(cache.lengths).reshape(-1)[row] == 0
     for leaf in cache.storage[array]:
-        own = np.asarray(leaf if cache.config.batch_size is None else leaf[row])
+        whole: Any = leaf if cache.spread is None else np.asarray(leaf)  # by the host
+        own = np.asarray(whole if cache.config.batch_size is None else whole[row])
         yield np.zeros_like(own) if empty else own
 
 
@@ -51,17 +69,28 @@ def filled(
     def counted(leaf: Any) -> Any:
         return leaf.at[chosen].set(counts) if batched else counts[0]
 
-    storage = {
-        name: tuple(with_rows(name, layer, leaf) for layer, leaf in enumerate(of_layers))
-        for name, of_layers in cache.storage.items()
-    }
-    index = StateIndex(counted(cache.lengths), counted(cache.index.at))
-    return dataclasses.replace(cache, storage=storage, index=index)
+    def together(cache: StateCache) -> StateCache:
+        storage = {
+            name: tuple(with_rows(name, layer, leaf) for layer, leaf in enumerate(of_layers))
+            for name, of_layers in cache.storage.items()
+        }
+        index = StateIndex(counted(cache.lengths), counted(cache.index.at))
+        return dataclasses.replace(cache, storage=storage, index=index)
+
+    if cache.spread is None:
+        return together(cache)
+    places = jax.tree.map(lambda leaf: leaf.sharding, cache)
+    here = jax.tree.map(jnp.asarray, jax.device_get(cache))
+    return jax.device_put(together(here), places)
 
 
 def to_json(states: Sequence[StateConfig]) -> list[dict[str, Any]]:
     """What the file says of them, their batch left to its groups."""
-    return [{"layers": each.layers, "arrays": each.arrays} for each in states]
+    return [
+        {"layers": each.layers, "arrays": each.arrays}
+        | ({"by_head": each.by_head} if each.by_head else {})  # so that files stay what they were
+        for each in states
+    ]
 
 
 def of_json(json: Any, batch_size: int | None) -> tuple[StateConfig, ...]:
@@ -70,7 +99,8 @@ def of_json(json: Any, batch_size: int | None) -> tuple[StateConfig, ...]:
         raise ValueError("states must be a list.")
     found = []
     for each in json:
-        if not isinstance(each, dict) or each.keys() != {"layers", "arrays"}:
+        if not isinstance(each, dict) or each.keys() - {"by_head"} != {"layers", "arrays"}:
             raise ValueError("a state must be an object with layers and arrays.")
-        found.append(StateConfig(each["layers"], each["arrays"], batch_size))
+        by_head = each.get("by_head", ())
+        found.append(StateConfig(each["layers"], each["arrays"], batch_size, by_head))
     return tuple(found)

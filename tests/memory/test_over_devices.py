@@ -207,6 +207,35 @@ def test_parameters_of_public_models_with_latents(
     assert PARAMETERS[name] == whole + 2 * vocabulary * hidden + hidden
 
 
+@pytest.mark.parametrize(
+    ("name", "experts", "every"),
+    [("Llama-4-Scout-17B-16E", 16, 1), ("Llama-4-Maverick-17B-128E", 128, 2)],
+)
+def test_parameters_of_llama_4(name, experts, every):
+    """In layers with experts, one more for all tokens; in the others an MLP of twice their size."""
+    hidden, inner, vocabulary = 5120, 8192, 202_048
+    attention = 2 * hidden * (40 + 8) * 128 + 2 * hidden
+    mixture = hidden * experts + (experts + 1) * 3 * hidden * inner
+    dense = 3 * hidden * 2 * inner
+    layers = 48 * attention + 48 // every * mixture + (48 - 48 // every) * dense
+    assert PARAMETERS[name] == layers + 2 * vocabulary * hidden + hidden
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "inner"), [("Gemma-3n-E2B", 30, 8192), ("Gemma-3n-E4B", 35, 16_384)]
+)
+def test_parameters_of_gemma_3n(name, layers, inner):
+    """Four streams, inputs of 256 per layer, LAuReL of rank 64; the head is the embedding."""
+    hidden, own, streams = 2048, 256, 4
+    attention = 2 * hidden * (8 + 2) * 256 + 2 * 256 + 4 * hidden
+    laurel = 2 * 64 * hidden + hidden
+    altup = streams**2 + streams**3 + streams * hidden + 2 * hidden
+    given = 2 * own * hidden + hidden
+    each = attention + 3 * hidden * inner + laurel + altup + given
+    beside = (262_144 + hidden) * layers * own + own + 2 * (streams - 1) * hidden * hidden
+    assert PARAMETERS[name] == layers * each + beside + 262_400 * hidden + hidden
+
+
 def test_every_public_model_and_card_is_there():
     assert PARAMETERS.keys() == jaxkv.models.known.KNOWN_MODELS.keys()
     sizes = {card: device_memory(card.lower()).free_bytes for card in CARDS}

@@ -95,6 +95,14 @@ def test_bad_llama_configs_are_refused_by_name(changes, message):
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual = True is not supp"),
         ("starcoder2", {"use_bias": False}, "use_bias = False is not supported"),
         ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
+        ("llama4", {"num_experts_per_tok": 5}, "5 experts per token are not among"),
+        ("llama4", {"floor_scale": 0}, "query_growth_step must be a positive"),
+        ("llama4", {"layer_types": ["sliding_attention"] * 3}, "must be 3 of chunked_attention"),
+        ("gemma3n", {"intermediate_size": [48, 32, 48, 48]}, "must be one number in all of 4"),
+        ("gemma3n", {"activation_sparsity_pattern": [0.5]}, "activation_sparsity must be 4 ent"),
+        ("gemma3n", {"activation_sparsity_pattern": [1.0] * 4}, "shares from 0 to below 1"),
+        ("gemma3n", {"altup_active_idx": 4}, "active must be one of 4 streams, got 4"),
+        ("gemma3n", {"num_kv_shared_layers": 3}, "leaves layers whose keys and values no layer"),
     ],
 )
 def test_bad_configs_of_sliding_families_are_refused_by_name(variant, changes, message):
@@ -143,6 +151,8 @@ _OF_THE_HUB = {
     | {"ep_size": 1, "moe_layer_freq": 1, "norm_topk_prob": False},
     "deepseek_v3": {"num_nextn_predict_layers": 1, "scoring_func": "sigmoid", "ep_size": 1}
     | {"moe_layer_freq": 1},
+    "llama4": {"router_jitter_noise": 0.1, "for_llm_compressor": False, "attention_dropout": 0.0},
+    "gemma3n": {"altup_lr_multiplier": 1.0, "altup_coef_clip": 120.0, "query_pre_attn_scalar": 256},
     "phi3": {"embd_pdrop": 0.0, "full_attn_mod": 1, "interpolate_factor": 1}
     | {"lm_head_bias": False, "attention_bias": False},
     "smollm3": {"max_window_layers": 28, "use_sliding_window": False},

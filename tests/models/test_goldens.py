@@ -39,6 +39,7 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "youtu", "deepseek_v2", "deepseek
 EXPERTS = ("mixtral", "qwen3_moe", "glm4_moe")
 PLAIN = ("olmo2", "phi3", "glm4", "smollm3", "granite", "cohere", "stablelm", "gpt_neox")
 SLIDING = ("mistral", "qwen3 sliding", "gemma2", "gemma3", "gpt_oss", "olmo3", "cohere2")
+SLIDING += ("llama4", "gemma3n")
 # Biases, activations and widths do not meet the cache; these do.
 HEADS_AND_SCALES = ("llama mha", "llama mqa", "gpt2 unscaled", "gpt2 by layer")
 SCALED_ROPES = tuple(
@@ -57,7 +58,7 @@ def assert_golden(logits, variant, tokens=slice(None)):
     np.testing.assert_allclose(logits, goldens()[variant][tokens], atol=TOLERANCE, rtol=0)
 
 
-NEWER = "|".join((*FAMILIES[-2:], *EXPERTS, *PLAIN, "cohere2"))
+NEWER = "|".join((*FAMILIES[-2:], *EXPERTS, *PLAIN, "cohere2", "llama4", "gemma3n"))
 
 
 @pytest.mark.slow_cases(rf"({NEWER}) |cohere$|cohere-|olmo3|olmoe|seed|arcee|neox")
@@ -118,10 +119,12 @@ def test_a_rope_that_was_chosen_is_saved(variant, trained, tmp_path):
     )
 
 
-@for_each("llama", "qwen3", "gpt2", "gemma3", "gpt_oss", "youtu")
+@pytest.mark.slow_cases("llama4|gemma3n")
+@for_each("llama", "qwen3", "gpt2", "gemma3", "gpt_oss", "youtu", "llama4", "gemma3n")
 def test_one_shot_and_one_token_at_a_time(variant, model):
     tokens = jnp.asarray(token_ids(variant))
-    empty = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS, chunk=None))
+    chunk = NUM_TOKENS if variant == "llama4" else None  # chunks of the text are not masks alone
+    empty = jaxkv.create(model.cache_config(max_context_length=NUM_TOKENS, chunk=chunk))
     one_shot, cache = step(model, tokens, empty)
     assert_golden(one_shot, variant)
     assert cache.lengths == NUM_TOKENS
@@ -131,7 +134,8 @@ def test_one_shot_and_one_token_at_a_time(variant, model):
         assert_golden(logits[0], variant, position)
 
 
-@for_each("llama", "gpt2", "gemma2", "gpt_oss", "youtu")
+@pytest.mark.slow_cases("llama4|gemma3n")
+@for_each("llama", "gpt2", "gemma2", "gpt_oss", "youtu", "llama4", "gemma3n")
 @pytest.mark.parametrize("padding", ["dropped", "truncated"])
 def test_ragged_batch_equals_single(variant, model, padding):
     """A prompt padded on the right, then one token more, whatever the neighbours are."""
@@ -186,6 +190,11 @@ def test_goldens_tell_scalings_apart(variant):
         ("gpt_oss", {"windows": ()}),
         ("gpt_oss", {"swiglu_limit": 7.0}),
         ("gpt_oss", {"swiglu_alpha": 1.0}),
+        ("llama4", {"windows": (None,) * 3}),
+        ("llama4", {"grows_queries": False}),
+        ("llama4", {"rope_layers": (True,) * 3}),
+        ("gemma3n", {"sources": ()}),
+        ("gemma3n", {"attention_multiplier": 0.25}),
     ],
 )
 def test_goldens_tell_options_apart(variant, changes):
@@ -221,6 +230,33 @@ def test_generate_goes_round_the_rings(variant, model):
         assert jnp.argmax(seen, axis=-1).tolist() == tokens
 
 
+@pytest.mark.slow_cases("llama4 other|gemma3n")
+@for_each("llama4", "llama4 other layers", "gemma3n")
+def test_an_engine_says_what_the_model_says_without_a_cache(variant, model):
+    """Prompts with common starts, in pages of pools of two kinds, of which some are given back."""
+    texts = np.random.default_rng(1).integers(0, 64, (2, 30))
+    prompts = [[*texts[i % 2, :length].tolist(), i] for i, length in enumerate((26, 9, 17, 30, 2))]
+    pool = jaxkv.Paged(page_size=4, num_pages=24)
+    config = model.cache_config(max_context_length=48, batch_size=2, addressing=pool, chunk=8)
+    with jaxkv.Engine(model, config, prefill_chunk=8, decode_steps=4) as engine:
+        requests = [engine.submit(prompt, max_new_tokens=12) for prompt in prompts]
+        engine.run()
+        engine.pages.check()
+        assert engine.pages.usage().hit_tokens > 0
+    for prompt, request in zip(prompts, requests, strict=True):
+        text = np.array(prompt + request.tokens, np.int32)
+        logits = step(model, np.resize(text, 48), None)[0][len(prompt) - 1 : len(text) - 1]
+        assert jnp.argmax(logits, axis=-1).tolist() == request.tokens
+
+
+def test_chunks_of_the_text_are_not_read_from_a_cache_of_another_kind():
+    model = model_of("llama4")
+    shape = model.config.shape._replace(aligned=False)
+    sliding = jaxkv.create(shape.cache_config(max_context_length=8, codec="float32"))
+    with pytest.raises(ValueError, match=r"within chunks of 7 .* has Ring\(.*jaxkv.Chunked\(7\)"):
+        model(jnp.arange(3), sliding)
+
+
 @for_each("gemma2", "gpt_oss")
 @pytest.mark.parametrize("chunk", [8, None])
 def test_windows_beside_pages_and_in_them(variant, model, chunk):
@@ -240,7 +276,7 @@ def test_windows_beside_pages_and_in_them(variant, model, chunk):
 
 @pytest.mark.slow
 @pytest.mark.devices(4)
-@pytest.mark.parametrize("variant", ["deepseek_v3", "olmo2"])
+@pytest.mark.parametrize("variant", ["deepseek_v3", "olmo2", "llama4"])
 def test_a_model_over_a_mesh(variant, tmp_path):
     """Heads and inner features over four devices; a latent, and a head of two, is on several."""
     mesh = jax.make_mesh((4,), ("heads",), axis_types=(AxisType.Auto,))

@@ -89,9 +89,10 @@ def test_save_then_load_gives_the_same_model(tmp_path, variant, kind):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(first), nnx.state(second))
 
 
-@pytest.mark.slow_cases("deepseek|starcoder")
+@pytest.mark.slow_cases("deepseek|starcoder|llama4|gemma")
 @pytest.mark.parametrize(
-    "variant", ["llama", "mixtral", "phi3", "deepseek_v3", "starcoder2", "gpt_neox"]
+    "variant",
+    ["llama", "mixtral", "phi3", "deepseek_v3", "starcoder2", "gpt_neox", "llama4", "gemma3n"],
 )
 def test_saved_files_are_those_of_the_checkpoint(variant, tmp_path):
     """Experts apart, joined tensors as one, and each under its name there."""
@@ -147,20 +148,32 @@ def test_names_without_prefix_and_tensors_that_are_no_weights(tmp_path):
         np.testing.assert_array_equal(logits_of(got), logits_of(expected))
 
 
-@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_text_decoder_of_a_multimodal_folder(tmp_path, prefix):
+_OTHERS = ("vision_tower.post_layernorm.bias", "multi_modal_projector.mm_soft_emb_norm.weight")
+
+
+@pytest.mark.slow_cases("llama4|3n")
+@pytest.mark.parametrize(
+    ("variant", "kind", "prefix", "others"),
+    [
+        ("gemma3", "Gemma3", "language_model.model.", _OTHERS),
+        ("gemma3", "Gemma3", "model.language_model.", _OTHERS),
+        ("llama4", "Llama4", "language_model.model.", ("vision_model.norm", _OTHERS[1])),
+        ("gemma3n", "Gemma3n", "model.language_model.", ("audio_tower.a", "embed_vision.b")),
+    ],
+)
+def test_text_decoder_of_a_multimodal_folder(tmp_path, variant, kind, prefix, others):
     """Under the names of the Hub, and under those of transformers 5 in memory."""
-    expected, _ = load(write_checkpoint("gemma3", tmp_path))
+    expected, _ = load(write_checkpoint(variant, tmp_path))
     tensors = {
-        name.replace("model.", prefix, 1): tensor for name, tensor in weights("gemma3").items()
+        name.replace("model.", prefix, 1).replace("lm_head", "language_model.lm_head"): tensor
+        for name, tensor in weights(variant).items()
     }
-    others = ("vision_tower.post_layernorm.bias", "multi_modal_projector.mm_soft_emb_norm.weight")
     before = prefix.removeprefix("language_model.model.").removesuffix("language_model.")
     tensors |= {before + name: np.zeros(3, np.float32) for name in others}
     save_file(tensors, tmp_path / "model.safetensors")
-    text = hf_config("gemma3")
+    text = hf_config(variant)
     del text["architectures"]
-    about = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+    about = {"architectures": [f"{kind}ForConditionalGeneration"], "model_type": kind.lower()}
     (tmp_path / "config.json").write_text(json.dumps(about | {"text_config": text}))
     got, _ = load(tmp_path)
     assert got.config == expected.config

@@ -75,6 +75,18 @@ _GEMMA3 = _GEMMA2 | {
     "rope_local_base_freq": 50.0,
     "sliding_window_pattern": 3,
 }
+_GEMMA3N = _GEMMA3 | {
+    "architectures": ["Gemma3nForCausalLM"],
+    "model_type": "gemma3n_text",
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "sliding_window_pattern": None,
+    "activation_sparsity_pattern": [0.9, 0.0, 0.5, 0.0],
+    "laurel_rank": 6,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+}
 _GPT_OSS = _LLAMA | {
     "architectures": ["GptOssForCausalLM"],
     "model_type": "gpt_oss",
@@ -141,6 +153,19 @@ _DEEPSEEK_V3 = _DEEPSEEK_V2 | {
     "topk_method": "noaux_tc",
     "norm_topk_prob": True,
 }
+_LLAMA4 = _like_llama(
+    *("Llama4ForCausalLM", "llama4_text"),
+    num_hidden_layers=3,
+    attention_chunk_size=7,
+    no_rope_layer_interval=3,
+    head_dim=16,
+    intermediate_size_mlp=40,
+    interleave_moe_layer_step=2,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    floor_scale=5,
+    attn_scale=0.4,
+)
 _OLMO2 = _like_llama("Olmo2ForCausalLM", "olmo2")
 _OLMO3 = _like_llama(
     *("Olmo3ForCausalLM", "olmo3"),
@@ -342,6 +367,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "gemma3 layer types": _GEMMA3
     | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "gemma3n": _GEMMA3N,
+    "gemma3n unshared": _GEMMA3N
+    | {"num_kv_shared_layers": 0, "altup_num_inputs": 3, "altup_active_idx": 1}
+    | {"num_hidden_layers": 2, "layer_types": None, "activation_sparsity_pattern": None}
+    | {"altup_correct_scale": False, "attention_bias": True, "final_logit_softcapping": 8.0},
     "gpt_oss": _GPT_OSS,
     "gpt_oss defaults": _GPT_OSS | {"swiglu_limit": None, "rope_scaling": None, "rope_theta": None},
     "gpt_oss no bias": _GPT_OSS | {"attention_bias": False, "num_experts_per_tok": 1},
@@ -367,6 +397,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "deepseek_v3 halves": _DEEPSEEK_V3
     | {"rope_interleave": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
     | {"attention_bias": True},
+    "llama4": _LLAMA4,
+    "llama4 other layers": _LLAMA4
+    | {
+        "num_hidden_layers": 4,
+        "moe_layers": [0, 3],
+        "no_rope_layers": [0, 1, 1, 0],
+        "use_qk_norm": False,
+    }
+    | {"layer_types": ["chunked_attention", "full_attention"] * 2, "attention_bias": True}
+    | {"rope_scaling": _LLAMA3, "rope_theta": 100.0},
+    "llama4 plain queries": _LLAMA4
+    | {"attn_temperature_tuning": False, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
+    | {"num_hidden_layers": 2, "no_rope_layer_interval": 2, "num_key_value_heads": 4},
     "olmo2": _OLMO2,
     "olmo2 attention bias": _OLMO2 | {"attention_bias": True, "num_key_value_heads": 4},
     "olmo3": _OLMO3,
@@ -470,7 +513,8 @@ def weights(variant: str) -> dict[str, np.ndarray]:
         if name.endswith("correction_bias"):  # the sign of a score decides in transformers
             noise = np.abs(noise)
         is_norm_weight = "norm.weight" in name or (".ln_" in name and name.endswith("weight"))
-        is_plus_one = config["model_type"].startswith("gemma")  # its norms add the one
+        # The norms of Gemma but of 3n add the one.
+        is_plus_one = re.match("gemma(?!3n)", config["model_type"]) is not None
         if config["model_type"] == "qwen3_next":  # but that of a delta net
             is_plus_one = "linear_attn" not in name
         made[name] = (noise + (is_norm_weight and not is_plus_one)).astype(np.float32)
@@ -564,9 +608,13 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             block = _MIXERS[family](config, layer, block)
         if family == "arcee":
             block = _without(block, "mlp.gate_")
-        if family in ("qwen3", "qwen3_moe", "gemma3_text") or config.get("use_qk_norm"):
+        if family in ("qwen3", "qwen3_moe", "gemma3_text", "glm4_moe") and config.get(
+            "use_qk_norm", True
+        ):
             block |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+    if family == "gemma3n_text":
+        shapes |= {f"model.{name}": shape for name, shape in _beside_gemma3n(config).items()}
     if family in ("starcoder2", "stablelm"):
         shapes["model.norm.bias"] = (hidden,)
     if family in ("lfm2", "bamba"):
@@ -575,6 +623,43 @@ def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     tied = family.startswith(("gemma", "cohere", "starcoder", "lfm2"))
     if not config.get("tie_word_embeddings", tied):
         shapes["lm_head.weight"] = (VOCAB_SIZE, hidden)
+    return shapes
+
+
+def _of_gemma3n(config: dict[str, Any], layer: int, block: _Shapes) -> _Shapes:
+    hidden, rank = config["hidden_size"], config["laurel_rank"]
+    own, count = config["hidden_size_per_layer_input"], config.get("altup_num_inputs", 4)
+    return block | {
+        "pre_feedforward_layernorm.weight": (hidden,),
+        "post_feedforward_layernorm.weight": (hidden,),
+        "self_attn.q_norm.weight": (config["head_dim"],),
+        "self_attn.k_norm.weight": (config["head_dim"],),
+        "laurel.linear_left.weight": (rank, hidden),
+        "laurel.linear_right.weight": (hidden, rank),
+        "laurel.post_laurel_norm.weight": (hidden,),
+        "altup.correct_output_scale": (hidden,),
+        "altup.correction_coefs.weight": (count, count),
+        "altup.prediction_coefs.weight": (count**2, count),
+        "altup.modality_router.weight": (count, hidden),
+        "altup.router_norm.weight": (hidden,),
+        "per_layer_input_gate.weight": (own, hidden),
+        "per_layer_projection.weight": (hidden, own),
+        "post_per_layer_input_norm.weight": (hidden,),
+    }
+
+
+def _beside_gemma3n(config: dict[str, Any]) -> _Shapes:
+    """What is beside its layers."""
+    hidden, own = config["hidden_size"], config["hidden_size_per_layer_input"]
+    inputs = config["num_hidden_layers"] * own
+    shapes = {
+        "embed_tokens_per_layer.weight": (VOCAB_SIZE, inputs),
+        "per_layer_model_projection.weight": (inputs, hidden),
+        "per_layer_projection_norm.weight": (own,),
+    }
+    for stream in range(config.get("altup_num_inputs", 4) - 1):
+        for name in ("projections", "unembed_projections"):
+            shapes[f"altup_{name}.{stream}.weight"] = (hidden, hidden)
     return shapes
 
 
@@ -658,7 +743,34 @@ def _of_bamba(config: dict[str, Any], layer: int, block: _Shapes) -> _Shapes:
     return _without(renamed, "self_attn.") | {f"mamba.{n}": shape for n, shape in made.items()}
 
 
-_MIXERS = {"lfm2": _of_lfm2, "qwen3_next": _of_qwen3_next, "bamba": _of_bamba}
+def _of_llama4(config: dict[str, Any], layer: int, block: _Shapes) -> _Shapes:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    experts, dense = config["num_local_experts"], config["intermediate_size_mlp"]
+    step, layers = config["interleave_moe_layer_step"], config.get("moe_layers")
+    mlp, size = "feed_forward", dense
+    is_routed = (layer + 1) % step == 0 if layers is None else layer in layers
+    if is_routed:
+        mlp, size = "feed_forward.shared_expert", inner
+    block = _without(block, "mlp.") | {
+        f"{mlp}.gate_proj.weight": (size, hidden),
+        f"{mlp}.up_proj.weight": (size, hidden),
+        f"{mlp}.down_proj.weight": (hidden, size),
+    }
+    routed = {
+        "feed_forward.router.weight": (experts, hidden),
+        "feed_forward.experts.gate_up_proj": (experts, hidden, 2 * inner),
+        "feed_forward.experts.down_proj": (experts, inner, hidden),
+    }
+    return block | routed if is_routed else block
+
+
+_MIXERS = {
+    "gemma3n_text": _of_gemma3n,
+    "llama4_text": _of_llama4,
+    "lfm2": _of_lfm2,
+    "qwen3_next": _of_qwen3_next,
+    "bamba": _of_bamba,
+}
 
 
 def _without(block: dict[str, tuple[int, ...]], names: str) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxkv
 from jaxkv.codecs import CODECS
 from jaxkv.snapshot import fingerprint, inspect
+from jaxkv.snapshot.container import read_manifest
 from tests.oracle import random_step, run_step
 
 ADDRESSINGS = {
@@ -188,6 +189,16 @@ def test_what_a_ring_has_dropped_cannot_be_had_from_its_file(tmp_path):
         save_and_load(cache, tmp_path, addressing=jaxkv.Contiguous())
     smaller = jaxkv.load(tmp_path / "file", addressing=jaxkv.Ring(window=3, sinks=1, chunk=4))
     assert held(smaller).items() < held(cache).items()
+
+
+def test_a_field_that_came_later_is_named_where_it_says_something(tmp_path):
+    """Files of pages are read by versions that know of no chunks, and those of chunks are whole."""
+    plain, chunks = (jaxkv.Paged(4, window=8, aligned=aligned) for aligned in (False, True))
+    for addressing, named in ((plain, 3), (chunks, 4)):
+        cache = filled(small_config(addressing=addressing), 6)
+        assert save_and_load(cache, tmp_path).config == cache.config
+        (group,) = read_manifest(tmp_path / "file")["groups"]
+        assert len(group["config"]["addressing"]["fields"]) == named
 
 
 @pytest.mark.parametrize("addressing", [*ADDRESSINGS, "newest too"])
