@@ -112,7 +112,7 @@ def test_a_row_that_asks_for_its_own_is_drawn_as_where_all_ask_for_it():
         rows = RowSampling.of([every[name] for name in asked])
         tokens, _ = jax.jit(sample)(
             jnp.asarray(logits),
-            jax.tree.map(jnp.asarray, rows),
+            rows,
             seeds=jnp.asarray(seeds, jnp.int32),
             positions=jnp.asarray(seeds, jnp.int32),
         )

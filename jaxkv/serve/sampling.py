@@ -74,14 +74,15 @@ class RowSampling(NamedTuple):
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling]) -> "RowSampling":
-        """In numpy, for the host to send."""
+        """On the device, whose programs take them."""
         most = np.iinfo(np.int32).max
-        return cls(
+        columns = (
             np.array([own.temperature for own in samplings], np.float32),
             np.array([min(own.top_k or most, most) for own in samplings], np.int32),
             np.array([own.top_p for own in samplings], np.float32),
             np.array([_log(own.min_p) for own in samplings], np.float32),
         )
+        return cls(*jax.device_put(columns))
 
 
 def repeated(sampling: Sampling | RowSampling, number: int) -> Sampling | RowSampling:
@@ -122,8 +123,11 @@ def sample(
     [1]
     """
     logits = logits.astype(jnp.float32)
-    choose = _chosen_by_row if isinstance(sampling, RowSampling) else _chosen
-    tokens = choose(logits, sampling, seeds, positions).astype(jnp.int32)
+    if isinstance(sampling, RowSampling):
+        tokens = _chosen_by_row(logits, sampling, seeds, positions)
+    else:
+        tokens = _chosen(logits, sampling, seeds, positions)
+    tokens = tokens.astype(jnp.int32)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)
     return tokens, logprobs[:, 0]
 
