@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.attention.mosaic import pallas as gpu
+from jaxkv.attention.mosaic.centres import COPIES, Centres, tile_digits
 from jaxkv.attention.mosaic.levels import widen
-from jaxkv.attention.mosaic.plan import TILE, Plan
+from jaxkv.attention.mosaic.plan import LOW_STEPS, TILE, Plan
 from jaxkv.codecs.hadamard import matrix_of
 
-LOW_STEPS = 254  # of the low part in one step of the high part
 BLOCK = 64  # of the Hadamard matrix that is multiplied with: the rows of a product
 
 
@@ -159,7 +159,10 @@ class Slots:
         if not self._of_first:
             return visible
         low, high = self._of_first
-        slot, token = gpu.iota(matrix, 0), lax.div(gpu.iota(matrix, 1), self._plan.group)
+        slot, query = gpu.iota(matrix, 0), gpu.iota(matrix, 1)
+        if (turning := self._plan.turning) is not None:
+            query = lax.rem(query, turning.count)
+        token = lax.div(query, self._plan.group)
         return visible & (slot >= low - start + token) & (slot < high - start + token)
 
 
@@ -176,6 +179,7 @@ def decode_parts(
     bounds: jax.Array,
     table: jax.Array,
     added: tuple[jax.Array, ...],
+    centres: Centres | None,
     *,
     plan: Plan,
     interpret: Any = None,
@@ -194,6 +198,8 @@ def decode_parts(
         all of them, and at last for the first, whose first slot may be below 0.
       table: int32 ``[batch, pages]``; not read unless there are pages.
       added: nothing, or what is added to scores, float32 ``[batch, kv_heads, slots, rows]``.
+      centres: what makes them in the kernel, instead. Queries are there once for each centre then,
+        and each column sees the slots whose keys were stored less that centre.
 
     Returns:
       Mixes ``[splits, batch, kv_heads, 2 * rows, head_dim]``, again high parts and then low ones,
@@ -203,17 +209,18 @@ def decode_parts(
     quantized = len(leaves) == 2
     batch, kv_heads, head_dim, rows = queries.shape
     both, interpreted = 2 * rows, interpret is not None
-    stages, piece = plan.stages, plan.piece
+    stages, piece, turning = plan.stages, plan.piece, plan.turning
     pieces = TILE // piece
     scores_shape, mix_shape = (TILE, rows), (head_dim, rows)
 
     def body(query_ref, *refs):
         leaf_refs, added_refs = refs[: len(leaves)], refs[len(leaves) :][: len(added)]
         refs = refs[len(leaves) + len(added) :]
+        centre_refs, refs = refs[: len(centres or ())], refs[len(centres or ()) :]
         layer_ref, bounds_ref, table_ref, signs_ref, mix_out, sums_out, *scratch = refs
-        query_tiles, (buffers, mix_tile), sums_tile, either, addends, *barriers = scratch
+        query_tiles, (buffers, mix_tile), sums_tile, either, addends, turned, *barriers = scratch
         ready, signs_arrived, arrived = barriers
-        (weight_tiles, wide), (raw_queries, rotating) = either
+        (weight_tiles, wide), (raw_queries, rotating, raw_centres) = either
         head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
         layer = layer_ref[0]
         slots = Slots(bounds_ref, table_ref, row, part, plan)
@@ -235,6 +242,20 @@ def decode_parts(
                         gpu.copy_in(source, buffer.at[place], arrived[side].at[stage])
 
         gpu.copy_in(query_ref.at[row, head], raw_queries, ready)
+        if turning:
+            columns_ref, steps_ref, angles_ref, turns_ref = centre_refs
+            angles, turned_tiles, turns, steps = turned
+            for side in range(2):
+                gpu.copy_in(columns_ref.at[row, head, side], raw_centres[side], ready)
+                for part_of in range(2):
+                    source = angles_ref.at[side, part_of]
+                    gpu.copy_in(source, angles.at[side, part_of], ready)
+            gpu.copy_in(steps_ref.at[row, head], steps, ready)
+            first_tile = lax.div(slots.start_of(0), TILE)
+            digits = tile_digits(first_tile, turning.digits)
+            for place, digit in enumerate(digits):
+                gpu.copy_in(turns_ref.at[place, digit], turns.at[place], ready)
+            gpu.copy_in(turns_ref.at[0, 1], turns.at[len(digits)], ready)  # from tile to tile
         if plan.levels:
             gpu.copy_in(signs_ref, rotating[1], signs_arrived)
         upcoming = tuple(slots.pages_of(number) for number in range(stages + 1))
@@ -248,6 +269,42 @@ def decode_parts(
         if plan.levels:
             gpu.wait(signs_arrived)
 
+        def turn(pairs, angle):
+            cos, sin = (
+                gpu.across(gpu.load(angle.at[at], gpu.TRANSPOSED_ROW_VECTOR), pairs[0].shape, 0)
+                for at in range(2)
+            )
+            with_cos, with_sin = pairs
+            return with_cos * cos + with_sin * sin, with_sin * cos - with_cos * sin
+
+        def store_turned(pairs):
+            """In two bytes, high and low ones of each."""
+            parts = []
+            for each in pairs:
+                high = jnp.round(each)
+                parts += [high, jnp.round((each - high) * LOW_STEPS)]
+            gpu.store_transposed(turned_tiles, parts)
+
+        def scores_of_centres():
+            with_cos, with_sin = (
+                gpu.transposed(turned_tiles.at[gpu.span(at * both, both)]) for at in range(2)
+            )
+            coarse, fine = gpu.products(
+                angles.at[0, 0], with_cos, jnp.int32, (angles.at[0, 1], with_sin)
+            )
+            # Of low bytes times low ones, which are all but nothing, no use is made.
+            finer, _ = gpu.products(
+                angles.at[1, 0], with_cos, jnp.int32, (angles.at[1, 1], with_sin)
+            )
+            whole = (coarse * LOW_STEPS + (fine + finer)).astype(jnp.float32)
+            return whole * gpu.across(gpu.load(steps.at[0], gpu.COLUMN_VECTOR), scores_shape, 1)
+
+        pairs = ()
+        if turning:
+            pairs = tuple(gpu.load(gpu.transposed(each), gpu.TRANSPOSED) for each in raw_centres)
+            for place in range(turning.digits):
+                pairs = turn(pairs, turns.at[place])
+
         # Under a condition, or addresses would be kept in registers up to the mix's rotation.
         @gpu.when(count > 0)
         def _():
@@ -258,6 +315,8 @@ def decode_parts(
                 sums_tile[0] = store_in_two_bytes(query_tiles, its_queries)
             else:
                 store_in_two(query_tiles, its_queries)
+            if turning:
+                store_turned(pairs)
             gpu.commit()
 
         def scales_of(side, stage):
@@ -297,17 +356,27 @@ def decode_parts(
 
             return values
 
+        def less_its_centre(stage):
+            """The slots whose keys were stored less a column's centre, by signs of both."""
+            scales = gpu.across(scales_of(0, stage), scores_shape, 0)
+            column = turning.count - 1 - gpu.iota(scores_shape, 1)  # negative of the second
+            return (lax.bitcast_convert_type(scales, jnp.int32) ^ column) >= 0
+
         def one_tile(number, state):
-            mix, highest, total, second, upcoming = state
+            mix, highest, total, second, pairs, upcoming = state
             stage, start, here = lax.rem(number, stages), slots.start_of(number), upcoming[0]
 
             gpu.wait(arrived[0].at[stage])
             scores = scores_of(stage)
             for buffer in addends:
                 scores += gpu.load(buffer.at[stage])
+            if turning:
+                scores += scores_of_centres()
             if plan.softcap is not None:
                 scores = capped(scores, plan.softcap)
             visible = slots.seen_by_each(start, here, scores_shape)
+            if turning and turning.centres == 2:
+                visible &= less_its_centre(stage)
             scores = jnp.where(visible, scores, HIDDEN)
             new_highest = jnp.maximum(highest, scores.max(axis=0))
             keep = jnp.exp2(highest - new_highest)
@@ -325,6 +394,9 @@ def decode_parts(
                 weights *= gpu.across(scales, scores_shape, 0)
                 weights = jnp.where(visible, weights, 0)
             store_in_two(weight_tiles, weights)
+            if turning:
+                pairs = turn(pairs, turns.at[turning.digits])
+                store_turned(pairs)
             gpu.commit()
             in_parts = gpu.transposed(weight_tiles)
             coarse, fine = gpu.products(gpu.transposed(values), in_parts, jnp.float32)
@@ -335,12 +407,12 @@ def decode_parts(
                 fetch(number + stages, stage, upcoming[-1])
 
             upcoming = (*upcoming[1:], slots.pages_of(number + stages + 1))
-            return mix, new_highest, total, second, upcoming
+            return mix, new_highest, total, second, pairs, upcoming
 
         state = gpu.full(mix_shape, 0), gpu.full((rows,), LOWEST), gpu.full(scores_shape, 0)
         second = (gpu.full(scores_shape, 0),) * plan.signed
-        mix, highest, total, second, _ = gpu.fori_loop(
-            0, count, one_tile, (*state, second, upcoming)
+        mix, highest, total, second, *_ = gpu.fori_loop(
+            0, count, one_tile, (*state, second, pairs, upcoming)
         )
         sums_tile[0] = highest
         sums_tile[1] = total.sum(axis=0)
@@ -371,9 +443,19 @@ def decode_parts(
     rotating = [gpu.shared_tiles((both, head_dim), jnp.bfloat16)] if plan.levels else []
     rotating += [gpu.shared_tiles((BLOCK, BLOCK), jnp.bfloat16)] if plan.levels else []
     copies = pieces * len(leaves) + len(added), pieces * len(leaves)
+    turned, raw_centres, copies_of_centres = [], [], 0
+    if turning:
+        raw_centres = [gpu.shared((rows, turning.pairs), jnp.float32) for _ in range(2)]
+        turned = [
+            gpu.shared_tiles((2, 2, TILE, turning.pairs), jnp.int8),
+            gpu.shared_tiles((2 * both, turning.pairs), jnp.int8),
+            gpu.shared((turning.digits + 1, 2, turning.pairs), jnp.float32),
+            gpu.shared((COPIES, rows), jnp.float32),
+        ]
+        copies_of_centres = 2 + 4 + 1 + turning.digits + 1
     return gpu.run(
         body,
-        [queries, *leaves, *added, layer, bounds, table, signs],
+        [queries, *leaves, *added, *(centres or ()), layer, bounds, table, signs],
         outputs=[
             jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, both, head_dim), jnp.bfloat16),
             jax.ShapeDtypeStruct(
@@ -386,10 +468,11 @@ def decode_parts(
             gpu.shared((2 + plan.signed, rows), jnp.float32),
             gpu.Either(
                 (gpu.shared_tiles((both, TILE), number), wide),
-                (gpu.shared((head_dim, rows), jnp.float32), rotating),
+                (gpu.shared((head_dim, rows), jnp.float32), rotating, raw_centres),
             ),
             [gpu.shared((stages, TILE, rows), jnp.float32) for _ in added],
-            gpu.Barrier(),
+            turned,
+            gpu.Barrier(num_arrivals=1 + copies_of_centres),
             gpu.Barrier(),
             [gpu.Barrier(num_arrivals=arrivals, num_barriers=stages) for arrivals in copies],
         ],

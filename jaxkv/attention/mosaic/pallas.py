@@ -17,6 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of one warpgroup's matrix product
 ROW_VECTOR, COLUMN_VECTOR = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+# Neighbours of a row's are in one register of the transposed layout.
+TRANSPOSED, TRANSPOSED_ROW_VECTOR = (
+    plgpu.Layout.WGMMA_TRANSPOSED,
+    plgpu.Layout.WGMMA_TRANSPOSED.reduce(1),
+)
 WIDENING = plgpu.Layout.WGMMA_UPCAST_2X  # from one byte to two
 Barrier = plgpu.Barrier
 Either = plgpu.RefUnion  # one piece of shared memory, used first as one thing, then as another
@@ -110,15 +115,17 @@ def stacked(parts: Sequence[jax.Array], *, interpret: bool) -> jax.Array:
     return joined(*parts)
 
 
-def products(left: Any, right: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def products(left: Any, right: Any, dtype: Any, *more: Any) -> tuple[jax.Array, jax.Array]:
     """``left @ right``, both in shared memory, as the two halves of its columns.
 
     One product: the tensor cores read all of ``left`` for each, and take as long for few columns.
+    Products of more such pairs are added.
     """
     rows, columns = left.shape[0], right.shape[1]
 
     def multiply(total):
-        plgpu.wgmma(total, left, right)
+        for pair in ((left, right), *more):
+            plgpu.wgmma(total, *pair)
         return total[...]
 
     whole = pl.run_scoped(multiply, plgpu.ACC((rows, columns), dtype))
