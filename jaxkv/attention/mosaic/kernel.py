@@ -278,32 +278,40 @@ def decode_parts(
             return with_cos * cos + with_sin * sin, with_sin * cos - with_cos * sin
 
         def store_turned(pairs):
-            """In two bytes, high and low ones of each."""
-            parts = []
+            """In two bytes: zeros, high and low bytes of what goes with cosines, then with sines."""
+            zeros, parts = gpu.full(pairs[0].shape, 0, gpu.TRANSPOSED), []
             for each in pairs:
                 high = jnp.round(each)
-                parts += [high, jnp.round((each - high) * LOW_STEPS)]
-            gpu.store_transposed(turned_tiles, parts)
+                parts += [zeros, high, jnp.round((each - high) * LOW_STEPS)]
+            gpu.store_transposed(turned_tiles.at[0], parts)
 
-        def scores_of_centres():
-            with_cos, with_sin = (
-                gpu.transposed(turned_tiles.at[gpu.span(at * both, both)]) for at in range(2)
-            )
-            coarse, fine = gpu.products(
-                angles.at[0, 0], with_cos, jnp.int32, (angles.at[0, 1], with_sin)
-            )
-            # Of low bytes times low ones, which are all but nothing, no use is made.
-            finer, _ = gpu.products(
-                angles.at[1, 0], with_cos, jnp.int32, (angles.at[1, 1], with_sin)
-            )
-            whole = (coarse * LOW_STEPS + (fine + finer)).astype(jnp.float32)
+        def products_of_centres(number):
+            """High bytes times high ones, and times low ones plus low ones times high ones.
+
+            Low ones times low ones are all but nothing.
+            """
+            # Zero, which the compiler cannot tell: it would keep all addresses in registers.
+            zero, products = lax.shift_right_logical(number, jnp.int32(24)), []
+            for at in range(2):
+                for part_of, start in ((0, rows), (1, 0)):
+                    some = gpu.span(3 * rows * at + start, both)
+                    columns = gpu.transposed(turned_tiles.at[zero, some])
+                    products.append((angles.at[part_of + zero, at], columns))
+            return products
+
+        def as_scores(coarse, fine):
+            whole = (coarse * LOW_STEPS + fine).astype(jnp.float32)
             return whole * gpu.across(gpu.load(steps.at[0], gpu.COLUMN_VECTOR), scores_shape, 1)
 
-        pairs = ()
+        turning_on = ()
         if turning:
             pairs = tuple(gpu.load(gpu.transposed(each), gpu.TRANSPOSED) for each in raw_centres)
             for place in range(turning.digits):
                 pairs = turn(pairs, turns.at[place])
+            store_turned(pairs)
+            gpu.commit()
+            [found] = gpu.products_at_once(products_of_centres(slots.count), dtypes=[jnp.int32])
+            turning_on = pairs, as_scores(*found)
 
         # Under a condition, or addresses would be kept in registers up to the mix's rotation.
         @gpu.when(count > 0)
@@ -315,8 +323,6 @@ def decode_parts(
                 sums_tile[0] = store_in_two_bytes(query_tiles, its_queries)
             else:
                 store_in_two(query_tiles, its_queries)
-            if turning:
-                store_turned(pairs)
             gpu.commit()
 
         def scales_of(side, stage):
@@ -363,15 +369,17 @@ def decode_parts(
             return (lax.bitcast_convert_type(scales, jnp.int32) ^ column) >= 0
 
         def one_tile(number, state):
-            mix, highest, total, second, pairs, upcoming = state
+            mix, highest, total, second, turning_on, upcoming = state
             stage, start, here = lax.rem(number, stages), slots.start_of(number), upcoming[0]
+            if turning:
+                pairs, of_centres = turning_on
 
             gpu.wait(arrived[0].at[stage])
             scores = scores_of(stage)
             for buffer in addends:
                 scores += gpu.load(buffer.at[stage])
             if turning:
-                scores += scores_of_centres()
+                scores += of_centres
             if plan.softcap is not None:
                 scores = capped(scores, plan.softcap)
             visible = slots.seen_by_each(start, here, scores_shape)
@@ -399,7 +407,14 @@ def decode_parts(
                 store_turned(pairs)
             gpu.commit()
             in_parts = gpu.transposed(weight_tiles)
-            coarse, fine = gpu.products(gpu.transposed(values), in_parts, jnp.float32)
+            of_values = [(gpu.transposed(values), in_parts)]
+            if turning:
+                (coarse, fine), next_of_centres = gpu.products_at_once(
+                    of_values, products_of_centres(number), dtypes=[jnp.float32, jnp.int32]
+                )
+                turning_on = pairs, as_scores(*next_of_centres)
+            else:
+                coarse, fine = gpu.products(*of_values[0], jnp.float32)
             mix = mix * gpu.across(keep, mix_shape, 1) + (coarse + fine)
 
             @gpu.when(number + stages < count)
@@ -407,12 +422,12 @@ def decode_parts(
                 fetch(number + stages, stage, upcoming[-1])
 
             upcoming = (*upcoming[1:], slots.pages_of(number + stages + 1))
-            return mix, new_highest, total, second, pairs, upcoming
+            return mix, new_highest, total, second, turning_on, upcoming
 
         state = gpu.full(mix_shape, 0), gpu.full((rows,), LOWEST), gpu.full(scores_shape, 0)
         second = (gpu.full(scores_shape, 0),) * plan.signed
         mix, highest, total, second, *_ = gpu.fori_loop(
-            0, count, one_tile, (*state, second, pairs, upcoming)
+            0, count, one_tile, (*state, second, turning_on, upcoming)
         )
         sums_tile[0] = highest
         sums_tile[1] = total.sum(axis=0)
@@ -448,7 +463,7 @@ def decode_parts(
         raw_centres = [gpu.shared((rows, turning.pairs), jnp.float32) for _ in range(2)]
         turned = [
             gpu.shared_tiles((2, 2, TILE, turning.pairs), jnp.int8),
-            gpu.shared_tiles((2 * both, turning.pairs), jnp.int8),
+            gpu.shared_tiles((1, 3 * both, turning.pairs), jnp.int8),
             gpu.shared((turning.digits + 1, 2, turning.pairs), jnp.float32),
             gpu.shared((COPIES, rows), jnp.float32),
         ]

@@ -52,9 +52,9 @@ def shared_tiles(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(row_bytes)))
 
 
-def full(shape: tuple[int, ...], value: float) -> jax.Array:
+def full(shape: tuple[int, ...], value: float, layout: Any = None) -> jax.Array:
     """A float32 matrix, or a vector of a number a column, in registers."""
-    layout = plgpu.Layout.WGMMA if len(shape) == 2 else COLUMN_VECTOR
+    layout = layout or (plgpu.Layout.WGMMA if len(shape) == 2 else COLUMN_VECTOR)
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
@@ -115,20 +115,33 @@ def stacked(parts: Sequence[jax.Array], *, interpret: bool) -> jax.Array:
     return joined(*parts)
 
 
-def products(left: Any, right: Any, dtype: Any, *more: Any) -> tuple[jax.Array, jax.Array]:
+def products(left: Any, right: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """``left @ right``, both in shared memory, as the two halves of its columns.
 
     One product: the tensor cores read all of ``left`` for each, and take as long for few columns.
-    Products of more such pairs are added.
     """
-    rows, columns = left.shape[0], right.shape[1]
+    return products_at_once([(left, right)], dtypes=[dtype])[0]
 
-    def multiply(total):
-        for pair in ((left, right), *more):
-            plgpu.wgmma(total, *pair)
-        return total[...]
 
-    whole = pl.run_scoped(multiply, plgpu.ACC((rows, columns), dtype))
+def products_at_once(
+    *sums: Sequence[tuple[Any, Any]], dtypes: Sequence[Any]
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Sums of such products, which are waited for together."""
+
+    def multiply(*totals):
+        for total, pairs in zip(totals, sums, strict=True):
+            for left, right in pairs:
+                plgpu.wgmma(total, left, right)
+        return [total[...] for total in totals]
+
+    shapes = [(pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs in sums]
+    totals = [plgpu.ACC(*each) for each in zip(shapes, dtypes, strict=True)]
+    found = pl.run_scoped(multiply, *totals)
+    return [_halves(whole) for whole in found]
+
+
+def _halves(whole: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows, columns = whole.shape
     half = columns // 2
     return lax.slice(whole, (0, 0), (rows, half)), lax.slice(whole, (0, half), (rows, columns))
 

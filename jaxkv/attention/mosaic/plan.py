@@ -112,7 +112,7 @@ def parts(cache: KVCache, rows: int, turning: Turning | None = None) -> tuple[in
     table_bytes = 0
     if turning is not None:  # of cosines and sines, in two bytes, and what is multiplied with them
         before_bytes += 4 * rows * turning.pairs
-        table_bytes = (4 * TILE + 2 * rows + 8 * (turning.digits + 1)) * turning.pairs
+        table_bytes = (4 * TILE + 3 * rows + 8 * (turning.digits + 1)) * turning.pairs
     fixed_bytes = max(wide_bytes, before_bytes) + 2 * rows * head_dim + table_bytes + _OTHER_BYTES
 
     def stages(at_once: int) -> int:
