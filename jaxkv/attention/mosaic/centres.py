@@ -18,7 +18,6 @@ from jaxtyping import Array, Float
 from jaxkv.attention.call import AttentionCall
 from jaxkv.attention.mosaic.plan import LOW_STEPS, TILE, Turning
 
-COPIES = 4  # of steps
 _DIGIT = 128  # tiles: how far the first one is turned is looked up a digit of its number at once
 
 
@@ -27,15 +26,12 @@ class Centres(NamedTuple):
 
     Attributes:
       columns: float32 ``[batch, kv_heads, 2, rows, pairs]``: what goes with cosines, and with
-        sines, of each query and centre, at most 127.
-      steps: float32 ``[batch, kv_heads, 4, rows]``: what one of the last of two bytes is worth,
-        four times, since 128 bytes are copied at least.
+        sines, of each query and centre.
       table: int8 ``[2, 2, slots, pairs]``: high and low bytes of cosines and sines.
       turns: float32 ``[digits, 128, 2, pairs]``: cosines and sines of whole tiles.
     """
 
     columns: Array
-    steps: Array
     table: Array
     turns: Array
 
@@ -58,15 +54,8 @@ def centres_of(
         return jnp.pad(numbers, ((0, 0), (0, 0), (0, pairs - numbers.shape[2]), (0, 0)))
 
     both = jnp.stack([padded(with_cos), padded(with_sin)], axis=2)
-    # No pair grows by a turn.
-    largest = jnp.maximum(jnp.sqrt((both * both).sum(axis=2).max(axis=2)), 1e-30)
     table, turns = _tables((*turned, *(0.0,) * (pairs - len(turned))), turning.digits)
-    return Centres(
-        columns=jnp.swapaxes(both * (127 / largest)[:, :, None, None], 3, 4),
-        steps=jnp.stack([largest * (unit / (127 * 127 * LOW_STEPS))] * COPIES, axis=2),
-        table=jnp.asarray(table),
-        turns=jnp.asarray(turns),
-    )
+    return Centres(jnp.swapaxes(both * unit, 3, 4), jnp.asarray(table), jnp.asarray(turns))
 
 
 def turning_of(request: AttentionCall) -> Turning | None:

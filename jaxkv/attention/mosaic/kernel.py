@@ -10,6 +10,7 @@ cache, so that the result is a float32 one.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.attention.mosaic import pallas as gpu
-from jaxkv.attention.mosaic.centres import COPIES, Centres, tile_digits
+from jaxkv.attention.mosaic.centres import Centres, tile_digits
 from jaxkv.attention.mosaic.levels import widen
 from jaxkv.attention.mosaic.plan import LOW_STEPS, TILE, Plan
 from jaxkv.codecs.hadamard import matrix_of
@@ -243,21 +244,15 @@ def decode_parts(
 
         gpu.copy_in(query_ref.at[row, head], raw_queries, ready)
         if turning:
-            columns_ref, steps_ref, angles_ref, turns_ref = centre_refs
-            angles, turned_tiles, turns, steps = turned
-            for side in range(2):
-                gpu.copy_in(columns_ref.at[row, head, side], raw_centres[side], ready)
-                for part_of in range(2):
-                    source = angles_ref.at[side, part_of]
-                    gpu.copy_in(source, angles.at[side, part_of], ready)
-            gpu.copy_in(steps_ref.at[row, head], steps, ready)
+            columns_ref, angles_ref, turns_ref = centre_refs
+            (raw_columns, first_turns), (angles, turned_tiles, tile_turn, steps) = raw_centres, turned
+            gpu.copy_in(columns_ref.at[row, head], raw_columns, ready)
             first_tile = lax.div(slots.start_of(0), TILE)
-            digits = tile_digits(first_tile, turning.digits)
-            for place, digit in enumerate(digits):
-                gpu.copy_in(turns_ref.at[place, digit], turns.at[place], ready)
-            gpu.copy_in(turns_ref.at[0, 1], turns.at[len(digits)], ready)  # from tile to tile
-        if plan.levels:
-            gpu.copy_in(signs_ref, rotating[1], signs_arrived)
+            for place, digit in enumerate(tile_digits(first_tile, turning.digits)):
+                gpu.copy_in(turns_ref.at[place, digit], first_turns.at[place], ready)
+            gpu.copy_in(turns_ref.at[0, 1], tile_turn, ready)
+            for part_of, side in itertools.product(range(2), range(2)):
+                gpu.copy_in(angles_ref.at[part_of, side], angles.at[part_of, side], ready)
         upcoming = tuple(slots.pages_of(number) for number in range(stages + 1))
         for number in range(stages):
 
@@ -270,47 +265,59 @@ def decode_parts(
             gpu.wait(signs_arrived)
 
         def turn(pairs, angle):
-            cos, sin = (
-                gpu.across(gpu.load(angle.at[at], gpu.TRANSPOSED_ROW_VECTOR), pairs[0].shape, 0)
-                for at in range(2)
-            )
-            with_cos, with_sin = pairs
+            (with_cos, with_sin), shape = pairs, (turning.pairs, rows)
+            cos, sin = (gpu.repeated(angle.at[at], shape, 0) for at in range(2))
             return with_cos * cos + with_sin * sin, with_sin * cos - with_cos * sin
 
         def store_turned(pairs):
-            """In two bytes: zeros, high and low bytes of what goes with cosines, then with sines."""
-            zeros, parts = gpu.full(pairs[0].shape, 0, gpu.TRANSPOSED), []
+            """In two bytes: what goes with cosines, high and low ones, and what goes with sines."""
+            parts = []
             for each in pairs:
                 high = jnp.round(each)
-                parts += [zeros, high, jnp.round((each - high) * LOW_STEPS)]
+                parts += [high, jnp.round((each - high) * LOW_STEPS)]
             gpu.store_transposed(turned_tiles.at[0], parts)
 
         def products_of_centres(number):
-            """High bytes times high ones, and times low ones plus low ones times high ones.
+            """High bytes times high and low ones; and low ones times high ones.
 
             Low ones times low ones are all but nothing.
             """
             # Zero, which the compiler cannot tell: it would keep all addresses in registers.
-            zero, products = lax.shift_right_logical(number, jnp.int32(24)), []
-            for at in range(2):
-                for part_of, start in ((0, rows), (1, 0)):
-                    some = gpu.span(3 * rows * at + start, both)
-                    columns = gpu.transposed(turned_tiles.at[zero, some])
-                    products.append((angles.at[part_of + zero, at], columns))
-            return products
+            zero = lax.shift_right_logical(number, jnp.int32(24))
 
-        def as_scores(coarse, fine):
-            whole = (coarse * LOW_STEPS + fine).astype(jnp.float32)
+            def of(part_of, columns):
+                return [
+                    (
+                        angles.at[part_of + zero, side],
+                        gpu.transposed(turned_tiles.at[zero, gpu.span(both * side, columns)]),
+                    )
+                    for side in range(2)
+                ]
+
+            return (of(0, both), jnp.int32), (of(1, rows), jnp.int32)
+
+        def as_scores(by_high, by_low):
+            coarse, fine = gpu.halves(by_high)
+            whole = (coarse * LOW_STEPS + (fine + by_low)).astype(jnp.float32)
             return whole * gpu.across(gpu.load(steps.at[0], gpu.COLUMN_VECTOR), scores_shape, 1)
 
         turning_on = ()
         if turning:
-            pairs = tuple(gpu.load(gpu.transposed(each), gpu.TRANSPOSED) for each in raw_centres)
+            columns = [
+                gpu.load(gpu.transposed(raw_columns.at[side]), gpu.TRANSPOSED) for side in range(2)
+            ]
+            of_cos, of_sin = map(gpu.upright, columns)
+            # No pair grows by a turn. Of 127 steps, and of LOW_STEPS times as many times 127.
+            largest = jnp.sqrt((of_cos * of_cos + of_sin * of_sin).max(axis=0))
+            largest = jnp.maximum(largest, 1e-30)
+            steps[0], steps[1] = largest / (127 * 127 * LOW_STEPS), 127 / largest
+            to_bytes = gpu.repeated(steps.at[1], columns[0].shape, 1)
+            pairs = tuple(each * to_bytes for each in columns)
             for place in range(turning.digits):
-                pairs = turn(pairs, turns.at[place])
+                pairs = turn(pairs, first_turns.at[place])
             store_turned(pairs)
             gpu.commit()
-            [found] = gpu.products_at_once(products_of_centres(slots.count), dtypes=[jnp.int32])
+            found = gpu.sums_of_products(*products_of_centres(count))
             turning_on = pairs, as_scores(*found)
 
         # Under a condition, or addresses would be kept in registers up to the mix's rotation.
@@ -403,18 +410,17 @@ def decode_parts(
                 weights = jnp.where(visible, weights, 0)
             store_in_two(weight_tiles, weights)
             if turning:
-                pairs = turn(pairs, turns.at[turning.digits])
+                pairs = turn(pairs, tile_turn)
                 store_turned(pairs)
             gpu.commit()
             in_parts = gpu.transposed(weight_tiles)
-            of_values = [(gpu.transposed(values), in_parts)]
+            sums = [([(gpu.transposed(values), in_parts)], jnp.float32)]
+            if turning:  # of the next tile
+                sums += products_of_centres(number)
+            of_values, *found = gpu.sums_of_products(*sums)
+            coarse, fine = gpu.halves(of_values)
             if turning:
-                (coarse, fine), next_of_centres = gpu.products_at_once(
-                    of_values, products_of_centres(number), dtypes=[jnp.float32, jnp.int32]
-                )
-                turning_on = pairs, as_scores(*next_of_centres)
-            else:
-                coarse, fine = gpu.products(*of_values[0], jnp.float32)
+                turning_on = pairs, as_scores(*found)
             mix = mix * gpu.across(keep, mix_shape, 1) + (coarse + fine)
 
             @gpu.when(number + stages < count)
@@ -460,14 +466,17 @@ def decode_parts(
     copies = pieces * len(leaves) + len(added), pieces * len(leaves)
     turned, raw_centres, copies_of_centres = [], [], 0
     if turning:
-        raw_centres = [gpu.shared((rows, turning.pairs), jnp.float32) for _ in range(2)]
+        raw_centres = [
+            gpu.shared((2, rows, turning.pairs), jnp.float32),
+            gpu.shared((turning.digits, 2, turning.pairs), jnp.float32),
+        ]
         turned = [
             gpu.shared_tiles((2, 2, TILE, turning.pairs), jnp.int8),
-            gpu.shared_tiles((1, 3 * both, turning.pairs), jnp.int8),
-            gpu.shared((turning.digits + 1, 2, turning.pairs), jnp.float32),
-            gpu.shared((COPIES, rows), jnp.float32),
+            gpu.shared_tiles((1, 2 * both, turning.pairs), jnp.int8),
+            gpu.shared((2, turning.pairs), jnp.float32),
+            gpu.shared((2, rows), jnp.float32),
         ]
-        copies_of_centres = 2 + 4 + 1 + turning.digits + 1
+        copies_of_centres = 1 + turning.digits + 1 + 4
     return gpu.run(
         body,
         [queries, *leaves, *added, *(centres or ()), layer, bounds, table, signs],

@@ -18,10 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 ROWS = 64  # of one warpgroup's matrix product
 ROW_VECTOR, COLUMN_VECTOR = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 # Neighbours of a row's are in one register of the transposed layout.
-TRANSPOSED, TRANSPOSED_ROW_VECTOR = (
-    plgpu.Layout.WGMMA_TRANSPOSED,
-    plgpu.Layout.WGMMA_TRANSPOSED.reduce(1),
-)
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 WIDENING = plgpu.Layout.WGMMA_UPCAST_2X  # from one byte to two
 Barrier = plgpu.Barrier
 Either = plgpu.RefUnion  # one piece of shared memory, used first as one thing, then as another
@@ -52,9 +49,9 @@ def shared_tiles(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(row_bytes)))
 
 
-def full(shape: tuple[int, ...], value: float, layout: Any = None) -> jax.Array:
+def full(shape: tuple[int, ...], value: float) -> jax.Array:
     """A float32 matrix, or a vector of a number a column, in registers."""
-    layout = layout or (plgpu.Layout.WGMMA if len(shape) == 2 else COLUMN_VECTOR)
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else COLUMN_VECTOR
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
@@ -66,6 +63,16 @@ def iota(shape: tuple[int, int], axis: int) -> jax.Array:
 def load(ref: Any, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
     """From shared memory to registers."""
     return plgpu.load(ref, *_NO_INDEX, layout=layout, optimized=False)
+
+
+def upright(matrix: jax.Array) -> jax.Array:
+    """From the transposed layout to that of products."""
+    return plgpu.layout_cast(matrix, plgpu.Layout.WGMMA)
+
+
+def repeated(ref: Any, shape: tuple[int, int], axis: int) -> jax.Array:
+    """`across` of a vector in shared memory, in the transposed layout."""
+    return across(load(ref, TRANSPOSED.reduce(1 - axis)), shape, axis)
 
 
 def across(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
@@ -120,27 +127,27 @@ def products(left: Any, right: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
     One product: the tensor cores read all of ``left`` for each, and take as long for few columns.
     """
-    return products_at_once([(left, right)], dtypes=[dtype])[0]
+    [whole] = sums_of_products(([(left, right)], dtype))
+    return halves(whole)
 
 
-def products_at_once(
-    *sums: Sequence[tuple[Any, Any]], dtypes: Sequence[Any]
-) -> list[tuple[jax.Array, jax.Array]]:
-    """Sums of such products, which are waited for together."""
+def sums_of_products(*sums: tuple[Sequence[tuple[Any, Any]], Any]) -> list[jax.Array]:
+    """Sums of such products, each in its dtype, which are waited for together."""
 
     def multiply(*totals):
-        for total, pairs in zip(totals, sums, strict=True):
+        for total, (pairs, _) in zip(totals, sums, strict=True):
             for left, right in pairs:
                 plgpu.wgmma(total, left, right)
         return [total[...] for total in totals]
 
-    shapes = [(pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs in sums]
-    totals = [plgpu.ACC(*each) for each in zip(shapes, dtypes, strict=True)]
-    found = pl.run_scoped(multiply, *totals)
-    return [_halves(whole) for whole in found]
+    totals = [
+        plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), dtype) for pairs, dtype in sums
+    ]
+    return pl.run_scoped(multiply, *totals)
 
 
-def _halves(whole: jax.Array) -> tuple[jax.Array, jax.Array]:
+def halves(whole: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the columns."""
     rows, columns = whole.shape
     half = columns // 2
     return lax.slice(whole, (0, 0), (rows, half)), lax.slice(whole, (0, half), (rows, columns))
