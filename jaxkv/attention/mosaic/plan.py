@@ -13,8 +13,8 @@ TILE = 64  # slots that are taken at once, the rows of a product
 # Parts of a sequence are at most this long, so that one long one in a batch is read by many.
 _LONGEST_PART = 8192
 _MULTIPROCESSORS = 132  # of an H100 or H200, where there is no device to ask
-_SHARED_BYTES = 225 << 10  # of one multiprocessor
-_OTHER_BYTES = 1 << 9  # sums and barriers
+_SHARED_BYTES = 220 << 10  # of one multiprocessor
+_OTHER_BYTES = 2 << 10  # sums, barriers, and what is lost to alignment
 # Parts at once on a multiprocessor, which hide each other's waiting: more where more is computed.
 _OF_NUMBERS, _OF_CODES, _OF_PACKED = 2, 3, 4
 _FEW_ROWS = 16  # whose registers leave room for so many
@@ -113,8 +113,7 @@ def parts(cache: KVCache, rows: int, turning: Turning | None = None) -> tuple[in
     if turning is not None:  # of cosines and sines, in two bytes, and what is multiplied with them
         before_bytes += 8 * (rows // 2 + turning.digits) * turning.pairs
         table_bytes = (4 * TILE + 2 * rows + 8) * turning.pairs
-    query_bytes = (1 if quantized else 2) * rows * head_dim
-    fixed_bytes = max(wide_bytes, before_bytes) + query_bytes + table_bytes + _OTHER_BYTES
+    fixed_bytes = max(wide_bytes, before_bytes) + 2 * rows * head_dim + table_bytes + _OTHER_BYTES
 
     def stages(at_once: int) -> int:
         return (_SHARED_BYTES // at_once - fixed_bytes) // (TILE * slot_bytes)
