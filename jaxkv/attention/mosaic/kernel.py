@@ -253,6 +253,8 @@ def decode_parts(
             gpu.copy_in(turns_ref.at[0, 1], tile_turn, ready)
             for part_of, side in itertools.product(range(2), range(2)):
                 gpu.copy_in(angles_ref.at[part_of, side], angles.at[part_of, side], ready)
+        if plan.levels:
+            gpu.copy_in(signs_ref, rotating[1], signs_arrived)
         upcoming = tuple(slots.pages_of(number) for number in range(stages + 1))
         for number in range(stages):
 
