@@ -156,7 +156,9 @@ def _decode(
     new = New(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     begun = (0, state, cache, new)
     # A GPU's loop holds the thread that calls it until it ends, and one step needs none.
-    steps = one_step if num_steps == 1 else functools.partial(lax.while_loop, unfinished, some_steps)
+    steps = (
+        one_step if num_steps == 1 else functools.partial(lax.while_loop, unfinished, some_steps)
+    )
     _, state, cache, new = steps(begun)
     state, new = everywhere(cache, (state, new))
     return state, cache, new

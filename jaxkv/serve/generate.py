@@ -286,6 +286,7 @@ def generate(
             program.compile_prefill(chunks, live.cache)
             if compression is None:
                 program.compile_decode(state, live.cache)
+
         def ahead() -> None:
             """The first dispatch of decode, prepared while the device prefills."""
             nonlocal state

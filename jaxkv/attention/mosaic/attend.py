@@ -131,18 +131,17 @@ def _decode(request: AttentionCall, interpret: object) -> tuple[Grouped, LogTota
         raise ValueError(f"implementation 'mosaic' cannot serve this call: {_too_many(count)}.")
     specs = cache.config.codec.leaves(head_dim)
     leaves = tuple(bitcast(cache.storage[name], specs[name][1]) for name in specs)
-    scale = jnp.float32(1 if request.softcap else _LOG2_E)
+    scale = jnp.float32(_unit(request))
     rotates = cache.config.codec.rotation is not None
     if rotates:
         scale = scale * half_turn(head_dim)
-    unit = 1 if request.softcap else _LOG2_E
     queries, added, centres = request.queries * scale, (), None
     if (turning := turning_of(request)) is None:
-        added = _added(request, unit)
+        added = _added(request)
     else:  # each query once for each centre
         queries = jnp.concatenate([queries] * turning.centres, axis=2)
         of_centres = jnp.moveaxis(request.offset_queries, 4, 2).reshape(*queries.shape[:4], -1)
-        centres = centres_of(request, turning, _columns(of_centres), unit)
+        centres = centres_of(request, turning, _columns(of_centres * _unit(request)))
     columns = _columns(queries)
     mixes, sums = kernel.decode_parts(
         columns,
@@ -177,6 +176,11 @@ def _decode(request: AttentionCall, interpret: object) -> tuple[Grouped, LogTota
         if offsets.second is not None:
             mix += second_share * (offsets.second - offsets.vectors)[1][:, None]
     return mix.reshape(request.queries.shape), log_total.reshape(batch, kv_heads, tokens, group)
+
+
+def _unit(request: AttentionCall) -> float:
+    """Of the kernel's scores: base 2, unless they are capped first."""
+    return 1 if request.softcap else _LOG2_E
 
 
 def _columns(
@@ -253,9 +257,7 @@ def _page_table(cache: KVCache) -> Array:
     return cache.index.pages.table.reshape(cache.config.batch_size or 1, -1)
 
 
-def _added(
-    request: AttentionCall, unit: float
-) -> tuple[Float[Array, "batch kv_heads slots rows"], ...]:
+def _added(request: AttentionCall) -> tuple[Float[Array, "batch kv_heads slots rows"], ...]:
     """What keys were stored less, times the queries, in the units of the scores."""
     index, offsets = request.cache.index, request.offsets
     if offsets is None or request.offset_queries is None:
@@ -274,7 +276,7 @@ def _added(
     is_second = request.is_second(0, 0, index.extent)
     if second and is_second is not None:
         scores = jnp.where(jnp.swapaxes(is_second, 1, 2)[..., None], second[0], scores)
-    return (scores * unit,)
+    return (scores * _unit(request),)
 
 
 def _combined(

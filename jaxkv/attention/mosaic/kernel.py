@@ -245,10 +245,13 @@ def decode_parts(
         gpu.copy_in(query_ref.at[row, head], raw_queries, ready)
         if turning:
             columns_ref, angles_ref, turns_ref = centre_refs
-            (raw_columns, first_turns), (angles, turned_tiles, tile_turn, steps) = raw_centres, turned
+            (raw_columns, first_turns), (angles, turned_tiles, tile_turn, steps) = (
+                raw_centres,
+                turned,
+            )
             gpu.copy_in(columns_ref.at[row, head], raw_columns, ready)
             first_tile = lax.div(slots.start_of(0), TILE)
-            for place, digit in enumerate(tile_digits(first_tile, turning.digits)):
+            for place, digit in enumerate(tile_digits(first_tile, turning)):
                 gpu.copy_in(turns_ref.at[place, digit], first_turns.at[place], ready)
             gpu.copy_in(turns_ref.at[0, 1], tile_turn, ready)
             for part_of, side in itertools.product(range(2), range(2)):
