@@ -10,7 +10,6 @@ cache, so that the result is a float32 one.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.attention.mosaic import pallas as gpu
-from jaxkv.attention.mosaic.centres import Centres, tile_digits
+from jaxkv.attention.mosaic.centres import Centres
 from jaxkv.attention.mosaic.levels import widen
 from jaxkv.attention.mosaic.plan import LOW_STEPS, TILE, Plan
+from jaxkv.attention.mosaic.turned import Turned, lasting, num_copies, passing
 from jaxkv.codecs.hadamard import matrix_of
 
 BLOCK = 64  # of the Hadamard matrix that is multiplied with: the rows of a product
@@ -219,7 +219,7 @@ def decode_parts(
         refs = refs[len(leaves) + len(added) :]
         centre_refs, refs = refs[: len(centres or ())], refs[len(centres or ()) :]
         layer_ref, bounds_ref, table_ref, signs_ref, mix_out, sums_out, *scratch = refs
-        query_tiles, (buffers, mix_tile), sums_tile, either, addends, turned, *barriers = scratch
+        query_tiles, (buffers, mix_tile), sums_tile, either, addends, kept, *barriers = scratch
         ready, signs_arrived, arrived = barriers
         (weight_tiles, wide), (raw_queries, rotating, raw_centres) = either
         head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
@@ -244,18 +244,9 @@ def decode_parts(
 
         gpu.copy_in(query_ref.at[row, head], raw_queries, ready)
         if turning:
-            columns_ref, angles_ref, turns_ref = centre_refs
-            (raw_columns, first_turns), (angles, turned_tiles, tile_turn, steps) = (
-                raw_centres,
-                turned,
-            )
-            gpu.copy_in(columns_ref.at[row, head], raw_columns, ready)
+            turned = Turned(turning, rows, raw_centres, kept)
             first_tile = lax.div(slots.start_of(0), TILE)
-            for place, digit in enumerate(tile_digits(first_tile, turning)):
-                gpu.copy_in(turns_ref.at[place, digit], first_turns.at[place], ready)
-            gpu.copy_in(turns_ref.at[0, 1], tile_turn, ready)
-            for part_of, side in itertools.product(range(2), range(2)):
-                gpu.copy_in(angles_ref.at[part_of, side], angles.at[part_of, side], ready)
+            turned.fetch(centre_refs, row, head, first_tile, ready)
         if plan.levels:
             gpu.copy_in(signs_ref, rotating[1], signs_arrived)
         upcoming = tuple(slots.pages_of(number) for number in range(stages + 1))
@@ -269,61 +260,12 @@ def decode_parts(
         if plan.levels:
             gpu.wait(signs_arrived)
 
-        def turn(pairs, angle):
-            (with_cos, with_sin), shape = pairs, (turning.pairs, rows)
-            cos, sin = (gpu.repeated(angle.at[at], shape, 0) for at in range(2))
-            return with_cos * cos + with_sin * sin, with_sin * cos - with_cos * sin
-
-        def store_turned(pairs):
-            """In two bytes: what goes with cosines, high and low ones, and what goes with sines."""
-            parts = []
-            for each in pairs:
-                high = jnp.round(each)
-                parts += [high, jnp.round((each - high) * LOW_STEPS)]
-            gpu.store_transposed(turned_tiles.at[0], parts)
-
-        def products_of_centres(number):
-            """High bytes times high and low ones; and low ones times high ones.
-
-            Low ones times low ones are all but nothing.
-            """
-            # Zero, which the compiler cannot tell: it would keep all addresses in registers.
-            zero = lax.shift_right_logical(number, jnp.int32(24))
-
-            def of(part_of, columns):
-                return [
-                    (
-                        angles.at[part_of + zero, side],
-                        gpu.transposed(turned_tiles.at[zero, gpu.span(both * side, columns)]),
-                    )
-                    for side in range(2)
-                ]
-
-            return (of(0, both), jnp.int32), (of(1, rows), jnp.int32)
-
-        def as_scores(by_high, by_low):
-            coarse, fine = gpu.halves(by_high)
-            whole = (coarse * LOW_STEPS + (fine + by_low)).astype(jnp.float32)
-            return whole * gpu.across(gpu.load(steps.at[0], gpu.COLUMN_VECTOR), scores_shape, 1)
-
-        turning_on = ()
+        of_centres = ()
         if turning:
-            columns = [
-                gpu.load(gpu.transposed(raw_columns.at[side]), gpu.TRANSPOSED) for side in range(2)
-            ]
-            of_cos, of_sin = map(gpu.upright, columns)
-            # No pair grows by a turn. Of 127 steps, and of LOW_STEPS times as many times 127.
-            largest = jnp.sqrt((of_cos * of_cos + of_sin * of_sin).max(axis=0))
-            largest = jnp.maximum(largest, 1e-30)
-            steps[0], steps[1] = largest / (127 * 127 * LOW_STEPS), 127 / largest
-            to_bytes = gpu.repeated(steps.at[1], columns[0].shape, 1)
-            pairs = tuple(each * to_bytes for each in columns)
-            for place in range(turning.digits):
-                pairs = turn(pairs, first_turns.at[place])
-            store_turned(pairs)
+            pairs = turned.begin()
             gpu.commit()
-            found = gpu.sums_of_products(*products_of_centres(count))
-            turning_on = pairs, as_scores(*found)
+            found = gpu.sums_of_products(*turned.products(count))
+            of_centres = pairs, turned.scores(*found)
 
         # Under a condition, or addresses would be kept in registers up to the mix's rotation.
         @gpu.when(count > 0)
@@ -381,17 +323,16 @@ def decode_parts(
             return (lax.bitcast_convert_type(scales, jnp.int32) ^ column) >= 0
 
         def one_tile(number, state):
-            mix, highest, total, second, turning_on, upcoming = state
+            mix, highest, total, second, of_centres, upcoming = state
             stage, start, here = lax.rem(number, stages), slots.start_of(number), upcoming[0]
-            if turning:
-                pairs, of_centres = turning_on
 
             gpu.wait(arrived[0].at[stage])
             scores = scores_of(stage)
             for buffer in addends:
                 scores += gpu.load(buffer.at[stage])
             if turning:
-                scores += of_centres
+                pairs, scores_of_centres = of_centres
+                scores += scores_of_centres
             if plan.softcap is not None:
                 scores = capped(scores, plan.softcap)
             visible = slots.seen_by_each(start, here, scores_shape)
@@ -415,17 +356,16 @@ def decode_parts(
                 weights = jnp.where(visible, weights, 0)
             store_in_two(weight_tiles, weights)
             if turning:
-                pairs = turn(pairs, tile_turn)
-                store_turned(pairs)
+                pairs = turned.next(pairs)
             gpu.commit()
             in_parts = gpu.transposed(weight_tiles)
             sums = [([(gpu.transposed(values), in_parts)], jnp.float32)]
             if turning:  # of the next tile
-                sums += products_of_centres(number)
+                sums += turned.products(number)
             of_values, *found = gpu.sums_of_products(*sums)
             coarse, fine = gpu.halves(of_values)
             if turning:
-                turning_on = pairs, as_scores(*found)
+                of_centres = pairs, turned.scores(*found)
             mix = mix * gpu.across(keep, mix_shape, 1) + (coarse + fine)
 
             @gpu.when(number + stages < count)
@@ -433,12 +373,12 @@ def decode_parts(
                 fetch(number + stages, stage, upcoming[-1])
 
             upcoming = (*upcoming[1:], slots.pages_of(number + stages + 1))
-            return mix, new_highest, total, second, turning_on, upcoming
+            return mix, new_highest, total, second, of_centres, upcoming
 
         state = gpu.full(mix_shape, 0), gpu.full((rows,), LOWEST), gpu.full(scores_shape, 0)
         second = (gpu.full(scores_shape, 0),) * plan.signed
         mix, highest, total, second, *_ = gpu.fori_loop(
-            0, count, one_tile, (*state, second, turning_on, upcoming)
+            0, count, one_tile, (*state, second, of_centres, upcoming)
         )
         sums_tile[0] = highest
         sums_tile[1] = total.sum(axis=0)
@@ -469,19 +409,6 @@ def decode_parts(
     rotating = [gpu.shared_tiles((both, head_dim), jnp.bfloat16)] if plan.levels else []
     rotating += [gpu.shared_tiles((BLOCK, BLOCK), jnp.bfloat16)] if plan.levels else []
     copies = pieces * len(leaves) + len(added), pieces * len(leaves)
-    turned, raw_centres, copies_of_centres = [], [], 0
-    if turning:
-        raw_centres = [
-            gpu.shared((2, rows, turning.pairs), jnp.float32),
-            gpu.shared((turning.digits, 2, turning.pairs), jnp.float32),
-        ]
-        turned = [
-            gpu.shared_tiles((2, 2, TILE, turning.pairs), jnp.int8),
-            gpu.shared_tiles((1, 2 * both, turning.pairs), jnp.int8),
-            gpu.shared((2, turning.pairs), jnp.float32),
-            gpu.shared((2, rows), jnp.float32),
-        ]
-        copies_of_centres = 1 + turning.digits + 1 + 4
     return gpu.run(
         body,
         [queries, *leaves, *added, *(centres or ()), layer, bounds, table, signs],
@@ -497,11 +424,11 @@ def decode_parts(
             gpu.shared((2 + plan.signed, rows), jnp.float32),
             gpu.Either(
                 (gpu.shared_tiles((both, TILE), number), wide),
-                (gpu.shared((head_dim, rows), jnp.float32), rotating, raw_centres),
+                (gpu.shared((head_dim, rows), jnp.float32), rotating, passing(turning, rows)),
             ),
             [gpu.shared((stages, TILE, rows), jnp.float32) for _ in added],
-            turned,
-            gpu.Barrier(num_arrivals=1 + copies_of_centres),
+            lasting(turning, rows),
+            gpu.Barrier(num_arrivals=1 + num_copies(turning)),
             gpu.Barrier(),
             [gpu.Barrier(num_arrivals=arrivals, num_barriers=stages) for arrivals in copies],
         ],

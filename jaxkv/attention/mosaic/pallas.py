@@ -72,7 +72,8 @@ def upright(matrix: jax.Array) -> jax.Array:
 
 def repeated(ref: Any, shape: tuple[int, int], axis: int) -> jax.Array:
     """`across` of a vector in shared memory, in the transposed layout."""
-    return across(load(ref, TRANSPOSED.reduce(1 - axis)), shape, axis)
+    vector = load(ref, TRANSPOSED.reduce(1 - axis))
+    return plgpu.layout_cast(across(vector, shape, axis), TRANSPOSED)
 
 
 def across(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
