@@ -125,8 +125,12 @@ def test_a_group_that_fills_the_registers_is_left_to_others(served):
         (jaxkv.Dense("bfloat16"), jaxkv.Contiguous()),
         (jaxkv.Int8(), jaxkv.Paged(16, num_pages=20)),
         (jaxkv.Rotated(4), jaxkv.Contiguous()),
+        (
+            jaxkv.Centred(jaxkv.Int8(), rope=jaxkv.Rope.of(1e4, rotary_dim=64)),
+            jaxkv.Contiguous(),
+        ),
     ],
-    ids=["bfloat16", "int8 pages", "rotated4"],
+    ids=["bfloat16", "int8 pages", "rotated4", "two centres"],
 )
 def test_it_lowers_and_is_given_the_whole_cache(served, codec, addressing):
     served(platform="gpu")

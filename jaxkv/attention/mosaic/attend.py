@@ -135,10 +135,12 @@ def _decode(request: AttentionCall, interpret: object) -> tuple[Grouped, LogTota
     rotates = cache.config.codec.rotation is not None
     if rotates:
         scale = scale * half_turn(head_dim)
-    queries, added, centres = request.queries * scale, (), None
+    queries, centres = request.queries * scale, None
+    added: tuple[Array, ...] = ()
     if (turning := turning_of(request)) is None:
         added = _added(request)
     else:  # each query once for each centre
+        assert request.offset_queries is not None
         queries = jnp.concatenate([queries] * turning.centres, axis=2)
         of_centres = jnp.moveaxis(request.offset_queries, 4, 2).reshape(*queries.shape[:4], -1)
         centres = centres_of(request, turning, _columns(of_centres * _unit(request)))

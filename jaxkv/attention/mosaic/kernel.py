@@ -260,7 +260,7 @@ def decode_parts(
         if plan.levels:
             gpu.wait(signs_arrived)
 
-        of_centres = ()
+        of_centres: Any = ()
         if turning:
             pairs = turned.begin()
             gpu.commit()
@@ -316,10 +316,10 @@ def decode_parts(
 
             return values
 
-        def less_its_centre(stage):
+        def less_its_centre(stage, of_first):
             """The slots whose keys were stored less a column's centre, by signs of both."""
             scales = gpu.across(scales_of(0, stage), scores_shape, 0)
-            column = turning.count - 1 - gpu.iota(scores_shape, 1)  # negative of the second
+            column = of_first - 1 - gpu.iota(scores_shape, 1)  # negative of the second
             return (lax.bitcast_convert_type(scales, jnp.int32) ^ column) >= 0
 
         def one_tile(number, state):
@@ -337,7 +337,7 @@ def decode_parts(
                 scores = capped(scores, plan.softcap)
             visible = slots.seen_by_each(start, here, scores_shape)
             if turning and turning.centres == 2:
-                visible &= less_its_centre(stage)
+                visible &= less_its_centre(stage, turning.count)
             scores = jnp.where(visible, scores, HIDDEN)
             new_highest = jnp.maximum(highest, scores.max(axis=0))
             keep = jnp.exp2(highest - new_highest)

@@ -70,13 +70,13 @@ def upright(matrix: jax.Array) -> jax.Array:
     return plgpu.layout_cast(matrix, plgpu.Layout.WGMMA)
 
 
-def repeated(ref: Any, shape: tuple[int, int], axis: int) -> jax.Array:
+def repeated(ref: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
     """`across` of a vector in shared memory, in the transposed layout."""
     vector = load(ref, TRANSPOSED.reduce(1 - axis))
     return plgpu.layout_cast(across(vector, shape, axis), TRANSPOSED)
 
 
-def across(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+def across(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     """A number a row (``axis`` 0) or a column (1), repeated over a matrix."""
     return lax.broadcast_in_dim(vector, shape, [axis])
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.attention.mosaic import pallas as gpu
-from jaxkv.attention.mosaic.centres import Centres, tile_digits
+from jaxkv.attention.mosaic.centres import tile_digits
 from jaxkv.attention.mosaic.plan import LOW_STEPS, TILE, Turning
 
 # What goes with cosines and what goes with sines, ``[pairs, rows]`` each, in steps of high bytes.
@@ -54,8 +54,8 @@ class Turned:
         self._table, self._tiles, self._tile_turn, self._steps = lasting
 
     def fetch(self, sources: Any, row: Any, head: Any, first_tile: jax.Array, ready: Any) -> None:
-        """What was made of `centres`, for this head, from this tile on."""
-        columns, table, turns = Centres(*sources)
+        """What `Centres` are, for this head, from this tile on."""
+        columns, table, turns = sources
         gpu.copy_in(columns.at[row, head], self._raw, ready)
         for place, digit in enumerate(tile_digits(first_tile, self._turning)):
             gpu.copy_in(turns.at[place, digit], self._first_turns.at[place], ready)
@@ -68,9 +68,9 @@ class Turned:
         of_cos, of_sin = (
             gpu.load(gpu.transposed(self._raw.at[side]), gpu.TRANSPOSED) for side in range(2)
         )
-        # No pair grows by a turn.
-        squares = gpu.upright(of_cos * of_cos + of_sin * of_sin)
-        largest = jnp.maximum(jnp.sqrt(squares.max(axis=0)), 1e-30)
+        # A pair is never longer than that, however it is turned.
+        lengths = gpu.upright(jnp.abs(of_cos) + jnp.abs(of_sin))
+        largest = jnp.maximum(lengths.max(axis=0), 1e-30)
         self._steps[0] = largest / (127 * 127 * LOW_STEPS)
         self._steps[1] = 127 / largest
         to_bytes = gpu.repeated(self._steps.at[1], of_cos.shape, 1)
