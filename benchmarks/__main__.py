@@ -27,7 +27,7 @@ PARTS = (
         "mesh",
         "draft",
     ),
-    "accelerator",
+    *("accelerator", "accelerator-checks"),
 )
 
 

@@ -1,4 +1,7 @@
-"""On a GPU or TPU: is what jaxkv promises true there? Memory, in place, right answers, speed."""
+"""On a GPU or TPU: how fast are prompts, decode and requests, beside the device's limits and peers?
+
+`accelerator-checks` asks whether answers are right and memory is as promised.
+"""
 
 import functools
 import signal
@@ -6,48 +9,35 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 
-import jaxkv
-from benchmarks.accelerator_agreement import agreement
 from benchmarks.accelerator_attention import CONTEXTS, compile_ahead, large_heads, sweep
-from benchmarks.accelerator_decode import decode, few_tokens, generate, llama
+from benchmarks.accelerator_decode import decode, llama
 from benchmarks.accelerator_prefill import prefill
 from benchmarks.accelerator_prompts import first_tokens, peer_of, requests
-from benchmarks.measure import interleaved
-from benchmarks.report import Row, Table
-from jaxkv.memory import device_memory
-
-_LLAMA_3_8B = {"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}
-_QWEN_2_5 = {"num_layers": 24, "num_kv_heads": 2, "head_dim": 64}  # of 0.5B parameters
+from benchmarks.report import Table
 
 
 def run(quick: bool) -> Iterator[Table]:
-    """A table a promise."""
+    """A table a question."""
     if jax.default_backend() == "cpu":
         yield Table("Accelerator: this machine has none", [])
         return
     print(f"device         {jax.devices()[0].device_kind}", flush=True)
-    yield _within("Agreement", 150, agreement)
-    yield _within("Prefill", 150, prefill)
+    yield within("Prefill", 150, prefill)
     contexts = CONTEXTS[:2] if quick else CONTEXTS
-    yield _within("Compiled", 150, functools.partial(compile_ahead, contexts))
+    yield within("Compiled", 150, functools.partial(compile_ahead, contexts))
     for batch, context in contexts:
         title = f"Decode attention, {batch} x {context}"
-        yield _within(title, 120, functools.partial(sweep, batch, context))
-    yield _within("Decode attention, heads of 256", 60, large_heads)
-    yield _within("Memory", 60, _memory)
-    yield _within("Append", 60, _append)
-    yield _within("Generate", 90, generate)
+        yield within(title, 120, functools.partial(sweep, batch, context))
+    yield within("Decode attention, heads of 256", 60, large_heads)
     model = llama(layers=8 if quick else 32)
-    yield _within("Decode", 300, lambda: decode(model))
-    yield _within("Steps of several tokens", 120, lambda: few_tokens(model))
+    yield within("Decode", 300, lambda: decode(model))
     peer = peer_of(model)
-    yield _within("First token", 150, lambda: first_tokens(model, peer))
-    yield _within("Engine", 150, lambda: requests(model, peer))
+    yield within("First token", 150, lambda: first_tokens(model, peer))
+    yield within("Engine", 150, lambda: requests(model, peer))
 
 
-def _within(title: str, seconds: int, part: Callable[[], Table]) -> Table:
+def within(title: str, seconds: int, part: Callable[[], Table]) -> Table:
     """A part's table; or why there is none, so that one part's failure is not that of the rest."""
 
     def give_up(*_):
@@ -65,71 +55,3 @@ def _within(title: str, seconds: int, part: Callable[[], Table]) -> Table:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
-
-
-def _memory() -> Table:
-    """Bytes in use by the device's own count, inside and after a session, against the plan."""
-    rows: list[Row] = []
-    for shape, context in ((_QWEN_2_5, 1 << 11), (_LLAMA_3_8B, 1 << 12), (_LLAMA_3_8B, 1 << 15)):
-        config = jaxkv.KVCacheConfig(max_context_length=context, **shape)
-        before = device_memory().in_use_bytes
-        with jaxkv.session(config):
-            held = device_memory().in_use_bytes - before
-        times = interleaved({"create": lambda c=config: jaxkv.create(c).storage}, repeats=7)
-        rows.append(
-            {
-                "cache": config.describe(),
-                "create ms": times["create"].seconds * 1e3,
-                "planned": config.size_bytes + config.index_bytes,
-                "held": held,
-                "left after": device_memory().in_use_bytes - before,
-                "source": device_memory().source,
-            }
-        )
-    return Table("Memory: the device's count of a session, in bytes", rows, [_too_large()])
-
-
-def _too_large() -> str:
-    huge = jaxkv.KVCacheConfig(max_context_length=1 << 24, **_LLAMA_3_8B)
-    try:
-        with jaxkv.session(huge):
-            return "a cache larger than the device was allocated: WRONG"
-    except jaxkv.CacheAllocationError as error:
-        return str(error)
-
-
-def _append() -> Table:
-    rows = []
-    for codec in ("bfloat16", "float16", "float32", "int8"):
-        times, alias = {}, 0.0
-        for slots in (4096, 131072):
-            codec_value = jaxkv.codecs.CODECS[codec]
-            config = jaxkv.KVCacheConfig(4, slots, 8, 128, codec=codec_value)
-            holder = [jaxkv.create(config)]
-            vectors = jnp.ones((1, 8, 128), jnp.bfloat16)
-
-            def write(cache, vectors):
-                for layer in range(4):
-                    cache = jaxkv.append(cache, vectors, vectors, layer=layer)
-                return jaxkv.truncate(jaxkv.advance(cache, 1), 0)
-
-            compiled = jax.jit(write, donate_argnums=0).lower(holder[0], vectors).compile()
-            alias = compiled.memory_analysis().alias_size_in_bytes / config.size_bytes
-
-            def call(compiled=compiled, holder=holder, vectors=vectors):
-                for _ in range(20):
-                    holder[0] = compiled(holder[0], vectors)
-                return holder[0]
-
-            times[slots] = interleaved({"append": call}, repeats=9)["append"].seconds / 80
-        short, long = times.values()
-        rows.append(
-            {
-                "codec": codec,
-                "us at 4,096": short * 1e6,
-                "us at 131,072": long * 1e6,
-                "ratio": long / short,
-                "alias": alias,
-            }
-        )
-    return Table("Append: one token of one layer, by context", rows)

@@ -18,6 +18,7 @@ import jaxkv
 from jaxkv.attention import IMPLEMENTATIONS
 from jaxkv.attention.call import request_of
 from jaxkv.attention.mosaic import attend as mosaic
+from jaxkv.attention.mosaic import centres as mosaic_centres
 from jaxkv.attention.mosaic import plan as mosaic_plan
 from tests.oracle import jit, poisoned
 
@@ -124,8 +125,12 @@ def test_a_group_that_fills_the_registers_is_left_to_others(served):
         (jaxkv.Dense("bfloat16"), jaxkv.Contiguous()),
         (jaxkv.Int8(), jaxkv.Paged(16, num_pages=20)),
         (jaxkv.Rotated(4), jaxkv.Contiguous()),
+        (
+            jaxkv.Centred(jaxkv.Int8(), rope=jaxkv.Rope.of(1e4, rotary_dim=64)),
+            jaxkv.Contiguous(),
+        ),
     ],
-    ids=["bfloat16", "int8 pages", "rotated4"],
+    ids=["bfloat16", "int8 pages", "rotated4", "two centres"],
 )
 def test_it_lowers_and_is_given_the_whole_cache(served, codec, addressing):
     served(platform="gpu")
@@ -217,7 +222,7 @@ INTERPRETED = {
             "codec": jaxkv.Centred(jaxkv.Int8(), rope=jaxkv.Rope.of(1e4, rotary_dim=64)),
             "addressing": jaxkv.Paged(16),
         },
-        (40,),
+        (70,),
         {"sink_logits": jnp.linspace(-1, 1, 8)},
         (1,),
     ),
@@ -293,6 +298,55 @@ def test_interpreted_it_equals_the_reference_without_races(served, case):
         for name in ("reference", "mosaic")
     )
     np.testing.assert_allclose(actual, expected, atol=1e-5 if heads == 2 else 5e-5)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        None,
+        jaxkv.Rope.of(1e4, rotary_dim=64),
+        jaxkv.Rope.of(1e4, rotary_dim=32),
+        jaxkv.Rope.of(5e5, rotary_dim=64, interleaved=True),
+    ],
+)
+def test_scores_of_centres_are_a_table_times_what_turns(rope):
+    """Up to 20,000 tokens, where a tile's number has two digits; in float64 as the kernel does."""
+    generator, batch, group, dim = np.random.default_rng(0), 2, 2, 64
+    config = config_of(
+        batch_size=batch,
+        max_context_length=20032,
+        codec=jaxkv.Centred(jaxkv.Int8(), rope=rope),
+    )
+    state = {
+        name: jnp.asarray(generator.standard_normal(array.shape, np.float32))
+        for name, array in jax.eval_shape(lambda: jaxkv.create(config)).codec_state.items()
+    }
+    cache = dataclasses.replace(jaxkv.create(config), codec_state=state)
+    queries = generator.standard_normal((batch, 1, 2 * group, dim), np.float32)
+    request = request_of(cache, jnp.asarray(queries), 1)
+    turning = mosaic_centres.turning_of(request)
+    of_centres = jnp.moveaxis(request.offset_queries, 4, 2).reshape(batch, 2, 2, group, -1)
+    made = mosaic_centres.centres_of(request, turning, mosaic._columns(of_centres))
+    with_cos, with_sin = np.moveaxis(np.asarray(made.columns, np.float64), 2, 0)[..., :4, :]
+    high, low = np.asarray(made.table, np.float64)
+    cosines, sines = (high + low / mosaic_plan.LOW_STEPS) / 127
+    for position in (0, 63, 64, 200, 8191, 8192, 12345, 19999):
+        tile, slot = divmod(position, mosaic_plan.TILE)
+        cos, sin = with_cos, with_sin
+        digits = mosaic_centres.tile_digits(tile, turning)
+        for turns, digit in zip(np.asarray(made.turns, np.float64), digits, strict=True):
+            by_cos, by_sin = turns[digit]
+            cos, sin = cos * by_cos + sin * by_sin, sin * by_cos - cos * by_sin
+        found = (cos * cosines[slot] + sin * sines[slot]).sum(-1).reshape(batch, 2, 2, group)
+        keys = np.stack([np.asarray(state[name][1, 0], np.float64) for name in ("means", "sinks")])
+        if rope is not None:
+            turn = np.exp(1j * position * np.asarray(rope.frequencies))
+            first, second, rest = (np.asarray(part) for part in rope.pairs(keys))
+            pairs = (first + 1j * second) * turn
+            keys = np.asarray(rope.joined(pairs.real, pairs.imag, rest))
+        grouped = queries[:, 0].reshape(batch, 2, group, dim) * dim**-0.5
+        expected = np.einsum("bkgd,ckd->bkcg", grouped, keys)
+        np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("window", [None, 2, 15, 70])

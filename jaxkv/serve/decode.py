@@ -154,7 +154,12 @@ def _decode(
 
     shape = (num_steps, len(state.last))
     new = New(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
-    _, state, cache, new = lax.while_loop(unfinished, some_steps, (0, state, cache, new))
+    begun = (0, state, cache, new)
+    # A GPU's loop holds the thread that calls it until it ends, and one step needs none.
+    steps = (
+        one_step if num_steps == 1 else functools.partial(lax.while_loop, unfinished, some_steps)
+    )
+    _, state, cache, new = steps(begun)
     state, new = everywhere(cache, (state, new))
     return state, cache, new
 
@@ -192,8 +197,14 @@ class Program:
         """
         weights = Weights.of(model) if on is None else Weights.of(model).spread_over(on.mesh)
         stops = tuple(int(token) for token in stop_tokens)
+        num_steps = 1 if most_steps == 1 else num_steps
         at_once = _steps_at_once(weights, num_steps, most_steps or num_steps)
         return cls(weights, sampling, stops, num_steps, at_once, observe)
+
+    @property
+    def returns_at_once(self) -> bool:
+        """Whether a dispatch of decode is only begun when it returns."""
+        return self.num_steps == 1
 
     # Compiled first, so that timings of the steps do not include XLA's.
     def compile_prefill(self, chunks: list[Chunk], cache: AnyCache) -> None:

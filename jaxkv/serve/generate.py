@@ -275,6 +275,7 @@ def generate(
     num_prefilled = sum(int(num_tokens.sum()) for _, num_tokens in chunks)
     num_wanted = len(checked) * max_new_tokens
     clock = _Clock()
+    begun: list[New] = []
 
     with contextlib.ExitStack() as stack:
         live = stack.enter_context(
@@ -285,9 +286,17 @@ def generate(
             program.compile_prefill(chunks, live.cache)
             if compression is None:
                 program.compile_decode(state, live.cache)
+
+        def ahead() -> None:
+            """The first dispatch of decode, prepared while the device prefills."""
+            nonlocal state
+            if compression is None and program.returns_at_once:
+                state, live.cache, found = program.decode(state, live.cache)
+                begun.append(found)
+
         with clock.runs("prefill"):
             with progress_bar("prefill", num_prefilled, quiet=streams) as advance_bar:
-                for (_, num_tokens), done, queries in _prefilled(program, chunks, live):
+                for (_, num_tokens), done, queries in _prefilled(program, chunks, live, ahead):
                     jax.block_until_ready(done)
                     if compression is not None:
                         compression.see(queries, num_tokens, num_chunks=len(chunks))
@@ -304,8 +313,10 @@ def generate(
             progress_bar("decode", num_wanted, quiet=streams) as advance_bar,
         ):
             while any(answer.finish_reason is None for answer in answers):
-                state, live.cache, found = program.decode(state, live.cache)
-                found, fresh = jax.device_get(found), 0
+                if not begun:
+                    state, live.cache, found = program.decode(state, live.cache)
+                    begun.append(found)
+                found, fresh = jax.device_get(begun.pop()), 0
                 for number, answer in enumerate(answers):
                     tokens = answer.take(found, number)
                     if on_tokens is not None and tokens:
@@ -407,14 +418,18 @@ def _chunks(prompts: list[np.ndarray], size: int) -> Iterator[Chunk]:
 
 
 def _prefilled(
-    program: Program, chunks: list[Chunk], live: Session
+    program: Program, chunks: list[Chunk], live: Session, after: Callable[[], None]
 ) -> Iterator[tuple[Chunk, jax.Array, Any]]:
-    """Each chunk, what tells that it is computed and its queries, when the next is on its way."""
+    """Each chunk, what tells that it is computed and its queries, when the next is on its way.
+
+    And the last one when what comes ``after`` is.
+    """
     last: list[tuple[Chunk, jax.Array, Any]] = []
     for chunk in chunks:
         live.cache, done, queries = program.prefill(chunk, live.cache)
         yield from last
         last = [(chunk, done, queries)]
+    after()
     yield from last
 
 

@@ -3,6 +3,7 @@
 So a model with other weights compiles nothing, and the program keeps no weights.
 """
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,7 +23,8 @@ T = TypeVar("T")
 Model = Callable[[Array, AnyCache], tuple[Array, AnyCache]]
 
 
-class Weights(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Weights:
     """A model as it is now.
 
     Attributes:
@@ -44,7 +46,12 @@ class Weights(NamedTuple):
 
     def spread_over(self, mesh: Mesh) -> "Weights":
         """With arrays that are on one device copied to all of a mesh, once and not in each step."""
-        return self._replace(arrays=spread_over(mesh, self.arrays))
+        return dataclasses.replace(self, arrays=spread_over(mesh, self.arrays))
+
+    @functools.cached_property
+    def types(self) -> list[Any]:
+        """Of the arrays, and where they are: hundreds of them, which every program asks for."""
+        return _types_of(self.arrays)
 
 
 def spread_over(mesh: Mesh, tree: T) -> T:
@@ -119,8 +126,9 @@ class ModelStep:
     ) -> Callable[[], object]:
         """What compiles the program of a call, on any thread; does nothing where it is there."""
         program, arrays = self._program(weights, arguments, options)
-        leaves, tree = jax.tree.flatten((arrays, arguments))
-        types = program, tree, tuple((jax.typeof(leaf), _sharding_of(leaf)) for leaf in leaves)
+        of_arrays = weights.types if arrays is weights.arrays else _types_of(arrays)
+        leaves, tree = jax.tree.flatten(arguments)
+        types = program, tree, (*of_arrays, *_types_of(leaves))
         if types in self._compiled:  # JAX would take milliseconds to find that out
             return lambda: None
         self._compiled.add(types)
@@ -163,8 +171,11 @@ class ModelStep:
         return self._known[number].steps
 
 
-def _sharding_of(leaf: Any) -> Any:
-    return leaf.sharding if isinstance(leaf, jax.Array) else None
+def _types_of(leaves: Sequence[Any]) -> list[Any]:
+    def sharding_of(leaf: Any) -> Any:
+        return leaf.sharding if isinstance(leaf, jax.Array) else None
+
+    return [(jax.typeof(leaf), sharding_of(leaf)) for leaf in leaves]
 
 
 def _check_alive(arrays: Sequence[Any]) -> None:

@@ -333,6 +333,10 @@ class DraftProgram:
     def stop_tokens(self) -> tuple[int, ...]:
         return self.plain.stop_tokens
 
+    @property
+    def returns_at_once(self) -> bool:
+        return False  # it is a loop
+
     def start(self, state: State, prompts: Sequence[np.ndarray], config: AnyConfig) -> Speculating:
         """Where a generation with these prompts begins."""
         text = padded(prompts, config.max_context_length)

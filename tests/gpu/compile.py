@@ -53,6 +53,11 @@ DECODE = {
     "bfloat16 ring": (jaxkv.Dense("bfloat16"), jaxkv.Ring(window=1024, sinks=4), 128),
     "int8": (jaxkv.Int8(), jaxkv.Contiguous(), 128),
     "rotated4": (jaxkv.Rotated(bits=4), jaxkv.Contiguous(), 128),
+    "rotated4-centred": (
+        jaxkv.Centred(jaxkv.Rotated(bits=4), rope=jaxkv.Rope.of(5e5, rotary_dim=128)),
+        jaxkv.Contiguous(),
+        128,
+    ),
     "rotated2 pages": (jaxkv.Rotated(bits=2), jaxkv.Paged(16, num_pages=2050), 128),
 }
 CHUNK = 96

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxkv.addressing import RingSlots
 from jaxkv.attention.blockwise import unrotated_blockwise_part
 from jaxkv.attention.call import LOWEST, AttentionCall, Grouped, LogTotal
+from jaxkv.attention.mosaic.centres import centres_of, turning_of
 from jaxkv.attention.mosaic.plan import TILE, plan
 from jaxkv.cache.kv_cache import KVCache, buffer_of
 from jaxkv.codecs import Int8, Rotated, bitcast
@@ -130,25 +131,37 @@ def _decode(request: AttentionCall, interpret: object) -> tuple[Grouped, LogTota
         raise ValueError(f"implementation 'mosaic' cannot serve this call: {_too_many(count)}.")
     specs = cache.config.codec.leaves(head_dim)
     leaves = tuple(bitcast(cache.storage[name], specs[name][1]) for name in specs)
-    scale = jnp.float32(1 if request.softcap else _LOG2_E)
+    scale = jnp.float32(_unit(request))
     rotates = cache.config.codec.rotation is not None
     if rotates:
         scale = scale * half_turn(head_dim)
-    columns = _columns(request.queries * scale)
+    queries, centres = request.queries * scale, None
+    added: tuple[Array, ...] = ()
+    if (turning := turning_of(request)) is None:
+        added = _added(request)
+    else:  # each query once for each centre
+        assert request.offset_queries is not None
+        queries = jnp.concatenate([queries] * turning.centres, axis=2)
+        of_centres = jnp.moveaxis(request.offset_queries, 4, 2).reshape(*queries.shape[:4], -1)
+        centres = centres_of(request, turning, _columns(of_centres * _unit(request)))
+    columns = _columns(queries)
     mixes, sums = kernel.decode_parts(
         columns,
         leaves,
         jnp.asarray(request.layer, jnp.int32).reshape(1),
         jnp.stack(_bounds(request), axis=-1),
         _page_table(cache),
-        _added(request),
-        plan=plan(request, 2 * columns.shape[3]),
+        added,
+        centres,
+        plan=plan(request, 2 * columns.shape[3], turning),
         interpret=interpret,
     )
-    highest, totals, *of_second = jnp.moveaxis(sums[..., :count], 3, 0)
-    coarse, fine = (
-        part[:, :, :, :count] for part in jnp.split(mixes.astype(jnp.float32), 2, axis=3)
+    # Slots that were stored less the second centre are parts of their own.
+    sums, coarse, fine = (
+        _of_each_centre(each, turning.centres if turning else 1, count)
+        for each in (jnp.swapaxes(sums, 3, 4), *jnp.split(mixes.astype(jnp.float32), 2, axis=3))
     )
+    highest, totals, *of_second = jnp.moveaxis(sums, 4, 0)
     sink_logits = (
         None if request.sink_logits is None else jnp.tile(request.sink_logits, (1, tokens))
     )
@@ -167,6 +180,11 @@ def _decode(request: AttentionCall, interpret: object) -> tuple[Grouped, LogTota
     return mix.reshape(request.queries.shape), log_total.reshape(batch, kv_heads, tokens, group)
 
 
+def _unit(request: AttentionCall) -> float:
+    """Of the kernel's scores: base 2, unless they are capped first."""
+    return 1 if request.softcap else _LOG2_E
+
+
 def _columns(
     queries: Float[Array, "batch kv_heads tokens group numbers"],
 ) -> Float[Array, "batch kv_heads numbers rows"]:
@@ -175,6 +193,15 @@ def _columns(
     rows = queries.reshape(*lists, tokens * group, numbers)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % 8), (0, 0)))
     return jnp.swapaxes(rows, 2, 3)
+
+
+def _of_each_centre(
+    columns: Float[Array, "splits batch kv_heads rows numbers"], centres: int, count: int
+) -> Float[Array, "parts batch kv_heads group numbers"]:
+    """Without padding, and what was found for a query with each centre as parts of their own."""
+    splits, *lists, _, numbers = columns.shape
+    own = columns[:, :, :, : centres * count].reshape(splits, *lists, centres, count, numbers)
+    return jnp.moveaxis(own, 3, 0).reshape(-1, *lists, count, numbers)
 
 
 def _bounds(request: AttentionCall) -> tuple[Slots, ...]:
@@ -251,7 +278,7 @@ def _added(request: AttentionCall) -> tuple[Float[Array, "batch kv_heads slots r
     is_second = request.is_second(0, 0, index.extent)
     if second and is_second is not None:
         scores = jnp.where(jnp.swapaxes(is_second, 1, 2)[..., None], second[0], scores)
-    return (scores * (1 if request.softcap else _LOG2_E),)
+    return (scores * _unit(request),)
 
 
 def _combined(

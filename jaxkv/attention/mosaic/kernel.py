@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.attention.mosaic import pallas as gpu
+from jaxkv.attention.mosaic.centres import Centres
 from jaxkv.attention.mosaic.levels import widen
-from jaxkv.attention.mosaic.plan import TILE, Plan
+from jaxkv.attention.mosaic.plan import LOW_STEPS, TILE, Plan
+from jaxkv.attention.mosaic.turned import Turned, lasting, num_copies, passing
 from jaxkv.codecs.hadamard import matrix_of
 
-LOW_STEPS = 254  # of the low part in one step of the high part
 BLOCK = 64  # of the Hadamard matrix that is multiplied with: the rows of a product
 
 
@@ -159,7 +160,10 @@ class Slots:
         if not self._of_first:
             return visible
         low, high = self._of_first
-        slot, token = gpu.iota(matrix, 0), lax.div(gpu.iota(matrix, 1), self._plan.group)
+        slot, query = gpu.iota(matrix, 0), gpu.iota(matrix, 1)
+        if (turning := self._plan.turning) is not None:
+            query = lax.rem(query, turning.count)
+        token = lax.div(query, self._plan.group)
         return visible & (slot >= low - start + token) & (slot < high - start + token)
 
 
@@ -176,6 +180,7 @@ def decode_parts(
     bounds: jax.Array,
     table: jax.Array,
     added: tuple[jax.Array, ...],
+    centres: Centres | None,
     *,
     plan: Plan,
     interpret: Any = None,
@@ -194,6 +199,8 @@ def decode_parts(
         all of them, and at last for the first, whose first slot may be below 0.
       table: int32 ``[batch, pages]``; not read unless there are pages.
       added: nothing, or what is added to scores, float32 ``[batch, kv_heads, slots, rows]``.
+      centres: what makes them in the kernel, instead. Queries are there once for each centre then,
+        and each column sees the slots whose keys were stored less that centre.
 
     Returns:
       Mixes ``[splits, batch, kv_heads, 2 * rows, head_dim]``, again high parts and then low ones,
@@ -203,17 +210,18 @@ def decode_parts(
     quantized = len(leaves) == 2
     batch, kv_heads, head_dim, rows = queries.shape
     both, interpreted = 2 * rows, interpret is not None
-    stages, piece = plan.stages, plan.piece
+    stages, piece, turning = plan.stages, plan.piece, plan.turning
     pieces = TILE // piece
     scores_shape, mix_shape = (TILE, rows), (head_dim, rows)
 
     def body(query_ref, *refs):
         leaf_refs, added_refs = refs[: len(leaves)], refs[len(leaves) :][: len(added)]
         refs = refs[len(leaves) + len(added) :]
+        centre_refs, refs = refs[: len(centres or ())], refs[len(centres or ()) :]
         layer_ref, bounds_ref, table_ref, signs_ref, mix_out, sums_out, *scratch = refs
-        query_tiles, (buffers, mix_tile), sums_tile, either, addends, *barriers = scratch
+        query_tiles, (buffers, mix_tile), sums_tile, either, addends, kept, *barriers = scratch
         ready, signs_arrived, arrived = barriers
-        (weight_tiles, wide), (raw_queries, rotating) = either
+        (weight_tiles, wide), (raw_queries, rotating, raw_centres) = either
         head, part, row = (gpu.axis_index(name) for name in ("head", "part", "row"))
         layer = layer_ref[0]
         slots = Slots(bounds_ref, table_ref, row, part, plan)
@@ -235,6 +243,10 @@ def decode_parts(
                         gpu.copy_in(source, buffer.at[place], arrived[side].at[stage])
 
         gpu.copy_in(query_ref.at[row, head], raw_queries, ready)
+        if turning:
+            turned = Turned(turning, rows, raw_centres, kept)
+            first_tile = lax.div(slots.start_of(0), TILE)
+            turned.fetch(centre_refs, row, head, first_tile, ready)
         if plan.levels:
             gpu.copy_in(signs_ref, rotating[1], signs_arrived)
         upcoming = tuple(slots.pages_of(number) for number in range(stages + 1))
@@ -247,6 +259,13 @@ def decode_parts(
         gpu.wait(ready)
         if plan.levels:
             gpu.wait(signs_arrived)
+
+        of_centres: Any = ()
+        if turning:
+            pairs = turned.begin()
+            gpu.commit()
+            found = gpu.sums_of_products(*turned.products(count))
+            of_centres = pairs, turned.scores(*found)
 
         # Under a condition, or addresses would be kept in registers up to the mix's rotation.
         @gpu.when(count > 0)
@@ -297,17 +316,28 @@ def decode_parts(
 
             return values
 
+        def less_its_centre(stage, of_first):
+            """The slots whose keys were stored less a column's centre, by signs of both."""
+            scales = gpu.across(scales_of(0, stage), scores_shape, 0)
+            column = of_first - 1 - gpu.iota(scores_shape, 1)  # negative of the second
+            return (lax.bitcast_convert_type(scales, jnp.int32) ^ column) >= 0
+
         def one_tile(number, state):
-            mix, highest, total, second, upcoming = state
+            mix, highest, total, second, of_centres, upcoming = state
             stage, start, here = lax.rem(number, stages), slots.start_of(number), upcoming[0]
 
             gpu.wait(arrived[0].at[stage])
             scores = scores_of(stage)
             for buffer in addends:
                 scores += gpu.load(buffer.at[stage])
+            if turning:
+                pairs, scores_of_centres = of_centres
+                scores += scores_of_centres
             if plan.softcap is not None:
                 scores = capped(scores, plan.softcap)
             visible = slots.seen_by_each(start, here, scores_shape)
+            if turning and turning.centres == 2:
+                visible &= less_its_centre(stage, turning.count)
             scores = jnp.where(visible, scores, HIDDEN)
             new_highest = jnp.maximum(highest, scores.max(axis=0))
             keep = jnp.exp2(highest - new_highest)
@@ -325,9 +355,17 @@ def decode_parts(
                 weights *= gpu.across(scales, scores_shape, 0)
                 weights = jnp.where(visible, weights, 0)
             store_in_two(weight_tiles, weights)
+            if turning:
+                pairs = turned.next(pairs)
             gpu.commit()
             in_parts = gpu.transposed(weight_tiles)
-            coarse, fine = gpu.products(gpu.transposed(values), in_parts, jnp.float32)
+            sums = [([(gpu.transposed(values), in_parts)], jnp.float32)]
+            if turning:  # of the next tile
+                sums += turned.products(number)
+            of_values, *found = gpu.sums_of_products(*sums)
+            coarse, fine = gpu.halves(of_values)
+            if turning:
+                of_centres = pairs, turned.scores(*found)
             mix = mix * gpu.across(keep, mix_shape, 1) + (coarse + fine)
 
             @gpu.when(number + stages < count)
@@ -335,12 +373,12 @@ def decode_parts(
                 fetch(number + stages, stage, upcoming[-1])
 
             upcoming = (*upcoming[1:], slots.pages_of(number + stages + 1))
-            return mix, new_highest, total, second, upcoming
+            return mix, new_highest, total, second, of_centres, upcoming
 
         state = gpu.full(mix_shape, 0), gpu.full((rows,), LOWEST), gpu.full(scores_shape, 0)
         second = (gpu.full(scores_shape, 0),) * plan.signed
-        mix, highest, total, second, _ = gpu.fori_loop(
-            0, count, one_tile, (*state, second, upcoming)
+        mix, highest, total, second, *_ = gpu.fori_loop(
+            0, count, one_tile, (*state, second, of_centres, upcoming)
         )
         sums_tile[0] = highest
         sums_tile[1] = total.sum(axis=0)
@@ -373,7 +411,7 @@ def decode_parts(
     copies = pieces * len(leaves) + len(added), pieces * len(leaves)
     return gpu.run(
         body,
-        [queries, *leaves, *added, layer, bounds, table, signs],
+        [queries, *leaves, *added, *(centres or ()), layer, bounds, table, signs],
         outputs=[
             jax.ShapeDtypeStruct((plan.splits, batch, kv_heads, both, head_dim), jnp.bfloat16),
             jax.ShapeDtypeStruct(
@@ -386,10 +424,11 @@ def decode_parts(
             gpu.shared((2 + plan.signed, rows), jnp.float32),
             gpu.Either(
                 (gpu.shared_tiles((both, TILE), number), wide),
-                (gpu.shared((head_dim, rows), jnp.float32), rotating),
+                (gpu.shared((head_dim, rows), jnp.float32), rotating, passing(turning, rows)),
             ),
             [gpu.shared((stages, TILE, rows), jnp.float32) for _ in added],
-            gpu.Barrier(),
+            lasting(turning, rows),
+            gpu.Barrier(num_arrivals=1 + num_copies(turning)),
             gpu.Barrier(),
             [gpu.Barrier(num_arrivals=arrivals, num_barriers=stages) for arrivals in copies],
         ],

@@ -17,6 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of one warpgroup's matrix product
 ROW_VECTOR, COLUMN_VECTOR = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+# Neighbours of a row's are in one register of the transposed layout.
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 WIDENING = plgpu.Layout.WGMMA_UPCAST_2X  # from one byte to two
 Barrier = plgpu.Barrier
 Either = plgpu.RefUnion  # one piece of shared memory, used first as one thing, then as another
@@ -63,7 +65,18 @@ def load(ref: Any, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
     return plgpu.load(ref, *_NO_INDEX, layout=layout, optimized=False)
 
 
-def across(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+def upright(matrix: jax.Array) -> jax.Array:
+    """From the transposed layout to that of products."""
+    return plgpu.layout_cast(matrix, plgpu.Layout.WGMMA)
+
+
+def repeated(ref: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """`across` of a vector in shared memory, in the transposed layout."""
+    vector = load(ref, TRANSPOSED.reduce(1 - axis))
+    return plgpu.layout_cast(across(vector, shape, axis), TRANSPOSED)
+
+
+def across(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     """A number a row (``axis`` 0) or a column (1), repeated over a matrix."""
     return lax.broadcast_in_dim(vector, shape, [axis])
 
@@ -115,13 +128,28 @@ def products(left: Any, right: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
     One product: the tensor cores read all of ``left`` for each, and take as long for few columns.
     """
-    rows, columns = left.shape[0], right.shape[1]
+    [whole] = sums_of_products(([(left, right)], dtype))
+    return halves(whole)
 
-    def multiply(total):
-        plgpu.wgmma(total, left, right)
-        return total[...]
 
-    whole = pl.run_scoped(multiply, plgpu.ACC((rows, columns), dtype))
+def sums_of_products(*sums: tuple[Sequence[tuple[Any, Any]], Any]) -> list[jax.Array]:
+    """Sums of such products, each in its dtype, which are waited for together."""
+
+    def multiply(*totals):
+        for total, (pairs, _) in zip(totals, sums, strict=True):
+            for left, right in pairs:
+                plgpu.wgmma(total, left, right)
+        return [total[...] for total in totals]
+
+    totals = [
+        plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), dtype) for pairs, dtype in sums
+    ]
+    return pl.run_scoped(multiply, *totals)
+
+
+def halves(whole: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the columns."""
+    rows, columns = whole.shape
     half = columns // 2
     return lax.slice(whole, (0, 0), (rows, half)), lax.slice(whole, (0, half), (rows, columns))
 

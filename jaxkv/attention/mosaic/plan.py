@@ -20,6 +20,24 @@ _OF_NUMBERS, _OF_CODES, _OF_PACKED = 2, 3, 4
 _FEW_ROWS = 16  # whose registers leave room for so many
 _TILES_LOST = 2  # that could be read while a part begins and ends
 MOST_PARTS = 32  # of a sequence: what combines them is unrolled
+LOW_STEPS = 254  # of the low byte in one step of the high one
+
+
+@dataclasses.dataclass(frozen=True)
+class Turning:
+    """How scores of centres are made, see `centres`.
+
+    Attributes:
+      centres: of keys; the queries' columns are there once for each.
+      count: of queries, that is of columns a centre.
+      pairs: of numbers that the rope turns together, as many as a table has.
+      digits: of a tile's number.
+    """
+
+    centres: int
+    count: int
+    pairs: int
+    digits: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +67,7 @@ class Plan:
     softcap: float | None
     levels: tuple[int, ...] | None
     signed: bool
+    turning: Turning | None
 
     @property
     def piece(self) -> int:
@@ -56,10 +75,10 @@ class Plan:
         return min(self.page_size, TILE) if self.paged else TILE
 
 
-def plan(request: AttentionCall, rows: int) -> Plan:
+def plan(request: AttentionCall, rows: int, turning: Turning | None) -> Plan:
     """For this call, with so many queries a KV head, high parts and low parts."""
     cache, index = request.cache, request.cache.index
-    splits, stages = parts(cache, rows)
+    splits, stages = parts(cache, rows, turning)
     return Plan(
         page_size=index.run or index.extent,
         paged=index.pages is not None,
@@ -71,25 +90,30 @@ def plan(request: AttentionCall, rows: int) -> Plan:
         softcap=request.softcap,
         levels=packed_levels(cache),
         signed=request.offsets is not None and request.offsets.second is not None,
+        turning=turning,
     )
 
 
-def parts(cache: KVCache, rows: int) -> tuple[int, int]:
+def parts(cache: KVCache, rows: int, turning: Turning | None = None) -> tuple[int, int]:
     """Parts of a sequence, and tiles that a part holds at once."""
     config, extent = cache.config, cache.index.extent
     lists, head_dim = (config.batch_size or 1) * config.num_kv_heads, config.head_dim
     multiprocessors = getattr(local_gpu(), "core_count", None) or _MULTIPROCESSORS
-    codec, offset = config.codec, bool(cache.codec_state)
+    codec, added = config.codec, bool(cache.codec_state) and turning is None
     quantized, packed = codec.levels is not None, packed_levels(cache) is not None
 
     # A row of numbers or codes of one head, the scales of all of them, and addends.
     (shape, dtype, *_), *scales = codec.leaves(head_dim).values()
     stored_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
-    slot_bytes = 2 * (stored_bytes + len(scales) * 2 * config.num_kv_heads) + offset * 2 * rows
+    slot_bytes = 2 * (stored_bytes + len(scales) * 2 * config.num_kv_heads) + added * 2 * rows
     wide_bytes = TILE * head_dim * (2 * quantized + packed) + 2 * rows * TILE
     # Before that is used, queries as they come, and rotated ones with the matrix that rotates them.
     before_bytes = 2 * rows * head_dim + packed * (2 * rows * head_dim + 2 * TILE * TILE)
-    fixed_bytes = max(wide_bytes, before_bytes) + 2 * rows * head_dim + _OTHER_BYTES
+    table_bytes = 0
+    if turning is not None:  # of cosines and sines, in two bytes, and what is multiplied with them
+        before_bytes += 8 * (rows // 2 + turning.digits) * turning.pairs
+        table_bytes = (4 * TILE + 2 * rows + 8) * turning.pairs
+    fixed_bytes = max(wide_bytes, before_bytes) + 2 * rows * head_dim + table_bytes + _OTHER_BYTES
 
     def stages(at_once: int) -> int:
         return (_SHARED_BYTES // at_once - fixed_bytes) // (TILE * slot_bytes)
