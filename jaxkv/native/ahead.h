@@ -11,11 +11,11 @@ namespace jaxkv {
 // waits if it is asked for many at once.
 class Ahead {
  public:
-  // Of KV heads [first, end); all of it after `calls` of Fetch.
+  // Of KV heads [first, end); all of it after `calls` of Fetch, or nothing if none are made.
   Ahead(const Attention& job, int64_t first, int64_t end, const Block& next, int64_t calls)
       : job_(job), first_(first), end_head_(end), next_(next), side_(&job.keys) {
     const int64_t bytes = (end - first) * (job.keys.bytes + job.values.bytes);
-    each_ = (next.count * ((bytes + 63) / 64) + calls - 1) / calls;
+    each_ = calls == 0 ? 0 : (next.count * ((bytes + 63) / 64) + calls - 1) / calls;
   }
 
   void Fetch() {

@@ -54,7 +54,7 @@ void RunUnit(Attention& job, int64_t unit) {
     const int64_t begin = slots.Begin(q), span = slots.End(q) - begin;
     const int64_t from = begin + span * chunk / chunks;
     const int64_t to = begin + span * (chunk + 1) / chunks;
-    units.emplace_back(job, q, list, chunk, Blocks(slots, q, list, from, to));
+    units.emplace_back(job, q, list, chunk, Blocks(slots, q, list, from, to), units.empty());
   }
   for (bool any = true; any;) {
     any = false;

@@ -84,29 +84,28 @@ class Scales {
  public:
   template <typename Order>
   void Load(const Side& side, int64_t heads, const Block& block, Order order) {
-    wide_.resize(side.HasScales() ? heads * kBlock + kLanes : 0);  // a load reaches past the last
+    wide_.resize(side.HasScales() ? heads * kOfHead : 0);
     if (!side.HasScales()) return;
     for (int step = 0; step < block.Steps<K>(); ++step)
       for (int i = 0; i < K; ++i) {
         const int64_t first = block.Slot(order.Token(step, i)) * heads;
         for (int64_t head = 0; head < heads; ++head)
-          wide_[head * kBlock + step * K + i] = side.Scale(first + head);
+          for (int lane = i; lane < kLanes; lane += K)
+            wide_[head * kOfHead + step * kLanes + lane] = side.Scale(first + head);
       }
   }
   explicit operator bool() const { return !wide_.empty(); }
   // Of a step's tokens, for each query.
-  Vec At(int64_t head, int step) const {
-    const Vec scales = jaxkv::Load(&wide_[head * kBlock + step * K]);
-    if constexpr (K == kLanes) return scales;
-    return __builtin_shufflevector(scales, scales, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+  const float* At(int64_t head, int step) const {
+    return &wide_[head * kOfHead + step * kLanes];
   }
 
  private:
-  std::vector<float> wide_;  // [heads][steps][K]
+  static constexpr int kOfHead = kBlock / K * kLanes;
+  std::vector<float> wide_;  // [heads][steps][kLanes]
 };
 
-inline Ints Signs(Vec scales) { return (Ints)scales < 0; }
-inline Vec Magnitudes(Vec scales) { return (Vec)((Ints)scales & 0x7fffffff); }
+inline Part Magnitudes(Part scales) { return (Part)((PartInts)scales & 0x7fffffff); }
 
 // Scores to weights. Returns what becomes of all that was mixed so far, which shrinks if there is a
 // new highest score.
@@ -115,42 +114,67 @@ Vec Softmax(const Block& block, Order order, float softcap, const Scales<K>& key
             const Scales<K>& value_scales, const Centre<K>& centre, Rows& rows) {
   const int steps = block.Steps<K>();
   const bool full = block.count == steps * K;
-  Ints first;  // each lane's token, at step 0
+  int32_t first[kLanes];  // each lane's token, at step 0
   for (int i = 0; i < kLanes; ++i) first[i] = order.Token(0, i % K);
   const int stride = order.Token(1, 0) - order.Token(0, 0);
-  const auto of_tokens = [&](Vec v, int step, float where_none) {
+  const auto of_tokens = [&](Part v, int step, int part, float where_none) {
     if (full) return v;
-    return first + step * stride < block.count ? v : Vec{} + where_none;
+    const PartInts tokens = *reinterpret_cast<const PartInts*>(first + part * kPart);
+    return tokens + step * stride < block.count ? v : Part{} + where_none;
   };
-  Vec most = rows.highest;
+  Part highest[kParts], most[kParts], keep[kParts], total[kParts], second[kParts];
+  std::memcpy(highest, &rows.highest, sizeof highest);
+  std::memcpy(most, &rows.highest, sizeof most);
   for (int step = 0; step < steps; ++step) {
-    Vec score = Load(rows.scores + step * kLanes);
-    Ints is_second = {};
-    if (key_scales) {
-      const Vec scales = key_scales.At(rows.head, step);
-      score *= Magnitudes(scales), is_second = Signs(scales);
+    float* const scores = rows.scores + step * kLanes;
+    const float* const scales = key_scales ? key_scales.At(rows.head, step) : nullptr;
+    if (scales)
+      for (int at = 0; at < kLanes; at += kPart)
+        StorePart(scores + at, LoadPart(scores + at) * Magnitudes(LoadPart(scales + at)));
+    if (centre || softcap > 0) {
+      Vec score = Load(scores);
+      const Ints is_second = scales ? (Ints)Load(scales) < 0 : Ints{};
+      if (centre) score += centre.At(rows.row, rows.count, step, order, is_second);
+      if (softcap > 0) score = softcap * Tanh(score / softcap);
+      Store(scores, score);
     }
-    if (centre) score += centre.At(rows.row, rows.count, step, order, is_second);
-    if (softcap > 0) score = softcap * Tanh(score / softcap);
-    score = of_tokens(score, step, kLowest);
-    Store(rows.scores + step * kLanes, score);
-    most = Larger(score, most);
+    UNROLL for (int part = 0; part < kParts; ++part) {
+      const Part score = of_tokens(LoadPart(scores + part * kPart), step, part, kLowest);
+      if (!full) StorePart(scores + part * kPart, score);
+      most[part] = score > most[part] ? score : most[part];
+    }
   }
-  most = Together<K>(most, Larger);
-  const Vec keep = Exp(rows.highest - most);
-  Vec total = rows.total * keep, second = rows.second * keep;
+  Vec all;
+  std::memcpy(&all, most, sizeof all);
+  all = Together<K>(all, Larger);
+  std::memcpy(most, &all, sizeof most);
+  std::memcpy(total, &rows.total, sizeof total);
+  std::memcpy(second, &rows.second, sizeof second);
+  UNROLL for (int part = 0; part < kParts; ++part) {
+    keep[part] = ExpOfPart(highest[part] - most[part]);
+    total[part] *= keep[part], second[part] *= keep[part];
+  }
   for (int step = 0; step < steps; ++step) {
-    Vec weight = of_tokens(Exp(Load(rows.scores + step * kLanes) - most), step, 0);
-    total += weight;
-    if (value_scales) {
-      const Vec scales = value_scales.At(rows.head, step);
-      second += Signs(scales) ? weight : Vec{};
-      weight *= Magnitudes(scales);
+    float* const scores = rows.scores + step * kLanes;
+    const float* const scales = value_scales ? value_scales.At(rows.head, step) : nullptr;
+    UNROLL for (int part = 0; part < kParts; ++part) {
+      const Part exponential = ExpOfPart(LoadPart(scores + part * kPart) - most[part]);
+      Part weight = of_tokens(exponential, step, part, 0);
+      total[part] += weight;
+      if (scales) {
+        const Part own = LoadPart(scales + part * kPart);
+        second[part] += (PartInts)own < 0 ? weight : Part{};
+        weight *= Magnitudes(own);
+      }
+      StorePart(scores + part * kPart, weight);
     }
-    Store(rows.scores + step * kLanes, weight);
   }
-  rows.highest = most, rows.total = total, rows.second = second;
-  return keep;
+  rows.highest = all;
+  std::memcpy(&rows.total, total, sizeof total);
+  std::memcpy(&rows.second, second, sizeof second);
+  Vec kept;
+  std::memcpy(&kept, keep, sizeof kept);
+  return kept;
 }
 
 // What was mixed so far, of up to kLanes / K queries.

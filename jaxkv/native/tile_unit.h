@@ -19,10 +19,12 @@ class TileUnit {
            !job.keys.runs.count && TilesAllowed();
   }
 
-  // Query q and the KV heads that have key positions' list `list`.
-  TileUnit(Attention& job, int64_t q, int64_t list, int64_t chunk, const Blocks& blocks)
+  // Query q and the KV heads that have key positions' list `list`. The first of a chunk's queries
+  // fetches for all.
+  TileUnit(Attention& job, int64_t q, int64_t list, int64_t chunk, const Blocks& blocks,
+           bool first)
       : job_(job), q_(q), chunk_(chunk), first_head_(job.heads / job.slots.lists * list),
-        end_head_(first_head_ + job.heads / job.slots.lists), blocks_(blocks),
+        end_head_(first_head_ + job.heads / job.slots.lists), first_(first), blocks_(blocks),
         centre_(job.centre) {
     for (int64_t head = first_head_; head < end_head_; ++head)
       for (int64_t g = 0; g < job.group; g += kQueries) {
@@ -78,7 +80,7 @@ class TileUnit {
     centre_.Start(block);
     const int64_t fetches =
         2 + FetchesOfScore(slices_, groups) + Tiles::FetchesOfMix(slices_, groups);
-    Ahead ahead(job_, first_head_, end_head_, next, rows_.size() * fetches);
+    Ahead ahead(job_, first_head_, end_head_, next, first_ ? rows_.size() * fetches : 0);
     for (Rows& rows : rows_) {
       float* mix = job_.MixOf(q_, chunk_, rows.row - q_ * job_.rows());
       FindSources(job_.keys, block, rows.head);
@@ -122,6 +124,7 @@ class TileUnit {
 
   Attention& job_;
   const int64_t q_, chunk_, first_head_, end_head_;
+  const bool first_;
   Blocks blocks_;
   int64_t slices_;
   bool in_a_row_[kGroups];  // whether a tile's tokens are in slots one after the other

@@ -27,9 +27,10 @@ class Unit {
       jaxkv::Arrange<T>(job.queries + row * size, job.arranged + row * size, size);
   }
 
-  // Query q and the KV heads that have key positions' list `list`.
-  Unit(Attention& job, int64_t q, int64_t list, int64_t chunk, const Blocks& blocks)
-      : job_(job), q_(q), chunk_(chunk), blocks_(blocks), centre_(job.centre) {
+  // Query q and the KV heads that have key positions' list `list`. The first of a chunk's queries
+  // fetches for all.
+  Unit(Attention& job, int64_t q, int64_t list, int64_t chunk, const Blocks& blocks, bool first)
+      : job_(job), q_(q), chunk_(chunk), first_(first), blocks_(blocks), centre_(job.centre) {
     const int64_t heads = job.heads / job.slots.lists;
     constexpr int kMost = K == kLanes ? 1 : kLanes / K;
     for (int64_t head = list * heads; head < (list + 1) * heads; ++head)
@@ -49,7 +50,7 @@ class Unit {
     const Block& block = blocks_.Now();
     const InRuns order{block.Steps<K>()};
     Ahead ahead(job_, rows_.front().head, rows_.back().head + 1, blocks_.Next(),
-                2 * order.steps * rows_.size());
+                first_ ? 2 * order.steps * rows_.size() : 0);
     key_scales_.Load(job_.keys, job_.heads, block, order);
     value_scales_.Load(job_.values, job_.heads, block, order);
     centre_.Start(block);
@@ -118,6 +119,7 @@ class Unit {
 
   Attention& job_;
   const int64_t q_, chunk_;
+  const bool first_;
   Blocks blocks_;
   std::vector<Rows> rows_;
   std::vector<float> scores_, widened_;

@@ -15,7 +15,8 @@ template <typename T, int G, int K>
 inline Vec Score(const T* const (&keys)[K], const float* queries, int64_t head_dim) {
   // Tokens whose sums are in registers at once.
   constexpr int kAtOnce = kParts == 1 ? K : G == 1 ? 4 : G < 4 ? 2 : 1;
-  Part sums[kLanes][kParts] = {};
+  Part sums[kParts][kPart];  // lane g * K + i, folded; those of no query are zero
+  UNROLL for (int lane = G * K; lane < kLanes; ++lane) sums[lane / kPart][lane % kPart] = Part{};
   UNROLL for (int first = 0; first < K; first += kAtOnce) {
     Part some[G][kAtOnce][kParts] = {};
     auto add = [&](auto number, int64_t d) {
@@ -36,9 +37,10 @@ inline Vec Score(const T* const (&keys)[K], const float* queries, int64_t head_d
     for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) add(Number<2>{}, d);
     if (d < head_dim) add(Number<1>{}, d);
     UNROLL for (int g = 0; g < G; ++g)
-      UNROLL for (int i = 0; i < kAtOnce; ++i)
-        UNROLL for (int part = 0; part < kParts; ++part)
-          sums[g * K + first + i][part] = some[g][i][part];
+      UNROLL for (int i = 0; i < kAtOnce; ++i) {
+        const int lane = g * K + first + i;
+        sums[lane / kPart][lane % kPart] = Folded(some[g][i]);
+      }
   }
   return SumEach(sums);
 }

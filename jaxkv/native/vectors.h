@@ -36,6 +36,7 @@ constexpr int kPart = 4;
 #endif
 constexpr int kParts = kLanes / kPart;
 typedef float Part __attribute__((vector_size(4 * kPart), aligned(4)));
+typedef int32_t PartInts __attribute__((vector_size(4 * kPart), aligned(4)));
 typedef uint32_t PartWords __attribute__((vector_size(4 * kPart), aligned(4)));
 
 struct alignas(64) Line { float lanes[kLanes]; };  // of the processor's caches
@@ -106,6 +107,8 @@ inline float Widen(uint16_t bits) {  // one bfloat16
   return value;
 }
 inline void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline Part LoadPart(const float* p) { return *reinterpret_cast<const Part*>(p); }
+inline void StorePart(float* p, Part v) { *reinterpret_cast<Part*>(p) = v; }
 
 // One part of two vectors that are side by side, in the order in which `LoadMany` has them.
 inline void LoadPair(const float* p, int part, Part (&pair)[2]) {
@@ -217,22 +220,22 @@ inline Part SumLanes(const Part (&v)[kPart]) {
   return a[0];
 }
 
+// The sum of a vector's parts.
+inline Part Folded(const Part (&v)[kParts]) {
+  Part both[kParts];
+  UNROLL for (int part = 0; part < kParts; ++part) both[part] = v[part];
+  UNROLL for (int half = kParts / 2; half > 0; half /= 2)
+    UNROLL for (int part = 0; part < half; ++part) both[part] += both[part + half];
+  return both[0];
+}
+
 // Lane i of the result is the sum of the lanes of v[i].
-inline Vec SumEach(const Part (&v)[kLanes][kParts]) {
-  Part sums[kParts];
-  UNROLL for (int group = 0; group < kParts; ++group) {
-    Part folded[kPart];
-    UNROLL for (int i = 0; i < kPart; ++i) {
-      Part both[kParts];
-      UNROLL for (int part = 0; part < kParts; ++part) both[part] = v[group * kPart + i][part];
-      UNROLL for (int half = kParts / 2; half > 0; half /= 2)
-        UNROLL for (int part = 0; part < half; ++part) both[part] += both[part + half];
-      folded[i] = both[0];
-    }
-    sums[group] = SumLanes(folded);
-  }
+inline Vec SumEach(const Part (&v)[kParts][kPart]) {
   Vec all;
-  std::memcpy(&all, sums, sizeof all);
+  UNROLL for (int part = 0; part < kParts; ++part) {
+    const Part sums = SumLanes(v[part]);
+    std::memcpy((float*)&all + part * kPart, &sums, sizeof sums);
+  }
   return all;
 }
 
