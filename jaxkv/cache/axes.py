@@ -96,7 +96,7 @@ class Spread:
 
     def copies(self, config: KVCacheConfig) -> int:
         """Devices that hold the same KV head, where there are more devices than heads."""
-        return max(self.size("heads") // config.num_kv_heads, 1) if config.has_tokens else 1
+        return max(self.size("heads") // config.num_kv_heads, 1) if config.per_token else 1
 
     def copied_bytes(self, config: KVCacheConfig) -> int:
         """How many bytes of what one device holds would not be there without copies of KV heads."""
@@ -105,14 +105,14 @@ class Spread:
 
     def held(self, config: KVCacheConfig) -> KVCacheConfig:
         """Of all arrays together: copies of a KV head count as heads."""
-        if not config.has_tokens:
+        if not config.per_token:
             return config
         return _with_heads(config, config.num_kv_heads * self.copies(config))
 
     def whole(self, before: KVCacheConfig, own: KVCacheConfig) -> KVCacheConfig:
         """Of all devices' parts together, after a verb; it can change sequences and placement."""
         sequences = own.batch_size and own.batch_size * self.size("batch")
-        fields = {"placement": own.placement} if own.has_tokens else {}
+        fields = {"placement": own.placement} if own.per_token else {}
         return before.replace(batch_size=sequences, **fields)
 
     def local(self, config: _Kind, *only: str) -> _Kind:
@@ -133,7 +133,7 @@ class Spread:
             if kind.batch_size is None:
                 raise ConfigError("axes: batch needs a config with a batch_size, got None.")
             check_divides("batch_size", kind.batch_size, batch, self.axes.batch)
-        if kind.has_tokens:
+        if kind.per_token:
             kind = self._local_of_tokens(kind, batch, heads, context)
         else:
             kind = kind.part(batch, heads, self.axes.heads)

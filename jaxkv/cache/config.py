@@ -71,7 +71,7 @@ class KVCacheConfig:
     source_of_layer: ClassVar[tuple[int, ...]] = ()
     states: ClassVar[tuple[Any, ...]] = ()
 
-    has_tokens: ClassVar[bool] = True  # unlike a `StateConfig`
+    per_token: ClassVar[bool] = True  # what it keeps is; a `StateConfig` is of a sequence
 
     def __post_init__(self) -> None:
         problems = [self._normalize_count(field) for field in _COUNTS]

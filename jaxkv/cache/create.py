@@ -120,7 +120,7 @@ def specs_of(config: KVCacheConfig, spread: Spread) -> tuple[PartitionSpec, ...]
 
 def _create_spread(config: KVCacheConfig, spread: Spread) -> KVCache:
     local = spread.local(config)
-    if local.has_tokens:
+    if local.per_token:
         _check_numbers(local)
     specs: Any = jax.tree.unflatten(jax.tree.structure(shapes_of(config)), specs_of(config, spread))
     storage = _in_host_memory(config, spread, specs.storage) if config.in_host_memory else {}
@@ -162,7 +162,7 @@ def _check_numbers(config: KVCacheConfig) -> None:
 
 
 def _create(config: Any, device: Any, host_zeros: Callable[..., Any] = zeros_in_host_memory) -> Any:
-    if config.has_tokens:
+    if config.per_token:
         return _create_tokens(config, device, host_zeros)
     return _create_state(config, device)
 

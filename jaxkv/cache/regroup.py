@@ -45,7 +45,7 @@ def gather(cache: KVCache, *, device: Any = None) -> KVCache:
         return cache
     check_here(cache)
     config = cache.config
-    if not config.has_tokens:  # its arrays are whole as they are
+    if not config.per_token:  # its arrays are whole as they are
         whole = dataclasses.replace(jax.device_get(cache), spread=None)
         return jax.device_put(whole, device)
     _check_pages(cache, spread)

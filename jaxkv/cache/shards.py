@@ -133,7 +133,7 @@ def own_part(cache: KVCache) -> KVCache:
     own = dataclasses.replace(own, part_of=spread)
     if own.newest is not None:
         own = dataclasses.replace(own, newest=dataclasses.replace(own.newest, part_of=spread))
-    if axis is None or not cache.config.has_tokens:
+    if axis is None or not cache.config.per_token:
         return own
     return _interleaved(spread, own, lax.axis_index(axis))
 

@@ -60,7 +60,7 @@ class StateConfig:
     batch_size: int | None = None
     by_head: tuple[str, ...] = ()
 
-    has_tokens: ClassVar[bool] = False
+    per_token: ClassVar[bool] = False
     in_host_memory: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

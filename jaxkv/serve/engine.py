@@ -313,7 +313,7 @@ class Engine:
             return self._round()
 
     def _round(self) -> Arrived:
-        self._runner.compile([*self._batch.waiting, *self._batch.running])
+        self._runner.compile()
         self._batch.admit_waiting()
         budget = self._budget - self._batch.most_decoding * self._runner.decode_steps
         self._batch.prefill(budget // self._runner.prefill_chunk)
@@ -390,6 +390,7 @@ class Engine:
         stops = tuple(dict.fromkeys(map(int, stop_tokens)))
         pages = self.pages[0]
         check_request(self.config, pages, len(prompt), max_new_tokens, seed, stops, sampling)
+        self._runner.expect(sampling)
         request = Request(
             self._num_submitted,
             prompt,

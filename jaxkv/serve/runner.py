@@ -135,14 +135,13 @@ class Runner:
         self._constants, self._calibrated = None, False  # they were of the old ones
         self._watch = Watch(weights)
 
-    def compile(self, asked: Iterable[Request]) -> None:
-        """The programs of a round, before the first: XLA takes long for each, and two at once.
-
-        Args:
-          asked: requests, of which one that is not drawn as the engine's takes other programs.
-        """
-        if not self._by_row and any(each.sampling != self._sampling for each in asked):
+    def expect(self, sampling: Sampling) -> None:
+        """A request that is drawn so: the first unlike the engine's takes programs by row."""
+        if not self._by_row and sampling != self._sampling:
             self._by_row, self._compiled = True, False
+
+    def compile(self) -> None:
+        """The programs of a round, before the first: XLA takes long for each, and two at once."""
         if self._compiled:
             return
         decode, arguments, options = self._decoding([None] * self.num_rows)
