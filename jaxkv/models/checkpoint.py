@@ -1,5 +1,6 @@
 """The tensors of a Hugging Face folder: found by name, checked, and read one at a time."""
 
+import abc
 import dataclasses
 import json
 from pathlib import Path
@@ -70,6 +71,33 @@ class StoredTensor:
         count = int(np.prod(self.shape))
         numbers = np.fromfile(self.file, jnp.dtype(dtype), count, offset=self.offset)
         return numbers.reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartOfTensor(abc.ABC):
+    """From ``start`` to ``stop`` along an axis of a stored tensor: stands where a tensor does."""
+
+    whole: Any
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        name: str = self.whole.name
+        return name
+
+    @property
+    def file(self) -> Path:
+        file: Path = self.whole.file
+        return file
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    @abc.abstractmethod
+    def read(self) -> np.ndarray:
+        """Its numbers."""
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -6,30 +6,19 @@ There they are ``[experts, in, out]``, with gate and up projection side by side 
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxkv.models.checkpoint import PartOfTensor
 
 _WHOLE = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Columns:
+class Columns(PartOfTensor):
     """Some columns of each expert's matrix, as rows."""
-
-    whole: Any
-    start: int
-    stop: int
-
-    @property
-    def name(self) -> str:
-        return self.whole.name
-
-    @property
-    def file(self) -> Path:
-        return self.whole.file
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxkv.errors import CheckpointError
 from jaxkv.models import expert_tensors
+from jaxkv.models.checkpoint import PartOfTensor
 from jaxkv.models.families import Joined
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -49,21 +50,10 @@ class Stacked:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Rows(PartOfTensor):
     """Some rows of a tensor, so many of each head's if there are heads."""
 
-    whole: Any
-    start: int
-    stop: int
     heads: int = 1
-
-    @property
-    def name(self) -> str:
-        return self.whole.name
-
-    @property
-    def file(self) -> Path:
-        return self.whole.file
 
     @property
     def shape(self) -> tuple[int, ...]:
