@@ -90,12 +90,16 @@ void AttendIn(Attention& job, int64_t threads) {
 
 template <typename T>
 void Attend(Attention& job, int64_t threads) {
-#if JAXKV_TILES
-  constexpr bool kCodes = std::is_same_v<T, int8_t> || std::is_same_v<T, Code>;
+  [[maybe_unused]] constexpr bool kCodes = std::is_same_v<T, int8_t> || std::is_same_v<T, Code>;
+#if JAXKV_AMX
   if constexpr (kCodes || std::is_same_v<T, BFloat16>) {
-    using Tiles = TileUnit<std::conditional_t<kCodes, Int8Tiles, BFloat16Tiles>>;
+    using Tiles = TileUnit<std::conditional_t<kCodes, AmxInt8, AmxBFloat16>>;
     if (Tiles::Serves(job)) return AttendIn<Tiles>(job, threads);
   }
+#endif
+#if JAXKV_VNNI
+  if constexpr (kCodes)
+    if (TileUnit<Vnni>::Serves(job)) return AttendIn<TileUnit<Vnni>>(job, threads);
 #endif
   if (job.group == 1) return AttendIn<Unit<T, kLanes>>(job, threads);
   AttendIn<Unit<T, 4>>(job, threads);

@@ -84,66 +84,79 @@ class Scales {
  public:
   template <typename Order>
   void Load(const Side& side, int64_t heads, const Block& block, Order order) {
-    wide_.resize(side.HasScales() ? heads * kOfHead : 0);
+    wide_.resize(side.HasScales() ? heads * kBlock : 0);
     if (!side.HasScales()) return;
     for (int step = 0; step < block.Steps<K>(); ++step)
       for (int i = 0; i < K; ++i) {
         const int64_t first = block.Slot(order.Token(step, i)) * heads;
+        float* const of_token = &wide_[step * K + i];
         for (int64_t head = 0; head < heads; ++head)
-          for (int lane = i; lane < kLanes; lane += K)
-            wide_[head * kOfHead + step * kLanes + lane] = side.Scale(first + head);
+          of_token[head * kBlock] = side.Scale(first + head);
       }
   }
   explicit operator bool() const { return !wide_.empty(); }
-  // Of a step's tokens, for each query.
-  const float* At(int64_t head, int step) const {
-    return &wide_[head * kOfHead + step * kLanes];
+  // Of a step's tokens, for each query: a part of the lanes.
+  Part At(int64_t head, int step, int part) const {
+    const float* of_tokens = &wide_[head * kBlock + step * K];
+    return K == kLanes ? LoadPart(of_tokens + part * kPart) : LoadFours(of_tokens);
+  }
+  // Of these, which were stored less the second centre.
+  Ints AreOfSecond(int64_t head, int step) const {
+    Part scales[kParts] = {};
+    if (*this)
+      UNROLL for (int part = 0; part < kParts; ++part) scales[part] = At(head, step, part);
+    return *reinterpret_cast<const Ints*>(scales) < 0;
   }
 
  private:
-  static constexpr int kOfHead = kBlock / K * kLanes;
-  std::vector<float> wide_;  // [heads][steps][kLanes]
+  std::vector<float> wide_;  // [heads][tokens]
 };
 
 inline Part Magnitudes(Part scales) { return (Part)((PartInts)scales & 0x7fffffff); }
 
 // Scores to weights. Returns what becomes of all that was mixed so far, which shrinks if there is a
 // new highest score.
-template <int K, typename Order>
-Vec Softmax(const Block& block, Order order, float softcap, const Scales<K>& key_scales,
-            const Scales<K>& value_scales, const Centre<K>& centre, Rows& rows) {
+template <int K, bool kFull, typename Order>
+Vec SoftmaxOf(const Block& block, Order order, float softcap, const Scales<K>& key_scales,
+              const Scales<K>& value_scales, const Centre<K>& centre, Rows& rows) {
   const int steps = block.Steps<K>();
-  const bool full = block.count == steps * K;
   int32_t first[kLanes];  // each lane's token, at step 0
-  for (int i = 0; i < kLanes; ++i) first[i] = order.Token(0, i % K);
+  if constexpr (!kFull)
+    for (int i = 0; i < kLanes; ++i) first[i] = order.Token(0, i % K);
   const int stride = order.Token(1, 0) - order.Token(0, 0);
   const auto of_tokens = [&](Part v, int step, int part, float where_none) {
-    if (full) return v;
+    if constexpr (kFull) return v;
     const PartInts tokens = *reinterpret_cast<const PartInts*>(first + part * kPart);
     return tokens + step * stride < block.count ? v : Part{} + where_none;
   };
+  // function(step, part, scores), for all scores.
+  const auto for_all = [&](const auto& function) {
+    for (int step = 0; step < steps; ++step)
+      UNROLL for (int part = 0; part < kParts; ++part)
+        function(step, part, rows.scores + step * kLanes + part * kPart);
+  };
+  if (key_scales)
+    for_all([&](int step, int part, float* scores) {
+      const Part scales = key_scales.At(rows.head, step, part);
+      StorePart(scores, LoadPart(scores) * Magnitudes(scales));
+    });
+  if (centre || softcap > 0)
+    for (int step = 0; step < steps; ++step) {
+      Vec score = Load(rows.scores + step * kLanes);
+      if (centre)
+        score += centre.At(rows.row, rows.count, step, order,
+                           key_scales.AreOfSecond(rows.head, step));
+      if (softcap > 0) score = softcap * Tanh(score / softcap);
+      Store(rows.scores + step * kLanes, score);
+    }
   Part highest[kParts], most[kParts], keep[kParts], total[kParts], second[kParts];
   std::memcpy(highest, &rows.highest, sizeof highest);
   std::memcpy(most, &rows.highest, sizeof most);
-  for (int step = 0; step < steps; ++step) {
-    float* const scores = rows.scores + step * kLanes;
-    const float* const scales = key_scales ? key_scales.At(rows.head, step) : nullptr;
-    if (scales)
-      for (int at = 0; at < kLanes; at += kPart)
-        StorePart(scores + at, LoadPart(scores + at) * Magnitudes(LoadPart(scales + at)));
-    if (centre || softcap > 0) {
-      Vec score = Load(scores);
-      const Ints is_second = scales ? (Ints)Load(scales) < 0 : Ints{};
-      if (centre) score += centre.At(rows.row, rows.count, step, order, is_second);
-      if (softcap > 0) score = softcap * Tanh(score / softcap);
-      Store(scores, score);
-    }
-    UNROLL for (int part = 0; part < kParts; ++part) {
-      const Part score = of_tokens(LoadPart(scores + part * kPart), step, part, kLowest);
-      if (!full) StorePart(scores + part * kPart, score);
-      most[part] = score > most[part] ? score : most[part];
-    }
-  }
+  for_all([&](int step, int part, float* scores) {
+    const Part score = of_tokens(LoadPart(scores), step, part, kLowest);
+    if constexpr (!kFull) StorePart(scores, score);
+    most[part] = score > most[part] ? score : most[part];
+  });
   Vec all;
   std::memcpy(&all, most, sizeof all);
   all = Together<K>(all, Larger);
@@ -154,27 +167,36 @@ Vec Softmax(const Block& block, Order order, float softcap, const Scales<K>& key
     keep[part] = ExpOfPart(highest[part] - most[part]);
     total[part] *= keep[part], second[part] *= keep[part];
   }
-  for (int step = 0; step < steps; ++step) {
-    float* const scores = rows.scores + step * kLanes;
-    const float* const scales = value_scales ? value_scales.At(rows.head, step) : nullptr;
-    UNROLL for (int part = 0; part < kParts; ++part) {
-      const Part exponential = ExpOfPart(LoadPart(scores + part * kPart) - most[part]);
-      Part weight = of_tokens(exponential, step, part, 0);
-      total[part] += weight;
-      if (scales) {
-        const Part own = LoadPart(scales + part * kPart);
-        second[part] += (PartInts)own < 0 ? weight : Part{};
-        weight *= Magnitudes(own);
-      }
-      StorePart(scores + part * kPart, weight);
-    }
-  }
+  const auto weight_of = [&](int step, int part, float* scores) {
+    const Part exponential = ExpOfPart(LoadPart(scores) - most[part]);
+    const Part weight = of_tokens(exponential, step, part, 0);
+    total[part] += weight;
+    return weight;
+  };
+  if (value_scales)
+    for_all([&](int step, int part, float* scores) {
+      const Part weight = weight_of(step, part, scores);
+      const Part scales = value_scales.At(rows.head, step, part);
+      second[part] += (PartInts)scales < 0 ? weight : Part{};
+      StorePart(scores, weight * Magnitudes(scales));
+    });
+  else
+    for_all([&](int step, int part, float* scores) {
+      StorePart(scores, weight_of(step, part, scores));
+    });
   rows.highest = all;
   std::memcpy(&rows.total, total, sizeof total);
   std::memcpy(&rows.second, second, sizeof second);
   Vec kept;
   std::memcpy(&kept, keep, sizeof kept);
   return kept;
+}
+
+template <int K, typename Order, typename... Others>
+Vec Softmax(const Block& block, Order order, Others&&... others) {
+  if (block.count == block.Steps<K>() * K)
+    return SoftmaxOf<K, true>(block, order, others...);
+  return SoftmaxOf<K, false>(block, order, others...);
 }
 
 // What was mixed so far, of up to kLanes / K queries.

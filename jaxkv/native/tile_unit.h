@@ -1,8 +1,9 @@
-// A unit of attention in the processor's matrix tiles.
+// A unit of attention in tiles.
 #pragma once
-#include "tiles_bfloat16.h"
-#include "tiles_int8.h"
-#if JAXKV_TILES
+#include "amx_bfloat16.h"
+#include "amx_int8.h"
+#include "vnni.h"
+#if defined(__AVX512BW__)
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -16,7 +17,7 @@ class TileUnit {
 
   static bool Serves(const Attention& job) {
     return job.head_dim % Tiles::kNumbers == 0 && job.head_dim <= kMostNumbers &&
-           !job.keys.runs.count && TilesAllowed();
+           !job.keys.runs.count && Tiles::Allowed();
   }
 
   // Query q and the KV heads that have key positions' list `list`. The first of a chunk's queries
@@ -40,7 +41,7 @@ class TileUnit {
   // A block of slots; false if none was left.
   bool Step() {
     if (!blocks_.Advance()) return false;
-    const TilesInUse tiles;
+    [[maybe_unused]] const typename Tiles::InUse in_use;
     Add(blocks_.Now(), blocks_.Next());
     return true;
   }
@@ -79,7 +80,7 @@ class TileUnit {
     value_scales_.Load(job_.values, job_.heads, block, order);
     centre_.Start(block);
     const int64_t fetches =
-        2 + FetchesOfScore(slices_, groups) + Tiles::FetchesOfMix(slices_, groups);
+        2 + Tiles::FetchesOfScore(slices_, groups) + Tiles::FetchesOfMix(slices_, groups);
     Ahead ahead(job_, first_head_, end_head_, next, first_ ? rows_.size() * fetches : 0);
     for (Rows& rows : rows_) {
       float* mix = job_.MixOf(q_, chunk_, rows.row - q_ * job_.rows());
@@ -87,7 +88,7 @@ class TileUnit {
       Tiles::Score(QueriesOf(rows), sources_, groups, slices_, ahead, scores_);
       ahead.Fetch();
       const Vec keep =
-          Softmax(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows);
+          Softmax<kQueries>(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows);
       for (int step = block.Steps<kQueries>(); step < groups * kTile / 4; ++step)
         Store(scores_ + step * kLanes, Vec{});  // of no token
       ahead.Fetch();

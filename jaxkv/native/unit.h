@@ -61,7 +61,7 @@ class Unit {
     });
     for (Rows& rows : rows_) {
       const Vec keep =
-          Softmax(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows);
+          Softmax<K>(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows);
       Shrink<K>(rows, keep, job_.head_dim, MixOf(rows));
     }
     ForEach(job_.values, block, ahead, [&](auto g, int step, const Rows& rows, auto& values) {

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -108,6 +108,16 @@ inline float Widen(uint16_t bits) {  // one bfloat16
 }
 inline void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Part LoadPart(const float* p) { return *reinterpret_cast<const Part*>(p); }
+// The same four floats, again and again. (GCC 12 would have them go through memory.)
+inline Part LoadFours(const float* p) {
+#if defined(__AVX512F__)
+  return (Part)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+#elif defined(__AVX__)
+  return (Part)_mm256_broadcast_ps((const __m128*)p);
+#else
+  return LoadPart(p);
+#endif
+}
 inline void StorePart(float* p, Part v) { *reinterpret_cast<Part*>(p) = v; }
 
 // One part of two vectors that are side by side, in the order in which `LoadMany` has them.

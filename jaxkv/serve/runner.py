@@ -141,17 +141,18 @@ class Runner:
             self._by_row, self._compiled = True, False
 
     def compile(self) -> None:
-        """The programs of a round, before the first: XLA takes long for each, and two at once."""
+        """The programs of a round, before the first: one is traced while XLA compiles the other."""
         if self._compiled:
             return
-        decode, arguments, options = self._decoding([None] * self.num_rows)
         given = self._given([None] * (self.prefill_rows * len(self.pages)))
-        compilations = (
-            decode.compilation(self._weights, *arguments, **options),
-            steps.prefill.compilation(self._weights, *given, self.session.cache),
-        )
+        decode, arguments, options = self._decoding([None] * self.num_rows)
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda compilation: compilation(), compilations))
+            compiling = [
+                pool.submit(steps.prefill.compilation(self._weights, *given, self.session.cache)),
+                pool.submit(decode.compilation(self._weights, *arguments, **options)),
+            ]
+        for each in compiling:
+            each.result()
         self._compiled = True
 
     @property

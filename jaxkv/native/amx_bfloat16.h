@@ -3,13 +3,13 @@
 // Queries are cut into three numbers of 8 bits each, which are all of a float32, and weights into
 // two, which are off by 2^-18 at most; each part is a column or a row of its own.
 #pragma once
-#include "tiles.h"
-#if JAXKV_TILES
+#include "amx.h"
+#if JAXKV_AMX
 #include <cstring>
 
 namespace jaxkv {
 
-struct BFloat16Tiles {
+struct AmxBFloat16 : Amx {
   static constexpr int kNumbers = 32;  // of a vector, in a tile's row
   static constexpr int kWays = 2;      // mixes hold, of each 32 numbers, even ones, then odd ones
 
