@@ -17,7 +17,7 @@ inline void Written() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
 struct Amx {
   // The system gives a process the tiles' registers when it first asks.
-  static bool Allowed() {
+  static bool Serves(const Attention&) {
     constexpr int kRequestPermission = 0x1023, kTileData = 18;
     static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
     return allowed;

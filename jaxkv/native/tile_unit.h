@@ -17,7 +17,7 @@ class TileUnit {
 
   static bool Serves(const Attention& job) {
     return job.head_dim % Tiles::kNumbers == 0 && job.head_dim <= kMostNumbers &&
-           !job.keys.runs.count && Tiles::Allowed();
+           !job.keys.runs.count && Tiles::Serves(job);
   }
 
   // Query q and the KV heads that have key positions' list `list`. The first of a chunk's queries

@@ -54,19 +54,28 @@ class Unit {
     key_scales_.Load(job_.keys, job_.heads, block, order);
     value_scales_.Load(job_.values, job_.heads, block, order);
     centre_.Start(block);
-    ForEach(job_.keys, block, ahead, [&](auto g, int step, const Rows& rows, auto& keys) {
+    ForEachHead(job_.keys, block, [&](auto g, const Rows& rows, const Wide* const* keys) {
       constexpr int G = decltype(g)::value;
       const float* queries = &job_.arranged[rows.row * job_.head_dim];
-      Store(rows.scores + step * kLanes, Score<Wide, G, K>(keys, queries, job_.head_dim));
+      for (int step = 0; step < order.steps; ++step) {
+        ahead.Fetch();
+        Store(rows.scores + step * kLanes,
+              Score<Wide, G, K>(keys + step * K, queries, job_.head_dim));
+      }
     });
     for (Rows& rows : rows_) {
       const Vec keep =
           Softmax<K>(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows);
       Shrink<K>(rows, keep, job_.head_dim, MixOf(rows));
     }
-    ForEach(job_.values, block, ahead, [&](auto g, int step, const Rows& rows, auto& values) {
+    ForEachHead(job_.values, block, [&](auto g, const Rows& rows, const Wide* const* values) {
       constexpr int G = decltype(g)::value;
-      Mix<Wide, G, K>(values, rows.scores + step * kLanes, job_.head_dim, MixOf(rows));
+      for (int step = 0; step < order.steps; step += kStepsOfMix) {
+        const int steps = std::min(kStepsOfMix, order.steps - step);
+        for (int i = 0; i < steps; ++i) ahead.Fetch();
+        Mix<Wide, G, K>(values + step * K, rows.scores + step * kLanes, steps, job_.head_dim,
+                        MixOf(rows));
+      }
     });
     return true;
   }
@@ -77,6 +86,7 @@ class Unit {
 
  private:
   static constexpr int kScores = kBlock / K * kLanes;
+  static constexpr int kStepsOfMix = kLanes / K;  // whose values are added up in registers
   // Codes are widened a head at a time; elements are in the products.
   static constexpr bool kCodes = std::is_same_v<T, Code>;
   using Wide = std::conditional_t<kCodes, float, T>;
@@ -85,35 +95,28 @@ class Unit {
     return job_.MixOf(q_, chunk_, rows.row - q_ * job_.rows());
   }
 
-  // function(G, step, rows, pointers) over a block's tokens, elements in memory order.
+  // function(G, rows, vectors) for the KV heads: vectors of a block's tokens, in the order of steps.
   template <typename Function>
-  void ForEach(const Side& side, const Block& block, Ahead& ahead, const Function& function) {
+  void ForEachHead(const Side& side, const Block& block, const Function& function) {
     const InRuns order{block.Steps<K>()};
-    const Wide* of_head[K];
-    if constexpr (kCodes) {
-      widened_.resize(kBlock * job_.head_dim);
-      for (const Rows& rows : rows_) {
+    int tokens[kBlock];
+    for (int step = 0; step < order.steps; ++step)
+      for (int i = 0; i < K; ++i)
+        tokens[step * K + i] = std::min(order.Token(step, i), block.count - 1);
+    const Wide *first[kBlock], *of_head[kBlock];
+    if constexpr (kCodes) widened_.resize(kBlock * job_.head_dim);
+    for (int i = 0; i < order.steps * K; ++i)
+      first[i] = kCodes ? (const Wide*)widened_.data() + tokens[i] * job_.head_dim
+                        : (const Wide*)side.Row(block.slots[tokens[i]], job_.heads);
+    for (const Rows& rows : rows_) {
+      if constexpr (kCodes)
         for (int token = 0; token < block.count; ++token)
           WidenCodes(side, job_.head_dim,
                      side.Row(block.slots[token], job_.heads) + rows.head * side.bytes,
                      &widened_[token * job_.head_dim]);
-        for (int step = 0; step < order.steps; ++step) {
-          for (int i = 0; i < K; ++i)
-            of_head[i] = &widened_[std::min(order.Token(step, i), block.count - 1) * job_.head_dim];
-          WithCount<K>(rows.count, [&](auto g) { function(g, step, rows, of_head); });
-        }
-      }
-    } else {
-      for (int step = 0; step < order.steps; ++step) {
-        const T* tokens[K];
-        for (int i = 0; i < K; ++i)
-          tokens[i] = (const T*)side.Row(block.Slot(order.Token(step, i)), job_.heads);
-        for (const Rows& rows : rows_) {
-          ahead.Fetch();
-          UNROLL for (int i = 0; i < K; ++i) of_head[i] = tokens[i] + rows.head * job_.head_dim;
-          WithCount<K>(rows.count, [&](auto g) { function(g, step, rows, of_head); });
-        }
-      }
+      const int64_t offset = kCodes ? 0 : rows.head * job_.head_dim;
+      for (int i = 0; i < order.steps * K; ++i) of_head[i] = first[i] + offset;
+      WithCount<K>(rows.count, [&](auto g) { function(g, rows, of_head); });
     }
   }
 

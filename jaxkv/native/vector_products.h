@@ -12,24 +12,26 @@ using Number = std::integral_constant<int, N>;
 
 // The scores of K tokens and G queries of one KV head: lane g * K + i.
 template <typename T, int G, int K>
-inline Vec Score(const T* const (&keys)[K], const float* queries, int64_t head_dim) {
+inline Vec Score(const T* const* keys, const float* queries, int64_t head_dim) {
   // Tokens whose sums are in registers at once.
   constexpr int kAtOnce = kParts == 1 ? K : G == 1 ? 4 : G < 4 ? 2 : 1;
+  constexpr int kLoaded = kParts == 1 ? kAtOnce : 1;  // of these, likewise
   Part sums[kParts][kPart];  // lane g * K + i, folded; those of no query are zero
   UNROLL for (int lane = G * K; lane < kLanes; ++lane) sums[lane / kPart][lane % kPart] = Part{};
   UNROLL for (int first = 0; first < K; first += kAtOnce) {
     Part some[G][kAtOnce][kParts] = {};
     auto add = [&](auto number, int64_t d) {
       constexpr int N = decltype(number)::value;
-      UNROLL for (int i = 0; i < kAtOnce; ++i) {
-        Part key[N][kParts];
-        LoadMany(keys[first + i] + d, key);
+      UNROLL for (int i = 0; i < kAtOnce; i += kLoaded) {
+        Part key[kLoaded][N][kParts];
+        UNROLL for (int j = 0; j < kLoaded; ++j) LoadMany(keys[first + i + j] + d, key[j]);
         UNROLL for (int g = 0; g < G; ++g) {
           Part query[N][kParts];
           LoadMany(queries + g * head_dim + d, query);
           UNROLL for (int n = 0; n < N; ++n)
             UNROLL for (int part = 0; part < kParts; ++part)
-              some[g][i][part] += key[n][part] * query[n][part];
+              UNROLL for (int j = 0; j < kLoaded; ++j)
+                some[g][i + j][part] += key[j][n][part] * query[n][part];
         }
       }
     };
@@ -45,21 +47,23 @@ inline Vec Score(const T* const (&keys)[K], const float* queries, int64_t head_d
   return SumEach(sums);
 }
 
-// mix[g] += weights[g * K + i] * values[i], for K tokens and G queries of one KV head.
+// mix[g] += weights[step][g * K + i] * values[step][i], for G queries of one KV head.
 template <typename T, int G, int K>
-inline void Mix(const T* const (&values)[K], const float* weights, int64_t head_dim, float* mix) {
+inline void Mix(const T* const* values, const float* weights, int steps, int64_t head_dim,
+                float* mix) {
   auto add = [&](auto number, int64_t d) {
     constexpr int N = decltype(number)::value;
     Part sums[G][N][kParts];
     UNROLL for (int g = 0; g < G; ++g) LoadMany(mix + g * head_dim + d, sums[g]);
-    UNROLL for (int i = 0; i < K; ++i) {
-      Part value[N][kParts];
-      LoadMany(values[i] + d, value);
-      UNROLL for (int g = 0; g < G; ++g)
-        UNROLL for (int n = 0; n < N; ++n)
-          UNROLL for (int part = 0; part < kParts; ++part)
-            sums[g][n][part] += weights[g * K + i] * value[n][part];
-    }
+    for (int step = 0; step < steps; ++step)
+      UNROLL for (int i = 0; i < K; ++i) {
+        Part value[N][kParts];
+        LoadMany(values[step * K + i] + d, value);
+        UNROLL for (int g = 0; g < G; ++g)
+          UNROLL for (int n = 0; n < N; ++n)
+            UNROLL for (int part = 0; part < kParts; ++part)
+              sums[g][n][part] += weights[step * kLanes + g * K + i] * value[n][part];
+      }
     UNROLL for (int g = 0; g < G; ++g) StoreMany(mix + g * head_dim + d, sums[g]);
   };
   int64_t d = 0;

@@ -200,7 +200,7 @@ inline void Restore(int ways, const float* from, float* to, int64_t size) {
 }
 
 // Lane i of the result is the sum of the lanes of v[i].
-inline Part SumLanes(const Part (&v)[kPart]) {
+inline __attribute__((always_inline)) Part SumLanes(const Part (&v)[kPart]) {
   Part a[kPart / 2];
   // Two vectors of partial sums, each in groups of some lanes, become one with groups of half.
 #define FOLD(from, to, number, low, high)                                      \
@@ -240,7 +240,7 @@ inline Part Folded(const Part (&v)[kParts]) {
 }
 
 // Lane i of the result is the sum of the lanes of v[i].
-inline Vec SumEach(const Part (&v)[kParts][kPart]) {
+inline __attribute__((always_inline)) Vec SumEach(const Part (&v)[kParts][kPart]) {
   Vec all;
   UNROLL for (int part = 0; part < kParts; ++part) {
     const Part sums = SumLanes(v[part]);
