@@ -1,5 +1,8 @@
 """An answer depends on its prompt alone: not on neighbours, their order, or padding."""
 
+import logging
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,3 +76,14 @@ def test_given_constants_are_those_of_the_cache():
         for name, array in constants[0].items():
             assert np.asarray(array).any()
             np.testing.assert_array_equal(engine.cache.codec_state[name], array)
+
+
+@pytest.mark.parametrize("answers", [generated, served], ids=["generated", "served"])
+def test_a_codec_that_learns_has_each_program_compiled_once(answers, caplog):
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        answers("int8-centred", [[3, 1, 4], [1, 5]])
+    compiled = [record.message for record in caplog.records if "Compiling jit(" in record.message]
+    for function in ("prefill", "decode"):
+        names = f"jit({function})", f"jit(_{function})"
+        assert sum(any(name in message for name in names) for message in compiled) == 1, compiled

@@ -58,7 +58,7 @@ class Counted(abc.ABC):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["storage", "index", "codec_state", "resident", "newest", "real_tokens"],
-    meta_fields=["config", "spread", "part_of"],
+    meta_fields=["config", "spread", "part_of", "learns"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class KVCache(Counted):
@@ -79,6 +79,8 @@ class KVCache(Counted):
       real_tokens: in a step that is padded, how many of its tokens are still to come; else None.
       spread: over which axes of a mesh, where it was created with some; else None.
       part_of: the same where this is one device's part of such a cache, inside `jax.shard_map`.
+      learns: whether the codec may learn from what is appended. False where its state was given, as
+        `generate` and `Engine` do: a program need not look then.
 
     >>> import jax, jaxkv
     >>> cache = jaxkv.create(jaxkv.KVCacheConfig(2, 64, num_kv_heads=1, head_dim=16))
@@ -97,6 +99,7 @@ class KVCache(Counted):
     real_tokens: Int[Array, "*batch"] | None = None
     spread: Spread | None = None
     part_of: Spread | None = None
+    learns: bool = True
 
     @property
     def groups(self) -> tuple["KVCache"]:

@@ -36,10 +36,13 @@ def encode(
     assert values is not None
     codec = cache.config.codec
     vectors = refuse_gradient(codec, jnp.stack([keys, values]))
+    own = state_of(cache, layer)
+    if not cache.learns:
+        return codec.encode_tokens(vectors, own, positions), cache.codec_state
     also: dict[str, Any] = {"queries": queries} if codec.asks_queries else {}
     if cache.part_of is not None and codec.learns_over_devices:
         also["axis"] = cache.part_of.axes.batch
-    own = codec.update_state(state_of(cache, layer), vectors, positions, cache.lengths, **also)
+    own = codec.update_state(own, vectors, positions, cache.lengths, **also)
     encoded = codec.encode_tokens(vectors, own, positions)
     state = {name: whole.at[layer].set(own[name]) for name, whole in cache.codec_state.items()}
     return encoded, state

@@ -16,7 +16,7 @@ from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.create import create
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.cache.kv_cache import KVCache
-from jaxkv.codecs import Codec, State
+from jaxkv.codecs import Codec, Dense, LeafSpecs, Leaves, State
 from jaxkv.serve.model_step import Model, ModelStep, Weights
 
 # A codec's state, of each group of layers.
@@ -79,7 +79,12 @@ def with_constants(
       ValueError: constants of another config.
     """
     held = [array for group in cache.groups for array in group.codec_state.values()]
-    if not held or any(map(_is_set, held)):  # by a loaded prefix
+    if not held:
+        return cache
+    cache = cache.with_groups(
+        [dataclasses.replace(group, learns=False) for group in cache.groups], cache.states
+    )
+    if any(map(_is_set, held)):  # by a loaded prefix
         return cache
     found = _learned(weights, cache.config, mesh=mesh) if constants is None else constants
     expected = [
@@ -90,7 +95,8 @@ def with_constants(
     if given != expected:
         raise ValueError(f"constants must have the shapes {expected}, got {given}.")
     pairs = zip(cache.groups, found, strict=True)
-    return cache.with_groups([group.with_codec_state(_placed(group, own)) for group, own in pairs])
+    placed = [group.with_codec_state(_placed(group, own)) for group, own in pairs]
+    return cache.with_groups(placed, cache.states)
 
 
 def _is_set(array: Array) -> bool:
@@ -103,7 +109,10 @@ def _placed(group: KVCache, state: State) -> State:
     own = {}
     for name, array in group.codec_state.items():
         heads = jnp.repeat(jnp.asarray(state[name], array.dtype), copies, axis=2)
-        own[name] = jax.device_put(jnp.array(heads), array.sharding)
+        # One that is bound to a device beside ones that are not has a program compiled twice.
+        own[name] = jnp.array(heads)
+        if array.committed:
+            own[name] = jax.device_put(own[name], array.sharding)
     return own
 
 
@@ -140,11 +149,50 @@ def _drawn(vocabulary: int) -> np.ndarray:
     return np.random.RandomState(0).randint(0, vocabulary, _NUM_TOKENS).astype(np.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Listening(Codec):
+    """Learns what a codec would, and keeps vectors as they are: programs for codes are long."""
+
+    codec: Codec
+
+    @property
+    def name(self) -> str:
+        return f"{self.codec.name}, learning"
+
+    def leaves(self, head_dim: int) -> LeafSpecs:
+        return _EXACT.leaves(head_dim)
+
+    def encode(self, vectors: Array) -> Leaves:
+        return _EXACT.encode(vectors)
+
+    def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Array:
+        return _EXACT.decode(leaves, head_dim, dtype)
+
+    def state(self, head_dim: int) -> LeafSpecs:
+        return self.codec.state(head_dim)
+
+    @property
+    def asks_queries(self) -> bool:
+        return self.codec.asks_queries
+
+    @property
+    def learns_over_devices(self) -> bool:
+        return self.codec.learns_over_devices
+
+    def update_state(self, *arguments: Any, **options: Any) -> State:
+        return self.codec.update_state(*arguments, **options)
+
+
+_EXACT = Dense("float32")
+
+
 def _plain(config: AnyConfig, tokens: int) -> AnyConfig:
-    """For one sequence of so many tokens, all of which are kept."""
+    """For one sequence of so many tokens, all of which are kept, and heard by codecs that learn."""
 
     def plain(group: KVCacheConfig) -> KVCacheConfig:
         fields: dict[str, Any] = {"placement": None, "newest": None}
+        if group.codec_state:
+            fields["codec"] = _Listening(group.codec)
         return group.replace(
             max_context_length=tokens, batch_size=1, addressing=Contiguous(), **fields
         )
