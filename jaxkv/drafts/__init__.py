@@ -2,6 +2,7 @@
 
 from jaxkv.drafts.draft import Draft, StatefulDraft
 from jaxkv.drafts.draft_model import DraftModel
+from jaxkv.drafts.mtp import MTP
 from jaxkv.drafts.ngram import NGram
 
-__all__ = ["Draft", "DraftModel", "NGram", "StatefulDraft"]
+__all__ = ["MTP", "Draft", "DraftModel", "NGram", "StatefulDraft"]

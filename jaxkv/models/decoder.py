@@ -28,6 +28,7 @@ from jaxkv.models.layers import (
 from jaxkv.models.layout import Layout
 from jaxkv.models.mlp import MLP
 from jaxkv.models.model import Model
+from jaxkv.models.mtp import MTPModule, names_of
 from jaxkv.models.rope import check_room, rotate, rotation, unpaired
 from jaxkv.models.stateful import MIXERS
 from jaxkv.models.temperature import query_growth
@@ -197,7 +198,7 @@ class Decoder(Model):
     checkpoint_transposes = (
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
-        *("gate_proj", "up_proj", "down_proj", "router", "gate", "lm_head"),
+        *("gate_proj", "up_proj", "down_proj", "router", "gate", "lm_head", "eh_proj"),
         *("in_proj", "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"),
         *("linear_left", "linear_right", "per_layer_input_gate", "per_layer_projection"),
         *("correction_coefs", "prediction_coefs", "modality_router", "per_layer_model_projection"),
@@ -217,6 +218,7 @@ class Decoder(Model):
         setattr(self, config.family.norms.last, _norm(hidden, config, dtype))
         if not config.tie_word_embeddings:
             self.lm_head = Linear(hidden, vocab, rngs=rngs, dtype=dtype)
+        self.mtp = _mtp(config, rngs=rngs, dtype=dtype) if config.mtp else None
 
     @promotes_ranks
     def __call__(
@@ -240,6 +242,18 @@ class Decoder(Model):
           TypeError, ValueError: a bad dtype or shape, or a cache for which `for_context` must say
             what the rope is.
         """
+        hidden, cache = self.hidden(tokens, cache, num_tokens=num_tokens)
+        return self.logits(hidden), cache
+
+    @promotes_ranks
+    def hidden(
+        self,
+        tokens: Int[Array, "*batch tokens"],
+        cache: AnyCache | None = None,
+        *,
+        num_tokens: NumTokens | None = None,
+    ) -> tuple[Hidden, AnyCache | None]:
+        """What `logits` are made of, after the last norm, and the cache; arguments are the call's."""
         check_tokens(tokens, cache)
         length = tokens.shape[-1]
         positions = (
@@ -264,10 +278,37 @@ class Decoder(Model):
             x = streams.end(x)
         if cache is not None:
             cache = advance(kept, length if num_tokens is None else num_tokens)
-        last, cap = getattr(self, self.config.family.norms.last), self.config.logit_softcap
-        logits = self._logits(last(x), self.embed_tokens)
+        return getattr(self, self.config.family.norms.last)(x), cache
+
+    def logits(self, hidden: Hidden) -> Float[Array, "*batch tokens vocab"]:
+        """Of the token after each, from what `hidden` or `ahead` gives."""
+        logits, cap = self._logits(hidden, self.embed_tokens), self.config.logit_softcap
         logits *= self.config.logit_scale
-        return logits if cap is None else cap * jnp.tanh(logits / cap), cache
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    @property
+    def predicts_ahead(self) -> bool:
+        """Whether it has an MTP module, and so `ahead`."""
+        return self.mtp is not None
+
+    @promotes_ranks
+    def ahead(
+        self, hidden: Hidden, tokens: Int[Array, "*batch tokens"], cache: AnyCache
+    ) -> tuple[Hidden, AnyCache]:
+        """Hidden states one token further, by the MTP module, and the cache with them counted.
+
+        Args:
+          hidden: of the tokens at the next positions of the cache, from `hidden` or from this.
+          tokens: the ones after these.
+          cache: the module keeps keys and values there in a layer after the model's own.
+        """
+        assert self.mtp is not None, "predicts_ahead says so"
+        check_tokens(tokens, cache)
+        length, context = tokens.shape[-1], cache.config.max_context_length
+        check_room(self.config.ropes, context)
+        turned = rotation(self.config.rope, next_positions(cache, length), context)
+        hidden, cache = self.mtp(hidden, self._embed(tokens), turned, cache)
+        return hidden, advance(cache, length)
 
     def for_context(self, max_context_length: int) -> Self:
         ropes = {
@@ -275,9 +316,11 @@ class Decoder(Model):
             for field in ("rope", "local_rope")
         }
         model, config = nnx.clone(self), dataclasses.replace(self.config, **ropes)
+        longer = {self.config.with_mtp_layer: config.with_mtp_layer}
+        changed = longer | {self.config: config}
         for _, module in nnx.iter_modules(model):
-            if getattr(module, "config", None) == self.config:
-                module.config = config  # type: ignore[attr-defined]
+            if isinstance(own := getattr(module, "config", None), DecoderConfig):
+                module.config = changed[own]  # type: ignore[attr-defined]
         return model
 
     def _growth(self, positions: Int[Array, "*batch tokens"]) -> Array | None:
@@ -297,9 +340,21 @@ class Decoder(Model):
     @property
     def checkpoint_layout(self) -> Layout:
         family = self.config.family
-        num_layers = self.config.num_layers if family.predicts_ahead else None
-        whole = family.routed is not None and family.routed.whole
-        return Layout(family.renamed, family.joined, self.config.num_heads, num_layers, whole)
+        num_layers = self.config.num_layers
+        names = names_of(num_layers) if self.config.mtp else ()
+        return Layout(
+            (*family.renamed, *names),
+            family.joined,
+            self.config.num_heads,
+            num_layers if family.predicts_ahead == "layers" else None,
+            family.routed is not None and family.routed.whole,
+            "mtp." if family.predicts_ahead == "mtp" else None,
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a hidden state."""
+        return self.config.hidden_size
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -313,6 +368,11 @@ def _mlp(config: DecoderConfig, layer: int, **shared: Any) -> nnx.Module:
         return RoutedExperts(config, **shared)
     sparsity = config.activation_sparsity[layer] if config.activation_sparsity else 0.0
     return MLP(config, config.intermediate_size, sparsity=sparsity, **shared)
+
+
+def _mtp(config: DecoderConfig, **shared: Any) -> MTPModule:
+    block = Block(config.with_mtp_layer, config.num_layers, **shared)
+    return MTPModule(config, block, **shared)
 
 
 def _norm(features: int, config: DecoderConfig, dtype: Any) -> nnx.Module:

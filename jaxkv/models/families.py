@@ -86,8 +86,9 @@ class Family:
       has_experts: the MLP is gpt-oss's mixture of experts.
       routed: it is one of the usual kind.
       latent: it keeps latents in place of keys and values (DeepSeek-V2, section 2.1).
-      predicts_ahead: a checkpoint may have further layers, which guess tokens after the next one,
-        and are not read (DeepSeek-V3, section 2.2).
+      predicts_ahead: a checkpoint may have an MTP module, which guesses the token after the next
+        one (DeepSeek-V3, section 2.2): what its tensors' names begin with, "layers" that are
+        numbered on, or "mtp".
       renamed: parts of names in a checkpoint, and what they are here.
       joined: projections that a checkpoint has in one tensor.
       aliases: fields of its ``config.json`` that others call otherwise, and how.
@@ -121,7 +122,7 @@ class Family:
     has_experts: bool = False
     routed: Routed | None = None
     latent: bool = False
-    predicts_ahead: bool = False
+    predicts_ahead: str | None = None
     renamed: tuple[tuple[str, str], ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     joined: tuple[Joined, ...] = ()
@@ -305,6 +306,7 @@ FAMILIES: dict[str, Family] = {
             {"shared_gate": True},
         ),
         renamed=((".shared_expert.", ".shared_experts."),),
+        predicts_ahead="mtp",
     ),
     "BambaForCausalLM": Family(
         "bamba",
@@ -349,7 +351,7 @@ FAMILIES: dict[str, Family] = {
         output_bias=False,
         qk_norm="head",
         routed=Routed(_DEEPSEEK_EXPERTS, {"method": "noaux_tc"}),
-        predicts_ahead=True,
+        predicts_ahead="layers",
     ),
     "SeedOssForCausalLM": Family(
         "seed_oss", ("hidden_act", "attention_bias", "mlp_bias"), output_bias=False
@@ -431,7 +433,7 @@ FAMILIES: dict[str, Family] = {
         ("hidden_act", "attention_bias"),
         unused=(*_DEEPSEEK, "num_nextn_predict_layers"),
         latent=True,
-        predicts_ahead=True,
+        predicts_ahead="layers",
         routed=Routed(_DEEPSEEK_EXPERTS),
     ),
     "Olmo2ForCausalLM": Family(

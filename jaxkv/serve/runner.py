@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxkv.cache.axes import Spread
-from jaxkv.drafts.draft import Draft, StatefulDraft, state_of
+from jaxkv.drafts.mtp import MTP
 from jaxkv.errors import ModelChangedError
 from jaxkv.memory.session import Session
 from jaxkv.paging import Copy, Pools
@@ -22,7 +22,7 @@ from jaxkv.serve.rank import Rank
 from jaxkv.serve.request import MOST_STOP_TOKENS, Request
 from jaxkv.serve.sampling import RowSampling, Sampling
 from jaxkv.serve.snapshots import StateSnapshots
-from jaxkv.serve.speculate import Pace, Static, padded
+from jaxkv.serve.speculate import AnyDraft, Pace, Static, padded, remembered_of
 
 
 class Chunk(NamedTuple):
@@ -61,7 +61,7 @@ class Runner:
         decode_steps: int,
         spread: Spread | None = None,
         constants: Constants | None = None,
-        draft: Draft | StatefulDraft | None = None,
+        draft: AnyDraft | None = None,
         num_guesses: int = 0,
         snapshots: StateSnapshots,
     ):
@@ -80,7 +80,8 @@ class Runner:
         self._draft = draft if spread is None else spread_over(spread.mesh, draft)
         self._num_guesses = num_guesses
         if draft is not None:
-            remembered = state_of(draft, self.num_rows, session.config.max_context_length)
+            room = session.config.max_context_length
+            remembered = remembered_of(draft, model, self.num_rows, room)
             self._drafting = steps.Drafting(Pace.begin(), remembered)
 
     @contextlib.contextmanager
@@ -148,11 +149,18 @@ class Runner:
         given = self._given([None] * (self.prefill_rows * len(self.pages)))
         compilations = (
             decode.compilation(self._weights, *arguments, **options),
-            steps.prefill.compilation(self._weights, *given, self.session.cache),
+            steps.prefill.compilation(
+                self._weights, *given, self.session.cache, draft=self._takes_prompts
+            ),
         )
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda compilation: compilation(), compilations))
         self._compiled = True
+
+    @property
+    def _takes_prompts(self) -> MTP | None:
+        """The draft, if it goes over prompts with the model."""
+        return self._draft if isinstance(self._draft, MTP) else None
 
     @property
     def chunks_of_one(self) -> int:
@@ -165,17 +173,20 @@ class Runner:
             chunk for own in chunks for chunk in (*own, *[None] * (self.prefill_rows - len(own)))
         ]
         given = self._given(rows)
-        self.session.cache = steps.prefill(self._weights, *given, self.session.cache)
+        self.session.cache = steps.prefill(
+            self._weights, *given, self.session.cache, draft=self._takes_prompts
+        )
         self._figures.prefill_steps += 1
 
     def _given(self, rows: Sequence[Chunk | None]) -> tuple[Any, ...]:
         """What a step of prefill is told: tokens, how many are real, where they begin, pages."""
-        tokens = np.zeros((len(rows), self.prefill_chunk), np.int32)
+        more = int(self._takes_prompts is not None)
+        tokens = np.zeros((len(rows), self.prefill_chunk + more), np.int32)
         num_tokens, start = np.zeros((2, len(rows)), np.int32)
         for row, chunk in enumerate(rows):
             if chunk is not None:
                 start[row], num_tokens[row] = chunk.start, chunk.end - chunk.start
-                own = chunk.request.prompt.tokens[chunk.start : chunk.end]
+                own = chunk.request.prompt.tokens[chunk.start : chunk.end + more]
                 tokens[row, : len(own)] = own
         requests = [None if chunk is None else chunk.request for chunk in rows]
         of_rows = np.array([-1 if r is None else r.row for r in requests], np.int32)

@@ -21,11 +21,14 @@ from jaxkv.cache.shards import everywhere
 from jaxkv.cache.verbs import padded_after, truncate
 from jaxkv.counts import check_count
 from jaxkv.drafts.draft import NO_GUESS, Draft, StatefulDraft, proposed, state_of
+from jaxkv.drafts.mtp import MTP
 from jaxkv.errors import ConfigError
 from jaxkv.serve.decode import NOT_A_NUMBER, Chunk, New, Program, State
 from jaxkv.serve.model_step import Model, ModelStep, Weights, spread_over
 from jaxkv.serve.sampling import RowSampling, Sampling, repeated, sample
 
+# Who guesses: from the text, or from what the model itself knows.
+AnyDraft = Draft | StatefulDraft | MTP
 # With the last token a step of 8, as many as the native kernel reads for.
 NUM_GUESSES = 7
 # Guesses are checked on credit, in steps of one token: a check costs what it takes longer than such
@@ -105,7 +108,8 @@ def check(
     stop_tokens: Int[Array, "#batch stops"],
     known: Int[Array, "batch places"],
     sampling: Sampling | RowSampling,
-) -> tuple[AnyCache, Checked]:
+    draft: AnyDraft,
+) -> tuple[AnyCache, Checked, Array | None]:
     """Take the last token of each sequence and its guesses; the cache keeps what is the answer's.
 
     Args:
@@ -113,13 +117,16 @@ def check(
       most: tokens that a sequence may be given, none where it is 0.
       stop_tokens: nothing comes after one of them, nor after logits that are no distribution.
       known: tokens that stand for the draws at their places; -1 where a draw counts.
+
+    Returns:
+      Last, the model's hidden states, for a draft that reads them.
     """
     batch, width = len(last), 1 + guesses.shape[1]
     is_guess = jnp.cumprod(guesses >= 0, axis=1, dtype=jnp.int32)
     real = jnp.minimum(1 + is_guess.sum(1, dtype=jnp.int32), most)
     taken = jnp.concatenate([last[:, None], jnp.maximum(guesses, 0)], axis=1)
     lengths = cache.lengths
-    logits, cache = model(taken, padded_after(cache, real))
+    logits, hidden, cache = _stepped(model, draft, taken, padded_after(cache, real))
     cache = padded_after(cache, None)
     positions = lengths[:, None] + 1 + jnp.arange(width, dtype=jnp.int32)[None]
     tokens, logprobs = sample(
@@ -139,7 +146,18 @@ def check(
     count = jnp.minimum(1 + num_right, real)
     tokens = jnp.where(failed, NOT_A_NUMBER, tokens)
     cache = truncate(cache, lengths + count)
-    return cache, Checked(tokens, logprobs, count, num_checked, num_right)
+    return cache, Checked(tokens, logprobs, count, num_checked, num_right), hidden
+
+
+def _stepped(
+    model: Any, draft: AnyDraft, tokens: Array, cache: AnyCache
+) -> tuple[Array, Array | None, AnyCache]:
+    """Logits, hidden states if the draft reads them, and the cache."""
+    if isinstance(draft, MTP):
+        hidden, cache = model.hidden(tokens, cache)
+        return model.logits(hidden), hidden, cache
+    logits, cache = model(tokens, cache)
+    return logits, None, cache
 
 
 def ended(checked: Checked, stop_tokens: Int[Array, "#batch stops"]) -> Bool[Array, " batch"]:
@@ -159,9 +177,9 @@ def when(wanted: Bool[Array, ""], function: Callable[[Any], Any], value: Any) ->
 
 
 def decode(
-    model: Model,
+    model: Any,
     speculating: Speculating,
-    guesser: Draft | StatefulDraft,
+    guesser: AnyDraft,
     cache: AnyCache,
     stops: Int[Array, "#batch stops"],
     known: Int[Array, "batch tokens"],
@@ -194,9 +212,15 @@ def decode(
         now, cache, new = value
         (last, remaining, seeds), lengths = now.state, cache.lengths
         guesses, forced = guesses[:, :number], known_next(cache)[:, : 1 + number]
-        cache, checked = check(
-            model, cache, last, guesses, remaining, seeds, stops, forced, sampling
+        cache, checked, hidden = check(
+            model, cache, last, guesses, remaining, seeds, stops, forced, sampling, guesser
         )
+        remembered = now.draft
+        if isinstance(guesser, MTP):
+            following = jnp.maximum(checked.tokens, 0)
+            remembered, cache = guesser.follow(
+                model, remembered, hidden, following, cache, checked.num_new
+            )
         done = ended(checked, stops) | (remaining == 0)
         is_new = checked.at_places(checked.num_new)
         at = lengths[:, None] + 1 + jnp.arange(1 + number, dtype=jnp.int32)[None]
@@ -218,6 +242,7 @@ def decode(
             state=state,
             text=text,
             pace=Pace(credit, earned >= half if number else now.pace.wide),
+            draft=remembered,
             steps=now.steps + active.astype(jnp.int32),
             num_guesses=now.num_guesses + checked.num_checked,
         )
@@ -231,8 +256,16 @@ def decode(
             _, remembered = value
             return proposed(guesser, remembered, now.text, lengths, num_guesses)
 
+        def propose_in(value: Any) -> Any:
+            _, cache = value
+            return guesser.propose_in(model, now.draft, cache, num_guesses)  # type: ignore[union-attr]
+
         none = jnp.full((len(rows), num_guesses), NO_GUESS, jnp.int32)
-        guesses, remembered = when(now.pace.credit >= 0, propose, (none, now.draft))
+        wanted, remembered = now.pace.credit >= 0, now.draft
+        if isinstance(guesser, MTP):
+            guesses, cache = when(wanted, propose_in, (none, cache))
+        else:
+            guesses, remembered = when(wanted, propose, (none, remembered))
         sure = known_next(cache)[:, :num_guesses]
         guesses = jnp.where(sure >= 0, sure, guesses)
         guesses = jnp.where(now.remaining[:, None] > 1, guesses, NO_GUESS)
@@ -292,7 +325,7 @@ class Static:
     others: tuple[Any, ...]  # leaves that are no arrays, None for those that are
 
     @classmethod
-    def of(cls, draft: Draft | StatefulDraft) -> "tuple[Static, list[Any]]":
+    def of(cls, draft: AnyDraft) -> "tuple[Static, list[Any]]":
         """And the arrays."""
         leaves, treedef = jax.tree.flatten(draft)
         arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
@@ -310,14 +343,14 @@ class DraftProgram:
     """The programs of a generation with a draft, used as those without."""
 
     plain: Program
-    draft: Draft | StatefulDraft
+    draft: AnyDraft
     num_guesses: int
 
     @classmethod
     def of(
         cls,
         plain: Program,
-        draft: Draft | StatefulDraft,
+        draft: AnyDraft,
         num_guesses: int,
         *,
         on: Spread | None = None,
@@ -340,7 +373,7 @@ class DraftProgram:
     def start(self, state: State, prompts: Sequence[np.ndarray], config: AnyConfig) -> Speculating:
         """Where a generation with these prompts begins."""
         text = padded(prompts, config.max_context_length)
-        remembered = state_of(self.draft, *text.shape)
+        remembered = remembered_of(self.draft, self.plain.weights.model, *text.shape)
         return Speculating.begin(state, jax.device_put(text), Pace.begin(), remembered)
 
     def compile_prefill(self, chunks: list[Chunk], cache: AnyCache) -> None:
@@ -377,14 +410,34 @@ def padded(texts: Sequence[Sequence[int] | np.ndarray], room: int) -> np.ndarray
     return array
 
 
-def check_draft(who: str, config: AnyConfig, num_guesses: int) -> None:
+def remembered_of(draft: AnyDraft, model: Any, batch_size: int, room: int) -> Any:
+    """What a draft remembers before its first guess."""
+    if isinstance(draft, MTP):
+        return draft.begin(model, batch_size)
+    return state_of(draft, batch_size, room)
+
+
+def check_model(who: str, draft: AnyDraft, model: Model) -> None:
+    """Refuse a model that has not what the draft goes on from.
+
+    Raises:
+      ConfigError: naming it.
+    """
+    if isinstance(draft, MTP):
+        draft.check(who, model)
+
+
+def check_draft(
+    who: str, draft: AnyDraft, model: Model, config: AnyConfig, num_guesses: int
+) -> None:
     """Refuse caches that could not go back to what plain decode would have.
 
     Raises:
-      ConfigError: such a cache.
+      ConfigError: such a cache, or a model that has not what the draft goes on from.
       ValueError: a number of guesses that is none.
     """
     check_count(f"{who}: num_guesses", num_guesses)
+    check_model(who, draft, model)
     if config.states:
         raise ConfigError(
             f"{who}: a draft's wrong guesses are taken back, and layers with a state cannot go "

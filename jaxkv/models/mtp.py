@@ -1,0 +1,59 @@
+"""Multi-token prediction (DeepSeek-V3, 2024, section 2.2): what guesses one token further.
+
+It goes on from the model's hidden state of a token, after the last norm, and from the embedding
+of the token after it, through one more layer of the model's own kind.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxkv.models.config import DecoderConfig
+from jaxkv.models.layers import NORMS, Linear
+
+Hidden = Float[Array, "*batch tokens hidden"]
+
+
+class MTPModule(nnx.Module):
+    """The module: embeddings and head are the model's own.
+
+    Args:
+      config: of the model.
+      block: the layer, whose keys and values come after those of the model's layers.
+    """
+
+    def __init__(self, config: DecoderConfig, block: nnx.Module, *, rngs: nnx.Rngs, dtype: Any):
+        hidden, norm = config.hidden_size, NORMS[config.family.norms.kind]
+        shared = {"eps": config.rms_norm_eps, "dtype": dtype}
+        self.enorm, self.hnorm = norm(hidden, **shared), norm(hidden, **shared)
+        self.eh_proj = Linear(2 * hidden, hidden, rngs=rngs, dtype=dtype)
+        self.block: Any = block
+        self.norm: Any = norm(hidden, **shared)
+
+    def __call__(
+        self, hidden: Hidden, embedded: Hidden, rotation: Any, cache: Any
+    ) -> tuple[Hidden, Any]:
+        """Hidden states that the head makes logits of, and the cache."""
+        enorm: Any = self.enorm
+        hnorm: Any = self.hnorm
+        both = jnp.concatenate([enorm(embedded), hnorm(hidden)], axis=-1)
+        x, cache = self.block(self.eh_proj(both), rotation, cache, None)
+        return self.norm(x), cache
+
+
+def names_of(num_layers: int) -> tuple[tuple[str, str], ...]:
+    """Parts of names in a checkpoint, where it is the layer after the last, and here."""
+    own = {name: name for name in ("enorm", "hnorm", "eh_proj")} | {"shared_head.norm": "norm"}
+    inside = ((f"mtp.block.{there}.", f"mtp.{here}.") for there, here in own.items())
+    return (f"layers.{num_layers}.", "mtp.block."), *inside
+
+
+def copies_of(num_layers: int) -> dict[str, str]:
+    """Tensors that a checkpoint has there once more, and which those are."""
+    layer = f"layers.{num_layers}"
+    return {
+        f"{layer}.embed_tokens.weight": "embed_tokens.weight",
+        f"{layer}.shared_head.head.weight": "lm_head.weight",
+    }
