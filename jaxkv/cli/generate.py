@@ -16,7 +16,7 @@ from jaxkv.cli.model_options import (
     stop_strings_of,
     unicode_text,
 )
-from jaxkv.drafts import NGram
+from jaxkv.drafts import MTP, NGram
 from jaxkv.memory import MemoryTracker, Purpose, device_memory
 from jaxkv.serve.decode import TOKENS_PER_DISPATCH
 from jaxkv.serve.generate import Generation, generate
@@ -45,6 +45,7 @@ examples:
 exit status: 0 done, 1 logits that are no numbers ended an answer, 2 the question was not
 understood or the model could not be loaded
 """
+_DRAFTS = {"mtp": MTP, "ngram": NGram}
 _DEFAULT_PROMPT = """\
 class Point:
     def __init__(self, x, y):
@@ -77,9 +78,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens that are shown at once (default: {TOKENS_PER_DISPATCH})",
     )  # fmt: skip
     add(
-        "--draft", choices=("ngram",),
-        help="guess tokens from the text itself, and check several in a step: the same answer, "
-        "sooner where it repeats what was there",
+        "--draft", choices=sorted(_DRAFTS),
+        help="guess tokens, and check several in a step: the same answer, sooner. ngram looks in "
+        "the text itself, for what repeats; mtp is the model's own module of multi-token "
+        "prediction, which DeepSeek V3 and GLM 4.5 have",
     )  # fmt: skip
     add("--json", action="store_true", help="print answers and figures as JSON")
 
@@ -111,7 +113,7 @@ def _run(options: argparse.Namespace) -> int:
         on_tokens=stream,
         stream_every=options.stream_every,
         tracker=tracker,
-        draft=NGram() if options.draft else None,
+        draft=_DRAFTS[options.draft]() if options.draft else None,
     )
     shown = result.texts or [
         decode_answer(None, prompt, tokens)

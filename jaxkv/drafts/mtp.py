@@ -78,12 +78,8 @@ class MTP:
     True
     """
 
-    def check(self, who: str, model: Any) -> None:
-        """Refuse a model that has no such module.
-
-        Raises:
-          ConfigError: naming it.
-        """
+    def check_model(self, who: str, model: Any) -> None:
+        """See `HiddenStateDraft`."""
         leaf = jax.tree_util.all_leaves([model])
         if leaf or not getattr(model, "predicts_ahead", False):
             raise ConfigError(
@@ -93,12 +89,12 @@ class MTP:
             )
 
     def begin(self, model: PredictsAhead, batch_size: int) -> Newest:
-        """Of sequences of which nothing was said."""
+        """See `HiddenStateDraft`."""
         hidden = np.zeros((batch_size, model.hidden_size), model.dtype)
         return Newest(*jax.device_put((hidden, np.full(batch_size, -1, np.int32))))
 
     def filling(self, model: PredictsAhead) -> Callable[..., tuple[Hidden, AnyCache]]:
-        """A model of a prompt: of tokens and the one after them, and the module of all of these."""
+        """See `HiddenStateDraft`."""
 
         def fill(tokens: Array, cache: AnyCache) -> tuple[Hidden, AnyCache]:
             begin = cache.lengths
@@ -116,12 +112,7 @@ class MTP:
         cache: AnyCache,
         count: Lengths,
     ) -> tuple[Newest, AnyCache]:
-        """Take what a step has found.
-
-        Args:
-          hidden: of its tokens, of which the first ``count`` are the newest in the cache.
-          tokens: the ones after each.
-        """
+        """See `HiddenStateDraft`."""
         found, cache = _followed(model, hidden, tokens, cache, count)
         last = jnp.take_along_axis(found, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         any_new = count > 0
@@ -133,7 +124,7 @@ class MTP:
     def propose_in(
         self, model: PredictsAhead, newest: Newest, cache: AnyCache, k: int
     ) -> tuple[Guesses, AnyCache]:
-        """``k`` guesses of each sequence, and the cache as it was: none where it is another's."""
+        """See `HiddenStateDraft`. None of a sequence whose last token it did not take."""
         lengths = cache.lengths
 
         def guess(hidden: Array) -> Array:

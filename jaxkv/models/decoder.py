@@ -253,7 +253,7 @@ class Decoder(Model):
         *,
         num_tokens: NumTokens | None = None,
     ) -> tuple[Hidden, AnyCache | None]:
-        """What `logits` are made of, after the last norm, and the cache; arguments are the call's."""
+        """What `logits` are made of, after the last norm, and the cache; given as to a call."""
         check_tokens(tokens, cache)
         length = tokens.shape[-1]
         positions = (

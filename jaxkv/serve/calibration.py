@@ -123,9 +123,9 @@ def _learned(
 
 
 @functools.partial(ModelStep, donated=[])
-def _learn(model: Model, tokens: Array, cache: AnyCache) -> Constants:
+def _learn(model: Any, tokens: Array, cache: AnyCache) -> Constants:
     if getattr(model, "predicts_ahead", False):  # in a layer of its own, which learns too
-        model = MTP().filling(model)  # type: ignore[arg-type]
+        model = MTP().filling(model)
         tokens = jnp.concatenate([tokens, tokens[:, :1]], axis=1)
     return tuple(group.codec_state for group in model(tokens, cache)[1].groups)
 

@@ -23,11 +23,12 @@ from jaxkv.cache.shards import everywhere
 from jaxkv.cache.verbs import padded_after
 from jaxkv.counts import ceil_div
 from jaxkv.devices import platform_of
-from jaxkv.drafts.mtp import MTP
+from jaxkv.drafts.draft import HiddenStateDraft
 from jaxkv.serve.model_step import Model, ModelStep, Weights
 from jaxkv.serve.sampling import Sampling, sample
 
-# ``(tokens [batch, chunk], num_tokens [batch])``, padded on the right; a token more with `MTP`.
+# ``(tokens [batch, chunk], num_tokens [batch])``, padded on the right. For a draft that takes
+# prompts too there is one token more, that after the chunk.
 Chunk = tuple[np.ndarray, np.ndarray]
 
 # Tokens of a prompt that one prefill step takes on a CPU, where so few are bound by arithmetic.
@@ -99,7 +100,7 @@ def _prefill(
     cache: AnyCache,
     *,
     observe: bool,
-    draft: MTP | None = None,
+    draft: HiddenStateDraft | None = None,
 ) -> tuple[AnyCache, Array, Any]:
     """Take one chunk of every prompt, without its padding.
 
@@ -112,7 +113,7 @@ def _prefill(
     """
     cache, queries = padded_after(cache, num_tokens), None
     if draft is not None:
-        model = draft.filling(model)  # type: ignore[arg-type]  # it was checked
+        model = draft.filling(model)
     if observe:
         _, cache, queries = observed(model)(tokens, cache)
     else:
@@ -181,7 +182,7 @@ class Program:
     num_steps: int
     at_once: int
     observe: bool
-    draft: MTP | None = None
+    draft: HiddenStateDraft | None = None
 
     @classmethod
     def of(
@@ -209,7 +210,7 @@ class Program:
         stops = tuple(int(token) for token in stop_tokens)
         num_steps = 1 if most_steps == 1 else num_steps
         at_once = _steps_at_once(weights, num_steps, most_steps or num_steps)
-        takes_prompts = draft if isinstance(draft, MTP) else None
+        takes_prompts = draft if isinstance(draft, HiddenStateDraft) else None
         return cls(weights, sampling, stops, num_steps, at_once, observe, takes_prompts)
 
     @property

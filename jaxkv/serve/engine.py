@@ -12,6 +12,7 @@ from jaxkv.cache.checks import checked_prompt
 from jaxkv.cache.create import config_of_a_device
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.devices import platform_at
+from jaxkv.drafts.draft import AnyDraft
 from jaxkv.errors import ConfigError, ModelChangedError, PoolFullError, UnknownRequestError
 from jaxkv.memory import MemoryTracker, Purpose, session
 from jaxkv.memory.session import Session
@@ -25,7 +26,7 @@ from jaxkv.serve.request import Request
 from jaxkv.serve.runner import Runner
 from jaxkv.serve.sampling import Sampling
 from jaxkv.serve.snapshots import StateSnapshots, checked_space
-from jaxkv.serve.speculate import NUM_GUESSES, AnyDraft, check_draft, check_model
+from jaxkv.serve.speculate import NUM_GUESSES, check_draft
 from jaxkv.show.progress import progress_bar
 from jaxkv.show.stop_strings import StopStrings
 
@@ -134,7 +135,7 @@ class Engine:
         )
         if draft is not None:
             check_draft("Engine", draft, model, config, num_guesses)
-        self._draft = draft
+        self._draft, self._num_guesses = draft, num_guesses
         space, every = checked_space(config, snapshot_space, snapshot_every, prefill_chunk, sharing)
         snapshots = StateSnapshots(config, space, prefill_rows, device)
         self.config = config
@@ -301,7 +302,7 @@ class Engine:
                 f"place of one with {self._vocabulary}. Make another Engine."
             )
         if self._draft is not None:
-            check_model("Engine.update", self._draft, model)
+            check_draft("Engine.update", self._draft, model, self.config, self._num_guesses)
         self._vocabulary = vocabulary
         self._batch.exchange(model)
 

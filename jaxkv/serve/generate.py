@@ -16,7 +16,7 @@ from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import Codec
 from jaxkv.counts import check_count
 from jaxkv.devices import platform_at
-from jaxkv.drafts.mtp import MTP
+from jaxkv.drafts.draft import AnyDraft, HiddenStateDraft
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.memory.session import Session, holding
 from jaxkv.serve.calibration import Constants, with_constants
@@ -25,7 +25,7 @@ from jaxkv.serve.decode import prefill_chunk as best_chunk
 from jaxkv.serve.ending import Ending
 from jaxkv.serve.model_step import Model
 from jaxkv.serve.sampling import Sampling
-from jaxkv.serve.speculate import NUM_GUESSES, AnyDraft, DraftProgram, Speculating, check_draft
+from jaxkv.serve.speculate import NUM_GUESSES, DraftProgram, Speculating, check_draft
 from jaxkv.show.progress import progress_bar
 from jaxkv.show.stop_strings import StopStrings
 
@@ -256,7 +256,7 @@ def generate(
     compression = _compression(policy, keep, spread)
     if draft is not None:
         check_draft("generate", draft, model, config, num_guesses)
-    chunks = list(_chunks(checked, chunk, more=int(isinstance(draft, MTP))))
+    chunks = list(_chunks(checked, chunk, more=int(isinstance(draft, HiddenStateDraft))))
     program: Any = Program.of(
         model,
         sampling,

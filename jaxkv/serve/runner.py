@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxkv.cache.axes import Spread
-from jaxkv.drafts.mtp import MTP
+from jaxkv.drafts.draft import AnyDraft, HiddenStateDraft, state_of
 from jaxkv.errors import ModelChangedError
 from jaxkv.memory.session import Session
 from jaxkv.paging import Copy, Pools
@@ -22,7 +22,7 @@ from jaxkv.serve.rank import Rank
 from jaxkv.serve.request import MOST_STOP_TOKENS, Request
 from jaxkv.serve.sampling import RowSampling, Sampling
 from jaxkv.serve.snapshots import StateSnapshots
-from jaxkv.serve.speculate import AnyDraft, Pace, Static, padded, remembered_of
+from jaxkv.serve.speculate import Pace, Static, padded
 
 
 class Chunk(NamedTuple):
@@ -81,7 +81,7 @@ class Runner:
         self._num_guesses = num_guesses
         if draft is not None:
             room = session.config.max_context_length
-            remembered = remembered_of(draft, model, self.num_rows, room)
+            remembered = state_of(draft, model, self.num_rows, room)
             self._drafting = steps.Drafting(Pace.begin(), remembered)
 
     @contextlib.contextmanager
@@ -158,9 +158,9 @@ class Runner:
         self._compiled = True
 
     @property
-    def _takes_prompts(self) -> MTP | None:
+    def _takes_prompts(self) -> HiddenStateDraft | None:
         """The draft, if it goes over prompts with the model."""
-        return self._draft if isinstance(self._draft, MTP) else None
+        return self._draft if isinstance(self._draft, HiddenStateDraft) else None
 
     @property
     def chunks_of_one(self) -> int:

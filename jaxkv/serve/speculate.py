@@ -20,15 +20,12 @@ from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.cache.shards import everywhere
 from jaxkv.cache.verbs import padded_after, truncate
 from jaxkv.counts import check_count
-from jaxkv.drafts.draft import NO_GUESS, Draft, StatefulDraft, proposed, state_of
-from jaxkv.drafts.mtp import MTP
+from jaxkv.drafts.draft import NO_GUESS, AnyDraft, HiddenStateDraft, proposed, state_of
 from jaxkv.errors import ConfigError
 from jaxkv.serve.decode import NOT_A_NUMBER, Chunk, New, Program, State
 from jaxkv.serve.model_step import Model, ModelStep, Weights, spread_over
 from jaxkv.serve.sampling import RowSampling, Sampling, repeated, sample
 
-# Who guesses: from the text, or from what the model itself knows.
-AnyDraft = Draft | StatefulDraft | MTP
 # With the last token a step of 8, as many as the native kernel reads for.
 NUM_GUESSES = 7
 # Guesses are checked on credit, in steps of one token: a check costs what it takes longer than such
@@ -153,7 +150,7 @@ def _stepped(
     model: Any, draft: AnyDraft, tokens: Array, cache: AnyCache
 ) -> tuple[Array, Array | None, AnyCache]:
     """Logits, hidden states if the draft reads them, and the cache."""
-    if isinstance(draft, MTP):
+    if isinstance(draft, HiddenStateDraft):
         hidden, cache = model.hidden(tokens, cache)
         return model.logits(hidden), hidden, cache
     logits, cache = model(tokens, cache)
@@ -174,6 +171,25 @@ def when(wanted: Bool[Array, ""], function: Callable[[Any], Any], value: Any) ->
         (wanted, value),
     )
     return once[1]
+
+
+def _guessed(
+    model: Any, draft: AnyDraft, now: Speculating, cache: AnyCache, k: int
+) -> tuple[Array, Speculating, AnyCache]:
+    """Guesses, if there is credit for checks, and what they have changed."""
+    wanted, lengths = now.pace.credit >= 0, cache.lengths + 1
+    none = jnp.full((len(now.text), k), NO_GUESS, jnp.int32)
+    if isinstance(draft, HiddenStateDraft):
+        own = draft
+        guesses, cache = when(
+            wanted, lambda value: own.propose_in(model, now.draft, value[1], k), (none, cache)
+        )
+        return guesses, now, cache
+    others = draft
+    guesses, remembered = when(
+        wanted, lambda value: proposed(others, value[1], now.text, lengths, k), (none, now.draft)
+    )
+    return guesses, now._replace(draft=remembered), cache
 
 
 def decode(
@@ -216,7 +232,7 @@ def decode(
             model, cache, last, guesses, remaining, seeds, stops, forced, sampling, guesser
         )
         remembered = now.draft
-        if isinstance(guesser, MTP):
+        if isinstance(guesser, HiddenStateDraft) and hidden is not None:
             following = jnp.maximum(checked.tokens, 0)
             remembered, cache = guesser.follow(
                 model, remembered, hidden, following, cache, checked.num_new
@@ -250,27 +266,12 @@ def decode(
 
     def one_step(carry: Any) -> Any:
         step, now, cache, new = carry
-        lengths = cache.lengths + 1
-
-        def propose(value: Any) -> Any:
-            _, remembered = value
-            return proposed(guesser, remembered, now.text, lengths, num_guesses)
-
-        def propose_in(value: Any) -> Any:
-            _, cache = value
-            return guesser.propose_in(model, now.draft, cache, num_guesses)  # type: ignore[union-attr]
-
-        none = jnp.full((len(rows), num_guesses), NO_GUESS, jnp.int32)
-        wanted, remembered = now.pace.credit >= 0, now.draft
-        if isinstance(guesser, MTP):
-            guesses, cache = when(wanted, propose_in, (none, cache))
-        else:
-            guesses, remembered = when(wanted, propose, (none, remembered))
+        guesses, now, cache = _guessed(model, guesser, now, cache, num_guesses)
         sure = known_next(cache)[:, :num_guesses]
         guesses = jnp.where(sure >= 0, sure, guesses)
         guesses = jnp.where(now.remaining[:, None] > 1, guesses, NO_GUESS)
         checks = (guesses[:, 0] >= 0).any()
-        value = now._replace(draft=remembered), cache, new
+        value = now, cache, new
         wide = now.pace.wide
         cases = {0: ~checks, half: checks & ~wide, num_guesses: checks & wide}
         if half == num_guesses:
@@ -373,7 +374,7 @@ class DraftProgram:
     def start(self, state: State, prompts: Sequence[np.ndarray], config: AnyConfig) -> Speculating:
         """Where a generation with these prompts begins."""
         text = padded(prompts, config.max_context_length)
-        remembered = remembered_of(self.draft, self.plain.weights.model, *text.shape)
+        remembered = state_of(self.draft, self.plain.weights.model, *text.shape)
         return Speculating.begin(state, jax.device_put(text), Pace.begin(), remembered)
 
     def compile_prefill(self, chunks: list[Chunk], cache: AnyCache) -> None:
@@ -410,23 +411,6 @@ def padded(texts: Sequence[Sequence[int] | np.ndarray], room: int) -> np.ndarray
     return array
 
 
-def remembered_of(draft: AnyDraft, model: Any, batch_size: int, room: int) -> Any:
-    """What a draft remembers before its first guess."""
-    if isinstance(draft, MTP):
-        return draft.begin(model, batch_size)
-    return state_of(draft, batch_size, room)
-
-
-def check_model(who: str, draft: AnyDraft, model: Model) -> None:
-    """Refuse a model that has not what the draft goes on from.
-
-    Raises:
-      ConfigError: naming it.
-    """
-    if isinstance(draft, MTP):
-        draft.check(who, model)
-
-
 def check_draft(
     who: str, draft: AnyDraft, model: Model, config: AnyConfig, num_guesses: int
 ) -> None:
@@ -437,7 +421,8 @@ def check_draft(
       ValueError: a number of guesses that is none.
     """
     check_count(f"{who}: num_guesses", num_guesses)
-    check_model(who, draft, model)
+    if isinstance(draft, HiddenStateDraft):
+        draft.check_model(who, model)
     if config.states:
         raise ConfigError(
             f"{who}: a draft's wrong guesses are taken back, and layers with a state cannot go "

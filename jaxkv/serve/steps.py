@@ -22,7 +22,7 @@ from jaxkv.cache.shards import by_row, everywhere, in_each_shard
 from jaxkv.cache.state import StateCache
 from jaxkv.cache.verbs import padded_after
 from jaxkv.codecs import Leaves
-from jaxkv.drafts.mtp import MTP
+from jaxkv.drafts.draft import HiddenStateDraft
 from jaxkv.placement import scatter
 from jaxkv.serve.decode import NOT_A_NUMBER, New, State
 from jaxkv.serve.model_step import Model, ModelStep
@@ -60,7 +60,7 @@ def prefill(
     of_rows: Int[Ints, " chunks"],
     cache: AnyCache,
     *,
-    draft: MTP | None = None,
+    draft: HiddenStateDraft | None = None,
 ) -> AnyCache:
     """Compute chunks of prompts, as many on each data rank, each padded on the right.
 
@@ -79,7 +79,7 @@ def prefill(
     states = [each.of_rows(jnp.maximum(of_rows, 0)) for each in cache.states]
     sequences = _placed(chosen.with_groups(chosen.groups, states), tables, start, start)
     if draft is not None:
-        model = draft.filling(model)  # type: ignore[arg-type]  # it was checked
+        model = draft.filling(model)
     _, sequences = model(tokens, padded_after(sequences, num_tokens))
     groups = [
         dataclasses.replace(group, storage=written.storage).with_codec_state(written.codec_state)
