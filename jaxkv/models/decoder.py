@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxkv.cache.ancestors import Ancestors
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.cache.verbs import advance, next_positions
+from jaxkv.errors import ConfigError
 from jaxkv.models.altup import AltUp, Laurel, LayerInput, Streams
 from jaxkv.models.config import DecoderConfig
 from jaxkv.models.experts import MixtureOfExperts, RoutedExperts
@@ -20,9 +22,11 @@ from jaxkv.models.layers import (
     Embedding,
     Linear,
     Passed,
+    Step,
     attend_causal,
     check_tokens,
     linears,
+    positions_of,
     unit,
 )
 from jaxkv.models.layout import Layout
@@ -61,9 +65,7 @@ class Attention(nnx.Module):
             self.sinks = nnx.Param(jnp.zeros(config.num_heads, dtype))
         self.config, self.layer = config, layer
 
-    def __call__(
-        self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
-    ) -> tuple[Hidden, Any]:
+    def __call__(self, x: Hidden, rotation: Any, cache: Any, step: Step) -> tuple[Hidden, Any]:
         config = self.config
         source = config.sources[self.layer] if config.sources else self.layer
         keeps = source == self.layer  # or the checkpoint has projections that are not used
@@ -84,7 +86,7 @@ class Attention(nnx.Module):
             *(self._kept(kept[0], kept[1], rotation) if keeps else (None, None)),
             layer=self.layer,
             source=source,
-            num_tokens=num_tokens,
+            step=step,
             scale=config.attention_scale,
             window=config.windows[self.layer],
             aligned=config.family.aligned,
@@ -147,23 +149,21 @@ class Block(nnx.Module):
         x: Hidden,
         rotation: Any,
         cache: Any,
-        num_tokens: NumTokens | None,
+        step: Step,
         given: LayerInput | None = None,
     ) -> tuple[Hidden, Any]:
         """The stream, or all of them, after the layer."""
         if self.altup is None or given is None:
-            return self._through(x, rotation, cache, num_tokens)
+            return self._through(x, rotation, cache, step)
         predicted = self.altup.predict(x)
         active = predicted[self.altup.streams.active]
-        made, cache = self._through(active, rotation, cache, num_tokens)
+        made, cache = self._through(active, rotation, cache, step)
         return self.altup.correct(predicted, made, given), cache
 
-    def _through(
-        self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
-    ) -> tuple[Hidden, Any]:
+    def _through(self, x: Hidden, rotation: Any, cache: Any, step: Step) -> tuple[Hidden, Any]:
         norms = self.norms
         given = self._normed(norms.attention_input, x)
-        mixed, cache = getattr(self, self.mixing)(given, rotation, cache, num_tokens)
+        mixed, cache = getattr(self, self.mixing)(given, rotation, cache, step)
         mixed = self._normed(norms.attention_output, mixed) * self.multiplier
         between = x if self.is_parallel else x + mixed
         if self.laurel is not None:
@@ -227,6 +227,7 @@ class Decoder(Model):
         cache: AnyCache | None = None,
         *,
         num_tokens: NumTokens | None = None,
+        ancestors: Ancestors | None = None,
     ) -> tuple[Float[Array, "*batch tokens vocab"], AnyCache | None]:
         """Logits of the token after each of these, and the cache with them counted.
 
@@ -236,13 +237,16 @@ class Decoder(Model):
             with any leading axes; it is differentiable and returns None as cache.
           num_tokens: how many of ``tokens`` are real, a sequence, for prompts padded on the
             right. All if None. Logits of padding mean nothing.
+          ancestors: which of ``tokens`` come before which, where they form a tree; see
+            `jaxkv.attend`. `jaxkv.keep_path` makes a branch of it the text.
 
         Raises:
           CacheFullError: outside jit, see `jaxkv.append`.
+          ConfigError: a tree, and layers that keep a state or a cache that takes none.
           TypeError, ValueError: a bad dtype or shape, or a cache for which `for_context` must say
             what the rope is.
         """
-        hidden, cache = self.hidden(tokens, cache, num_tokens=num_tokens)
+        hidden, cache = self.hidden(tokens, cache, num_tokens=num_tokens, ancestors=ancestors)
         return self.logits(hidden), cache
 
     @promotes_ranks
@@ -252,13 +256,17 @@ class Decoder(Model):
         cache: AnyCache | None = None,
         *,
         num_tokens: NumTokens | None = None,
+        ancestors: Ancestors | None = None,
     ) -> tuple[Hidden, AnyCache | None]:
         """What `logits` are made of, after the last norm, and the cache; given as to a call."""
-        check_tokens(tokens, cache)
-        length = tokens.shape[-1]
-        positions = (
-            jnp.arange(length, dtype=jnp.int32) if cache is None else next_positions(cache, length)
-        )
+        step = Step(num_tokens, ancestors)
+        check_tokens(tokens, cache, step=step)
+        if ancestors is not None and any(self.config.mixer_layers):
+            raise ConfigError(
+                "ancestors=: layers that keep a state would take in all branches. Check one at a "
+                "time."
+            )
+        length, positions = tokens.shape[-1], positions_of(tokens, cache, step)
         ropes = self.config.ropes
         context = length if cache is None else cache.config.max_context_length
         if cache is not None or num_tokens is not None:  # texts may be shorter than that
@@ -273,7 +281,7 @@ class Decoder(Model):
             x, given = streams.begin(x), streams.inputs(tokens, x)
         kept: Any = Passed() if cache is None and self.config.sources else cache
         for rope, block, own in zip(ropes, self.layers, given, strict=True):
-            x, kept = block(x, rotations[rope], kept, num_tokens, own)
+            x, kept = block(x, rotations[rope], kept, step, own)
         if streams is not None:
             x = streams.end(x)
         if cache is not None:

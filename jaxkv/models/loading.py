@@ -201,8 +201,8 @@ def _with_mtp(config: Any, source: Source, tensors: Tensors) -> Any:
         own = tensors["embed_tokens.weight"] if own is None else own  # is the head
         if copy is not None and not _equal(copy, own):
             warnings.warn(
-                f"{path}: tensor {copy.name} differs from {own.name}, which the MTP module has here "
-                "too. No answer depends on it; guesses may be worse.",
+                f"{path}: tensor {copy.name} differs from {own.name}, which is used for both. No "
+                "answer depends on it; guesses of the MTP module may be worse.",
                 stacklevel=3,
             )
     return config

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxkv.models.config import DecoderConfig
-from jaxkv.models.layers import NORMS, Linear
+from jaxkv.models.layers import NORMS, Linear, Step
 
 Hidden = Float[Array, "*batch tokens hidden"]
 
@@ -39,7 +39,7 @@ class MTPModule(nnx.Module):
         enorm: Any = self.enorm
         hnorm: Any = self.hnorm
         both = jnp.concatenate([enorm(embedded), hnorm(hidden)], axis=-1)
-        x, cache = self.block(self.eh_proj(both), rotation, cache, None)
+        x, cache = self.block(self.eh_proj(both), rotation, cache, Step())
         return self.norm(x), cache
 
 
