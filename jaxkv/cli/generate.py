@@ -81,7 +81,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft", choices=sorted(_DRAFTS),
         help="guess tokens, and check several in a step: the same answer, sooner. ngram looks in "
         "the text itself, for what repeats; mtp is the model's own module of multi-token "
-        "prediction, which DeepSeek V3 and GLM 4.5 have",
+        "prediction, which DeepSeek V3, GLM 4.5 and MiMo have",
     )  # fmt: skip
     add("--json", action="store_true", help="print answers and figures as JSON")
 

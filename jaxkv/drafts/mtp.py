@@ -67,14 +67,12 @@ class MTP:
     >>> import jaxkv
     >>> from flax import nnx
     >>> from jaxkv.models import Decoder, DecoderConfig
-    >>> from jaxkv.models.routing import ExpertsConfig
-    >>> experts = ExpertsConfig(num_experts=4, experts_per_token=2, intermediate_size=8)
-    >>> sizes = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "experts": experts}
-    >>> config = DecoderConfig(32, 16, 16, **sizes, architecture="Glm4MoeForCausalLM", mtp=True)
+    >>> sizes = {"num_layers": 1, "num_heads": 2}
+    >>> config = DecoderConfig(32, 16, 16, **sizes, architecture="MiMoForCausalLM", mtp=True)
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
+    >>> plain = jaxkv.generate(model, [[3, 1, 4]], max_new_tokens=9)
     >>> draft = jaxkv.drafts.MTP()
-    >>> one = jaxkv.generate(model, [[3, 1, 4]], max_new_tokens=9, draft=draft)
-    >>> one.tokens == jaxkv.generate(model, [[3, 1, 4]], max_new_tokens=9).tokens
+    >>> plain.tokens == jaxkv.generate(model, [[3, 1, 4]], max_new_tokens=9, draft=draft).tokens
     True
     """
 

@@ -188,12 +188,13 @@ class DecoderConfig:
         if (self.latent is not None) != self.family.latent:
             has = "is made of latents" if self.family.latent else "has no latents"
             raise ConfigError(f"DecoderConfig: {self.architecture} {has}, got {self.latent}.")
-        if self.mtp and self.family.predicts_ahead != "layers":
+        module = self.family.predicts_ahead
+        if self.mtp and (module is None or not module.is_read):
             has_not = (
-                "layers that keep a state, which cannot go back behind a wrong guess: its MTP "
+                "no MTP module that is known here"
+                if module is None
+                else "layers that keep a state, which cannot go back behind a wrong guess: its MTP "
                 "module is not read"
-                if self.family.predicts_ahead
-                else "no MTP module that is known here"
             )
             raise ConfigError(f"DecoderConfig: {self.architecture} has {has_not}; got mtp=True.")
         if self.experts_per_token > self.num_experts:

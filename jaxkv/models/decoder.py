@@ -348,16 +348,16 @@ class Decoder(Model):
     @property
     def checkpoint_layout(self) -> Layout:
         family = self.config.family
-        num_layers = self.config.num_layers
-        names = names_of(num_layers) if self.config.mtp else ()
-        return Layout(
-            (*family.renamed, *names),
-            family.joined,
-            self.config.num_heads,
-            num_layers if family.predicts_ahead == "layers" else None,
-            family.routed is not None and family.routed.whole,
-            "mtp." if family.predicts_ahead == "mtp" else None,
-        )
+        num_layers, module = self.config.num_layers, family.predicts_ahead
+        whole = family.routed is not None and family.routed.whole
+        layout = Layout(family.renamed, family.joined, self.config.num_heads, whole_experts=whole)
+        if module is None:
+            return layout
+        if self.config.mtp:
+            renamed = (*family.renamed, *names_of(module, num_layers))
+            return dataclasses.replace(layout, renamed=renamed, num_layers=num_layers)
+        unread = None if module.begins.startswith("layers.") else module.begins
+        return dataclasses.replace(layout, num_layers=num_layers, unread=unread)
 
     @property
     def hidden_size(self) -> int:

@@ -74,7 +74,7 @@ class Layout:
       joined: modules whose tensors are one there.
       num_heads: of those that are joined by head.
       num_layers: layers from this number on are there and not here; None: there are none.
-      unread: what the names of other tensors begin with that are there and not here.
+      unread: what the names of other tensors begin with that are there and not here; None: none.
       whole_experts: a projection of all experts is one tensor there.
     """
 

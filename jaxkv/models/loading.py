@@ -59,8 +59,8 @@ def load(
       dtype: of the weights and of what is computed: ``float32``, ``bfloat16`` or ``float16``.
         The file's own dtype may be another.
       mtp: read the module of multi-token prediction too, for `jaxkv.drafts.MTP`: of DeepSeek V3,
-        GLM 4.5 and GLM 4.6 (DeepSeek-V3, 2024, section 2.2). It takes about the memory of a layer,
-        and its cache is a layer more of the model's.
+        GLM 4.5, GLM 4.6 and MiMo (DeepSeek-V3, 2024, section 2.2). It takes about the memory of a
+        layer, and its cache is a layer more of the model's.
       mesh, axes: the devices that share the model and how, as in `jaxkv.create`. Heads, inner
         features and the vocabulary are split over the devices that ``axes.heads`` names, each of
         which is given its part of a tensor alone; what cannot be split is on all of them.
@@ -196,7 +196,8 @@ def _with_mtp(config: Any, source: Source, tensors: Tensors) -> Any:
             f"{path}: config.json says {MTP_FIELD} = {count}, and mtp=True reads one MTP module. "
             "Load it without."
         )
-    for name, original in copies_of(config.num_layers).items():
+    assert config.family.predicts_ahead is not None, "or it were refused"
+    for name, original in copies_of(config.family.predicts_ahead, config.num_layers).items():
         copy, own = tensors.pop(name, None), tensors.get(original)
         own = tensors["embed_tokens.weight"] if own is None else own  # is the head
         if copy is not None and not _equal(copy, own):

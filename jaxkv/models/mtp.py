@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxkv.models.config import DecoderConfig
+from jaxkv.models.families import MTPTensors
 from jaxkv.models.layers import NORMS, Linear, Step
 
 Hidden = Float[Array, "*batch tokens hidden"]
@@ -27,33 +28,37 @@ class MTPModule(nnx.Module):
     def __init__(self, config: DecoderConfig, block: nnx.Module, *, rngs: nnx.Rngs, dtype: Any):
         hidden, norm = config.hidden_size, NORMS[config.family.norms.kind]
         shared = {"eps": config.rms_norm_eps, "dtype": dtype}
-        self.enorm, self.hnorm = norm(hidden, **shared), norm(hidden, **shared)
+        self.enorm: Any = norm(hidden, **shared)
+        self.hnorm: Any = norm(hidden, **shared)
         self.eh_proj = Linear(2 * hidden, hidden, rngs=rngs, dtype=dtype)
         self.block: Any = block
         self.norm: Any = norm(hidden, **shared)
+        assert config.family.predicts_ahead is not None, "config.mtp says so"
+        self.hidden_first = config.family.predicts_ahead.hidden_first
 
     def __call__(
         self, hidden: Hidden, embedded: Hidden, rotation: Any, cache: Any
     ) -> tuple[Hidden, Any]:
         """Hidden states that the head makes logits of, and the cache."""
-        enorm: Any = self.enorm
-        hnorm: Any = self.hnorm
-        both = jnp.concatenate([enorm(embedded), hnorm(hidden)], axis=-1)
-        x, cache = self.block(self.eh_proj(both), rotation, cache, Step())
+        both = [self.enorm(embedded), self.hnorm(hidden)]
+        if self.hidden_first:
+            both.reverse()
+        x = self.eh_proj(jnp.concatenate(both, axis=-1))
+        x, cache = self.block(x, rotation, cache, Step())
         return self.norm(x), cache
 
 
-def names_of(num_layers: int) -> tuple[tuple[str, str], ...]:
-    """Parts of names in a checkpoint, where it is the layer after the last, and here."""
-    own = {name: name for name in ("enorm", "hnorm", "eh_proj")} | {"shared_head.norm": "norm"}
-    inside = ((f"mtp.block.{there}.", f"mtp.{here}.") for there, here in own.items())
-    return (f"layers.{num_layers}.", "mtp.block."), *inside
+def names_of(module: MTPTensors, num_layers: int) -> tuple[tuple[str, str], ...]:
+    """Parts of names in a checkpoint of so many layers, and what they are here."""
+    own = zip(module.modules, ("enorm", "hnorm", "eh_proj", "norm"), strict=True)
+    inside = ((f"mtp.block.{there}.", f"mtp.{here}.") for there, here in own)
+    return (module.begins.format(layers=num_layers), "mtp.block."), *inside
 
 
-def copies_of(num_layers: int) -> dict[str, str]:
-    """Tensors that a checkpoint has there once more, and which those are."""
-    layer = f"layers.{num_layers}"
+def copies_of(module: MTPTensors, num_layers: int) -> dict[str, str]:
+    """Tensors that a checkpoint may have there once more, and which those are."""
+    begins = module.begins.format(layers=num_layers)
     return {
-        f"{layer}.embed_tokens.weight": "embed_tokens.weight",
-        f"{layer}.shared_head.head.weight": "lm_head.weight",
+        f"{begins}embed_tokens.weight": "embed_tokens.weight",
+        f"{begins}shared_head.head.weight": "lm_head.weight",
     }

@@ -62,23 +62,30 @@ def config_of(batch_size, **fields):
 
 def write_mtp_checkpoint(variant: str, folder: Path, **changed) -> Path:
     """The variant's folder with a layer more that predicts ahead; ``changed`` are tensors of it."""
-    config = hf_config(variant)
     own = mtp_weights(variant) | changed
     tensors = weights(variant) | {name: each for name, each in own.items() if each is not None}
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    (folder / "config.json").write_text(json.dumps(mtp_config(variant)))
     return folder
 
 
+def mtp_config(variant: str) -> dict:
+    """Its config.json. A Qwen 2 with a module is called MiMo."""
+    named = _MIMO_NAMES if variant == "qwen2" else {}
+    return hf_config(variant) | {"num_nextn_predict_layers": 1} | named
+
+
+_MIMO_NAMES = {"architectures": ["MiMoForCausalLM"], "model_type": "mimo", "attention_bias": True}
+
+
 def counting_checkpoint(folder: Path, by: str) -> Path:
-    """A GLM-4.5 that says the token after the last, and a module that is always right.
+    """A MiMo that says the token after the last, and a module that is always right.
 
     Args:
       by: what the module goes by, the "hidden" state or the embedding of the "token" after it.
     """
-    config = hf_config("glm4_moe") | {"hidden_size": VOCAB_SIZE}
-    config |= {"num_nextn_predict_layers": 1, "num_hidden_layers": 1}
-    tensors = weights("glm4_moe", config) | mtp_weights("glm4_moe", config)
+    config = hf_config("qwen2") | {"hidden_size": VOCAB_SIZE, "num_hidden_layers": 1}
+    tensors = weights("qwen2", config) | mtp_weights("qwen2", config)
     for name in tensors:
         if name.endswith(("o_proj.weight", "down_proj.weight")):  # layers add nothing
             tensors[name] = np.zeros_like(tensors[name])
@@ -88,15 +95,11 @@ def counting_checkpoint(folder: Path, by: str) -> Path:
     tensors["model.embed_tokens.weight"] = unit
     tensors["lm_head.weight"] = one_further
     nothing = np.zeros_like(unit)
-    parts = [unit, nothing] if by == "token" else [nothing, one_further]
-    tensors["model.layers.1.eh_proj.weight"] = np.concatenate(parts, axis=1)
-    tensors = {
-        name: np.ascontiguousarray(each, dtype=np.float32)
-        for name, each in tensors.items()
-        if "layers.1.embed" not in name and "shared_head.head" not in name
-    }
+    parts = [nothing, unit] if by == "token" else [one_further, nothing]
+    tensors["model.mtp_layers.0.input_proj.weight"] = np.concatenate(parts, axis=1)
+    tensors = {name: np.ascontiguousarray(t, dtype=np.float32) for name, t in tensors.items()}
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(mtp_config("qwen2") | config | _MIMO_NAMES))
     return folder
 
 
@@ -116,7 +119,10 @@ def oracle(variant: str, hidden: np.ndarray, tokens) -> tuple[np.ndarray, np.nda
     """
     config = hf_config(variant)
     every = {n: t.astype(np.float64) for n, t in (weights(variant) | mtp_weights(variant)).items()}
-    first = f"model.layers.{config['num_hidden_layers']}."
+    first, names = f"model.layers.{config['num_hidden_layers']}.", DEEPSEEK
+    if variant == "qwen2":
+        first, names = "model.mtp_layers.0.", MIMO
+    enorm, hnorm, projection, last = names
     own = {name.removeprefix(first): t for name, t in every.items() if name.startswith(first)}
     eps = config["rms_norm_eps"]
 
@@ -132,8 +138,8 @@ def oracle(variant: str, hidden: np.ndarray, tokens) -> tuple[np.ndarray, np.nda
         return linear(made, f"{name}.down_proj")
 
     embedded = every["model.embed_tokens.weight"][np.asarray(tokens)]
-    both = np.concatenate([norm(embedded, "enorm"), norm(hidden, "hnorm")], axis=-1)
-    x = linear(both, "eh_proj")
+    both = [norm(embedded, enorm), norm(hidden, hnorm)]
+    x = linear(np.concatenate(both[::-1] if variant == "qwen2" else both, axis=-1), projection)
     queries, keys, values = _PROJECTIONS[config["model_type"]](
         config, norm(x, "input_layernorm"), norm, linear
     )
@@ -143,15 +149,23 @@ def oracle(variant: str, hidden: np.ndarray, tokens) -> tuple[np.ndarray, np.nda
     mixed = np.einsum("hqk,khd->qhd", exponents / exponents.sum(-1, keepdims=True), values)
     x = x + linear(mixed.reshape(len(x), -1), "self_attn.o_proj")
     given = norm(x, "post_attention_layernorm")
-    routed = mlp(given, "mlp.shared_experts")
-    bias = own["mlp.gate.e_score_correction_bias"]
-    for token, (expert_weights, vector) in enumerate(
-        zip(_routing(config, linear(given, "mlp.gate"), bias), given, strict=True)
-    ):
-        for expert, weight in expert_weights.items():
-            routed[token] += weight * mlp(vector, f"mlp.experts.{expert}")
-    found = norm(x + routed, "shared_head.norm")
+    if "mlp.gate.weight" in own:
+        fed = mlp(given, "mlp.shared_experts")
+        chosen = _routing(
+            config, linear(given, "mlp.gate"), own["mlp.gate.e_score_correction_bias"]
+        )
+        for token, (expert_weights, vector) in enumerate(zip(chosen, given, strict=True)):
+            for expert, weight in expert_weights.items():
+                fed[token] += weight * mlp(vector, f"mlp.experts.{expert}")
+    else:
+        fed = mlp(given, "mlp")
+    found = norm(x + fed, last)
     return found @ every["lm_head.weight"].T, found
+
+
+# Its modules beside the layer.
+DEEPSEEK = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+MIMO = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
 
 
 def _turned(vectors, pairs, theta=10000.0):
@@ -165,13 +179,18 @@ def _turned(vectors, pairs, theta=10000.0):
     return result
 
 
-def _of_glm4_moe(config, x, norm, linear):
-    def heads(name):
-        return linear(x, f"self_attn.{name}_proj").reshape(len(x), -1, config["head_dim"])
+def _grouped(config, x, norm, linear):
+    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
 
-    half = int(config["head_dim"] * config["partial_rotary_factor"]) // 2
+    def heads(name):
+        return linear(x, f"self_attn.{name}_proj").reshape(len(x), -1, head_dim)
+
+    half = int(head_dim * config.get("partial_rotary_factor", 1)) // 2
     pairs = np.arange(half), np.arange(half, 2 * half)
-    queries, keys = (_turned(norm(heads(n), f"self_attn.{n}_norm"), pairs) for n in "qk")
+    queries, keys = heads("q"), heads("k")
+    if config.get("use_qk_norm"):
+        queries, keys = norm(queries, "self_attn.q_norm"), norm(keys, "self_attn.k_norm")
+    queries, keys = _turned(queries, pairs), _turned(keys, pairs)
     groups = config["num_attention_heads"] // config["num_key_value_heads"]
     return queries, keys.repeat(groups, axis=1), heads("v").repeat(groups, axis=1)
 
@@ -190,7 +209,7 @@ def _of_deepseek_v3(config, x, norm, linear):
     return queries, np.concatenate([made[..., :plain], shared], -1), made[..., plain:]
 
 
-_PROJECTIONS = {"glm4_moe": _of_glm4_moe, "deepseek_v3": _of_deepseek_v3}
+_PROJECTIONS = {"glm4_moe": _grouped, "qwen2": _grouped, "deepseek_v3": _of_deepseek_v3}
 
 
 def _routing(config, logits, bias):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import jaxkv
 from jaxkv.drafts import MTP
@@ -47,8 +47,10 @@ def loaded(request, tmp_path):
 
 
 def each_family(test):
-    pairs = [("glm4_moe",) * 2, pytest.param(*("deepseek_v3",) * 2, marks=pytest.mark.slow)]
-    return pytest.mark.parametrize(("variant", "loaded"), pairs, indirect=["loaded"])(test)
+    pairs = [(variant, variant) for variant in ("glm4_moe", "deepseek_v3", "qwen2")]
+    cases = {"ids": ["glm4_moe", "deepseek_v3", "mimo"], "indirect": ["loaded"]}
+    slow = pytest.mark.slow_cases("deepseek|glm")
+    return slow(pytest.mark.parametrize(("variant", "loaded"), pairs, **cases)(test))
 
 
 @each_family
@@ -275,22 +277,29 @@ def test_a_model_without_such_a_module_is_refused(model):
     engine.close()
 
 
-def test_what_a_checkpoint_has_goes_in_and_out(tmp_path):
-    folder = write_mtp_checkpoint("glm4_moe", tmp_path)
+@pytest.mark.slow_cases("glm")
+@pytest.mark.parametrize("variant", ["glm4_moe", "qwen2"])
+def test_what_a_checkpoint_has_goes_in_and_out(variant, tmp_path):
+    folder = write_mtp_checkpoint(variant, tmp_path)
+    num_layers = hf_config(variant)["num_hidden_layers"]
     model, _ = load(folder, mtp=True)
-    assert (model.config.num_layers, model.cache_config(max_context_length=8).num_layers) == (3, 4)
+    assert model.config.num_layers == num_layers
+    assert model.cache_config(max_context_length=8).num_layers == num_layers + 1
     save(model, tmp_path / "saved")
     again, _ = load(tmp_path / "saved", mtp=True)
     assert again.config == model.config
     jax.tree.map(np.testing.assert_array_equal, model, again)
+    stored = load_file(tmp_path / "saved" / "model.safetensors").keys()
+    assert {*stored} == {*(weights(variant) | mtp_weights(variant))} - {
+        f"model.layers.3.{copy}.weight" for copy in ("embed_tokens", "shared_head.head")
+    }
     without, _ = load(folder)
-    assert without.cache_config(max_context_length=8).num_layers == 3
-    codecs = ["int8", "bfloat16", "float32"]
+    assert without.cache_config(max_context_length=8).num_layers == num_layers
+    codecs = ["int8", "bfloat16", "float32"][-num_layers:]
     groups = model.cache_config(max_context_length=8, codec=codecs).groups
+    counts = [1] * (num_layers - 1) + [2]
     assert [(group.codec.name, group.num_layers) for group in groups] == [
-        ("int8", 1),
-        ("bfloat16", 1),
-        ("float32", 2),
+        *zip(codecs, counts, strict=True)
     ]
 
 

@@ -509,15 +509,22 @@ def mtp_weights(variant: str, config: dict[str, Any] | None = None) -> dict[str,
     """What is beside them where the checkpoint has a module of multi-token prediction."""
     config = hf_config(variant) if config is None else config
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    first = f"model.layers.{layers}."
+    last = f"model.layers.{layers}."
     longer = _llama_shapes(config | {"num_hidden_layers": layers + 1})
-    shapes = {name: shape for name, shape in longer.items() if name.startswith(first)}
-    shapes |= {f"{first}{name}.weight": (hidden,) for name in ("enorm", "hnorm")}
-    shapes[f"{first}eh_proj.weight"] = (hidden, 2 * hidden)
-    shapes[f"{first}shared_head.norm.weight"] = (hidden,)
+    block = {n.removeprefix(last): shape for n, shape in longer.items() if n.startswith(last)}
+    first, names = last, ("enorm", "hnorm", "shared_head.norm", "eh_proj")
+    if variant == "qwen2":  # MiMo's is one of these with a module
+        first = "model.mtp_layers.0."
+        names = ("token_layernorm", "hidden_layernorm", "final_layernorm", "input_proj")
+    *norms, projection = names
+    block |= {f"{name}.weight": (hidden,) for name in norms}
+    block[f"{projection}.weight"] = (hidden, 2 * hidden)
+    made = _made(variant, config, {first + name: shape for name, shape in block.items()})
+    if variant == "qwen2":
+        return made
     own = weights(variant, config)
     copies = {"embed_tokens": "model.embed_tokens", "shared_head.head": "lm_head"}
-    return _made(variant, config, shapes) | {
+    return made | {
         f"{first}{name}.weight": own[f"{original}.weight"] for name, original in copies.items()
     }
 
