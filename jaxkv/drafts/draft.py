@@ -115,9 +115,13 @@ class HiddenStateDraft(Protocol):
         ...
 
     def propose_in(
-        self, model: Any, remembered: Any, cache: AnyCache, k: int
+        self, model: Any, remembered: Any, cache: AnyCache, k: int, wanted: Int[Array, ""]
     ) -> tuple[Guesses, AnyCache]:
-        """As `Draft.propose`, and the cache with the lengths that it has."""
+        """As `Draft.propose`, and the cache with the lengths that it has.
+
+        Args:
+          wanted: so many of the ``k`` guesses are looked at.
+        """
         ...
 
 

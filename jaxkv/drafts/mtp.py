@@ -56,8 +56,8 @@ class MTP:
 
     `jaxkv.models.load(folder, mtp=True)` reads it with the model. It goes over the prompt as the
     model does, and keeps keys and values in a layer of the model's cache: pages, files and prefixes
-    have them. The guesses after the first it makes from its own hidden states, as vLLM and SGLang
-    do; they are its most likely tokens.
+    have them. Guesses are its most likely tokens; those after the first it makes from its own
+    hidden states, for which it was not trained: few are best, such as ``num_guesses=2``.
 
     A model of your own needs what `jaxkv.drafts.mtp.PredictsAhead` says.
 
@@ -120,7 +120,7 @@ class MTP:
         ), cache
 
     def propose_in(
-        self, model: PredictsAhead, newest: Newest, cache: AnyCache, k: int
+        self, model: PredictsAhead, newest: Newest, cache: AnyCache, k: int, wanted: Int[Array, ""]
     ) -> tuple[Guesses, AnyCache]:
         """See `HiddenStateDraft`. None of a sequence whose last token it did not take."""
         lengths = cache.lengths
@@ -128,16 +128,16 @@ class MTP:
         def guess(hidden: Array) -> Array:
             return jnp.argmax(model.logits(hidden)[:, 0], axis=-1).astype(jnp.int32)
 
-        def go_on(carry: Any, _: None) -> Any:
-            hidden, last, cache = carry
+        def go_on(number: Array, carry: Any) -> Any:
+            hidden, last, guesses, cache = carry
             hidden, cache = model.ahead(hidden, last[:, None], cache)
-            found = guess(hidden)
-            return (hidden, found, cache), found
+            last = guess(hidden)
+            return hidden, last, guesses.at[:, number].set(last), cache
 
         hidden = newest.hidden[:, None]
         first = guess(hidden)
-        (_, _, cache), others = lax.scan(go_on, (hidden, first, cache), length=k - 1)
-        guesses = jnp.concatenate([first[:, None], others.T], axis=1)
+        guesses = jnp.full((len(first), k), NO_GUESS, jnp.int32).at[:, 0].set(first)
+        *_, guesses, cache = lax.fori_loop(1, wanted, go_on, (hidden, first, guesses, cache))
         known = newest.lengths == lengths
         return jnp.where(known[:, None], guesses, NO_GUESS), truncate(cache, lengths)
 

@@ -177,19 +177,27 @@ def _guessed(
     model: Any, draft: AnyDraft, now: Speculating, cache: AnyCache, k: int
 ) -> tuple[Array, Speculating, AnyCache]:
     """Guesses, if there is credit for checks, and what they have changed."""
-    wanted, lengths = now.pace.credit >= 0, cache.lengths + 1
     none = jnp.full((len(now.text), k), NO_GUESS, jnp.int32)
     if isinstance(draft, HiddenStateDraft):
-        own = draft
-        guesses, cache = when(
-            wanted, lambda value: own.propose_in(model, now.draft, value[1], k), (none, cache)
-        )
+        wanted = jnp.where(now.pace.wide, k, half_of(k))
+
+        def propose_in(value: Any) -> Any:
+            return draft.propose_in(model, now.draft, value[1], k, wanted)
+
+        guesses, cache = when(now.pace.credit >= 0, propose_in, (none, cache))
         return guesses, now, cache
-    others = draft
-    guesses, remembered = when(
-        wanted, lambda value: proposed(others, value[1], now.text, lengths, k), (none, now.draft)
-    )
+    lengths = cache.lengths + 1
+
+    def propose(value: Any) -> Any:
+        return proposed(draft, value[1], now.text, lengths, k)
+
+    guesses, remembered = when(now.pace.credit >= 0, propose, (none, now.draft))
     return guesses, now._replace(draft=remembered), cache
+
+
+def half_of(num_guesses: int) -> int:
+    """As many guesses as a step checks until these come true."""
+    return max(1, num_guesses // 2)
 
 
 def decode(
@@ -210,7 +218,7 @@ def decode(
       known: the next tokens of each sequence, as far as they are; -1 where they are not.
     """
     width, room = 1 + num_guesses, speculating.text.shape[1]
-    half = max(1, num_guesses // 2)
+    half = half_of(num_guesses)
     rows = jnp.arange(len(speculating.text), dtype=jnp.int32)[:, None]
     begin = cache.lengths
     known = jnp.pad(known, ((0, 0), (0, width)), constant_values=-1)

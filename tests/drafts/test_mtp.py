@@ -79,18 +79,19 @@ HEARD = []
 class Heard(MTP):
     """Its guesses are noted."""
 
-    def propose_in(self, model, newest, cache, k):
-        guesses, cache = super().propose_in(model, newest, cache, k)
+    def propose_in(self, model, newest, cache, k, wanted):
+        guesses, cache = super().propose_in(model, newest, cache, k, wanted)
         jax.debug.callback(lambda *said: HEARD.append(said), cache.lengths, guesses)
         return guesses, cache
 
 
 @each_family
-def test_its_guesses_are_those_of_the_definition(variant, loaded):
+def test_its_guesses_are_those_of_the_definition(variant, loaded, monkeypatch):
     """After a prompt in chunks, after wrong guesses, and from what it said itself."""
     HEARD.clear()
+    monkeypatch.setattr(speculate, "_COST_OF_A_GUESS", 0)  # or it would soon guess no more
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6] * 4]
-    options = {"max_new_tokens": 12, "prefill_chunk": 4, "num_guesses": 3}
+    options = {"max_new_tokens": 12, "prefill_chunk": 4, "num_guesses": 6}
     result = jaxkv.generate(loaded, prompts, draft=Heard(), **options)
     jax.effects_barrier()
     texts = [[*prompt, *answer] for prompt, answer in zip(prompts, result.tokens, strict=True)]
@@ -101,12 +102,12 @@ def test_its_guesses_are_those_of_the_definition(variant, loaded):
             if own[0] < 0 or length + 1 >= len(text):
                 continue
             hidden, tokens = hidden[:length], text[1 : length + 1]
-            for guess in own.tolist():
+            for guess in own[own >= 0].tolist():
                 logits, said = ahead.oracle(variant, hidden, tokens)
                 assert logits[-1, guess] > logits[-1].max() - 1e-3
                 hidden, tokens = np.concatenate([hidden, said[-1:]]), [*tokens, guess]
                 num_compared += 1
-    assert num_compared >= 12
+    assert num_compared >= 50
     assert result.speculation.guesses > result.speculation.accepted  # some were taken back
 
 
