@@ -78,7 +78,8 @@ class HiddenStateDraft(Protocol):
 
     It takes every token that the model takes, with the token after it, and keeps what it needs in
     a layer more of the cache. So pages, prefixes and files have that, and rows may be given other
-    sequences without a word. A frozen dataclass without arrays: these are the model's.
+    sequences without a word. A frozen dataclass without arrays: these are the model's, which has
+    `hidden` and `logits` as `jaxkv.drafts.mtp.PredictsAhead` says.
     """
 
     def check_model(self, who: str, model: Any) -> None:

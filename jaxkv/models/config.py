@@ -188,7 +188,7 @@ class DecoderConfig:
         if (self.latent is not None) != self.family.latent:
             has = "is made of latents" if self.family.latent else "has no latents"
             raise ConfigError(f"DecoderConfig: {self.architecture} {has}, got {self.latent}.")
-        module = self.family.predicts_ahead
+        module = self.family.mtp
         if self.mtp and (module is None or not module.is_read):
             has_not = (
                 "no MTP module that is known here"

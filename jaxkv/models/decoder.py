@@ -348,7 +348,7 @@ class Decoder(Model):
     @property
     def checkpoint_layout(self) -> Layout:
         family = self.config.family
-        num_layers, module = self.config.num_layers, family.predicts_ahead
+        num_layers, module = self.config.num_layers, family.mtp
         whole = family.routed is not None and family.routed.whole
         layout = Layout(family.renamed, family.joined, self.config.num_heads, whole_experts=whole)
         if module is None:

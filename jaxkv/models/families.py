@@ -102,7 +102,7 @@ class Family:
       has_experts: the MLP is gpt-oss's mixture of experts.
       routed: it is one of the usual kind.
       latent: it keeps latents in place of keys and values (DeepSeek-V2, section 2.1).
-      predicts_ahead: the module of a checkpoint that guesses the token after the next one.
+      mtp: how checkpoints have a module that guesses the token after the next one; None: none has.
       renamed: parts of names in a checkpoint, and what they are here.
       joined: projections that a checkpoint has in one tensor.
       aliases: fields of its ``config.json`` that others call otherwise, and how.
@@ -136,7 +136,7 @@ class Family:
     has_experts: bool = False
     routed: Routed | None = None
     latent: bool = False
-    predicts_ahead: MTPTensors | None = None
+    mtp: MTPTensors | None = None
     renamed: tuple[tuple[str, str], ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     joined: tuple[Joined, ...] = ()
@@ -304,7 +304,7 @@ FAMILIES: dict[str, Family] = {
         unused=("attention_bias", "num_nextn_predict_layers"),
         slides=True,
         qkv_bias=True,
-        predicts_ahead=MTPTensors("mtp_layers.0.", _MIMO_MTP, hidden_first=True),
+        mtp=MTPTensors("mtp_layers.0.", _MIMO_MTP, hidden_first=True),
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3", ("hidden_act", "attention_bias"), slides=True, qk_norm="head"
@@ -329,7 +329,7 @@ FAMILIES: dict[str, Family] = {
             {"shared_gate": True},
         ),
         renamed=((".shared_expert.", ".shared_experts."),),
-        predicts_ahead=MTPTensors("mtp.", is_read=False),
+        mtp=MTPTensors("mtp.", is_read=False),
     ),
     "BambaForCausalLM": Family(
         "bamba",
@@ -374,7 +374,7 @@ FAMILIES: dict[str, Family] = {
         output_bias=False,
         qk_norm="head",
         routed=Routed(_DEEPSEEK_EXPERTS, {"method": "noaux_tc"}),
-        predicts_ahead=MTPTensors(),
+        mtp=MTPTensors(),
     ),
     "SeedOssForCausalLM": Family(
         "seed_oss", ("hidden_act", "attention_bias", "mlp_bias"), output_bias=False
@@ -456,7 +456,7 @@ FAMILIES: dict[str, Family] = {
         ("hidden_act", "attention_bias"),
         unused=(*_DEEPSEEK, "num_nextn_predict_layers"),
         latent=True,
-        predicts_ahead=MTPTensors(),
+        mtp=MTPTensors(),
         routed=Routed(_DEEPSEEK_EXPERTS),
     ),
     "Olmo2ForCausalLM": Family(

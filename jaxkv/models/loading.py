@@ -196,8 +196,8 @@ def _with_mtp(config: Any, source: Source, tensors: Tensors) -> Any:
             f"{path}: config.json says {MTP_FIELD} = {count}, and mtp=True reads one MTP module. "
             "Load it without."
         )
-    assert config.family.predicts_ahead is not None, "or it were refused"
-    for name, original in copies_of(config.family.predicts_ahead, config.num_layers).items():
+    assert config.family.mtp is not None, "or it were refused"
+    for name, original in copies_of(config.family.mtp, config.num_layers).items():
         copy, own = tensors.pop(name, None), tensors.get(original)
         own = tensors["embed_tokens.weight"] if own is None else own  # is the head
         if copy is not None and not _equal(copy, own):

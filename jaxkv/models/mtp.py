@@ -33,8 +33,8 @@ class MTPModule(nnx.Module):
         self.eh_proj = Linear(2 * hidden, hidden, rngs=rngs, dtype=dtype)
         self.block: Any = block
         self.norm: Any = norm(hidden, **shared)
-        assert config.family.predicts_ahead is not None, "config.mtp says so"
-        self.hidden_first = config.family.predicts_ahead.hidden_first
+        assert config.family.mtp is not None, "config.mtp says so"
+        self.hidden_first = config.family.mtp.hidden_first
 
     def __call__(
         self, hidden: Hidden, embedded: Hidden, rotation: Any, cache: Any
