@@ -13,6 +13,7 @@ from flax import nnx
 from jaxkv.cli.main import main
 from jaxkv.models import Decoder, DecoderConfig, byte_tokenizer, load, save
 from jaxkv.show.tokens import decode_answer
+from tests.drafts.ahead import counting_checkpoint
 
 FIGURES = {
     "prefill_tokens",
@@ -86,16 +87,18 @@ def test_every_way_to_show_an_answer_has_the_space_before_it(folder, tokenizer, 
 
 
 @pytest.mark.slow
-def test_a_draft_says_the_same_and_what_it_was_worth(folder, capsys):
-    line = ["generate", "--model", str(folder), "--prompt", "1 2 3 1 2", "--temperature", "0"]
+@pytest.mark.parametrize("draft", ["ngram", "mtp"])
+def test_a_draft_says_the_same_and_what_it_was_worth(draft, folder, tmp_path, capsys):
+    model = folder if draft == "ngram" else counting_checkpoint(tmp_path, "token")
+    line = ["generate", "--model", str(model), "--prompt", "1 2 3 1 2", "--temperature", "0"]
     line += ["--max-new-tokens", "40"]
     reports = []
-    for draft in ([], ["--draft", "ngram"]):
-        assert main([*line, *draft, "--json"]) == 0
+    for more in ([], ["--draft", draft]):
+        assert main([*line, *more, "--json"]) == 0
         reports.append(json.loads(capsys.readouterr().out))
     assert reports[0]["answers"] == reports[1]["answers"]
     assert 0 < reports[1]["draft_accepted"] <= reports[1]["draft_guesses"]
-    assert main([*line, "--draft", "ngram"]) == 0
+    assert main([*line, "--draft", draft]) == 0
     assert f"draft        {reports[1]['draft_tokens_per_step']} tokens per step" in (
         capsys.readouterr().out
     )

@@ -16,10 +16,11 @@ from jaxkv.cli.model_options import (
     stop_strings_of,
     unicode_text,
 )
-from jaxkv.drafts import NGram
+from jaxkv.drafts import MTP, NGram
 from jaxkv.memory import MemoryTracker, Purpose, device_memory
 from jaxkv.serve.decode import TOKENS_PER_DISPATCH
 from jaxkv.serve.generate import Generation, generate
+from jaxkv.serve.speculate import NUM_GUESSES
 from jaxkv.show.text import format_bytes
 from jaxkv.show.tokens import TextStream, decode_answer, decode_prompt
 
@@ -45,6 +46,12 @@ examples:
 exit status: 0 done, 1 logits that are no numbers ended an answer, 2 the question was not
 understood or the model could not be loaded
 """
+# Each with the guesses that suit it.
+_DRAFTS: dict[str | None, tuple[Any, int]] = {
+    None: (None, NUM_GUESSES),
+    "mtp": (MTP(), 2),
+    "ngram": (NGram(), NUM_GUESSES),
+}
 _DEFAULT_PROMPT = """\
 class Point:
     def __init__(self, x, y):
@@ -77,9 +84,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens that are shown at once (default: {TOKENS_PER_DISPATCH})",
     )  # fmt: skip
     add(
-        "--draft", choices=("ngram",),
-        help="guess tokens from the text itself, and check several in a step: the same answer, "
-        "sooner where it repeats what was there",
+        "--draft", choices=sorted(filter(None, _DRAFTS)),
+        help="guess tokens, and check several in a step: the same answer, sooner. ngram looks in "
+        "the text itself, for what repeats; mtp is the model's own module of multi-token "
+        "prediction, which DeepSeek V3, GLM 4.5 and MiMo have",
     )  # fmt: skip
     add("--json", action="store_true", help="print answers and figures as JSON")
 
@@ -96,6 +104,7 @@ def _run(options: argparse.Namespace) -> int:
     stream = (
         None if options.json or len(texts) > 1 else _Stream(tokenizer, prompts[0], stop_strings)
     )
+    draft, num_guesses = _DRAFTS[options.draft]
     result = generate(
         model,
         prompts,
@@ -111,7 +120,8 @@ def _run(options: argparse.Namespace) -> int:
         on_tokens=stream,
         stream_every=options.stream_every,
         tracker=tracker,
-        draft=NGram() if options.draft else None,
+        draft=draft,
+        num_guesses=num_guesses,
     )
     shown = result.texts or [
         decode_answer(None, prompt, tokens)

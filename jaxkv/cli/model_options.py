@@ -93,7 +93,8 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """The model that was named, for texts of the context that was, and its tokenizer."""
     from jaxkv import models
 
-    model, tokenizer = models.load(options.model, dtype=options.dtype)
+    mtp = getattr(options, "draft", None) == "mtp"
+    model, tokenizer = models.load(options.model, dtype=options.dtype, mtp=mtp)
     say_if_the_kernel_is_missing(options.command)
     return model.for_context(options.context) if options.context else model, tokenizer
 

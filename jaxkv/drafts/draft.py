@@ -1,9 +1,12 @@
 """What a draft is: a guess of the next tokens, from those so far."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
+
+from jaxkv.cache.hybrid import AnyCache
 
 Tokens = Int[Array, "batch room"]
 Lengths = Int[Array, " batch"]
@@ -69,8 +72,67 @@ class StatefulDraft(Protocol):
         ...
 
 
-def state_of(draft: Draft | StatefulDraft, batch_size: int, max_context_length: int) -> Any:
+@runtime_checkable
+class HiddenStateDraft(Protocol):
+    """A draft that goes on from hidden states of the model that it is of, and in its cache.
+
+    It takes every token that the model takes, with the token after it, and keeps what it needs in
+    a layer more of the cache. So pages, prefixes and files have that, and rows may be given other
+    sequences without a word. A frozen dataclass without arrays: these are the model's, which has
+    `hidden` and `logits` as `jaxkv.drafts.mtp.PredictsAhead` says.
+    """
+
+    def check_model(self, who: str, model: Any) -> None:
+        """Refuse a model that does not give what the draft goes on from.
+
+        Raises:
+          ConfigError: naming it.
+        """
+        ...
+
+    def begin(self, model: Any, batch_size: int) -> Any:
+        """What it remembers of sequences of which it took no token."""
+        ...
+
+    def filling(self, model: Any) -> Callable[[Array, AnyCache], tuple[Any, AnyCache]]:
+        """A model of prompts that takes one token more than goes into the cache, for the draft."""
+        ...
+
+    def follow(
+        self,
+        model: Any,
+        remembered: Any,
+        hidden: Float[Array, "batch tokens hidden"],
+        tokens: Int[Array, "batch tokens"],
+        cache: AnyCache,
+        count: Lengths,
+    ) -> tuple[Any, AnyCache]:
+        """Take what a step of the model has found, and say what is remembered now.
+
+        Args:
+          hidden: of the step's tokens, of which the first ``count`` are the newest of the cache.
+          tokens: the ones after each.
+        """
+        ...
+
+    def propose_in(
+        self, model: Any, remembered: Any, cache: AnyCache, k: int, wanted: Int[Array, ""]
+    ) -> tuple[Guesses, AnyCache]:
+        """As `Draft.propose`, and the cache with the lengths that it has.
+
+        Args:
+          wanted: so many of the ``k`` guesses are looked at.
+        """
+        ...
+
+
+AnyDraft = Draft | StatefulDraft | HiddenStateDraft
+
+
+def state_of(draft: AnyDraft, model: Any, batch_size: int, max_context_length: int) -> Any:
     """What a draft remembers before its first guess; an empty tuple for one that does not."""
+    if isinstance(draft, HiddenStateDraft):
+        return draft.begin(model, batch_size)
     if isinstance(draft, StatefulDraft):
         return draft.state(batch_size, max_context_length)
     return ()

@@ -75,6 +75,8 @@ class DecoderConfig:
       latent: multi-head latent attention in place of keys and values per head; ``head_dim`` is
         that of its queries then.
       eos_token_ids: the tokens that end a text.
+      mtp: it has its module of multi-token prediction, see `jaxkv.models.mtp`, and its cache a
+        layer for it.
 
     Raises:
       ConfigError: a `ValueError` that says which field is wrong.
@@ -127,6 +129,7 @@ class DecoderConfig:
     sources: tuple[int, ...] = ()
     streams: StreamsConfig | None = None
     activation_sparsity: tuple[float, ...] = ()
+    mtp: bool = False
 
     def __post_init__(self) -> None:
         def default(field: str, value: Any) -> None:
@@ -185,6 +188,15 @@ class DecoderConfig:
         if (self.latent is not None) != self.family.latent:
             has = "is made of latents" if self.family.latent else "has no latents"
             raise ConfigError(f"DecoderConfig: {self.architecture} {has}, got {self.latent}.")
+        module = self.family.mtp
+        if self.mtp and (module is None or not module.is_read):
+            has_not = (
+                "no MTP module that is known here"
+                if module is None
+                else "layers that keep a state, which cannot go back behind a wrong guess: its MTP "
+                "module is not read"
+            )
+            raise ConfigError(f"DecoderConfig: {self.architecture} has {has_not}; got mtp=True.")
         if self.experts_per_token > self.num_experts:
             raise ConfigError(
                 f"DecoderConfig: a token takes at most num_experts = {self.num_experts} experts, "
@@ -245,8 +257,24 @@ class DecoderConfig:
         return self.head_dim if self.latent is None else self.latent.rope_dim
 
     @property
+    def with_mtp_layer(self) -> "DecoderConfig":
+        """The layer of its MTP module counted as one more of its own; itself if it has none."""
+        if not self.mtp:
+            return self
+        return dataclasses.replace(
+            self,
+            mtp=False,
+            num_layers=self.num_layers + 1,
+            windows=(*self.windows, None),
+            rope_layers=(*self.rope_layers, True),
+            mixer_layers=(*self.mixer_layers, False),
+        )
+
+    @property
     def shape(self) -> Shape:
         """Of the cache."""
+        if self.mtp:
+            return self.with_mtp_layer.shape
         if self.latent is not None:
             return self.latent.shape(self.num_layers)
         shape = Shape(self.num_layers, self.num_kv_heads, self.head_dim, self.windows)
@@ -321,6 +349,8 @@ class DecoderConfig:
             written |= self.latent.to_hf()
         if self.streams is not None:
             written |= self.streams.to_hf()
+        if self.mtp:
+            written[MTP_FIELD] = 1
         if self.family.shares:
             others = [source for layer, source in enumerate(self.sources) if source != layer]
             written["num_kv_shared_layers"] = len(others)
@@ -372,6 +402,8 @@ def _ropes(config: Mapping[str, Any], shape: DecoderConfig) -> tuple[RopeConfig,
     )
 
 
+# How many MTP modules a config.json says that there are.
+MTP_FIELD = "num_nextn_predict_layers"
 # Name in a config.json -> name here. All families have the first ones.
 _SHARED = {
     "vocab_size": "vocab_size",

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxkv.cache.ancestors import Ancestors
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.cache.verbs import advance, next_positions
+from jaxkv.errors import ConfigError
 from jaxkv.models.altup import AltUp, Laurel, LayerInput, Streams
 from jaxkv.models.config import DecoderConfig
 from jaxkv.models.experts import MixtureOfExperts, RoutedExperts
@@ -20,14 +22,17 @@ from jaxkv.models.layers import (
     Embedding,
     Linear,
     Passed,
+    Step,
     attend_causal,
     check_tokens,
     linears,
+    positions_of,
     unit,
 )
 from jaxkv.models.layout import Layout
 from jaxkv.models.mlp import MLP
 from jaxkv.models.model import Model
+from jaxkv.models.mtp import MTPModule, names_of
 from jaxkv.models.rope import check_room, rotate, rotation, unpaired
 from jaxkv.models.stateful import MIXERS
 from jaxkv.models.temperature import query_growth
@@ -60,9 +65,7 @@ class Attention(nnx.Module):
             self.sinks = nnx.Param(jnp.zeros(config.num_heads, dtype))
         self.config, self.layer = config, layer
 
-    def __call__(
-        self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
-    ) -> tuple[Hidden, Any]:
+    def __call__(self, x: Hidden, rotation: Any, cache: Any, step: Step) -> tuple[Hidden, Any]:
         config = self.config
         source = config.sources[self.layer] if config.sources else self.layer
         keeps = source == self.layer  # or the checkpoint has projections that are not used
@@ -83,7 +86,7 @@ class Attention(nnx.Module):
             *(self._kept(kept[0], kept[1], rotation) if keeps else (None, None)),
             layer=self.layer,
             source=source,
-            num_tokens=num_tokens,
+            step=step,
             scale=config.attention_scale,
             window=config.windows[self.layer],
             aligned=config.family.aligned,
@@ -146,23 +149,21 @@ class Block(nnx.Module):
         x: Hidden,
         rotation: Any,
         cache: Any,
-        num_tokens: NumTokens | None,
+        step: Step,
         given: LayerInput | None = None,
     ) -> tuple[Hidden, Any]:
         """The stream, or all of them, after the layer."""
         if self.altup is None or given is None:
-            return self._through(x, rotation, cache, num_tokens)
+            return self._through(x, rotation, cache, step)
         predicted = self.altup.predict(x)
         active = predicted[self.altup.streams.active]
-        made, cache = self._through(active, rotation, cache, num_tokens)
+        made, cache = self._through(active, rotation, cache, step)
         return self.altup.correct(predicted, made, given), cache
 
-    def _through(
-        self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
-    ) -> tuple[Hidden, Any]:
+    def _through(self, x: Hidden, rotation: Any, cache: Any, step: Step) -> tuple[Hidden, Any]:
         norms = self.norms
         given = self._normed(norms.attention_input, x)
-        mixed, cache = getattr(self, self.mixing)(given, rotation, cache, num_tokens)
+        mixed, cache = getattr(self, self.mixing)(given, rotation, cache, step)
         mixed = self._normed(norms.attention_output, mixed) * self.multiplier
         between = x if self.is_parallel else x + mixed
         if self.laurel is not None:
@@ -197,7 +198,7 @@ class Decoder(Model):
     checkpoint_transposes = (
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
-        *("gate_proj", "up_proj", "down_proj", "router", "gate", "lm_head"),
+        *("gate_proj", "up_proj", "down_proj", "router", "gate", "lm_head", "eh_proj"),
         *("in_proj", "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"),
         *("linear_left", "linear_right", "per_layer_input_gate", "per_layer_projection"),
         *("correction_coefs", "prediction_coefs", "modality_router", "per_layer_model_projection"),
@@ -217,6 +218,7 @@ class Decoder(Model):
         setattr(self, config.family.norms.last, _norm(hidden, config, dtype))
         if not config.tie_word_embeddings:
             self.lm_head = Linear(hidden, vocab, rngs=rngs, dtype=dtype)
+        self.mtp = _mtp(config, rngs=rngs, dtype=dtype) if config.mtp else None
 
     @promotes_ranks
     def __call__(
@@ -225,6 +227,7 @@ class Decoder(Model):
         cache: AnyCache | None = None,
         *,
         num_tokens: NumTokens | None = None,
+        ancestors: Ancestors | None = None,
     ) -> tuple[Float[Array, "*batch tokens vocab"], AnyCache | None]:
         """Logits of the token after each of these, and the cache with them counted.
 
@@ -234,17 +237,36 @@ class Decoder(Model):
             with any leading axes; it is differentiable and returns None as cache.
           num_tokens: how many of ``tokens`` are real, a sequence, for prompts padded on the
             right. All if None. Logits of padding mean nothing.
+          ancestors: which of ``tokens`` come before which, where they form a tree; see
+            `jaxkv.attend`. `jaxkv.keep_path` makes a branch of it the text.
 
         Raises:
           CacheFullError: outside jit, see `jaxkv.append`.
+          ConfigError: a tree, and layers that keep a state or a cache that takes none.
           TypeError, ValueError: a bad dtype or shape, or a cache for which `for_context` must say
             what the rope is.
         """
-        check_tokens(tokens, cache)
-        length = tokens.shape[-1]
-        positions = (
-            jnp.arange(length, dtype=jnp.int32) if cache is None else next_positions(cache, length)
-        )
+        hidden, cache = self.hidden(tokens, cache, num_tokens=num_tokens, ancestors=ancestors)
+        return self.logits(hidden), cache
+
+    @promotes_ranks
+    def hidden(
+        self,
+        tokens: Int[Array, "*batch tokens"],
+        cache: AnyCache | None = None,
+        *,
+        num_tokens: NumTokens | None = None,
+        ancestors: Ancestors | None = None,
+    ) -> tuple[Hidden, AnyCache | None]:
+        """What `logits` are made of, after the last norm, and the cache; given as to a call."""
+        step = Step(num_tokens, ancestors)
+        check_tokens(tokens, cache, step=step)
+        if ancestors is not None and any(self.config.mixer_layers):
+            raise ConfigError(
+                "ancestors=: layers that keep a state would take in all branches. Check one at a "
+                "time."
+            )
+        length, positions = tokens.shape[-1], positions_of(tokens, cache, step)
         ropes = self.config.ropes
         context = length if cache is None else cache.config.max_context_length
         if cache is not None or num_tokens is not None:  # texts may be shorter than that
@@ -259,15 +281,42 @@ class Decoder(Model):
             x, given = streams.begin(x), streams.inputs(tokens, x)
         kept: Any = Passed() if cache is None and self.config.sources else cache
         for rope, block, own in zip(ropes, self.layers, given, strict=True):
-            x, kept = block(x, rotations[rope], kept, num_tokens, own)
+            x, kept = block(x, rotations[rope], kept, step, own)
         if streams is not None:
             x = streams.end(x)
         if cache is not None:
             cache = advance(kept, length if num_tokens is None else num_tokens)
-        last, cap = getattr(self, self.config.family.norms.last), self.config.logit_softcap
-        logits = self._logits(last(x), self.embed_tokens)
+        return getattr(self, self.config.family.norms.last)(x), cache
+
+    def logits(self, hidden: Hidden) -> Float[Array, "*batch tokens vocab"]:
+        """Of the token after each, from what `hidden` or `ahead` gives."""
+        logits, cap = self._logits(hidden, self.embed_tokens), self.config.logit_softcap
         logits *= self.config.logit_scale
-        return logits if cap is None else cap * jnp.tanh(logits / cap), cache
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    @property
+    def predicts_ahead(self) -> bool:
+        """Whether it has an MTP module, and so `ahead`."""
+        return self.mtp is not None
+
+    @promotes_ranks
+    def ahead(
+        self, hidden: Hidden, tokens: Int[Array, "*batch tokens"], cache: AnyCache
+    ) -> tuple[Hidden, AnyCache]:
+        """Hidden states one token further, by the MTP module, and the cache with them counted.
+
+        Args:
+          hidden: of the tokens at the next positions of the cache, from `hidden` or from this.
+          tokens: the ones after these.
+          cache: the module keeps keys and values there in a layer after the model's own.
+        """
+        assert self.mtp is not None, "predicts_ahead says so"
+        check_tokens(tokens, cache)
+        length, context = tokens.shape[-1], cache.config.max_context_length
+        check_room(self.config.ropes, context)
+        turned = rotation(self.config.rope, next_positions(cache, length), context)
+        hidden, cache = self.mtp(hidden, self._embed(tokens), turned, cache)
+        return hidden, advance(cache, length)
 
     def for_context(self, max_context_length: int) -> Self:
         ropes = {
@@ -275,9 +324,11 @@ class Decoder(Model):
             for field in ("rope", "local_rope")
         }
         model, config = nnx.clone(self), dataclasses.replace(self.config, **ropes)
+        longer = {self.config.with_mtp_layer: config.with_mtp_layer}
+        changed = longer | {self.config: config}
         for _, module in nnx.iter_modules(model):
-            if getattr(module, "config", None) == self.config:
-                module.config = config  # type: ignore[attr-defined]
+            if isinstance(own := getattr(module, "config", None), DecoderConfig):
+                module.config = changed[own]  # type: ignore[attr-defined]
         return model
 
     def _growth(self, positions: Int[Array, "*batch tokens"]) -> Array | None:
@@ -297,9 +348,21 @@ class Decoder(Model):
     @property
     def checkpoint_layout(self) -> Layout:
         family = self.config.family
-        num_layers = self.config.num_layers if family.predicts_ahead else None
+        num_layers, module = self.config.num_layers, family.mtp
         whole = family.routed is not None and family.routed.whole
-        return Layout(family.renamed, family.joined, self.config.num_heads, num_layers, whole)
+        layout = Layout(family.renamed, family.joined, self.config.num_heads, whole_experts=whole)
+        if module is None:
+            return layout
+        if self.config.mtp:
+            renamed = (*family.renamed, *names_of(module, num_layers))
+            return dataclasses.replace(layout, renamed=renamed, num_layers=num_layers)
+        unread = None if module.begins.startswith("layers.") else module.begins
+        return dataclasses.replace(layout, num_layers=num_layers, unread=unread)
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a hidden state."""
+        return self.config.hidden_size
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -313,6 +376,11 @@ def _mlp(config: DecoderConfig, layer: int, **shared: Any) -> nnx.Module:
         return RoutedExperts(config, **shared)
     sparsity = config.activation_sparsity[layer] if config.activation_sparsity else 0.0
     return MLP(config, config.intermediate_size, sparsity=sparsity, **shared)
+
+
+def _mtp(config: DecoderConfig, **shared: Any) -> MTPModule:
+    block = Block(config.with_mtp_layer, config.num_layers, **shared)
+    return MTPModule(config, block, **shared)
 
 
 def _norm(features: int, config: DecoderConfig, dtype: Any) -> nnx.Module:

@@ -54,6 +54,22 @@ class Routed(NamedTuple):
     whole: bool = False
 
 
+class MTPTensors(NamedTuple):
+    """A checkpoint's module of multi-token prediction (DeepSeek-V3, 2024, section 2.2).
+
+    Attributes:
+      begins: what its tensors' names begin with; ``{layers}`` is the number of the model's.
+      modules: those beside its layer, as they are called there.
+      hidden_first: its projection is given the hidden state before the embedding.
+      is_read: whether it is read here.
+    """
+
+    begins: str = "layers.{layers}."
+    modules: tuple[str, str, str, str] = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+    hidden_first: bool = False
+    is_read: bool = True
+
+
 def _nothing(config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
@@ -86,8 +102,7 @@ class Family:
       has_experts: the MLP is gpt-oss's mixture of experts.
       routed: it is one of the usual kind.
       latent: it keeps latents in place of keys and values (DeepSeek-V2, section 2.1).
-      predicts_ahead: a checkpoint may have further layers, which guess tokens after the next one,
-        and are not read (DeepSeek-V3, section 2.2).
+      mtp: how checkpoints have a module that guesses the token after the next one; None: none has.
       renamed: parts of names in a checkpoint, and what they are here.
       joined: projections that a checkpoint has in one tensor.
       aliases: fields of its ``config.json`` that others call otherwise, and how.
@@ -121,7 +136,7 @@ class Family:
     has_experts: bool = False
     routed: Routed | None = None
     latent: bool = False
-    predicts_ahead: bool = False
+    mtp: MTPTensors | None = None
     renamed: tuple[tuple[str, str], ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     joined: tuple[Joined, ...] = ()
@@ -237,6 +252,7 @@ _LLAMA4_EXPERTS = {
     "interleave_moe_layer_step": "every",
     "moe_layers": "layers",
 }
+_MIMO_MTP = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
 _NORMALIZED = {"norm_topk_prob": "normalized"}
 _MIXTRAL_EXPERTS = {
     "num_local_experts": "num_experts",
@@ -282,6 +298,14 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "Qwen2ForCausalLM": Family("qwen2", ("hidden_act",), slides=True, qkv_bias=True),
+    "MiMoForCausalLM": Family(
+        "mimo",
+        ("hidden_act",),
+        unused=("attention_bias", "num_nextn_predict_layers"),
+        slides=True,
+        qkv_bias=True,
+        mtp=MTPTensors("mtp_layers.0.", _MIMO_MTP, hidden_first=True),
+    ),
     "Qwen3ForCausalLM": Family(
         "qwen3", ("hidden_act", "attention_bias"), slides=True, qk_norm="head"
     ),
@@ -305,6 +329,7 @@ FAMILIES: dict[str, Family] = {
             {"shared_gate": True},
         ),
         renamed=((".shared_expert.", ".shared_experts."),),
+        mtp=MTPTensors("mtp.", is_read=False),
     ),
     "BambaForCausalLM": Family(
         "bamba",
@@ -349,7 +374,7 @@ FAMILIES: dict[str, Family] = {
         output_bias=False,
         qk_norm="head",
         routed=Routed(_DEEPSEEK_EXPERTS, {"method": "noaux_tc"}),
-        predicts_ahead=True,
+        mtp=MTPTensors(),
     ),
     "SeedOssForCausalLM": Family(
         "seed_oss", ("hidden_act", "attention_bias", "mlp_bias"), output_bias=False
@@ -431,7 +456,7 @@ FAMILIES: dict[str, Family] = {
         ("hidden_act", "attention_bias"),
         unused=(*_DEEPSEEK, "num_nextn_predict_layers"),
         latent=True,
-        predicts_ahead=True,
+        mtp=MTPTensors(),
         routed=Routed(_DEEPSEEK_EXPERTS),
     ),
     "Olmo2ForCausalLM": Family(

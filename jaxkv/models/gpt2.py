@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxkv.cache.ancestors import Ancestors
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import NumTokens
-from jaxkv.cache.verbs import advance, next_positions
+from jaxkv.cache.verbs import advance
 from jaxkv.counts import check_fields
 from jaxkv.errors import CheckpointError, ConfigError
 from jaxkv.models.hf_fields import (
@@ -27,8 +28,10 @@ from jaxkv.models.layers import (
     Embedding,
     LayerNorm,
     Linear,
+    Step,
     attend_causal,
     check_tokens,
+    positions_of,
 )
 from jaxkv.models.model import Model
 from jaxkv.models.shape import Shape
@@ -155,9 +158,7 @@ class Attention(nnx.Module):
         self.c_proj = Linear(hidden, hidden, std=out_std, **shared)
         self.config = config
 
-    def __call__(
-        self, x: Hidden, cache: Any, layer: int, num_tokens: NumTokens | None
-    ) -> tuple[Hidden, Any]:
+    def __call__(self, x: Hidden, cache: Any, layer: int, step: Step) -> tuple[Hidden, Any]:
         config = self.config
         heads = (config.num_heads, config.head_dim)
         queries, keys, values = (
@@ -167,7 +168,7 @@ class Attention(nnx.Module):
         if config.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1
         mixed, cache = attend_causal(
-            cache, queries, keys, values, layer=layer, scale=scale, num_tokens=num_tokens
+            cache, queries, keys, values, layer=layer, scale=scale, step=step
         )
         return self.c_proj(mixed.reshape(x.shape)), cache
 
@@ -197,10 +198,8 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(hidden, eps=eps, dtype=dtype)
         self.mlp = MLP(config, rngs=rngs, dtype=dtype, out_std=out_std)
 
-    def __call__(
-        self, x: Hidden, cache: Any, layer: int, num_tokens: NumTokens | None
-    ) -> tuple[Hidden, Any]:
-        mixed, cache = self.attn(self.ln_1(x), cache, layer, num_tokens)
+    def __call__(self, x: Hidden, cache: Any, layer: int, step: Step) -> tuple[Hidden, Any]:
+        mixed, cache = self.attn(self.ln_1(x), cache, layer, step)
         x = x + mixed
         return x + self.mlp(self.ln_2(x)), cache
 
@@ -241,17 +240,16 @@ class GPT2(Model):
         cache: AnyCache | None = None,
         *,
         num_tokens: NumTokens | None = None,
+        ancestors: Ancestors | None = None,
     ) -> tuple[Float[Array, "*batch tokens vocab"], AnyCache | None]:
         """As `Decoder.__call__`; a context beyond ``max_positions`` is a `ValueError`."""
-        check_tokens(tokens, cache, self.config.max_positions)
-        length = tokens.shape[-1]
-        positions = (
-            jnp.arange(length, dtype=jnp.int32) if cache is None else next_positions(cache, length)
-        )
+        step = Step(num_tokens, ancestors)
+        check_tokens(tokens, cache, self.config.max_positions, step=step)
+        length, positions = tokens.shape[-1], positions_of(tokens, cache, step)
         # Padding may lie past the last position that there is.
         x = self.wte(tokens) + self.wpe(jnp.minimum(positions, self.config.max_positions - 1))
         for number, block in enumerate(self.h):
-            x, cache = block(x, cache, number, num_tokens)
+            x, cache = block(x, cache, number, step)
         if cache is not None:
             cache = advance(cache, length if num_tokens is None else num_tokens)
         return self._logits(self.ln_f(x), self.wte), cache

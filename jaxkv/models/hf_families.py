@@ -338,6 +338,7 @@ _CHUNKS = Windows(
     *(_with_rope, "attention_chunk_size", "chunked_attention"),
 )
 
+_QWEN2 = _plain(32, 32, 4096, 32, windows=_QWEN, max_window_layers=28, sliding_window=4096)
 _QWEN_VL = _plain(80, 64, 8192, 8, windows=_QWEN, max_window_layers=80, sliding_window=4096)
 
 # A config.json without a model_type says all itself.
@@ -560,6 +561,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         rope_theta=500_000.0,
     )._replace(keeps=_chunks, reads=("attention_chunk_size",)),
     "mellum": _plain(28, 32, 2304, 4, 128, windows=_UNNAMED.windows, sliding_window=1024),
+    "mimo": _QWEN2,
     "mimo_v2_flash": _plain(
         *(48, 64, 4096, 4, 192), windows=_MIMO_WINDOWS, sliding_window=129, v_head_dim=128
     )._replace(
@@ -594,7 +596,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "phi3": _plain(32, 32, 3072, windows=_ALL, rms_norm_eps=1e-5),
     "phi4_multimodal": _plain(32, 32, 3072, 8, windows=_ALL),
     "phimoe": _plain(32, 32, 4096, 8, windows=_ALL),
-    "qwen2": _plain(32, 32, 4096, 32, windows=_QWEN, max_window_layers=28, sliding_window=4096),
+    "qwen2": _QWEN2,
     "qwen2_5_vl": _QWEN_VL,
     "qwen2_5_vl_text": _QWEN_VL,
     "qwen2_moe": _plain(24, 16, 2048, 16, windows=_NAMED_IF_USED, sliding_window=4096),

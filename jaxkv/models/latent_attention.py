@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.models.config import DecoderConfig
-from jaxkv.models.layers import Linear, RMSNorm, attend_causal
+from jaxkv.models.layers import Linear, RMSNorm, Step, attend_causal
 from jaxkv.models.rope import rotate, temperature, unpaired
 
 Hidden = Float[Array, "*batch tokens hidden"]
@@ -44,9 +43,7 @@ class LatentAttention(nnx.Module):
         self.o_proj = Linear(heads * latent.value_dim, hidden, std=out_std, **biased)
         self.config, self.layer, self.latent = config, layer, latent
 
-    def __call__(
-        self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
-    ) -> tuple[Hidden, Any]:
+    def __call__(self, x: Hidden, rotation: Any, cache: Any, step: Step) -> tuple[Hidden, Any]:
         latent, heads = self.latent, self.config.num_heads
         plain, rotated = jnp.split(self._queries(x), [latent.plain_dim], axis=-1)
         latents, rope_keys = jnp.split(self.kv_a_proj_with_mqa(x), [latent.rank], axis=-1)
@@ -61,7 +58,7 @@ class LatentAttention(nnx.Module):
             keys,
             keys[..., : latent.rank] if cache is None else None,
             layer=self.layer,
-            num_tokens=num_tokens,
+            step=step,
             scale=self._scale(),
         )
         output = jnp.einsum("...hr,rhv->...hv", mixed, to_values)

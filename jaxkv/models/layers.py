@@ -7,7 +7,7 @@ tensor's name says where it goes.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.attention import attend
 from jaxkv.attention.masks import visible
+from jaxkv.cache.ancestors import Ancestors
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import Layer, NumTokens
-from jaxkv.cache.verbs import append
+from jaxkv.cache.verbs import append, next_positions
 from jaxkv.devices import by_platform
 from jaxkv.native import cannot_multiply, products
 
@@ -189,6 +190,18 @@ NORMS: dict[str, Callable[..., nnx.Module]] = {
 }
 
 
+class Step(NamedTuple):
+    """What a call says of its tokens.
+
+    Attributes:
+      num_tokens: how many are real, of each sequence; all if None.
+      ancestors: which come before which, where they form a tree, as in `jaxkv.attend`.
+    """
+
+    num_tokens: NumTokens | None = None
+    ancestors: Ancestors | None = None
+
+
 class Passed(dict[Layer, tuple[Array, Array]]):
     """Stands in for a cache in a text without one, where layers read what others would keep.
 
@@ -203,7 +216,7 @@ def attend_causal(
     values: Float[Array, "*batch tokens kv_heads value_dim"] | None,
     *,
     layer: Layer,
-    num_tokens: NumTokens | None,
+    step: Step,
     scale: float,
     source: int | None = None,
     window: int | None = None,
@@ -235,9 +248,11 @@ def attend_causal(
         _check_chunks(cache, layer, window)
     else:
         options["window"] = window
+    num_tokens = step.num_tokens
     if keys is not None:
         cache = append(cache, keys, values, layer=layer, num_tokens=num_tokens, queries=queries)
-    return attend(cache, queries, layer=layer, num_tokens=num_tokens, scale=scale, **options), cache
+    options |= {"ancestors": step.ancestors, "scale": scale}
+    return attend(cache, queries, layer=layer, num_tokens=num_tokens, **options), cache
 
 
 def _check_chunks(cache: AnyCache, layer: Layer, size: int) -> None:
@@ -282,14 +297,21 @@ def _attend_uncached(
 
 
 def check_tokens(
-    tokens: Int[Array, "*batch tokens"], cache: AnyCache | None, max_positions: int | None = None
+    tokens: Int[Array, "*batch tokens"],
+    cache: AnyCache | None,
+    max_positions: int | None = None,
+    *,
+    step: Step = Step(),
 ) -> None:
     """Refuse what a model cannot read.
 
     Raises:
       TypeError: tokens that are not integers.
-      ValueError: a shape that does not fit the cache, or more positions than the model has.
+      ValueError: a shape that does not fit the cache, more positions than the model has, or a tree
+        without a cache.
     """
+    if cache is None and step.ancestors is not None:
+        raise ValueError("ancestors= are of tokens that go into a cache, and there is none.")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens must be an integer array, got {tokens.dtype}.")
     batch = tokens.shape[:-1] if cache is None else cache.config.batch_shape
@@ -302,6 +324,15 @@ def check_tokens(
             f"this model has {max_positions} learned positions, and the context is {longest} "
             f"tokens: give at most {max_positions}, as max_context_length if there is a cache."
         )
+
+
+def positions_of(
+    tokens: Int[Array, "*batch tokens"], cache: AnyCache | None, step: Step
+) -> Int[Array, "*batch tokens"]:
+    """Where tokens stand in their texts: after the cache, or from 0 on."""
+    if cache is None:
+        return jnp.arange(tokens.shape[-1], dtype=jnp.int32)
+    return next_positions(cache, tokens.shape[-1], ancestors=step.ancestors)
 
 
 # Names that configs give them -> functions.

@@ -74,6 +74,7 @@ class Layout:
       joined: modules whose tensors are one there.
       num_heads: of those that are joined by head.
       num_layers: layers from this number on are there and not here; None: there are none.
+      unread: what the names of other tensors begin with that are there and not here; None: none.
       whole_experts: a projection of all experts is one tensor there.
     """
 
@@ -82,6 +83,7 @@ class Layout:
     num_heads: int = 1
     num_layers: int | None = None
     whole_experts: bool = False
+    unread: str | None = None
 
     def read(
         self, stored: Mapping[str, Any], prefix: str, rows: Mapping[str, int]
@@ -96,6 +98,8 @@ class Layout:
           CheckpointError: an expert is missing, or experts differ in shape.
         """
         named = {self._here(name).removeprefix(prefix): each for name, each in stored.items()}
+        if self.unread is not None:
+            named = {n: each for n, each in named.items() if not n.startswith(self.unread)}
         if self.num_layers is not None:
             own = functools.partial(_is_below, self.num_layers)
             named = {name: tensor for name, tensor in named.items() if own(name)}

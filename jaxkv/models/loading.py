@@ -16,13 +16,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxkv.cache.axes import Axes, Spread
-from jaxkv.errors import CheckpointError
+from jaxkv.errors import CheckpointError, ConfigError
 from jaxkv.models.checkpoint import SINGLE_FILE, StoredTensor
-from jaxkv.models.config import DecoderConfig
+from jaxkv.models.config import MTP_FIELD, DecoderConfig
 from jaxkv.models.decoder import Decoder
 from jaxkv.models.gpt2 import GPT2, GPT2Config
+from jaxkv.models.hf_config import decoder_fields
 from jaxkv.models.hf_fields import eos_token_ids, hf_decoder
 from jaxkv.models.model import Model
+from jaxkv.models.mtp import copies_of
 from jaxkv.models.sharding import sharding_of, split_axis
 from jaxkv.models.source import Source, Tensors, source_of
 from jaxkv.show.progress import progress_bar
@@ -37,6 +39,7 @@ def load(
     folder: str | os.PathLike[str] | None = None,
     *,
     dtype: Any = "float32",
+    mtp: bool = False,
     mesh: Mesh | None = None,
     axes: Axes | None = None,
 ) -> tuple[Model, Any]:
@@ -55,6 +58,9 @@ def load(
         tokens, trained on Python's standard library.
       dtype: of the weights and of what is computed: ``float32``, ``bfloat16`` or ``float16``.
         The file's own dtype may be another.
+      mtp: read the module of multi-token prediction too, for `jaxkv.drafts.MTP`: of DeepSeek V3,
+        GLM 4.5, GLM 4.6 and MiMo (DeepSeek-V3, 2024, section 2.2). It takes about the memory of a
+        layer, and its cache is a layer more of the model's.
       mesh, axes: the devices that share the model and how, as in `jaxkv.create`. Heads, inner
         features and the vocabulary are split over the devices that ``axes.heads`` names, each of
         which is given its part of a tensor alone; what cannot be split is on all of them.
@@ -83,6 +89,8 @@ def load(
     config, path = _read_config(source), source.path
     kind: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
     tensors = source.tensors(kind.checkpoint_prefix)
+    if mtp:
+        config = _with_mtp(config, source, tensors)
     if config.tie_word_embeddings and _HEAD in tensors:
         config = _with_its_head(config, tensors, f"{kind.checkpoint_embedding}.weight", path)
     model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=name))
@@ -149,8 +157,8 @@ def _with_its_head(config: Any, tensors: Tensors, embedding: str, folder: Path) 
 
     A head that is the embedding once more is dropped from the tensors.
     """
-    table, head = tensors.get(embedding), tensors[_HEAD]
-    if isinstance(head, StoredTensor) and isinstance(table, StoredTensor) and head.equals(table):
+    head = tensors[_HEAD]
+    if _equal(head, tensors.get(embedding)):
         del tensors[_HEAD]
         return config
     warnings.warn(
@@ -159,6 +167,46 @@ def _with_its_head(config: Any, tensors: Tensors, embedding: str, folder: Path) 
         stacklevel=3,
     )
     return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Are these the same numbers, stored as such?"""
+    stored = isinstance(one, StoredTensor) and isinstance(other, StoredTensor)
+    return stored and one.equals(other)
+
+
+def _with_mtp(config: Any, source: Source, tensors: Tensors) -> Any:
+    """A config with an MTP module; what it shares with the model is dropped from the tensors.
+
+    Raises:
+      CheckpointError: there is none, or one that is not read.
+
+    Warns:
+      UserWarning: what it should share is other numbers in the file.
+    """
+    path, count = source.path, decoder_fields(source.config).get(MTP_FIELD)
+    if not isinstance(config, DecoderConfig):
+        raise CheckpointError(f"{path}: a GPT2LMHeadModel has no MTP module. Load it without mtp=.")
+    try:
+        config = dataclasses.replace(config, mtp=True)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error} Load it without mtp=True.") from error
+    if count != 1:
+        raise CheckpointError(
+            f"{path}: config.json says {MTP_FIELD} = {count}, and mtp=True reads one MTP module. "
+            "Load it without."
+        )
+    assert config.family.mtp is not None, "or it were refused"
+    for name, original in copies_of(config.family.mtp, config.num_layers).items():
+        copy, own = tensors.pop(name, None), tensors.get(original)
+        own = tensors["embed_tokens.weight"] if own is None else own  # is the head
+        if copy is not None and not _equal(copy, own):
+            warnings.warn(
+                f"{path}: tensor {copy.name} differs from {own.name}, which is used for both. No "
+                "answer depends on it; guesses of the MTP module may be worse.",
+                stacklevel=3,
+            )
+    return config
 
 
 def _params(model: Model) -> Iterator[tuple[tuple[Any, ...], str, nnx.Param[Any], bool]]:

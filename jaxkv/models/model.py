@@ -71,8 +71,9 @@ class Model(nnx.Module):
         Raises:
           ValueError: texts that fill it have another rope than shorter ones, see `for_context`.
         """
-        config = self.config
-        codecs = codec_of_each_layer(codec or self.dtype.name, config.num_layers)
+        config = getattr(self.config, "with_mtp_layer", self.config)
+        codecs = codec_of_each_layer(codec or self.dtype.name, self.config.num_layers)
+        codecs += codecs[-1:] * (config.num_layers - len(codecs))
         if ropes := getattr(config, "ropes", ()):
             check_room(ropes, max_context_length)
             known = {

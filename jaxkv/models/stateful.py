@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.cache.states import real_tokens, state, with_state
 from jaxkv.models.config import DecoderConfig
-from jaxkv.models.layers import ACTIVATIONS, INIT_STD, Linear, RMSNorm
+from jaxkv.models.layers import ACTIVATIONS, INIT_STD, Linear, RMSNorm, Step
 from jaxkv.models.mixers import DeltaNetConfig, MambaConfig, MixerConfig, ShortConvConfig
 from jaxkv.models.recurrence import Terms, convolve, run
 
@@ -45,13 +44,11 @@ class Stateful(nnx.Module):
     mixer: Any
     layer: int
 
-    def __call__(
-        self, x: Hidden, rotation: Any, cache: Any, num_tokens: NumTokens | None
-    ) -> tuple[Hidden, Any]:
+    def __call__(self, x: Hidden, rotation: Any, cache: Any, step: Step) -> tuple[Hidden, Any]:
         tokens = x.shape[-2]
         if cache is None:
             return self.mix(x, _nothing(self.mixer, x), jnp.ones(x.shape[:-1], bool))[0], None
-        real = real_tokens(cache, tokens, num_tokens)
+        real = real_tokens(cache, tokens, step.num_tokens)
         mixed, kept = self.mix(x, state(cache, self.layer), real)
         return mixed, with_state(cache, self.layer, kept)
 

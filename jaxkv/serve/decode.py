@@ -23,10 +23,12 @@ from jaxkv.cache.shards import everywhere
 from jaxkv.cache.verbs import padded_after
 from jaxkv.counts import ceil_div
 from jaxkv.devices import platform_of
+from jaxkv.drafts.draft import HiddenStateDraft
 from jaxkv.serve.model_step import Model, ModelStep, Weights
 from jaxkv.serve.sampling import Sampling, sample
 
-# ``(tokens [batch, chunk], num_tokens [batch])``, padded on the right.
+# ``(tokens [batch, chunk], num_tokens [batch])``, padded on the right. For a draft that takes
+# prompts too there is one token more, that after the chunk.
 Chunk = tuple[np.ndarray, np.ndarray]
 
 # Tokens of a prompt that one prefill step takes on a CPU, where so few are bound by arithmetic.
@@ -98,14 +100,20 @@ def _prefill(
     cache: AnyCache,
     *,
     observe: bool,
+    draft: HiddenStateDraft | None = None,
 ) -> tuple[AnyCache, Array, Any]:
     """Take one chunk of every prompt, without its padding.
+
+    Args:
+      draft: takes it too, and then ``tokens`` has one more, that after the chunk.
 
     Returns:
       The cache, the lengths once more, to wait for while the next step has the cache, and the
       chunk's queries if they are to be observed.
     """
     cache, queries = padded_after(cache, num_tokens), None
+    if draft is not None:
+        model = draft.filling(model)
     if observe:
         _, cache, queries = observed(model)(tokens, cache)
     else:
@@ -174,6 +182,7 @@ class Program:
     num_steps: int
     at_once: int
     observe: bool
+    draft: HiddenStateDraft | None = None
 
     @classmethod
     def of(
@@ -185,6 +194,7 @@ class Program:
         num_steps: int = TOKENS_PER_DISPATCH,
         most_steps: int | None = None,
         observe: bool = False,
+        draft: Any = None,
         on: Spread | None = None,
     ) -> "Program":
         """With the model's arrays where the cache is going to be.
@@ -193,13 +203,15 @@ class Program:
           num_steps: of decode between two looks of the host.
           most_steps: of decode at all, if that is known.
           observe: does prefill give the prompts' queries?
+          draft: who guesses, and may take the prompts too.
           on: the mesh.
         """
         weights = Weights.of(model) if on is None else Weights.of(model).spread_over(on.mesh)
         stops = tuple(int(token) for token in stop_tokens)
         num_steps = 1 if most_steps == 1 else num_steps
         at_once = _steps_at_once(weights, num_steps, most_steps or num_steps)
-        return cls(weights, sampling, stops, num_steps, at_once, observe)
+        takes_prompts = draft if isinstance(draft, HiddenStateDraft) else None
+        return cls(weights, sampling, stops, num_steps, at_once, observe, takes_prompts)
 
     @property
     def returns_at_once(self) -> bool:
@@ -209,13 +221,15 @@ class Program:
     # Compiled first, so that timings of the steps do not include XLA's.
     def compile_prefill(self, chunks: list[Chunk], cache: AnyCache) -> None:
         if chunks:
-            _prefill.compilation(self.weights, *chunks[0], cache, observe=self.observe)()
+            options = {"observe": self.observe, "draft": self.draft}
+            _prefill.compilation(self.weights, *chunks[0], cache, **options)()
 
     def compile_decode(self, state: State, cache: AnyCache) -> None:
         _decode.compilation(self.weights, state, cache, **self._options())()
 
     def prefill(self, chunk: Chunk, cache: AnyCache) -> tuple[AnyCache, Array, Any]:
-        return _prefill(self.weights, *jax.device_put(chunk), cache, observe=self.observe)
+        options = {"observe": self.observe, "draft": self.draft}
+        return _prefill(self.weights, *jax.device_put(chunk), cache, **options)
 
     def decode(self, state: State, cache: AnyCache) -> tuple[State, AnyCache, New]:
         return _decode(self.weights, state, cache, **self._options())

@@ -12,7 +12,7 @@ from jaxkv.cache.checks import checked_prompt
 from jaxkv.cache.create import config_of_a_device
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.devices import platform_at
-from jaxkv.drafts.draft import Draft, StatefulDraft
+from jaxkv.drafts.draft import AnyDraft
 from jaxkv.errors import ConfigError, ModelChangedError, PoolFullError, UnknownRequestError
 from jaxkv.memory import MemoryTracker, Purpose, session
 from jaxkv.memory.session import Session
@@ -120,7 +120,7 @@ class Engine:
         device: Any = None,
         mesh: Mesh | None = None,
         axes: Axes | None = None,
-        draft: Draft | StatefulDraft | None = None,
+        draft: AnyDraft | None = None,
         num_guesses: int = NUM_GUESSES,
         snapshot_space: int | None = None,
         snapshot_every: int | None = None,
@@ -134,7 +134,8 @@ class Engine:
             local, prefill_chunk, prefill_rows, decode_steps, token_budget, swap_space
         )
         if draft is not None:
-            check_draft("Engine", config, num_guesses)
+            check_draft("Engine", draft, model, config, num_guesses)
+        self._draft, self._num_guesses = draft, num_guesses
         space, every = checked_space(config, snapshot_space, snapshot_every, prefill_chunk, sharing)
         snapshots = StateSnapshots(config, space, prefill_rows, device)
         self.config = config
@@ -285,7 +286,8 @@ class Engine:
             dropped; a fork begins at its prompt.
 
         Raises:
-          ModelChangedError: requests have begun, and restart is False. Nothing was changed.
+          ConfigError: a model that has not what the draft goes on from. Nothing was changed.
+          ModelChangedError: requests have begun, and restart is False. Neither.
           ValueError: a model with another vocabulary. Neither.
         """
         if self._batch.begun and not restart:
@@ -299,6 +301,8 @@ class Engine:
                 f"Engine.update: a model with a vocabulary of {vocabulary} tokens cannot take the "
                 f"place of one with {self._vocabulary}. Make another Engine."
             )
+        if self._draft is not None:
+            check_draft("Engine.update", self._draft, model, self.config, self._num_guesses)
         self._vocabulary = vocabulary
         self._batch.exchange(model)
 

@@ -16,7 +16,7 @@ from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import Codec
 from jaxkv.counts import check_count
 from jaxkv.devices import platform_at
-from jaxkv.drafts.draft import Draft, StatefulDraft
+from jaxkv.drafts.draft import AnyDraft, HiddenStateDraft
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.memory.session import Session, holding
 from jaxkv.serve.calibration import Constants, with_constants
@@ -174,7 +174,7 @@ def generate(
     device: Any = None,
     mesh: Mesh | None = None,
     axes: Axes | None = None,
-    draft: Draft | StatefulDraft | None = None,
+    draft: AnyDraft | None = None,
     num_guesses: int = NUM_GUESSES,
 ) -> Generation:
     """Continue a ragged batch of prompts.
@@ -254,7 +254,9 @@ def generate(
     if spread is not None:
         mesh = spread.automatic.mesh
     compression = _compression(policy, keep, spread)
-    chunks = list(_chunks(checked, chunk))
+    if draft is not None:
+        check_draft("generate", draft, model, config, num_guesses)
+    chunks = list(_chunks(checked, chunk, more=int(isinstance(draft, HiddenStateDraft))))
     program: Any = Program.of(
         model,
         sampling,
@@ -262,11 +264,11 @@ def generate(
         num_steps=stream_every,
         most_steps=max_new_tokens,
         observe=compression is not None and compression.window != 0,
+        draft=draft,
         on=spread and spread.automatic,
     )
     state: Any = _start(checked, max_new_tokens, seed)
     if draft is not None:
-        check_draft("generate", config, num_guesses)
         program = DraftProgram.of(program, draft, num_guesses, on=spread and spread.automatic)
         state = program.start(state, checked, config)
     ending = Ending(max_new_tokens, program.stop_tokens, strings, tokenizer)
@@ -406,14 +408,15 @@ def _chunk_size(
     return min(size, max(seen, _MOST_BESIDE_A_WINDOW))
 
 
-def _chunks(prompts: list[np.ndarray], size: int) -> Iterator[Chunk]:
-    """All but the last token of each prompt."""
+def _chunks(prompts: list[np.ndarray], size: int, *, more: int = 0) -> Iterator[Chunk]:
+    """All but the last token of each prompt; in each chunk, so many more that come after it."""
     lengths = np.asarray([len(prompt) - 1 for prompt in prompts])
     for start in range(0, lengths.max(), size):
-        tokens = np.zeros((len(prompts), size), np.int32)
+        tokens = np.zeros((len(prompts), size + more), np.int32)
         num_tokens = np.clip(lengths - start, 0, size).astype(np.int32)
         for row, prompt, count in zip(tokens, prompts, num_tokens, strict=True):
-            row[:count] = prompt[start : start + count]
+            some = prompt[start : start + count + more] if count else ()
+            row[: len(some)] = some
         yield tokens, num_tokens
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxkv.cache.axes import Spread
-from jaxkv.drafts.draft import Draft, StatefulDraft, state_of
+from jaxkv.drafts.draft import AnyDraft, HiddenStateDraft, state_of
 from jaxkv.errors import ModelChangedError
 from jaxkv.memory.session import Session
 from jaxkv.paging import Copy, Pools
@@ -61,7 +61,7 @@ class Runner:
         decode_steps: int,
         spread: Spread | None = None,
         constants: Constants | None = None,
-        draft: Draft | StatefulDraft | None = None,
+        draft: AnyDraft | None = None,
         num_guesses: int = 0,
         snapshots: StateSnapshots,
     ):
@@ -80,7 +80,8 @@ class Runner:
         self._draft = draft if spread is None else spread_over(spread.mesh, draft)
         self._num_guesses = num_guesses
         if draft is not None:
-            remembered = state_of(draft, self.num_rows, session.config.max_context_length)
+            room = session.config.max_context_length
+            remembered = state_of(draft, model, self.num_rows, room)
             self._drafting = steps.Drafting(Pace.begin(), remembered)
 
     @contextlib.contextmanager
@@ -145,15 +146,21 @@ class Runner:
         if self._compiled:
             return
         given = self._given([None] * (self.prefill_rows * len(self.pages)))
+        given, takes_prompts = (*given, self.session.cache), self._takes_prompts
         decode, arguments, options = self._decoding([None] * self.num_rows)
         with ThreadPoolExecutor() as pool:
             compiling = [
-                pool.submit(steps.prefill.compilation(self._weights, *given, self.session.cache)),
+                pool.submit(steps.prefill.compilation(self._weights, *given, draft=takes_prompts)),
                 pool.submit(decode.compilation(self._weights, *arguments, **options)),
             ]
         for each in compiling:
             each.result()
         self._compiled = True
+
+    @property
+    def _takes_prompts(self) -> HiddenStateDraft | None:
+        """The draft, if it goes over prompts with the model."""
+        return self._draft if isinstance(self._draft, HiddenStateDraft) else None
 
     @property
     def chunks_of_one(self) -> int:
@@ -166,17 +173,20 @@ class Runner:
             chunk for own in chunks for chunk in (*own, *[None] * (self.prefill_rows - len(own)))
         ]
         given = self._given(rows)
-        self.session.cache = steps.prefill(self._weights, *given, self.session.cache)
+        self.session.cache = steps.prefill(
+            self._weights, *given, self.session.cache, draft=self._takes_prompts
+        )
         self._figures.prefill_steps += 1
 
     def _given(self, rows: Sequence[Chunk | None]) -> tuple[Any, ...]:
         """What a step of prefill is told: tokens, how many are real, where they begin, pages."""
-        tokens = np.zeros((len(rows), self.prefill_chunk), np.int32)
+        more = int(self._takes_prompts is not None)
+        tokens = np.zeros((len(rows), self.prefill_chunk + more), np.int32)
         num_tokens, start = np.zeros((2, len(rows)), np.int32)
         for row, chunk in enumerate(rows):
             if chunk is not None:
                 start[row], num_tokens[row] = chunk.start, chunk.end - chunk.start
-                own = chunk.request.prompt.tokens[chunk.start : chunk.end]
+                own = chunk.request.prompt.tokens[chunk.start : chunk.end + more]
                 tokens[row, : len(own)] = own
         requests = [None if chunk is None else chunk.request for chunk in rows]
         of_rows = np.array([-1 if r is None else r.row for r in requests], np.int32)

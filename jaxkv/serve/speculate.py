@@ -20,7 +20,7 @@ from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.cache.shards import everywhere
 from jaxkv.cache.verbs import padded_after, truncate
 from jaxkv.counts import check_count
-from jaxkv.drafts.draft import NO_GUESS, Draft, StatefulDraft, proposed, state_of
+from jaxkv.drafts.draft import NO_GUESS, AnyDraft, HiddenStateDraft, proposed, state_of
 from jaxkv.errors import ConfigError
 from jaxkv.serve.decode import NOT_A_NUMBER, Chunk, New, Program, State
 from jaxkv.serve.model_step import Model, ModelStep, Weights, spread_over
@@ -105,7 +105,8 @@ def check(
     stop_tokens: Int[Array, "#batch stops"],
     known: Int[Array, "batch places"],
     sampling: Sampling | RowSampling,
-) -> tuple[AnyCache, Checked]:
+    draft: AnyDraft,
+) -> tuple[AnyCache, Checked, Array | None]:
     """Take the last token of each sequence and its guesses; the cache keeps what is the answer's.
 
     Args:
@@ -113,13 +114,16 @@ def check(
       most: tokens that a sequence may be given, none where it is 0.
       stop_tokens: nothing comes after one of them, nor after logits that are no distribution.
       known: tokens that stand for the draws at their places; -1 where a draw counts.
+
+    Returns:
+      Last, the model's hidden states, for a draft that reads them.
     """
     batch, width = len(last), 1 + guesses.shape[1]
     is_guess = jnp.cumprod(guesses >= 0, axis=1, dtype=jnp.int32)
     real = jnp.minimum(1 + is_guess.sum(1, dtype=jnp.int32), most)
     taken = jnp.concatenate([last[:, None], jnp.maximum(guesses, 0)], axis=1)
     lengths = cache.lengths
-    logits, cache = model(taken, padded_after(cache, real))
+    logits, hidden, cache = _stepped(model, draft, taken, padded_after(cache, real))
     cache = padded_after(cache, None)
     positions = lengths[:, None] + 1 + jnp.arange(width, dtype=jnp.int32)[None]
     tokens, logprobs = sample(
@@ -139,7 +143,18 @@ def check(
     count = jnp.minimum(1 + num_right, real)
     tokens = jnp.where(failed, NOT_A_NUMBER, tokens)
     cache = truncate(cache, lengths + count)
-    return cache, Checked(tokens, logprobs, count, num_checked, num_right)
+    return cache, Checked(tokens, logprobs, count, num_checked, num_right), hidden
+
+
+def _stepped(
+    model: Any, draft: AnyDraft, tokens: Array, cache: AnyCache
+) -> tuple[Array, Array | None, AnyCache]:
+    """Logits, hidden states if the draft reads them, and the cache."""
+    if isinstance(draft, HiddenStateDraft):
+        hidden, cache = model.hidden(tokens, cache)
+        return model.logits(hidden), hidden, cache
+    logits, cache = model(tokens, cache)
+    return logits, None, cache
 
 
 def ended(checked: Checked, stop_tokens: Int[Array, "#batch stops"]) -> Bool[Array, " batch"]:
@@ -158,10 +173,37 @@ def when(wanted: Bool[Array, ""], function: Callable[[Any], Any], value: Any) ->
     return once[1]
 
 
+def _guessed(
+    model: Any, draft: AnyDraft, now: Speculating, cache: AnyCache, k: int
+) -> tuple[Array, Speculating, AnyCache]:
+    """Guesses, if there is credit for checks, and what they have changed."""
+    none = jnp.full((len(now.text), k), NO_GUESS, jnp.int32)
+    if isinstance(draft, HiddenStateDraft):
+        wanted = jnp.where(now.pace.wide, k, half_of(k))
+
+        def propose_in(value: Any) -> Any:
+            return draft.propose_in(model, now.draft, value[1], k, wanted)
+
+        guesses, cache = when(now.pace.credit >= 0, propose_in, (none, cache))
+        return guesses, now, cache
+    lengths = cache.lengths + 1
+
+    def propose(value: Any) -> Any:
+        return proposed(draft, value[1], now.text, lengths, k)
+
+    guesses, remembered = when(now.pace.credit >= 0, propose, (none, now.draft))
+    return guesses, now._replace(draft=remembered), cache
+
+
+def half_of(num_guesses: int) -> int:
+    """As many guesses as a step checks until these come true."""
+    return max(1, num_guesses // 2)
+
+
 def decode(
-    model: Model,
+    model: Any,
     speculating: Speculating,
-    guesser: Draft | StatefulDraft,
+    guesser: AnyDraft,
     cache: AnyCache,
     stops: Int[Array, "#batch stops"],
     known: Int[Array, "batch tokens"],
@@ -176,7 +218,7 @@ def decode(
       known: the next tokens of each sequence, as far as they are; -1 where they are not.
     """
     width, room = 1 + num_guesses, speculating.text.shape[1]
-    half = max(1, num_guesses // 2)
+    half = half_of(num_guesses)
     rows = jnp.arange(len(speculating.text), dtype=jnp.int32)[:, None]
     begin = cache.lengths
     known = jnp.pad(known, ((0, 0), (0, width)), constant_values=-1)
@@ -194,9 +236,15 @@ def decode(
         now, cache, new = value
         (last, remaining, seeds), lengths = now.state, cache.lengths
         guesses, forced = guesses[:, :number], known_next(cache)[:, : 1 + number]
-        cache, checked = check(
-            model, cache, last, guesses, remaining, seeds, stops, forced, sampling
+        cache, checked, hidden = check(
+            model, cache, last, guesses, remaining, seeds, stops, forced, sampling, guesser
         )
+        remembered = now.draft
+        if isinstance(guesser, HiddenStateDraft) and hidden is not None:
+            following = jnp.maximum(checked.tokens, 0)
+            remembered, cache = guesser.follow(
+                model, remembered, hidden, following, cache, checked.num_new
+            )
         done = ended(checked, stops) | (remaining == 0)
         is_new = checked.at_places(checked.num_new)
         at = lengths[:, None] + 1 + jnp.arange(1 + number, dtype=jnp.int32)[None]
@@ -218,6 +266,7 @@ def decode(
             state=state,
             text=text,
             pace=Pace(credit, earned >= half if number else now.pace.wide),
+            draft=remembered,
             steps=now.steps + active.astype(jnp.int32),
             num_guesses=now.num_guesses + checked.num_checked,
         )
@@ -225,19 +274,12 @@ def decode(
 
     def one_step(carry: Any) -> Any:
         step, now, cache, new = carry
-        lengths = cache.lengths + 1
-
-        def propose(value: Any) -> Any:
-            _, remembered = value
-            return proposed(guesser, remembered, now.text, lengths, num_guesses)
-
-        none = jnp.full((len(rows), num_guesses), NO_GUESS, jnp.int32)
-        guesses, remembered = when(now.pace.credit >= 0, propose, (none, now.draft))
+        guesses, now, cache = _guessed(model, guesser, now, cache, num_guesses)
         sure = known_next(cache)[:, :num_guesses]
         guesses = jnp.where(sure >= 0, sure, guesses)
         guesses = jnp.where(now.remaining[:, None] > 1, guesses, NO_GUESS)
         checks = (guesses[:, 0] >= 0).any()
-        value = now._replace(draft=remembered), cache, new
+        value = now, cache, new
         wide = now.pace.wide
         cases = {0: ~checks, half: checks & ~wide, num_guesses: checks & wide}
         if half == num_guesses:
@@ -292,7 +334,7 @@ class Static:
     others: tuple[Any, ...]  # leaves that are no arrays, None for those that are
 
     @classmethod
-    def of(cls, draft: Draft | StatefulDraft) -> "tuple[Static, list[Any]]":
+    def of(cls, draft: AnyDraft) -> "tuple[Static, list[Any]]":
         """And the arrays."""
         leaves, treedef = jax.tree.flatten(draft)
         arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
@@ -310,14 +352,14 @@ class DraftProgram:
     """The programs of a generation with a draft, used as those without."""
 
     plain: Program
-    draft: Draft | StatefulDraft
+    draft: AnyDraft
     num_guesses: int
 
     @classmethod
     def of(
         cls,
         plain: Program,
-        draft: Draft | StatefulDraft,
+        draft: AnyDraft,
         num_guesses: int,
         *,
         on: Spread | None = None,
@@ -340,7 +382,7 @@ class DraftProgram:
     def start(self, state: State, prompts: Sequence[np.ndarray], config: AnyConfig) -> Speculating:
         """Where a generation with these prompts begins."""
         text = padded(prompts, config.max_context_length)
-        remembered = state_of(self.draft, *text.shape)
+        remembered = state_of(self.draft, self.plain.weights.model, *text.shape)
         return Speculating.begin(state, jax.device_put(text), Pace.begin(), remembered)
 
     def compile_prefill(self, chunks: list[Chunk], cache: AnyCache) -> None:
@@ -377,14 +419,18 @@ def padded(texts: Sequence[Sequence[int] | np.ndarray], room: int) -> np.ndarray
     return array
 
 
-def check_draft(who: str, config: AnyConfig, num_guesses: int) -> None:
+def check_draft(
+    who: str, draft: AnyDraft, model: Model, config: AnyConfig, num_guesses: int
+) -> None:
     """Refuse caches that could not go back to what plain decode would have.
 
     Raises:
-      ConfigError: such a cache.
+      ConfigError: such a cache, or a model that has not what the draft goes on from.
       ValueError: a number of guesses that is none.
     """
     check_count(f"{who}: num_guesses", num_guesses)
+    if isinstance(draft, HiddenStateDraft):
+        draft.check_model(who, model)
     if config.states:
         raise ConfigError(
             f"{who}: a draft's wrong guesses are taken back, and layers with a state cannot go "

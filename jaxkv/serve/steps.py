@@ -22,6 +22,7 @@ from jaxkv.cache.shards import by_row, everywhere, in_each_shard
 from jaxkv.cache.state import StateCache
 from jaxkv.cache.verbs import padded_after
 from jaxkv.codecs import Leaves
+from jaxkv.drafts.draft import HiddenStateDraft
 from jaxkv.placement import scatter
 from jaxkv.serve.decode import NOT_A_NUMBER, New, State
 from jaxkv.serve.model_step import Model, ModelStep
@@ -58,6 +59,8 @@ def prefill(
     tables: Tables,
     of_rows: Int[Ints, " chunks"],
     cache: AnyCache,
+    *,
+    draft: HiddenStateDraft | None = None,
 ) -> AnyCache:
     """Compute chunks of prompts, as many on each data rank, each padded on the right.
 
@@ -66,7 +69,8 @@ def prefill(
     one shape: so a page's bits depend on the tokens up to it and on nothing else, and a page found
     is a page computed. That is also why it neither reads nor writes `Newest` tokens, which stand
     in no page. State is of the chunk's request, and goes back to its row; where layers keep some,
-    no two chunks are of one prompt.
+    no two chunks are of one prompt. A draft that takes prompts too is given one more token, that
+    after the chunk.
     """
     tokens, num_tokens, start = by_row(cache, tuple(map(jnp.asarray, (tokens, num_tokens, start))))
     rows = _rows_for(cache, len(tokens))
@@ -74,6 +78,8 @@ def prefill(
     chosen = _plain(select(cache, rows))
     states = [each.of_rows(jnp.maximum(of_rows, 0)) for each in cache.states]
     sequences = _placed(chosen.with_groups(chosen.groups, states), tables, start, start)
+    if draft is not None:
+        model = draft.filling(model)
     _, sequences = model(tokens, padded_after(sequences, num_tokens))
     groups = [
         dataclasses.replace(group, storage=written.storage).with_codec_state(written.codec_state)

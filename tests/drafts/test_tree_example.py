@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import jaxkv
+from tests.models.variants import model_of, token_ids
+from tests.oracle import jit
 
 HEADS, HEAD_DIM, VOCABULARY, DEPTH = 2, 16, 12, 3
 RANDOM = np.random.default_rng(5)
@@ -101,3 +103,44 @@ def test_a_tree_of_guesses_says_what_plain_decode_says(temperature):
         last, steps = jnp.array([answer[-1] for answer in answers]), steps + 1
     assert [answer[:30] for answer in answers] == plain
     assert steps < 25
+
+
+@jit
+def logits_of(net, tokens, cache=None, ancestors=None):
+    return net(tokens, cache, ancestors=ancestors)
+
+
+KINDS_OF_LAYERS = ["gemma3", "deepseek_v3", "gpt2", "llama4", "gemma3n", "gpt_oss"]
+
+
+@pytest.mark.slow_cases("^(?!(gemma3|deepseek_v3)$)")
+@pytest.mark.parametrize("variant", KINDS_OF_LAYERS)
+def test_the_models_here_take_trees(variant):
+    """Each branch has the logits of its own text, and so has what follows the one that is kept."""
+    known, net = token_ids(variant), model_of(variant)
+    text, tree, after = known[:11], known[11:19], known[19:20]
+    texts = [np.concatenate([text, tree[row], tree[[i]]]) for i, row in enumerate(ANCESTORS)]
+    path = np.flatnonzero(ANCESTORS[-1])
+    texts.append(np.concatenate([text, tree[path], after]))
+    padded = np.stack([np.pad(each, (0, 20 - len(each))) for each in texts])
+    expected = logits_of(net, jnp.asarray(padded))[0]
+    expected = [logits[len(each) - 1] for logits, each in zip(expected, texts, strict=True)]
+
+    cache = jaxkv.create(net.cache_config(max_context_length=24, chunk=11))
+    _, cache = logits_of(net, jnp.asarray(text), cache)
+    found, cache = logits_of(net, jnp.asarray(tree), cache, jnp.asarray(ANCESTORS))
+    np.testing.assert_allclose(found, np.stack(expected[:-1]), atol=2e-4)
+    cache = jaxkv.keep_path(cache, jnp.asarray(path), len(tree))
+    assert int(cache.lengths) == len(text) + len(path)
+    found, _ = logits_of(net, jnp.asarray(after), cache)
+    np.testing.assert_allclose(found[0], expected[-1], atol=2e-4)
+
+
+def test_trees_that_a_model_cannot_take_are_refused():
+    tokens = jnp.asarray(token_ids("qwen3_next")[: len(PARENTS)])
+    net = model_of("qwen3_next")
+    cache = jaxkv.create(net.cache_config(max_context_length=24))
+    with pytest.raises(jaxkv.ConfigError, match="layers that keep a state would take in all"):
+        net(tokens, cache, ancestors=ANCESTORS)
+    with pytest.raises(ValueError, match="ancestors= are of tokens that go into a cache"):
+        net(tokens, ancestors=ANCESTORS)

@@ -498,11 +498,39 @@ def token_ids(variant: str) -> np.ndarray:
     return _generator(variant).integers(0, VOCAB_SIZE, NUM_TOKENS, dtype=np.int32)
 
 
-def weights(variant: str) -> dict[str, np.ndarray]:
-    """Every tensor of the variant's checkpoint. Wide, so that logits are not flat."""
-    config = hf_config(variant)
+def weights(variant: str, config: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
+    """Every tensor of the variant's checkpoint, or of one of another config."""
+    config = hf_config(variant) if config is None else config
     makers = {"gpt2": _gpt2_shapes, "gpt_neox": _gpt_neox_shapes}
-    shapes = makers.get(config["model_type"], _llama_shapes)(config)
+    return _made(variant, config, makers.get(config["model_type"], _llama_shapes)(config))
+
+
+def mtp_weights(variant: str, config: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
+    """What is beside them where the checkpoint has a module of multi-token prediction."""
+    config = hf_config(variant) if config is None else config
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    last = f"model.layers.{layers}."
+    longer = _llama_shapes(config | {"num_hidden_layers": layers + 1})
+    block = {n.removeprefix(last): shape for n, shape in longer.items() if n.startswith(last)}
+    first, names = last, ("enorm", "hnorm", "shared_head.norm", "eh_proj")
+    if variant == "qwen2":  # MiMo's is one of these with a module
+        first = "model.mtp_layers.0."
+        names = ("token_layernorm", "hidden_layernorm", "final_layernorm", "input_proj")
+    *norms, projection = names
+    block |= {f"{name}.weight": (hidden,) for name in norms}
+    block[f"{projection}.weight"] = (hidden, 2 * hidden)
+    made = _made(variant, config, {first + name: shape for name, shape in block.items()})
+    if variant == "qwen2":
+        return made
+    own = weights(variant, config)
+    copies = {"embed_tokens": "model.embed_tokens", "shared_head.head": "lm_head"}
+    return made | {
+        f"{first}{name}.weight": own[f"{original}.weight"] for name, original in copies.items()
+    }
+
+
+def _made(variant: str, config: dict[str, Any], shapes: "_Shapes") -> dict[str, np.ndarray]:
+    """Numbers of these shapes. Wide, so that logits are not flat."""
     made = {}
     for name, shape in shapes.items():
         if name.endswith(("_blocks", "_scales")):  # scales of 1/32 to 1/8
