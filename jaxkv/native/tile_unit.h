@@ -2,10 +2,12 @@
 #pragma once
 #include "amx_bfloat16.h"
 #include "amx_int8.h"
+#include "runs.h"
 #include "vnni.h"
 #if defined(__AVX512BW__)
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace jaxkv {
@@ -17,7 +19,8 @@ class TileUnit {
 
   static bool Serves(const Attention& job) {
     return job.head_dim % Tiles::kNumbers == 0 && job.head_dim <= kMostNumbers &&
-           !job.keys.runs.count && Tiles::Serves(job);
+           (!job.keys.runs.count || WideRuns::Serves(job.keys, job.head_dim)) &&
+           Tiles::Serves(job);
   }
 
   // Query q and the KV heads that have key positions' list `list`. The first of a chunk's queries
@@ -36,6 +39,7 @@ class TileUnit {
       }
     slices_ = job.head_dim / Tiles::kNumbers;
     copy_.resize(kBlock * slices_);
+    if (job.keys.runs.count) wide_runs_.emplace(job.keys, job.head_dim);
   }
 
   // A block of slots; false if none was left.
@@ -53,6 +57,10 @@ class TileUnit {
   // All queries, in place of job.queries.
   static void Arrange(Attention& job, Scratch& scratch) {
     const int64_t rows = job.slots.Queries() * job.rows(), size = LinesOfQueries(job);
+    if (job.keys.runs.count) {
+      job.arranged = scratch.Room(rows * job.head_dim);
+      return WideRuns::Arrange(job.queries, job.arranged, rows * job.head_dim);
+    }
     const int64_t shared = (job.group + kQueries - 1) / kQueries;  // tiles of a KV head
     job.arranged = scratch.Room(rows / job.group * shared * size * kLanes);
     Line* to = (Line*)job.arranged;
@@ -84,8 +92,12 @@ class TileUnit {
     Ahead ahead(job_, first_head_, end_head_, next, first_ ? rows_.size() * fetches : 0);
     for (Rows& rows : rows_) {
       float* mix = job_.MixOf(q_, chunk_, rows.row - q_ * job_.rows());
-      FindSources(job_.keys, block, rows.head);
-      Tiles::Score(QueriesOf(rows), sources_, groups, slices_, ahead, scores_);
+      if (wide_runs_) {
+        ScoreRuns(block, rows, ahead);
+      } else {
+        FindSources(job_.keys, block, rows.head);
+        Tiles::Score(QueriesOf(rows), sources_, groups, slices_, ahead, scores_);
+      }
       ahead.Fetch();
       const Vec keep =
           Softmax<kQueries>(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows);
@@ -95,6 +107,26 @@ class TileUnit {
       Shrink<kQueries>(rows, keep, job_.head_dim, mix);
       FindSources(job_.values, block, rows.head);
       Tiles::Mix(scores_, sources_, groups, slices_, ahead, rows.count, job_.head_dim, mix);
+    }
+  }
+
+  // Scores of keys that no tile takes, in vectors.
+  void ScoreRuns(const Block& block, const Rows& rows, Ahead& ahead) {
+    const float* queries = job_.arranged + rows.row * job_.head_dim;
+    wide_.resize(kQueries * job_.head_dim);
+    const char* vectors[kQueries];
+    float* wide[kQueries];
+    for (int i = 0; i < kQueries; ++i) wide[i] = &wide_[i * job_.head_dim];
+    for (int step = 0; step < block.Steps<kQueries>(); ++step) {
+      if (step % 2 == 0) ahead.Fetch();
+      for (int i = 0; i < kQueries; ++i)
+        vectors[i] = job_.keys.Row(block.Slot(step * kQueries + i), job_.heads) +
+                     rows.head * job_.keys.bytes;
+      wide_runs_->Widen(vectors, wide);
+      WithCount<kQueries>(rows.count, [&](auto number) {
+        Store(scores_ + step * kLanes,
+              jaxkv::Score<float, decltype(number)::value, kQueries>(wide, queries, job_.head_dim));
+      });
     }
   }
 
@@ -133,6 +165,8 @@ class TileUnit {
   std::vector<Rows> rows_;
   alignas(64) float scores_[kBlock * kQueries];
   std::vector<Line> copy_;
+  std::optional<WideRuns> wide_runs_;  // where keys are in codes of several widths
+  std::vector<float> wide_;
   Scales<kQueries> key_scales_, value_scales_;
   Centre<kQueries> centre_;
 };
