@@ -1,6 +1,6 @@
 // One decode step's attention over one layer of a cache. Each slot that a query sees is read once for
-// it, in memory order, by all threads; nothing is copied out of the cache. Units of slots are handed
-// out, and joined at the end. The sums of a query are its own: how many others stand beside it in
+// it, a block after the other, by all threads; nothing is copied out of the cache. Units of slots are
+// handed out, and joined at the end. The sums of a query are its own: how many others stand beside it in
 // the step changes none of its bits.
 #pragma once
 #include <algorithm>

@@ -111,8 +111,7 @@ struct Vnni : WholeNumbers {
 #pragma GCC unroll 1
     for (int step = 0; step < groups * kTile / 4; ++step) {
       const Source& source = sources[step / 4];
-      const char* vector =
-          source.vectors + slice * kNumbers + step % 4 * 4 * source.stride;
+      const char* vector = source.vectors + slice * kNumbers + step % 4 * 4 * source.stride;
       __m512i tokens[4];
       UNROLL for (int i = 0; i < 4; ++i)
         tokens[i] = _mm512_loadu_si512(vector + i * source.stride);
@@ -123,8 +122,7 @@ struct Vnni : WholeNumbers {
       UNROLL for (int part = 0; part < 3; ++part)
         UNROLL for (int g = 0; g < G; ++g) {
           const __m512i digits = _mm512_set1_epi32(weights.fours[step][part][g]);
-          UNROLL for (int i = 0; i < 2; ++i)
-            AddProducts(parts[part][g][i], digits, numbers[i]);
+          UNROLL for (int i = 0; i < 2; ++i) AddProducts(parts[part][g][i], digits, numbers[i]);
         }
     }
     UNROLL for (int g = 0; g < G; ++g)
