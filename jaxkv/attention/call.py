@@ -192,14 +192,19 @@ def request_of(
     sink_logits: Float[Array, " heads"] | None = None,
     ancestors: Ancestors | None = None,
     rotate: bool = True,
+    cross: bool = False,
+    num_seen: Int[Array, "*batch tokens"] | None = None,
 ) -> AttentionCall:
-    """The request of a call of `attend`, whose arguments these are, checked."""
+    """The request of a call of `attend`, or `attend_cross`, whose arguments these are, checked."""
     config = cache.config
     *_, tokens, heads, head_dim = queries.shape
     batch, group = config.batch_size or 1, heads // config.num_kv_heads
     grouped = queries.reshape(batch, tokens, config.num_kv_heads, group, head_dim)
     scale = head_dim**-0.5 if scale is None else scale
     scaled = grouped.astype(jnp.float32) * jnp.asarray(scale, jnp.float32)
+    seen = None
+    if cross:
+        cache, num_tokens, seen = _as_its_last(cache, tokens, num_seen)
     added = tokens if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
     newest = None
     if cache.newest is not None:  # sinks take their share once
@@ -208,7 +213,8 @@ def request_of(
         newest = request_of(cache.newest, queries, layer, num_tokens, **options)
     if sink_logits is not None:
         sink_logits = sink_logits.astype(jnp.float32).reshape(-1, group)
-    positions, tree = token_positions(cache, tokens, num_tokens).reshape(batch, tokens), None
+    positions = token_positions(cache, tokens, num_tokens) if seen is None else seen - 1
+    positions, tree = positions.reshape(batch, tokens), None
     if ancestors is not None:
         tree = Tree.of(ancestors, cache.lengths.reshape(batch))
         positions = jnp.where(positions < 0, -1, tree.start[:, None] + tree.depths)
@@ -225,3 +231,22 @@ def request_of(
         newest=newest,
         tree=tree,
     )
+
+
+def _as_its_last(
+    cache: KVCache, tokens: int, num_seen: Int[Array, "*batch tokens"] | None
+) -> tuple[KVCache, Int[Array, "*batch"], Int[Array, "*batch tokens"]]:
+    """For queries that are no tokens of the cache: each stands where the last that it sees does.
+
+    So they see all of those under the one rule that masks have, and a call of one query is that of
+    a decode step, which all implementations serve.
+
+    Returns:
+      The cache as that step finds it, how many tokens the step brings of each sequence (none where
+      there are none to see), and how many tokens each query sees.
+    """
+    held = jnp.minimum(cache.lengths, cache.index.capacity)[..., None]
+    seen = jnp.clip(held if num_seen is None else num_seen, 0, held)
+    seen = jnp.broadcast_to(seen, (*cache.lengths.shape, tokens))
+    last = seen.max(axis=-1)
+    return cache.with_lengths(jnp.maximum(last - 1, 0)), jnp.minimum(last, 1), seen

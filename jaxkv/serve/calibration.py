@@ -153,4 +153,5 @@ def _plain(config: AnyConfig, tokens: int) -> AnyConfig:
         return plain(config)
     groups = tuple(plain(group) for group in config.groups)
     states = tuple(each.replace(batch_size=1) for each in config.states)
-    return dataclasses.replace(config, groups=groups, states=states)
+    cross = tuple(each.replace(batch_size=1) for each in config.cross)
+    return dataclasses.replace(config, groups=groups, states=states, cross=cross)

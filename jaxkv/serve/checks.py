@@ -19,6 +19,12 @@ def check_config(
     swap_space: int,
 ) -> tuple[list[Group], int]:
     """The groups of pages that a cache is made of, and their page size."""
+    if config.cross:
+        raise ConfigError(
+            "Engine: this model has cross-attention, and requests here bring no encoder's tokens, "
+            "nor do shared pages say which they are about. jaxkv.generate takes what prepare= "
+            "wrote."
+        )
     if config.states and swap_space:
         raise ConfigError(
             f"Engine: swap_space must be 0, got {swap_space}: this model's layers keep a state, "

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.checks import checked_prompt
-from jaxkv.cache.hybrid import AnyConfig
+from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.codecs import Codec
 from jaxkv.counts import check_count
 from jaxkv.devices import platform_at
@@ -176,6 +176,7 @@ def generate(
     axes: Axes | None = None,
     draft: Draft | StatefulDraft | None = None,
     num_guesses: int = NUM_GUESSES,
+    prepare: Callable[[AnyCache], AnyCache] | None = None,
 ) -> Generation:
     """Continue a ragged batch of prompts.
 
@@ -220,6 +221,9 @@ def generate(
         draw between two tokens that are as likely to the last bits may fall the other way.
       num_guesses: that a step takes per sequence, at most. Where guesses do not come true, most
         steps take none.
+      prepare: called with the empty cache, of which row i is for prompt i; gives the one to begin
+        with. Of models with cross-attention it calls `write_cross`, for what an encoder made of
+        each prompt's audio, image or text; best as ``jax.jit(prepare, donate_argnums=0)``.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, a context too short, stop strings
@@ -283,6 +287,8 @@ def generate(
         )
         with clock.runs("compile"):
             live.cache = with_constants(program.weights, live.cache, constants, mesh)
+            if prepare is not None:
+                live.cache = prepare(live.cache)
             program.compile_prefill(chunks, live.cache)
             if compression is None:
                 program.compile_decode(state, live.cache)

@@ -122,7 +122,7 @@ def load(
             saved, tensors = stack.enter_context(opened(file, codec, addressing, wanted))
             if spread is not None:
                 _check_heads_share_tokens(file, saved)
-                states.check_processes(saved.states, spread, "load")
+                states.check_processes((*saved.states, *saved.cross), spread, "load")
             if model is not None:
                 check_model(file, saved, model)
             if newest is not None:
@@ -136,14 +136,15 @@ def load(
                 cache = jax.tree.map(on_device, into)
             fills = [
                 fill_of_group(file, saved, number, group, chosen, tensors)
-                for number, group in enumerate(cache.groups)
+                for number, group in enumerate((*cache.groups, *cache.cross))
             ]
         filled = [fill() for fill in fills]  # once all of them are known to fit
         of_states = [
             states.filled(state, kind, saved.lengths, chosen, tensors)
             for kind, state in enumerate(cache.states)
         ]
-    return cache.with_groups(filled, of_states)
+    of_text = len(cache.groups)
+    return cache.with_groups(filled[:of_text], of_states, filled[of_text:])
 
 
 @contextlib.contextmanager
@@ -173,7 +174,7 @@ def opened(
             for number, group in enumerate(saved.groups):
                 if group.is_compressed:
                     check_kept(file, saved, number, tensors)
-            yield saved, tokens | parts.together(Split(), saved.groups, {Share(0, 0, 0): tensors})
+            yield saved, tokens | parts.together(Split(), saved.kinds, {Share(0, 0, 0): tensors})
             return
         needed = functools.partial(wanted, saved.config)
         with parts.opened(file, saved.parts, saved.groups, saved.lengths, needed) as vectors:
@@ -261,8 +262,13 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
             f"{file} has {_described(saved.states)}, and the cache to load it into "
             f"{_described(kept)}."
         )
-    theirs = [group.config for group in saved.groups]
-    ours = [cache.config for cache in into.groups]
+    if saved.cross_of_layer != into.config.cross_of_layer:
+        raise SnapshotError(
+            f"{file} has cross-attention in layers {_having(saved.cross_of_layer)}, and the cache "
+            f"to load it into in {_having(into.config.cross_of_layer)}."
+        )
+    theirs = [group.config for group in saved.kinds]
+    ours = [cache.config for cache in (*into.groups, *into.cross)]
     fields = ("num_layers", "num_kv_heads", "head_dim", "value_dim", "values_in_keys", "codec")
     for field in (*fields, *also):
         saved_as, wanted = ([getattr(c, field) for c in configs] for configs in (theirs, ours))
@@ -272,6 +278,11 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
             )
 
     _check_compressed(file, saved, into.config)
+
+
+def _having(cross_of_layer: tuple[int, ...]) -> list[int] | str:
+    """The numbers of layers that have some."""
+    return [layer for layer, number in enumerate(cross_of_layer) if number >= 0] or "none"
 
 
 def _described(kinds: Sequence[StateConfig]) -> str:
