@@ -321,9 +321,10 @@ class HybridCache:
         return HybridCache(tuple(groups), config, kept, read)
 
     def __repr__(self) -> str:
-        groups = ", ".join(map(repr, self.kinds))
+        kinds = [repr(each) for each in (*self.groups, *self.states)]
+        kinds += [f"cross-attention: {each!r}" for each in self.cross]
         size = format_bytes(self.config.size_bytes)
-        return f"HybridCache({self.config.num_layers} layers, {size}: {groups})"
+        return f"HybridCache({self.config.num_layers} layers, {size}: {', '.join(kinds)})"
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
         """What treescope shows: an object to unfold."""
