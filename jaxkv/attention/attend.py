@@ -56,8 +56,9 @@ class Implementation(NamedTuple):
       reads_host_memory: whether it can serve caches that are there.
       rotates: whether it rotates queries and outputs itself, as the codec wants.
       caps: whether it knows a softcap.
-      in_any_order: whether a step's tokens need not stand one after the other, but may form a tree,
-        or read what another wrote as cross-attention does.
+      in_any_order: whether queries need not stand one after the other: they may form a tree or, in
+        cross-attention, see unlike numbers of tokens.
+      side_by_side: whether it serves several queries that all see the same, as in cross-attention.
       part: the function with the log of its total too, by which parts of a context are merged.
     """
 
@@ -69,6 +70,7 @@ class Implementation(NamedTuple):
     rotates: bool = False
     caps: bool = True
     in_any_order: bool = True
+    side_by_side: bool = True
     part: Callable[[AttentionCall], tuple[Grouped, LogTotal]] | None = None
 
     def cannot_serve(self, cache: KVCache, tokens: int, platform: str | None = None) -> str | None:
@@ -103,6 +105,7 @@ class Asked(NamedTuple):
     part: bool = False
     tree: bool = False
     side_by_side: bool = False
+    unlike: bool = False  # queries side by side, of which some see more
 
 
 # The first that can and should, serves; blockwise always can, but for host memory.
@@ -123,6 +126,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         "gpu",
         rotates=True,
         in_any_order=False,
+        side_by_side=False,
         part=mosaic_part,
     ),
     "cudnn": Implementation(
@@ -290,7 +294,8 @@ def attend_all(
     _check_call(cache, queries, None, softcap, sink_logits)
     *_, tokens, heads, _ = queries.shape
     platform = _platform_of(cache, queries)
-    asked = Asked(softcap is not None, partial, side_by_side=tokens > 1)
+    several, unlike = tokens > 1, tokens > 1 and num_seen is not None
+    asked = Asked(softcap is not None, partial, side_by_side=several, unlike=unlike)
     names = _serving(local_shapes(cache), tokens, heads, asked, platform, implementation)
     arrays = cache, queries, check_layer(cache, layer), None, scale, sink_logits, None, num_seen
     return _run(names, platform, arrays, partial, softcap=softcap, cross=True)
@@ -523,8 +528,10 @@ def _cannot_serve(
         return "it has no softcap"
     if asked.tree and not IMPLEMENTATIONS[name].in_any_order:
         return "it serves no tree of tokens"
-    if asked.side_by_side and not IMPLEMENTATIONS[name].in_any_order:
-        return "of cross-attention it serves one token per sequence"
+    if asked.side_by_side and not IMPLEMENTATIONS[name].side_by_side:
+        return "of cross-attention it serves one query per sequence"
+    if asked.unlike and not IMPLEMENTATIONS[name].in_any_order:
+        return "it serves no num_seen of several queries"
     return None
 
 

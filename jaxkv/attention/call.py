@@ -34,7 +34,7 @@ Vectors = Float[Array, "batch slots kv_heads head_dim"]
         *("cache", "queries", "layer", "positions", "lengths", "sink_logits"),
         *("offset_queries", "newest", "tree"),
     ],
-    meta_fields=["softcap", "window"],
+    meta_fields=["softcap", "window", "side_by_side"],
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
@@ -52,6 +52,8 @@ class AttentionCall:
       offset_queries: what features of a position are multiplied with, for the share of `offsets`.
       newest: the same call of the cache of `Newest` tokens, which are not read here then; or None.
       tree: where the tokens of these queries form one, which; else None.
+      side_by_side: whether these are several queries that are no tokens of the cache, and that all
+        see its ``lengths``.
     """
 
     cache: KVCache
@@ -65,6 +67,7 @@ class AttentionCall:
     offset_queries: Float[Array, "batch kv_heads tokens group centres features"] | None = None
     newest: "AttentionCall | None" = None
     tree: Tree | None = None
+    side_by_side: bool = False
 
     @classmethod
     def of(
@@ -230,6 +233,7 @@ def request_of(
         sink_logits=sink_logits,
         newest=newest,
         tree=tree,
+        side_by_side=cross and num_seen is None and tokens > 1,
     )
 
 
