@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
 
 import jaxkv
 from jaxkv.attention.call import request_of
@@ -125,9 +127,9 @@ def test_a_codec_that_learns_has_learned_before_the_first_query():
     keys, values = vectors[1] + 10  # a mean that a plain code would lose numbers by
     cache = write(jaxkv.create(config), keys, values, layer=1, lengths=LENGTHS)
     held = jaxkv.cross_layer(cache, 1)
-    for found, given in zip(held, (keys, values), strict=True):
+    for found, own in zip(held, (keys, values), strict=True):
         for row, length in enumerate(LENGTHS):
-            np.testing.assert_allclose(found[row, :length], given[row, :length], atol=0.05)
+            np.testing.assert_allclose(found[row, :length], own[row, :length], atol=0.05)
     queries = normal(5, 3, 3, 2, DIM)
     right = expected(np.stack(held), LENGTHS, queries)
     np.testing.assert_allclose(attend(cache, queries, layer=1), right, rtol=0, atol=2e-5)
@@ -212,6 +214,47 @@ def test_what_stands_past_the_end_is_never_read():
         np.testing.assert_allclose(found, expected(vectors[0], LENGTHS, queries), atol=2e-5)
     found = attend(cache, queries[:, :2], layer=0, implementation="native")
     np.testing.assert_allclose(found, expected(vectors[0], LENGTHS, queries[:, :2]), atol=2e-5)
+
+
+ROW_LENGTHS = st.lists(st.integers(-1, MOST), min_size=3, max_size=3)
+VERBS = st.one_of(
+    st.tuples(st.just("write"), ROW_LENGTHS, st.integers(0, 1 << 20)),
+    st.tuples(st.just("advance"), st.integers(0, 2)),
+    st.tuples(st.just("truncate"), st.integers(0, 3)),
+    st.tuples(st.just("select"), st.lists(st.integers(0, 2), min_size=3, max_size=3)),
+    st.tuples(st.just("reset")),
+)
+select, advance, truncate = jit(jaxkv.select), jit(jaxkv.advance), jit(jaxkv.truncate)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(VERBS, max_size=8))
+def test_after_any_verbs_each_row_reads_what_was_last_written_for_it(verbs):
+    """Beside a list per row of what its encoder wrote last."""
+    cache, held = jaxkv.create(CONFIG), [np.zeros((2, 2, 0, 2, DIM))] * 3
+    for verb, *how in verbs:
+        if verb == "write":
+            lengths, seed = how
+            vectors = sources(seed=seed)
+            for layer in CROSSING:
+                cache = write(cache, *vectors[layer], layer=layer, lengths=np.int32(lengths))
+            both = np.stack([vectors[layer] for layer in CROSSING])
+            held = [
+                old if length < 0 else both[:, :, row, :length]
+                for row, (old, length) in enumerate(zip(held, lengths, strict=True))
+            ]
+        elif verb == "select":
+            cache, held = select(cache, jnp.array(*how)), [held[row] for row in how[0]]
+        elif verb == "reset":
+            cache, held = jaxkv.reset(cache), [each[:, :, :0] for each in held]
+        else:
+            cache = {"advance": advance, "truncate": truncate}[verb](cache, *how)
+    queries = normal(0, 3, 2, 2, DIM)
+    for layer in CROSSING:
+        output = attend(cache, queries, layer=layer)
+        for row, own in enumerate(held):
+            right = expected(own[layer][:, None], [own.shape[2]], queries[row : row + 1])
+            np.testing.assert_allclose(output[row], right[0], rtol=0, atol=2e-5)
 
 
 def test_lengths_that_cannot_be_are_told_of_inside_jit():
@@ -402,6 +445,32 @@ def test_a_mesh_gives_what_one_device_gives(split, axis_type, tmp_path):
         ours, theirs = (np.asarray(jaxkv.cross_layer(c, 0)) for c in (each, one))
         for row, length in enumerate(lengths):
             np.testing.assert_array_equal(ours[:, row, :length], theirs[:, row, :length])
+
+
+@pytest.mark.devices(8)
+@pytest.mark.slow
+def test_inside_a_shard_map_of_ones_own():
+    place = spread_over("batch 2 x heads 4", AxisType.Auto)
+    mesh, axes = place["mesh"], place["axes"]
+    cache, one = jaxkv.create(MESHED, **place), jaxkv.create(MESHED)
+    specs = jaxkv.partition_specs(cache)
+    lengths, queries = np.arange(8, dtype=np.int32) % (MOST + 1), normal(1, 8, 3, 8, DIM)
+    seen = np.tile(np.int32([1, 2, 7]), (8, 1))
+    keys, values = sources(MESHED)[1]
+
+    def step(cache, keys, values, lengths, queries, seen):
+        cache = jaxkv.write_cross(cache, keys, values, layer=1, lengths=lengths)
+        return cache, jaxkv.attend_cross(cache, queries, layer=1, num_seen=seen)
+
+    rows, vectors = PartitionSpec(axes.batch), PartitionSpec(axes.batch, None, axes.heads)
+    in_specs = (specs, vectors, vectors, rows, vectors, rows)
+    run = jax.shard_map(
+        step, mesh=mesh, in_specs=in_specs, out_specs=(specs, vectors), check_vma=False
+    )
+    arguments = keys, values, lengths, queries, seen
+    (ours, found), (theirs, right) = jax.jit(run)(cache, *arguments), step(one, *arguments)
+    np.testing.assert_allclose(found, right, rtol=0, atol=2e-6)
+    assert jaxkv.gather(ours).cross[0].lengths.tolist() == theirs.cross[0].lengths.tolist()
 
 
 @pytest.mark.devices(8)

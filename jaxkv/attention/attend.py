@@ -292,7 +292,12 @@ def attend_all(
 ) -> Any:
     """`attend` by queries that are no tokens of the cache, and see all of it or its first ones."""
     _check_call(cache, queries, None, softcap, sink_logits)
-    *_, tokens, heads, _ = queries.shape
+    *batch, tokens, heads, _ = queries.shape
+    if num_seen is not None and num_seen.shape != (*batch, tokens):
+        raise ValueError(
+            f"num_seen must be int32{[*batch, tokens]}, a number for each query, got "
+            f"{num_seen.dtype}{list(num_seen.shape)}."
+        )
     platform = _platform_of(cache, queries)
     several, unlike = tokens > 1, tokens > 1 and num_seen is not None
     asked = Asked(softcap is not None, partial, side_by_side=several, unlike=unlike)

@@ -78,12 +78,6 @@ def attend_cross(
     """
     check_alive(cache)
     number, position = locate_cross(cache.config, layer)
-    batch, tokens = cache.config.batch_shape, queries.shape[-3]
-    if num_seen is not None and num_seen.shape != (*batch, tokens):
-        raise ValueError(
-            f"num_seen must be int32{[*batch, tokens]}, a number for each query, got "
-            f"{num_seen.dtype}{list(num_seen.shape)}."
-        )
     return where_it_is(
         attend_all,
         cache.cross[number],
