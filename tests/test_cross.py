@@ -380,7 +380,7 @@ def test_a_file_goes_on_bit_for_bit(tmp_path):
     longer = jaxkv.load(tmp_path / "file", max_encoder_length=12)
     assert longer.config.cross[0].max_context_length == 12
     np.testing.assert_array_equal(attend(longer, queries, layer=1), attend(cache, queries, layer=1))
-    with pytest.raises(jaxkv.CacheFullError, match="5 tokens of an encoder, more than .*=4"):
+    with pytest.raises(jaxkv.CacheFullError, match=r"5 tokens of an encoder, more than .*=4"):
         jaxkv.load(tmp_path / "file", max_encoder_length=4)
     short = dataclasses.replace(CONFIG, cross=(AUDIO.replace(max_context_length=4),))
     with pytest.raises(jaxkv.CacheFullError, match="holds 5 tokens, and the cache has room for 4"):

@@ -53,8 +53,8 @@ def attend_cross(
     Args:
       queries: of any tokens of the text, as in `attend`. They move nothing and are not stored.
       layer: a plain int that counts over all layers of the model.
-      num_seen: how many of the first encoder tokens each query sees, where not all: 0 for a token
-        before the image that the others are about (Llama 3.2 Vision).
+      num_seen: how many of the first encoder tokens each query sees, ``int32[*batch, tokens]``. All
+        if None; 0 for a token of the text that comes before its image.
       scale, softcap, sink_logits, implementation, partial: as in `attend`.
 
     Returns:

@@ -41,7 +41,7 @@ def write_cross(
       keys, values: of the encoder's tokens, as in `append`.
       layer: a plain int that counts over all layers of the model.
       lengths: how many of ``tokens`` are real, of each sequence of a ragged batch. All if None; 0
-        for a text about nothing, and -1 for a sequence that keeps what it has.
+        for a sequence that has none, and -1 for one that keeps what was written before.
 
     Raises:
       CacheFullError: more tokens than the config has room for.
