@@ -531,10 +531,16 @@ def test_what_cannot_be_is_refused_by_name(what):
         call(jaxkv.create(CONFIG))
 
 
-def test_an_engine_and_its_pages_refuse_it(tmp_path):
+def test_an_engine_and_its_pages_refuse_what_they_cannot(tmp_path):
     paged = dataclasses.replace(CONFIG, groups=(TEXT.replace(addressing=jaxkv.Paged(4, 16)),))
-    with pytest.raises(jaxkv.ConfigError, match="Engine: this model has cross-attention"):
-        jaxkv.Engine(lambda tokens, cache: (tokens, cache), paged)
+    learning = AUDIO.replace(codec=CODECS["int8-centred"])
+    with pytest.raises(jaxkv.ConfigError, match="codec that learns nothing, got int8-centred"):
+        jaxkv.Engine(
+            lambda tokens, cache: (tokens, cache), dataclasses.replace(paged, cross=(learning,))
+        )
+    refused = pytest.raises(ValueError, match="prepare is for models with cross-attention")
+    with jaxkv.Engine(lambda tokens, cache: (tokens, cache), paged.groups[0]) as engine, refused:
+        engine.submit([1], max_new_tokens=1, prepare=lambda cache: cache)
     pages = jaxkv.paging.PageAllocator(16, page_size=4)
     with pytest.raises(ValueError, match="load_prefix: this cache has cross-attention"):
         jaxkv.load_prefix(tmp_path, jaxkv.create(paged), pages, model="any")

@@ -115,10 +115,10 @@ def _learned(
 ) -> Constants:
     device = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     if tokens is None:
-        one = create(_plain(config, 1), device=device)
+        one = create(one_sequence(config, 1), device=device)
         tokens = _drawn(_num_logits(weights, jnp.zeros((1, 1), jnp.int32), one)).tolist()
     ids = jnp.asarray(np.asarray(tokens, np.int32))[None]
-    return _learn(weights, ids, create(_plain(config, ids.size), device=device))
+    return _learn(weights, ids, create(one_sequence(config, ids.size), device=device))
 
 
 @functools.partial(ModelStep, donated=[])
@@ -140,8 +140,8 @@ def _drawn(vocabulary: int) -> np.ndarray:
     return np.random.RandomState(0).randint(0, vocabulary, _NUM_TOKENS).astype(np.int32)
 
 
-def _plain(config: AnyConfig, tokens: int) -> AnyConfig:
-    """For one sequence of so many tokens, all of which are kept."""
+def one_sequence(config: AnyConfig, tokens: int = 1) -> AnyConfig:
+    """For a batch of one, of so many tokens, all of which are kept."""
 
     def plain(group: KVCacheConfig) -> KVCacheConfig:
         fields: dict[str, Any] = {"placement": None, "newest": None}

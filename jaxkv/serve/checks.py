@@ -19,11 +19,11 @@ def check_config(
     swap_space: int,
 ) -> tuple[list[Group], int]:
     """The groups of pages that a cache is made of, and their page size."""
-    if config.cross:
+    if any(each.codec_state for each in config.cross):
         raise ConfigError(
-            "Engine: this model has cross-attention, and requests here bring no encoder's tokens, "
-            "nor do shared pages say which they are about. jaxkv.generate takes what prepare= "
-            "wrote."
+            "Engine: cross-attention must have a codec that learns nothing, got "
+            f"{', '.join(each.codec.name for each in config.cross)}: what it learns from one "
+            "request would be in the answers of others."
         )
     if config.states and swap_space:
         raise ConfigError(

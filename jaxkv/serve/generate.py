@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.checks import checked_prompt
-from jaxkv.cache.hybrid import AnyCache, AnyConfig
+from jaxkv.cache.hybrid import AnyConfig
 from jaxkv.codecs import Codec
 from jaxkv.counts import check_count
 from jaxkv.devices import platform_at
@@ -24,6 +24,7 @@ from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Chunk, New, Program, State
 from jaxkv.serve.decode import prefill_chunk as best_chunk
 from jaxkv.serve.ending import Ending
 from jaxkv.serve.model_step import Model
+from jaxkv.serve.request import Prepare
 from jaxkv.serve.sampling import Sampling
 from jaxkv.serve.speculate import NUM_GUESSES, DraftProgram, Speculating, check_draft
 from jaxkv.show.progress import progress_bar
@@ -176,7 +177,7 @@ def generate(
     axes: Axes | None = None,
     draft: Draft | StatefulDraft | None = None,
     num_guesses: int = NUM_GUESSES,
-    prepare: Callable[[AnyCache], AnyCache] | None = None,
+    prepare: Prepare | None = None,
 ) -> Generation:
     """Continue a ragged batch of prompts.
 
