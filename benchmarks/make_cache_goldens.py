@@ -18,6 +18,7 @@ from tests.models.hf_caches import (
     GOLDENS,
     Layer,
     config_of,
+    decoder_of,
     kept_by_transformers,
     model_types,
 )
@@ -56,7 +57,7 @@ def _kept(config: Any, size: str) -> list[Layer]:
     try:
         return kept_by_transformers(config, "meta")
     except Exception:
-        if size != "tiny" or config is not config.get_text_config(decoder=True):
+        if size != "tiny" or config is not decoder_of(config):
             raise  # too large for the CPU, if only for what sees or hears
         return kept_by_transformers(config)
 

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from jaxkv import exported  # noqa: F401, lets jax.export serialize caches
 from jaxkv.addressing import Addressing, Chunked, Contiguous, Kept, Paged, Ring
-from jaxkv.attention import attend, explain, fetched_blocks, observed
+from jaxkv.attention import attend, attend_cross, explain, fetched_blocks, observed
 from jaxkv.cache.axes import Axes
 from jaxkv.cache.config import KVCacheConfig
+from jaxkv.cache.cross import cross_layer, write_cross
 from jaxkv.cache.host import offload, prefetch
 from jaxkv.cache.hybrid import HybridCache, HybridConfig
 from jaxkv.cache.keep_path import keep_path
@@ -120,6 +121,7 @@ __all__ = [
     "advance",
     "append",
     "attend",
+    "attend_cross",
     "cache_config",
     "calibrate",
     "check",
@@ -127,6 +129,7 @@ __all__ = [
     "copy_pages",
     "copy_state",
     "create",
+    "cross_layer",
     "evict",
     "evicting",
     "explain",
@@ -161,6 +164,7 @@ __all__ = [
     "truncate",
     "wide_at_the_ends",
     "with_state",
+    "write_cross",
 ]
 
 

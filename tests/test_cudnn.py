@@ -20,7 +20,17 @@ from jaxkv.attention import IMPLEMENTATIONS
 from jaxkv.attention.cudnn import attend as cudnn
 from jaxkv.attention.cudnn import call as cudnn_call
 from jaxkv.attention.cudnn import slots as cudnn_slots
-from tests.oracle import OPTIONS, Oracle, jit, padded, poisoned, random_step, shuffled, step
+from tests.oracle import (
+    OPTIONS,
+    Oracle,
+    attention,
+    jit,
+    padded,
+    poisoned,
+    random_step,
+    shuffled,
+    step,
+)
 
 
 def plain_call(
@@ -113,6 +123,34 @@ def run_layer(options, cache, layer, queries, keys, values, num_tokens):
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_it_equals_the_oracle(served, kind, options):
     check(jaxkv.KVCacheConfig(**(SHAPE | CACHES[kind]), batch_size=3), options)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "odd context", "int8"])
+def test_cross_attention_equals_the_oracle(served, kind):
+    """One query, and several that all see what was written: whole pieces, parts of one, none."""
+    own = jaxkv.KVCacheConfig(**(SHAPE | CACHES[kind]), batch_size=5)
+    text = own.replace(max_context_length=8)
+    config = jaxkv.HybridConfig((text,), (0, 0), cross=(own,), cross_of_layer=(0, 0))
+    lengths = np.array([0, 3, 8, 17, 24], np.int32)
+    cache = jaxkv.create(config)
+    cache = dataclasses.replace(cache, cross=(poisoned(cache.cross[0]),))
+    _, keys, values = random_step(own, 24, heads=2)
+    given = (padded(each[1], lengths, np.nan) for each in (keys, values))
+    cache = jaxkv.write_cross(cache, *given, layer=1, lengths=lengths)
+    oracle = Oracle(own.replace(num_layers=1))
+    for tokens in (1, 5):
+        queries = random_step(own, tokens, heads=4, seed=tokens)[0][1]
+        outputs = jaxkv.attend_cross(cache, queries, layer=1, implementation="cudnn")
+        stored = oracle._stored(0, keys[1:], values[1:], lengths)
+        for row, length in enumerate(lengths):
+            held = list(zip(*stored[:, row, :length], strict=True))
+            for token in range(tokens):
+                right = attention(queries[row, token], held) if length else np.zeros((4, 8))
+                np.testing.assert_allclose(outputs[row, token], right, rtol=1e-5, atol=1e-5)
+    assert "cudnn: used" in jaxkv.explain(cache, tokens=5).split("cross-attention")[1]
+    seen = jnp.ones((5, 5), jnp.int32)
+    with pytest.raises(ValueError, match="it serves no num_seen of several queries"):
+        jaxkv.attend_cross(cache, queries, layer=1, num_seen=seen, implementation="cudnn")
 
 
 def test_of_a_single_sequence_it_equals_the_oracle(served):

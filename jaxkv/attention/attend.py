@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxkv.attention.blockwise import KEY_BLOCK, blockwise, blockwise_part
 from jaxkv.attention.call import LOWEST, AttentionCall, Grouped, LogTotal, request_of
@@ -56,7 +56,9 @@ class Implementation(NamedTuple):
       reads_host_memory: whether it can serve caches that are there.
       rotates: whether it rotates queries and outputs itself, as the codec wants.
       caps: whether it knows a softcap.
-      branches: whether it serves tokens that form a tree.
+      in_any_order: whether queries need not stand one after the other: they may form a tree or, in
+        cross-attention, see unlike numbers of tokens.
+      side_by_side: whether it serves several queries that all see the same, as in cross-attention.
       part: the function with the log of its total too, by which parts of a context are merged.
     """
 
@@ -67,7 +69,8 @@ class Implementation(NamedTuple):
     reads_host_memory: bool = False
     rotates: bool = False
     caps: bool = True
-    branches: bool = True
+    in_any_order: bool = True
+    side_by_side: bool = True
     part: Callable[[AttentionCall], tuple[Grouped, LogTotal]] | None = None
 
     def cannot_serve(self, cache: KVCache, tokens: int, platform: str | None = None) -> str | None:
@@ -101,6 +104,8 @@ class Asked(NamedTuple):
     softcap: bool = False
     part: bool = False
     tree: bool = False
+    side_by_side: bool = False
+    unlike: bool = False  # queries side by side, of which some see more
 
 
 # The first that can and should, serves; blockwise always can, but for host memory.
@@ -120,7 +125,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         mosaic_should_not_serve,
         "gpu",
         rotates=True,
-        branches=False,
+        in_any_order=False,
+        side_by_side=False,
         part=mosaic_part,
     ),
     "cudnn": Implementation(
@@ -130,7 +136,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         "gpu",
         rotates=True,
         caps=False,
-        branches=False,
+        in_any_order=False,
     ),
     "reference": Implementation(reference, _no_reason, _reference_is_wasteful, part=reference_part),
     # Under a jit of its own a scan is traced once for all layers.
@@ -258,9 +264,7 @@ def attend(
             "attend: window= is not served where the context is split over devices, which keep "
             "every token. Leave context out of the cache's axes, or window= out of the call."
         )
-    platform = platform_of(buffer_of(cache), queries)
-    if (spread := cache.spread or cache.part_of) is not None:
-        platform = spread.platform
+    platform = _platform_of(cache, queries)
     if ancestors is not None:
         ancestors = _checked_tree(cache, tokens, ancestors)
     part = partial or shapes.index.share is not None
@@ -268,22 +272,64 @@ def attend(
     names = _serving(shapes, tokens, heads, asked, platform, implementation)
     number = check_layer(cache, layer)
     notify(Call(cache, queries, layer, num_tokens))
-    if tokens == 0:
-        output = jnp.zeros((*queries.shape[:-1], cache.config.pair.value_dim), queries.dtype)
-        return (output, jnp.zeros(queries.shape[:-1], jnp.float32)) if partial else output
     arrays = cache, queries, number, num_tokens, scale, sink_logits, ancestors
-    serve: Any = _serve_part if partial else _serve
-    call = functools.partial(serve, *arrays, softcap=softcap, window=window)
-    runs = {name: functools.partial(call, chosen=IMPLEMENTATIONS[name]) for name in names.values()}
-    if platform is not None:
-        output = runs[names[platform]]()
-    else:
-        output = by_platform({each: runs[name] for each, name in names.items()})
+    output = _run(names, platform, arrays, partial, softcap=softcap, window=window)
     exists = layer_exists(cache, layer)
     return jax.tree.map(lambda numbers: or_nan(numbers, exists), output)
 
 
-@one_program("chosen", "softcap", "window")
+def attend_all(
+    cache: KVCache,
+    queries: Float[Array, "*batch tokens heads head_dim"],
+    *,
+    layer: int,
+    num_seen: Int[Array, "*batch tokens"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " heads"] | None = None,
+    implementation: str | None = None,
+    partial: bool = False,
+) -> Any:
+    """`attend` by queries that are no tokens of the cache, and see all of it or its first ones."""
+    _check_call(cache, queries, None, softcap, sink_logits)
+    *batch, tokens, heads, _ = queries.shape
+    if num_seen is not None and num_seen.shape != (*batch, tokens):
+        raise ValueError(
+            f"num_seen must be int32{[*batch, tokens]}, a number for each query, got "
+            f"{num_seen.dtype}{list(num_seen.shape)}."
+        )
+    platform = _platform_of(cache, queries)
+    several, unlike = tokens > 1, tokens > 1 and num_seen is not None
+    asked = Asked(softcap is not None, partial, side_by_side=several, unlike=unlike)
+    names = _serving(local_shapes(cache), tokens, heads, asked, platform, implementation)
+    arrays = cache, queries, check_layer(cache, layer), None, scale, sink_logits, None, num_seen
+    return _run(names, platform, arrays, partial, softcap=softcap, cross=True)
+
+
+def _platform_of(cache: KVCache, queries: Array) -> str | None:
+    """Where a call will run; None where that is not known yet."""
+    if (spread := cache.spread or cache.part_of) is not None:
+        return spread.platform
+    return platform_of(buffer_of(cache), queries)
+
+
+def _run(
+    names: dict[str, str], platform: str | None, arrays: Any, partial: bool, **static: Any
+) -> Any:
+    """What serves on the platform, or on each where it is not known yet."""
+    cache, queries, *_ = arrays
+    if queries.shape[-3] == 0:
+        output = jnp.zeros((*queries.shape[:-1], cache.config.pair.value_dim), queries.dtype)
+        return (output, jnp.zeros(queries.shape[:-1], jnp.float32)) if partial else output
+    serve: Any = _serve_part if partial else _serve
+    call = functools.partial(serve, *arrays, **static)
+    runs = {name: functools.partial(call, chosen=IMPLEMENTATIONS[name]) for name in names.values()}
+    if platform is not None:
+        return runs[names[platform]]()
+    return by_platform({each: runs[name] for each, name in names.items()})
+
+
+@one_program("chosen", "softcap", "window", "cross")
 @in_each_shard(("batch", None, "heads", None))
 def _serve(
     cache: KVCache,
@@ -293,18 +339,19 @@ def _serve(
     scale: float | None,
     sink_logits: Array | None,
     ancestors: Array | None,
+    num_seen: Array | None = None,
     *,
     chosen: Implementation,
     **options: Any,
 ) -> Array:
     options |= {"scale": scale, "sink_logits": sink_logits, "ancestors": ancestors}
-    options["rotate"] = not chosen.rotates
+    options |= {"num_seen": num_seen, "rotate": not chosen.rotates}
     request = request_of(cache, queries, layer, num_tokens, **options)
     output = chosen.run(request) if cache.index.share is None else _merged(request, chosen)[0]
     return _as_given(output, queries, cache, chosen)
 
 
-@one_program("chosen", "softcap", "window")
+@one_program("chosen", "softcap", "window", "cross")
 @in_each_shard(("batch", None, "heads", None), ("batch", None, "heads"))
 def _serve_part(
     cache: KVCache,
@@ -314,13 +361,14 @@ def _serve_part(
     scale: float | None,
     sink_logits: Array | None,
     ancestors: Array | None,
+    num_seen: Array | None = None,
     *,
     chosen: Implementation,
     **options: Any,
 ) -> tuple[Array, Array]:
     assert chosen.part is not None
     options |= {"scale": scale, "sink_logits": sink_logits, "ancestors": ancestors}
-    options["rotate"] = not chosen.rotates
+    options |= {"num_seen": num_seen, "rotate": not chosen.rotates}
     request = request_of(cache, queries, layer, num_tokens, **options)
     part = chosen.part(request) if cache.index.share is None else _merged(request, chosen)
     output, log_total = part
@@ -380,21 +428,38 @@ def explain(
     blockwise: not needed, reference comes first
     streamed: not used, the cache is on the device
     """
-    if len(cache.groups) > 1:
-        groups = (
-            f"group {number}, {group.config.addressing.name}:\n"
-            + explain(group, tokens=tokens, heads=heads, softcap=softcap)
+    call: Any = {"tokens": tokens, "heads": heads, "softcap": softcap}
+    if len(cache.groups) + len(cache.cross) > 1:
+        kinds = [
+            f"group {number}, {group.config.addressing.name}:\n" + _explained(group, tree, **call)
             for number, group in enumerate(cache.groups)
-        )
-        return "\n".join(groups)
-    (cache,) = cache.groups
+        ]
+        kinds += [
+            "cross-attention:\n" + _explained(each, cross=True, **call) for each in cache.cross
+        ]
+        return "\n".join(kinds)
+    (own,) = cache.groups
+    return _explained(own, tree, **call)
+
+
+def _explained(
+    cache: KVCache,
+    tree: bool = False,
+    *,
+    tokens: int,
+    heads: int | None,
+    softcap: float | None,
+    cross: bool = False,
+) -> str:
+    """`explain` of one group."""
     heads = heads or cache.config.num_kv_heads
     platform = _expected_platform(cache)
     lines, spread = [], cache.spread
     if spread is not None and (copies := spread.copies(cache.config)) > 1:
         lines.append(f"copies: {words_of_copies(copies, spread.copied_bytes(cache.config))}")
     cache = local_shapes(cache)
-    asked = Asked(softcap is not None, cache.index.share is not None, tree)
+    side_by_side = cross and tokens > 1
+    asked = Asked(softcap is not None, cache.index.share is not None, tree, side_by_side)
     chosen = _first_choice(cache, tokens, heads, asked, platform)
     for name in IMPLEMENTATIONS:
         if name == chosen:
@@ -466,8 +531,12 @@ def _cannot_serve(
         return "it gives no log-sum-exp, by which parts of a context are merged"
     if asked.softcap and not IMPLEMENTATIONS[name].caps:
         return "it has no softcap"
-    if asked.tree and not IMPLEMENTATIONS[name].branches:
+    if asked.tree and not IMPLEMENTATIONS[name].in_any_order:
         return "it serves no tree of tokens"
+    if asked.side_by_side and not IMPLEMENTATIONS[name].side_by_side:
+        return "of cross-attention it serves one query per sequence"
+    if asked.unlike and not IMPLEMENTATIONS[name].in_any_order:
+        return "it serves no num_seen of several queries"
     return None
 
 

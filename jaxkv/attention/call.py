@@ -34,7 +34,7 @@ Vectors = Float[Array, "batch slots kv_heads head_dim"]
         *("cache", "queries", "layer", "positions", "lengths", "sink_logits"),
         *("offset_queries", "newest", "tree"),
     ],
-    meta_fields=["softcap", "window"],
+    meta_fields=["softcap", "window", "side_by_side"],
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
@@ -52,6 +52,8 @@ class AttentionCall:
       offset_queries: what features of a position are multiplied with, for the share of `offsets`.
       newest: the same call of the cache of `Newest` tokens, which are not read here then; or None.
       tree: where the tokens of these queries form one, which; else None.
+      side_by_side: whether these are several queries that are no tokens of the cache, and that all
+        see its ``lengths``.
     """
 
     cache: KVCache
@@ -65,6 +67,7 @@ class AttentionCall:
     offset_queries: Float[Array, "batch kv_heads tokens group centres features"] | None = None
     newest: "AttentionCall | None" = None
     tree: Tree | None = None
+    side_by_side: bool = False
 
     @classmethod
     def of(
@@ -192,14 +195,19 @@ def request_of(
     sink_logits: Float[Array, " heads"] | None = None,
     ancestors: Ancestors | None = None,
     rotate: bool = True,
+    cross: bool = False,
+    num_seen: Int[Array, "*batch tokens"] | None = None,
 ) -> AttentionCall:
-    """The request of a call of `attend`, whose arguments these are, checked."""
+    """The request of a call of `attend`, or `attend_cross`, whose arguments these are, checked."""
     config = cache.config
     *_, tokens, heads, head_dim = queries.shape
     batch, group = config.batch_size or 1, heads // config.num_kv_heads
     grouped = queries.reshape(batch, tokens, config.num_kv_heads, group, head_dim)
     scale = head_dim**-0.5 if scale is None else scale
     scaled = grouped.astype(jnp.float32) * jnp.asarray(scale, jnp.float32)
+    seen = None
+    if cross:
+        cache, num_tokens, seen = _as_its_last(cache, tokens, num_seen)
     added = tokens if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
     newest = None
     if cache.newest is not None:  # sinks take their share once
@@ -208,7 +216,8 @@ def request_of(
         newest = request_of(cache.newest, queries, layer, num_tokens, **options)
     if sink_logits is not None:
         sink_logits = sink_logits.astype(jnp.float32).reshape(-1, group)
-    positions, tree = token_positions(cache, tokens, num_tokens).reshape(batch, tokens), None
+    positions = token_positions(cache, tokens, num_tokens) if seen is None else seen - 1
+    positions, tree = positions.reshape(batch, tokens), None
     if ancestors is not None:
         tree = Tree.of(ancestors, cache.lengths.reshape(batch))
         positions = jnp.where(positions < 0, -1, tree.start[:, None] + tree.depths)
@@ -224,4 +233,24 @@ def request_of(
         sink_logits=sink_logits,
         newest=newest,
         tree=tree,
+        side_by_side=cross and num_seen is None and tokens > 1,
     )
+
+
+def _as_its_last(
+    cache: KVCache, tokens: int, num_seen: Int[Array, "*batch tokens"] | None
+) -> tuple[KVCache, Int[Array, "*batch"], Int[Array, "*batch tokens"]]:
+    """For queries that are no tokens of the cache: each stands where the last that it sees does.
+
+    So they see all of those under the one rule that masks have, and a call of one query is that of
+    a decode step, which all implementations serve.
+
+    Returns:
+      The cache as that step finds it, how many tokens the step brings of each sequence (none where
+      there are none to see), and how many tokens each query sees.
+    """
+    held = jnp.minimum(cache.lengths, cache.index.capacity)[..., None]
+    seen = jnp.clip(held if num_seen is None else num_seen, 0, held)
+    seen = jnp.broadcast_to(seen, (*cache.lengths.shape, tokens))
+    last = seen.max(axis=-1)
+    return cache.with_lengths(jnp.maximum(last - 1, 0)), jnp.minimum(last, 1), seen

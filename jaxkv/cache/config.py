@@ -70,6 +70,8 @@ class KVCacheConfig:
     group_of_layer: ClassVar[None] = None
     source_of_layer: ClassVar[tuple[int, ...]] = ()
     states: ClassVar[tuple[Any, ...]] = ()
+    cross: ClassVar[tuple["KVCacheConfig", ...]] = ()
+    cross_of_layer: ClassVar[tuple[int, ...]] = ()
 
     per_token: ClassVar[bool] = True  # what it keeps is; a `StateConfig` is of a sequence
 

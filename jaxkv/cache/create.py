@@ -77,8 +77,10 @@ def create(
     if not isinstance(config, HybridConfig):
         cache: KVCache = made(config)
         return cache
-    groups, states = (tuple(map(made, kinds)) for kinds in (config.groups, config.states))
-    return HybridCache(groups, config, states)
+    check_cross(config, spread)
+    kinds = (config.groups, config.states, config.cross)
+    groups, states, cross = (tuple(map(made, each)) for each in kinds)
+    return HybridCache(groups, config, states, cross)
 
 
 def config_of_a_device(config: AnyConfig, spread: Spread | None) -> AnyConfig:
@@ -92,8 +94,23 @@ def config_of_a_device(config: AnyConfig, spread: Spread | None) -> AnyConfig:
     groups = tuple(spread.local(group) for group in config.groups)
     if not isinstance(config, HybridConfig):
         return groups[0]
+    check_cross(config, spread)
     states = tuple(spread.local(each) for each in config.states)
-    return dataclasses.replace(config, groups=groups, states=states)
+    cross = tuple(spread.local(each) for each in config.cross)
+    return dataclasses.replace(config, groups=groups, states=states, cross=cross)
+
+
+def check_cross(config: AnyConfig, spread: Spread | None) -> None:
+    """Refuse to split an encoder's tokens: a step of the text would have to ask every part.
+
+    Raises:
+      ConfigError: cross-attention, and axes that split the context.
+    """
+    if config.cross and spread is not None and spread.size("context") > 1:
+        raise ConfigError(
+            "axes: what cross-attention reads is not split by context. Leave context out of its "
+            "axes; batch and heads split it."
+        )
 
 
 @functools.lru_cache(maxsize=256)

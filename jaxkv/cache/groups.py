@@ -62,9 +62,10 @@ def in_every_group_of_tokens(
 def in_every_group(
     verb: Callable[Concatenate[KVCache, _Options], KVCache],
 ) -> Callable[Concatenate[SameCache, _Options], SameCache]:
-    """Let a verb that changes a cache change every group, and every kind of state.
+    """Let a verb that goes on with a text, or back in it, change every group and kind of state.
 
-    A `StateCache` has what such a verb asks of a cache, so no verb has a case for it.
+    A `StateCache` has what such a verb asks of a cache, so no verb has a case for it. What
+    cross-attention reads is of no token of the text, and stays as it is.
     """
 
     @functools.wraps(verb)
@@ -76,5 +77,23 @@ def in_every_group(
             [where_it_is(verb, each, *arguments, **options) for each in kind] for kind in kinds
         )
         return cache.with_groups(groups, states)  # type: ignore[return-value]
+
+    return on_any_cache
+
+
+def in_every_kind(
+    verb: Callable[Concatenate[KVCache, _Options], KVCache],
+) -> Callable[Concatenate[SameCache, _Options], SameCache]:
+    """Let a verb of whole sequences change all that is kept: what cross-attention reads too."""
+
+    @functools.wraps(verb)
+    def on_any_cache(
+        cache: SameCache, *arguments: _Options.args, **options: _Options.kwargs
+    ) -> SameCache:
+        kinds: tuple[Any, ...] = (cache.groups, cache.states, cache.cross)
+        changed = (
+            [where_it_is(verb, each, *arguments, **options) for each in kind] for kind in kinds
+        )
+        return cache.with_groups(*changed)  # type: ignore[return-value]
 
     return on_any_cache

@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 import jax
 from jaxtyping import Array, Bool, Int
 
+from jaxkv.addressing import Contiguous
 from jaxkv.cache.config import KVCacheConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.state import StateCache, StateConfig
@@ -30,6 +31,11 @@ class HybridConfig:
         earlier one, and then it keeps none (Gemma 3n's last 15 of 35). ``()``: all keep their own.
       states: the kinds of state per sequence that layers keep, in place of keys and values (their
         ``group_of_layer`` is -1) or beside them; see `StateConfig`.
+      cross: for layers with cross-attention, the config of each kind of keys and values of an
+        encoder's tokens, beside those of the text or in their place. ``max_context_length`` is the
+        most encoder tokens per sequence, ``batch_size`` that of the groups.
+      cross_of_layer: for each layer of the model, the number of its kind in ``cross``, -1 for one
+        without cross-attention. ``()``: no layer has any.
 
     Raises:
       ConfigError: groups that do not fit together, or layers that do not fit them.
@@ -40,29 +46,42 @@ class HybridConfig:
     >>> config = HybridConfig((local, full), group_of_layer=(0, 0, 1, 0, 0, 1))
     >>> config.num_layers, config.size_bytes == local.size_bytes + full.size_bytes
     (6, True)
+
+    Whisper-tiny, whose 4 layers attend to the text and to 1,500 encoder tokens:
+
+    >>> text = jaxkv.KVCacheConfig(4, 448, num_kv_heads=6, head_dim=64)
+    >>> audio = text.replace(max_context_length=1500)
+    >>> whisper = HybridConfig((text,), (0,) * 4, cross=(audio,), cross_of_layer=(0,) * 4)
+    >>> whisper.size_bytes == 2 * 4 * 6 * 64 * 2 * (448 + 1500)
+    True
     """
 
     groups: tuple[KVCacheConfig, ...]
     group_of_layer: tuple[int, ...]
     source_of_layer: tuple[int, ...] = ()
     states: tuple[StateConfig, ...] = ()
+    cross: tuple[KVCacheConfig, ...] = ()
+    cross_of_layer: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", tuple(self.groups))
-        object.__setattr__(self, "group_of_layer", tuple(map(int, self.group_of_layer)))
-        object.__setattr__(self, "states", tuple(self.states))
+        for field in ("groups", "states", "cross"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field in ("group_of_layer", "cross_of_layer"):
+            object.__setattr__(self, field, tuple(map(int, getattr(self, field))))
         self._check_sources()
         self._check_states()
+        self._check_cross()
         held = [group.num_layers for group in self.groups]
         named = [len(self.layers_of(number)) for number in range(len(self.groups))]
-        stateful = {layer for each in self.states for layer in each.layers}
+        keeps_more = {layer for each in self.states for layer in each.layers}
+        keeps_more |= {layer for layer, number in enumerate(self.cross_of_layer) if number >= 0}
         layers = enumerate(self.group_of_layer)
-        known = all(0 <= group < len(held) or layer in stateful for layer, group in layers)
+        known = all(0 <= group < len(held) or layer in keeps_more for layer, group in layers)
         if held != named or not known or not held:
             raise ConfigError(
                 f"HybridConfig: group_of_layer must name each group as often as it has layers, "
-                f"{held} times, and be -1 for layers with nothing but a state, got "
-                f"{list(self.group_of_layer)}."
+                f"{held} times, and be -1 for layers with nothing but a state or cross-attention, "
+                f"got {list(self.group_of_layer)}."
             )
         for field in ("max_context_length", "batch_size"):
             kinds = self.groups if field == "max_context_length" else self.kinds
@@ -94,13 +113,33 @@ class HybridConfig:
                 f"at most, got {layers}."
             )
 
+    def _check_cross(self) -> None:
+        held = [each.num_layers for each in self.cross]
+        named = [self.cross_of_layer.count(number) for number in range(len(held))]
+        known = set(self.cross_of_layer) <= {-1, *range(len(held))}
+        every = len(self.cross_of_layer) == (self.num_layers if held else 0)
+        if held != named or not known or not every:
+            raise ConfigError(
+                f"HybridConfig: cross_of_layer must name, for {self.num_layers} layers, each of "
+                f"cross as often as it has layers, {held} times, and be -1 for the others, got "
+                f"{list(self.cross_of_layer)}."
+            )
+        for each in self.cross:
+            plain = each.addressing == Contiguous() and each.placement is None
+            if not plain or each.newest is not None:
+                raise ConfigError(
+                    "HybridConfig: keys and values of cross-attention are on the device and "
+                    f"contiguous, without newest tokens, got {each.addressing}, {each.placement} "
+                    f"and {each.newest}."
+                )
+
     def _source(self, layer: int) -> int:
         return self.source_of_layer[layer] if self.source_of_layer else layer
 
     @property
     def kinds(self) -> tuple[KVCacheConfig | StateConfig, ...]:
-        """All that layers keep: the groups, and the states."""
-        return (*self.groups, *self.states)
+        """All that layers keep: the groups, the states, and what cross-attention reads."""
+        return (*self.groups, *self.states, *self.cross)
 
     @property
     def num_layers(self) -> int:
@@ -120,7 +159,7 @@ class HybridConfig:
 
     @property
     def size_bytes(self) -> int:
-        """Exact bytes of the keys and values of all groups, and of the states."""
+        """Exact bytes of all keys and values, and of the states."""
         return sum(each.size_bytes for each in self.kinds)
 
     @property
@@ -129,11 +168,19 @@ class HybridConfig:
         return sum(each.index_bytes for each in self.kinds)
 
     def replace(self, **fields: Any) -> Self:
-        """The same with other ``max_context_length``, ``batch_size`` or ``codec`` in all groups."""
+        """The same with other ``max_context_length``, ``batch_size`` or ``codec`` in all groups.
+
+        Of cross-attention ``batch_size`` and ``codec`` are replaced, and not the encoder's tokens.
+        """
         groups = tuple(group.replace(**fields) for group in self.groups)
-        of_states = {name: fields[name] for name in fields.keys() & {"batch_size"}}
-        states = tuple(each.replace(**of_states) for each in self.states)
-        return dataclasses.replace(self, groups=groups, states=states)
+
+        def of(names: set[str], kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+            own = {name: fields[name] for name in fields.keys() & names}
+            return tuple(each.replace(**own) for each in kinds)
+
+        states = of({"batch_size"}, self.states)
+        cross = of({"batch_size", "codec"}, self.cross)
+        return dataclasses.replace(self, groups=groups, states=states, cross=cross)
 
     @property
     def host_bytes(self) -> int:
@@ -159,10 +206,7 @@ class HybridConfig:
         layer = check_static_layer(self, layer)
         source, group = self._source(layer), self.group_of_layer[layer]
         if group < 0:
-            raise ValueError(
-                f"layer {layer} keeps a state, and neither keys nor values. jaxkv.state reads it, "
-                "and jaxkv.with_state writes it."
-            )
+            raise ValueError(f"layer {layer} keeps {self._instead_of_text(layer)}")
         if to_write and source != layer:
             raise ValueError(
                 f"layer {layer} keeps no keys and values: it reads those of layer {source}. "
@@ -170,10 +214,23 @@ class HybridConfig:
             )
         return group, self.layers_of(group).index(source)
 
+    def _instead_of_text(self, layer: int) -> str:
+        """What a layer keeps that has no keys and values of the text, and the verbs for it."""
+        if self.cross_of_layer and self.cross_of_layer[layer] >= 0:
+            return (
+                "keys and values of an encoder's tokens alone, and none of the text. "
+                "jaxkv.attend_cross reads them, and jaxkv.write_cross writes them."
+            )
+        return (
+            "a state, and neither keys nor values. jaxkv.state reads it, and jaxkv.with_state "
+            "writes it."
+        )
+
     @property
     def codec_name(self) -> str:
         """The names of the codecs, each once, for messages and tables."""
-        return " + ".join(dict.fromkeys(group.codec_name for group in self.groups))
+        kinds = (*self.groups, *self.cross)
+        return " + ".join(dict.fromkeys(each.codec_name for each in kinds))
 
     def to_dict(self) -> dict[str, Any]:
         """Its fields as plain values."""
@@ -183,15 +240,23 @@ class HybridConfig:
             layers["source_of_layer"] = list(self.source_of_layer)
         if self.states:
             layers["states"] = [each.to_dict() for each in self.states]
+        if self.cross:
+            layers["cross"] = [each.to_dict() for each in self.cross]
+            layers["cross_of_layer"] = list(self.cross_of_layer)
         return {"groups": groups, **layers}
 
     def describe(self) -> str:
         """One line for messages."""
-        return " + ".join(f"({each.describe()})" for each in self.kinds)
+        kinds = [each.describe() for each in self.groups]
+        kinds += [each.describe() for each in self.states]
+        kinds += [f"cross-attention: {each.describe()}" for each in self.cross]
+        return " + ".join(f"({each})" for each in kinds)
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["groups", "states"], meta_fields=["config"]
+    jax.tree_util.register_dataclass,
+    data_fields=["groups", "states", "cross"],
+    meta_fields=["config"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class HybridCache:
@@ -203,6 +268,8 @@ class HybridCache:
       groups: a `KVCache` for each group of layers.
       config: the static description.
       states: a `StateCache` for each kind of state.
+      cross: for each kind of keys and values of an encoder's tokens a `KVCache`, whose lengths are
+        numbers of encoder tokens.
 
     >>> import jaxkv
     >>> group = jaxkv.KVCacheConfig(1, 64, num_kv_heads=1, head_dim=4)
@@ -214,11 +281,12 @@ class HybridCache:
     groups: tuple[KVCache, ...]
     config: HybridConfig
     states: tuple[StateCache, ...] = ()
+    cross: tuple[KVCache, ...] = ()
 
     @property
     def kinds(self) -> tuple[KVCache | StateCache, ...]:
-        """All that layers keep: the groups, and the states."""
-        return (*self.groups, *self.states)
+        """All that layers keep: the groups, the states, and what cross-attention reads."""
+        return (*self.groups, *self.states, *self.cross)
 
     @property
     def lengths(self) -> Int[Array, "*batch"]:
@@ -232,25 +300,31 @@ class HybridCache:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of keys, values and states; equal to ``config.size_bytes``."""
+        """Bytes of all keys, values and states; equal to ``config.size_bytes``."""
         return sum(each.size_bytes for each in self.kinds)
 
     def with_groups(
-        self, groups: Sequence[KVCache], states: Sequence[StateCache] | None = None
+        self,
+        groups: Sequence[KVCache],
+        states: Sequence[StateCache] | None = None,
+        cross: Sequence[KVCache] | None = None,
     ) -> "HybridCache":
-        """The same layers in these groups, with these states; those that it has if None."""
+        """The same layers in these groups, states and cross-attention; what it has if None."""
         kept = self.states if states is None else tuple(states)
+        read = self.cross if cross is None else tuple(cross)
         config = dataclasses.replace(
             self.config,
             groups=tuple(group.config for group in groups),
             states=tuple(each.config for each in kept),
+            cross=tuple(each.config for each in read),
         )
-        return HybridCache(tuple(groups), config, kept)
+        return HybridCache(tuple(groups), config, kept, read)
 
     def __repr__(self) -> str:
-        groups = ", ".join(map(repr, self.kinds))
+        kinds = [repr(each) for each in (*self.groups, *self.states)]
+        kinds += [f"cross-attention: {each!r}" for each in self.cross]
         size = format_bytes(self.config.size_bytes)
-        return f"HybridCache({self.config.num_layers} layers, {size}: {groups})"
+        return f"HybridCache({self.config.num_layers} layers, {size}: {', '.join(kinds)})"
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
         """What treescope shows: an object to unfold."""
@@ -258,7 +332,12 @@ class HybridCache:
 
         return repr_lib.render_object_constructor(
             object_type=type(self),
-            attributes={"groups": self.groups, "states": self.states, "config": self.config},
+            attributes={
+                "groups": self.groups,
+                "states": self.states,
+                "cross": self.cross,
+                "config": self.config,
+            },
             path=path,
             subtree_renderer=subtree_renderer,
         )
@@ -275,6 +354,24 @@ class HybridCache:
 AnyConfig = KVCacheConfig | HybridConfig
 AnyCache = KVCache | HybridCache
 SameCache = TypeVar("SameCache", bound=AnyCache)  # of the type that was given
+
+
+def locate_cross(config: AnyConfig, layer: Any) -> tuple[int, int]:
+    """The number in ``cross`` of what a layer's cross-attention reads, and its number there.
+
+    Raises:
+      IndexError, TypeError: as `check_static_layer`.
+      ValueError: the layer has no cross-attention.
+    """
+    layer = check_static_layer(config, layer)
+    kinds = config.cross_of_layer or (-1,) * config.num_layers
+    if (number := kinds[layer]) < 0:
+        having = [other for other, kind in enumerate(kinds) if kind >= 0]
+        raise ValueError(
+            f"layer {layer} has no cross-attention: those that do are "
+            f"{having or 'none of this cache'}."
+        )
+    return number, kinds[:layer].count(number)
 
 
 def check_static_layer(config: AnyConfig, layer: Any) -> int:

@@ -111,7 +111,17 @@ class KVCache(Counted):
         """None, as a `HybridCache` may have some."""
         return ()
 
-    def with_groups(self, groups: Sequence["KVCache"], states: Sequence[Any] = ()) -> "KVCache":
+    @property
+    def cross(self) -> tuple["KVCache", ...]:
+        """Likewise none."""
+        return ()
+
+    def with_groups(
+        self,
+        groups: Sequence["KVCache"],
+        states: Sequence[Any] = (),
+        cross: Sequence["KVCache"] = (),
+    ) -> "KVCache":
         """The cache that these groups are."""
         (own,) = groups
         return own

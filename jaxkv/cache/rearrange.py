@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.cache.checks import check_alive, check_rows, rows_exist
 from jaxkv.cache.config import KVCacheConfig
-from jaxkv.cache.groups import in_every_group
+from jaxkv.cache.groups import in_every_kind
 from jaxkv.cache.hybrid import SameCache
 from jaxkv.cache.kv_cache import KVCache, buffer_of
 from jaxkv.cache.shards import beside_storage, in_each_shard
@@ -20,7 +20,7 @@ from jaxkv.placement import copy_runs, in_host_memory, scatter
 from jaxkv.programs import on_device, one_program, promotes_ranks
 
 
-@in_every_group
+@in_every_kind
 def select(cache: KVCache, rows: Int[Array, " rows"] | Sequence[int]) -> KVCache:
     """A batch of these sequences of a cache: to reorder beams, drop finished ones, or repeat.
 

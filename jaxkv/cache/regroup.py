@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.checks import check_alive, check_here
 from jaxkv.cache.config import KVCacheConfig
-from jaxkv.cache.create import shapes_of, specs_of
-from jaxkv.cache.groups import in_every_group
+from jaxkv.cache.create import check_cross, shapes_of, specs_of
+from jaxkv.cache.groups import in_every_kind
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.devices import default_device
@@ -22,7 +22,7 @@ from jaxkv.programs import moves_data
 
 
 @moves_data
-@in_every_group
+@in_every_kind
 def gather(cache: KVCache, *, device: Any = None) -> KVCache:
     """A cache that is spread over a mesh, on one device: for verbs that want it whole, and files.
 
@@ -74,13 +74,14 @@ def spread(cache: AnyCache, *, mesh: Mesh | None = None, axes: Axes) -> AnyCache
     if found is None:
         return cache
     made: list[tuple[Sequence[Any], Callable[..., Any]]]
-    made = [(cache.groups, _dealt_out), (cache.states, _as_it_is)]
-    for each in (*cache.groups, *cache.states):
+    made = [(cache.groups, _dealt_out), (cache.states, _as_it_is), (cache.cross, _dealt_out)]
+    check_cross(cache.config, found)
+    for each in (*cache.groups, *cache.states, *cache.cross):
         _check_spread(each, found)
-    groups, states = (
+    groups, states, cross = (
         [_on_mesh(each, make(each, found), found) for each in kinds] for kinds, make in made
     )
-    return cache.with_groups(groups, states)
+    return cache.with_groups(groups, states, cross)
 
 
 def _check_spread(cache: Any, spread: Spread) -> None:

@@ -32,13 +32,14 @@ _ARGUMENTS: dict[str, What] = {
     **dict.fromkeys(("keys", "values"), ("batch", None, "kv_heads", None)),
     "queries": ("batch", None, "heads", None),
     "ancestors": ("batch", None, None),
+    "num_seen": ("batch", None),
     # Those of a KV head together.
     "grouped_queries": ("batch", None, "kv_heads", None),
     "layer_queries": (None, "batch", None, "kv_heads", None),
     **dict.fromkeys(("scores", "remembered"), (None, "batch", "kv_heads", None)),
     "limits": (None, "batch", "kv_heads"),
     **dict.fromkeys(("pages", "path"), ("batch", None)),
-    **dict.fromkeys(("num_tokens", "length", "in_range", "rows", "since"), ("batch",)),
+    **dict.fromkeys(("num_tokens", "length", "lengths", "in_range", "rows", "since"), ("batch",)),
     **dict.fromkeys(("numbers", "sources", "destinations"), ("batch",)),  # of pages
     "contents": (None, None, None, "heads"),
     "sink_logits": ("heads",),
@@ -182,10 +183,11 @@ def partition_specs(cache: Any) -> Any:
     >>> run(cache, jnp.ones((2, 3, 1, 4))).lengths.tolist()
     [3, 3]
     """
-    groups, states = (
-        [specs_like(each, each.config) for each in kinds] for kinds in (cache.groups, cache.states)
+    groups, states, cross = (
+        [specs_like(each, each.config) for each in kinds]
+        for kinds in (cache.groups, cache.states, cache.cross)
     )
-    return cache.with_groups(groups, states)
+    return cache.with_groups(groups, states, cross)
 
 
 def local_shapes(cache: KVCache) -> KVCache:

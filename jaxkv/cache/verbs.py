@@ -23,7 +23,12 @@ from jaxkv.cache.checks import (
     check_room,
     layer_exists,
 )
-from jaxkv.cache.groups import changing_its_group, in_every_group, in_its_group
+from jaxkv.cache.groups import (
+    changing_its_group,
+    in_every_group,
+    in_every_kind,
+    in_its_group,
+)
 from jaxkv.cache.host import append_to_host
 from jaxkv.cache.hybrid import AnyCache, SameCache
 from jaxkv.cache.kv_cache import OUT_OF_RANGE, KVCache, Layer, NumTokens, buffer_of
@@ -294,7 +299,8 @@ def _read_dealt(cache: KVCache, number: Layer) -> tuple[Array, Array]:
 def truncate(cache: KVCache, length: NumTokens) -> KVCache:
     """Roll back to the first ``length`` tokens: the rest is forgotten and written over.
 
-    A ring can take back ``chunk`` tokens, or all but its sinks.
+    A ring can take back ``chunk`` tokens, or all but its sinks. What cross-attention reads stays,
+    for another text about it; `reset` forgets it too.
 
     Raises:
       ValueError: a bad shape of ``length`` or, outside jit, a negative one or one whose next query
@@ -323,17 +329,21 @@ def _truncate(cache: KVCache, length: NumTokens) -> KVCache:
 
 
 def reset(cache: SameCache) -> SameCache:
-    """The same buffers, empty. Old tokens stay in memory until written over, never to be read.
+    """The same buffers, empty: of text, states, and the encoder's tokens of cross-attention.
+
+    Old tokens stay in memory until written over, never to be read.
 
     >>> import jaxkv
     >>> cache = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 8, 1, 4)), 5)
     >>> jaxkv.reset(cache).lengths.tolist()
     0
     """
-    return truncate(cache, 0)
+    emptied = truncate(cache, 0)
+    cross = [truncate(each, 0) for each in cache.cross]
+    return emptied.with_groups(emptied.groups, emptied.states, cross)  # type: ignore[return-value]
 
 
-@in_every_group
+@in_every_kind
 def check(cache: KVCache) -> KVCache:
     """Return the cache if it is sound.
 

@@ -52,6 +52,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--batch", type=int, metavar="N", help="sequences at once (default: 1)")
     parser.add_argument(
+        "--encoder", type=argument_type(parse_tokens), metavar="TOKENS",
+        help="of an encoder that one sequence's cross-attention reads (default: all that the model "
+        "can be given)",
+    )  # fmt: skip
+    parser.add_argument(
         "--device", type=argument_type(parse_device), metavar="CARD",
         help=f"a device that is not here, by its memory, such as 24GB or 80GiB, or by name: "
         f"{', '.join(CARDS)} (default: what this machine's device has free)",
@@ -82,6 +87,7 @@ def _run(options: argparse.Namespace) -> int:
         max_context_length=options.context,
         batch_size=options.batch,
         codec=options.codec,
+        max_encoder_length=options.encoder,
     )
     sizes = _sizes(options)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))

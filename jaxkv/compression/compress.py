@@ -17,7 +17,7 @@ from jaxkv.addressing import (
     Paged,
 )
 from jaxkv.cache.checks import check_alive, check_stateless
-from jaxkv.cache.hybrid import AnyCache, AnyConfig, HybridCache, HybridConfig
+from jaxkv.cache.hybrid import AnyCache, HybridCache, HybridConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.shards import check_outside, check_sequences_whole
 from jaxkv.compression.budgets import Keep, host_lengths, is_by_head, limits_of
@@ -112,7 +112,7 @@ def compress(
         own_keep = np.asarray(keep)[layers] if np.ndim(keep) else keep
         own_queries = None if queries is None else of_layers(queries, layers)
         parts += _compressed(group, layers, own_policy, own_keep, own_queries, options)
-    return _joined(parts, cache.config)
+    return _joined(parts, cache)
 
 
 # Numbers of layers, and a cache of them.
@@ -194,16 +194,24 @@ def _places(limits: np.ndarray, cache: KVCache) -> np.ndarray:
     return needed * parts * devices
 
 
-def _joined(parts: list[Part], config: AnyConfig) -> AnyCache:
-    """One cache of all layers; those that read another's go on reading it."""
-    if len(parts) == 1 and not config.source_of_layer:
+def _joined(parts: list[Part], whole: AnyCache) -> AnyCache:
+    """One cache of all layers; those that read another's, or an encoder's, go on reading it."""
+    config = whole.config
+    if len(parts) == 1 and not config.source_of_layer and not config.cross:
         return parts[0][1]
     group_of_layer = {layer: group for group, (layers, _) in enumerate(parts) for layer in layers}
     sources = config.source_of_layer or range(config.num_layers)
-    numbers = tuple(group_of_layer[source] for source in sources)
+    numbers = tuple(group_of_layer.get(source, -1) for source in sources)
     groups = tuple(cache for _, cache in parts)
     configs = tuple(group.config for group in groups)
-    return HybridCache(groups, HybridConfig(configs, numbers, config.source_of_layer))
+    joined = HybridConfig(
+        configs,
+        numbers,
+        config.source_of_layer,
+        cross=config.cross,
+        cross_of_layer=config.cross_of_layer,
+    )
+    return HybridCache(groups, joined, cross=whole.cross)
 
 
 def _like(addressing: Addressing, in_pool: bool) -> Contiguous | Paged:

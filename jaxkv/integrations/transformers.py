@@ -31,7 +31,8 @@ def to_hf(cache: AnyCache) -> Pairs:
       one); a batch of 1 for a single sequence.
 
     Raises:
-      ValueError: ragged lengths, tokens that a ring or compression has dropped, or latents.
+      ValueError: ragged lengths, tokens that a ring or compression has dropped, latents, or
+        cross-attention.
 
     >>> import jaxkv
     >>> config = jaxkv.KVCacheConfig(2, 8, num_kv_heads=1, head_dim=4)
@@ -40,6 +41,11 @@ def to_hf(cache: AnyCache) -> Pairs:
     (1, 1, 3, 4)
     """
     check_stateless(cache, "to_hf", "jaxkv.state and jaxkv.layer give what each layer keeps.")
+    if cache.cross:
+        raise ValueError(
+            "to_hf: transformers keeps what cross-attention reads in a cache of its own, and this "
+            "gives one of the text. jaxkv.layer and jaxkv.cross_layer give the vectors of each."
+        )
     check_whole(cache, "to_hf")
     check(cache)
     lengths = np.asarray(cache.lengths).reshape(-1)

@@ -230,8 +230,8 @@ def plan_within(config: AnyConfig, memory: DeviceMemory, spread: Spread | None =
         found,
         streamed=None,  # host memory is of no mesh
         num_devices=spread.mesh.size,
-        head_copies=max(spread.copies(group) for group in config.groups),
-        copied_bytes=sum(spread.copied_bytes(group) for group in config.groups),
+        head_copies=max(spread.copies(group) for group in (*config.groups, *config.cross)),
+        copied_bytes=sum(spread.copied_bytes(group) for group in (*config.groups, *config.cross)),
     )
 
 

@@ -91,6 +91,7 @@ def hf_shape(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ConfigError: not a decoder whose cache is known and built here.
     """
+    config = _under_usual_names(config)
 
     def first(*names: str) -> Any:
         return next((config[name] for name in names if config.get(name) is not None), None)
@@ -122,6 +123,14 @@ def hf_shape(config: Mapping[str, Any]) -> dict[str, Any]:
             )
         shape |= {"state": mixer.kept, "stateful": stateful}
     return shape | row.keeps(config, shape)
+
+
+def _under_usual_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With what the family has under names of its own, whatever else has the usual ones."""
+    row = BY_MODEL_TYPE.get(config.get("model_type"))
+    names = {} if row is None else row.names
+    said = {usual: config.get(own) for usual, own in names.items()}
+    return {**config, **{name: value for name, value in said.items() if value is not None}}
 
 
 def _num_kv_heads(config: Mapping[str, Any]) -> int | None:

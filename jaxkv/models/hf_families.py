@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jaxkv.counts import check_count
 from jaxkv.errors import ConfigError
 from jaxkv.models.mixers import DeltaNetConfig, MambaConfig, MixerConfig, ShortConvConfig
-from jaxkv.models.shape import Heads
+from jaxkv.models.shape import Cross, Heads
 
 
 class Windows(NamedTuple):
@@ -173,6 +173,40 @@ def _overridden(heads: Heads, fields: Mapping[str, Any]) -> Heads:
     return heads._replace(**{names[name]: value for name, value in fields.items()})
 
 
+def _mllama(config: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Some layers attend to the tokens of images, and not to the text."""
+    layers, count = tuple(config["cross_attention_layers"]), shape["num_layers"]
+    if layers != tuple(sorted({*layers} & {*range(count)})):
+        raise ConfigError(
+            f"cross_attention_layers of a {config['model_type']} must be numbers of its {count} "
+            f"layers, each once and in order, got {list(layers)}."
+        )
+    heads = Heads(shape["num_kv_heads"], shape["head_dim"])
+    return {"cross": Cross(layers, heads, alone=True)} if layers else {}
+
+
+def _encoder_decoder(length: str | None) -> Keeps:
+    """Every layer attends to the text and to the encoder's tokens, of which a field says the most.
+
+    One half of such a model says that it is no ``is_encoder_decoder``: a decoder, but of families
+    without such a field, whose encoders alone are in use.
+    """
+
+    def keeps(config: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
+        if not config.get("is_encoder_decoder", True):
+            if length is None:
+                raise ConfigError(
+                    f"This {config['model_type']} is an encoder alone (is_encoder_decoder = "
+                    "False), which keeps nothing from step to step."
+                )
+            return {}
+        heads = Heads(shape["num_kv_heads"], shape["head_dim"])
+        most = None if length is None else config.get(length)
+        return {"cross": Cross(tuple(range(shape["num_layers"])), heads, most)}
+
+    return keeps
+
+
 class States(NamedTuple):
     """Which layers keep a state in place of keys and values, and what they are.
 
@@ -234,6 +268,7 @@ class Family(NamedTuple):
       keeps: what layers keep, where that is not keys and values of one size in each.
       reads: the fields of `OTHER_KINDS` that it reads.
       states: which layers keep a state; None where none does.
+      names: usual fields -> what they are called here, where others have the usual names.
     """
 
     defaults: Mapping[str, Any]
@@ -242,6 +277,7 @@ class Family(NamedTuple):
     keeps: Keeps = _as_said
     reads: tuple[str, ...] = ()
     states: States | None = None
+    names: Mapping[str, str] = MappingProxyType({})
 
 
 def _plain(
@@ -283,6 +319,30 @@ def _latent(
 def _gpt2(num_layers: int, num_heads: int, width: int) -> Family:
     """The same under GPT-2's names."""
     return Family({"n_layer": num_layers, "n_head": num_heads, "n_embd": width})
+
+
+def _like_bart(num_layers: int, num_heads: int, width: int, length: str, most: int) -> Family:
+    """A decoder beside an encoder that may be of another size."""
+    fields = {"decoder_layers": num_layers, "decoder_attention_heads": num_heads}
+    return Family(
+        {**fields, "d_model": width, length: most},
+        keeps=_encoder_decoder(length),
+        reads=("is_encoder_decoder",),
+        names={
+            "num_hidden_layers": "decoder_layers",
+            "num_attention_heads": "decoder_attention_heads",
+        },
+    )
+
+
+def _like_t5(num_layers: int, num_heads: int, width: int) -> Family:
+    """Positions are relative, so that nothing says how long a text for the encoder may be."""
+    return Family(
+        {"num_layers": num_layers, "num_heads": num_heads, "d_model": width, "d_kv": 64},
+        keeps=_encoder_decoder(None),
+        reads=("is_encoder_decoder",),
+        names={"num_hidden_layers": "num_decoder_layers", "head_dim": "d_kv"},
+    )
 
 
 _GEMMA: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
@@ -341,6 +401,8 @@ _CHUNKS = Windows(
 _QWEN2 = _plain(32, 32, 4096, 32, windows=_QWEN, max_window_layers=28, sliding_window=4096)
 _QWEN_VL = _plain(80, 64, 8192, 8, windows=_QWEN, max_window_layers=80, sliding_window=4096)
 
+_POSITIONS = ("max_position_embeddings", 1024)
+
 # A config.json without a model_type says all itself.
 _UNNAMED = Family({}, Windows(_NAMED.reads, _no_layers), multi_query=False)
 
@@ -358,6 +420,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "arcee": _plain(32, 32, 2560, hidden_act="relu2", rms_norm_eps=1e-5),
     "aria_text": _plain(32, 32, 4096),
     "axk1": _latent(61, 64, 7168, 512, 64),
+    "bart": _like_bart(12, 16, 1024, *_POSITIONS),
     "beam": _plain(52, 48, 5120, 8, 128, windows=_NAMED, sliding_window=512),
     "biogpt": _plain(24, 16, 1024),
     "bamba": _plain(
@@ -365,7 +428,10 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         **_MAMBA,
         partial_rotary_factor=0.5,
     )._replace(states=States(MambaConfig, "mamba", _all_layers, "attn_layer_indices")),
+    "bigbird_pegasus": _like_bart(16, 16, 1024, "max_position_embeddings", 4096),
     "bitnet": _plain(30, 20, 2560, 5),
+    "blenderbot": _like_bart(24, 32, 2560, "max_position_embeddings", 128),
+    "blenderbot-small": _like_bart(8, 16, 512, "max_position_embeddings", 512),
     "bloom": Family({"n_layer": 2, "n_head": 8, "hidden_size": 64}),
     "codegen": _gpt2(28, 16, 4096),
     "cohere": _plain(40, 64, 8192, **_COHERE, rope_theta=500_000.0),
@@ -420,6 +486,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "falcon": _plain(32, 71, 4544)._replace(multi_query=True),
     "flex_olmo": _plain(32, 32, 4096),
     "flint": _plain(49, 32, 2048, 4, 128, windows=_NAMED, sliding_window=513),
+    "fsmt": _like_bart(12, 16, 1024, *_POSITIONS),
     "gemma": _plain(28, 16, 3072, 16, 256, **_GEMMA),
     "gemma2": _plain(
         *(26, 8, 2304, 4, 256),
@@ -530,6 +597,7 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
     "kolibri1": _plain(50, 48, 2560, 4, 128, windows=_every(5), sliding_window=513),
     "kimi_k2": _latent(61, 64, 7168, 512, 64),
     "laguna": _plain(40, 48, 2048, 8, 128, windows=_UNNAMED.windows, sliding_window=512),
+    "led": _like_bart(12, 16, 1024, "max_encoder_position_embeddings", 16_384),
     "lfm2": _plain(
         *(32, 32, 2560, 8),
         conv_L_cache=3,
@@ -560,6 +628,10 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         rms_norm_eps=1e-5,
         rope_theta=500_000.0,
     )._replace(keeps=_chunks, reads=("attention_chunk_size",)),
+    "longt5": _like_t5(6, 8, 512),
+    "m2m_100": _like_bart(12, 16, 1024, *_POSITIONS),
+    "marian": _like_bart(12, 16, 1024, *_POSITIONS),
+    "mbart": _like_bart(12, 16, 1024, *_POSITIONS),
     "mellum": _plain(28, 32, 2304, 4, 128, windows=_UNNAMED.windows, sliding_window=1024),
     "mimo": _QWEN2,
     "mimo_v2_flash": _plain(
@@ -583,19 +655,28 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         rms_norm_eps=1e-5,
         rope_theta=1_000_000.0,
     ),
+    "mllama_text_model": _plain(
+        *(40, 32, 4096, 8), cross_attention_layers=(3, 8, 13, 18, 23, 28, 33, 38)
+    )._replace(keeps=_mllama, reads=("cross_attention_layers",)),
     "mpt": Family({"n_layers": 24, "n_heads": 16, "d_model": 2048}),
+    "mt5": _like_t5(8, 6, 512),
+    "mvp": _like_bart(12, 16, 1024, *_POSITIONS),
     "nanochat": _plain(12, 6, 768),
     "nemotron": _plain(32, 48, 6144),
+    "nllb-moe": _like_bart(12, 16, 1024, *_POSITIONS),
     "olmo": _plain(32, 32, 4096),
     "olmo2": _plain(32, 32, 4096, rms_norm_eps=1e-5),
     "olmo3": _plain(32, 32, 4096, windows=_every(4), sliding_window=4096, rms_norm_eps=1e-5),
     "olmoe": _plain(16, 16, 2048, rms_norm_eps=1e-5),
     "opt": _plain(12, 12, 768),
+    "pegasus": _like_bart(12, 16, 1024, *_POSITIONS),
+    "pegasus_x": _like_bart(16, 16, 1024, "max_position_embeddings", 16_384),
     "persimmon": _plain(36, 64, 4096),
     "phi": _plain(24, 32, 2048),
     "phi3": _plain(32, 32, 3072, windows=_ALL, rms_norm_eps=1e-5),
     "phi4_multimodal": _plain(32, 32, 3072, 8, windows=_ALL),
     "phimoe": _plain(32, 32, 4096, 8, windows=_ALL),
+    "plbart": _like_bart(6, 12, 768, *_POSITIONS),
     "qwen2": _QWEN2,
     "qwen2_5_vl": _QWEN_VL,
     "qwen2_5_vl_text": _QWEN_VL,
@@ -656,7 +737,11 @@ BY_MODEL_TYPE: dict[str | None, Family] = {
         tie_word_embeddings=True,
         **_BIASED,
     ),
+    "switch_transformers": _like_t5(12, 12, 768),
+    "t5": _like_t5(6, 8, 512),
+    "umt5": _like_t5(8, 6, 512),
     "vaultgemma": _plain(26, 8, 2304, 4, 256, windows=_every(2), sliding_window=4096),
+    "whisper": _like_bart(4, 6, 384, "max_source_positions", 1500),
     "xglm": Family({"num_layers": 24, "attention_heads": 16, "d_model": 1024}),
     "youtu": _latent(32, 16, 2048, 512, 64, more=_DEEPSEEK | {"tie_word_embeddings": True}),
 }

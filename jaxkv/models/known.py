@@ -96,6 +96,7 @@ def cache_config(
     addressing: Addressing = Contiguous(),
     chunk: int | None = RING_CHUNK,
     state_dtype: str = "bfloat16",
+    max_encoder_length: int | None = None,
     **fields: Unpack[SameInAllLayers],
 ) -> AnyConfig:
     """The cache that a model needs, layers with windows in rings.
@@ -111,6 +112,9 @@ def cache_config(
         tokens. None for steps of any size: then all layers keep all tokens.
       state_dtype: of those parts of a state that have the model's own dtype; what adds up over
         all tokens is float32.
+      max_encoder_length: tokens of an encoder that one sequence's cross-attention may read; the
+        most that the model can be given if None, where its config says that (Whisper's 1,500).
+        Of a Llama 3.2 Vision they are 1,601 per tile of an image.
       **fields: other fields of `KVCacheConfig`, the same in all layers: ``placement``, for
         contexts that do not fit on the device, and ``newest``.
 
@@ -118,7 +122,8 @@ def cache_config(
       A `KVCacheConfig`, or a `HybridConfig` where layers differ.
 
     Raises:
-      ConfigError: not the config of a decoder, or a model that is not known.
+      ConfigError: not the config of a decoder, or a model that is not known, or a
+        ``max_encoder_length`` that is missing, or of no use.
 
     >>> import jaxkv
     >>> hybrid = jaxkv.cache_config("google/gemma-3-4b-it", max_context_length=32_768)
@@ -138,6 +143,7 @@ def cache_config(
         addressing=addressing,
         chunk=chunk,
         state_dtype=state_dtype,
+        max_encoder_length=max_encoder_length,
         **fields,
     )
 

@@ -68,6 +68,22 @@ class Kept(NamedTuple):
     by_head: bool = False
 
 
+class Cross(NamedTuple):
+    """Cross-attention of a decoder to what an encoder made of the audio, image or text.
+
+    Attributes:
+      layers: the numbers of those that have it.
+      heads: what they keep of one of the encoder's tokens.
+      max_length: the most of these that the model can be given; None where nothing says it.
+      alone: whether they attend to nothing else, and not to the text too (Llama 3.2 Vision).
+    """
+
+    layers: tuple[int, ...]
+    heads: Heads
+    max_length: int | None = None
+    alone: bool = False
+
+
 class Shape(NamedTuple):
     """What a model decides about its cache.
 
@@ -80,6 +96,7 @@ class Shape(NamedTuple):
       sources: for each layer, the layer whose keys and values it reads, as in `HybridConfig`.
       state: what layers keep that have a state in place of keys and values.
       stateful: whether each layer is such a one; ``()`` for a model that has none.
+      cross: cross-attention, of a model that has some.
 
     >>> local_and_global = Shape(6, num_kv_heads=1, head_dim=256).sliding(512, full_every=6)
     >>> local_and_global.windows
@@ -99,6 +116,7 @@ class Shape(NamedTuple):
     aligned: bool = False
     state: tuple[Kept, ...] = ()
     stateful: tuple[bool, ...] = ()
+    cross: Cross | None = None
 
     @classmethod
     def latent(cls, num_layers: int, rank: int, rope_dim: int) -> "Shape":
@@ -124,6 +142,7 @@ class Shape(NamedTuple):
         addressing: Addressing = Contiguous(),
         chunk: int | None = RING_CHUNK,
         state_dtype: str = "bfloat16",
+        max_encoder_length: int | None = None,
         **fields: Unpack[SameInAllLayers],
     ) -> AnyConfig:
         """The cache: a `KVCacheConfig`, or a `HybridConfig` where layers differ.
@@ -137,6 +156,8 @@ class Shape(NamedTuple):
             shared pool. None for steps of any size: they keep all tokens, in ``addressing``,
             and see the newest. Chunks of the text are kept in `Chunked`, or in pages of their own.
           state_dtype: of those parts of a state that have the model's own dtype.
+          max_encoder_length: tokens of an encoder that one sequence's cross-attention may read;
+            the most that the model can be given if None.
           **fields: other fields of `KVCacheConfig`, the same in all layers: ``placement`` and
             ``newest``.
 
@@ -145,7 +166,8 @@ class Shape(NamedTuple):
 
         Raises:
           ConfigError: as `KVCacheConfig`, or a number of codecs that is not that of the layers, or
-            no ``chunk`` for layers that attend within chunks of the text.
+            no ``chunk`` for layers that attend within chunks of the text, or a
+            ``max_encoder_length`` that is missing, or of no use.
         """
         if self.aligned and chunk is None:
             raise ConfigError(
@@ -165,6 +187,8 @@ class Shape(NamedTuple):
         layers = list(zip(addressings, codecs, heads, strict=True))
         sources = self.sources or range(self.num_layers)
         attends = [not stateful for stateful in self.stateful or (False,) * self.num_layers]
+        for layer in self.cross.layers if self.cross is not None and self.cross.alone else ():
+            attends[layer] = False
         own = [
             layers[layer]
             for layer, source in enumerate(sources)
@@ -172,7 +196,8 @@ class Shape(NamedTuple):
         ]
         if not own:
             raise ConfigError(
-                "stateful must leave some layer that attends: a cache here has keys and values."
+                "stateful and cross must leave some layer that attends to the text: a cache here "
+                "has keys and values of it."
             )
         kinds = list(dict.fromkeys(own))
         groups = tuple(
@@ -187,13 +212,49 @@ class Shape(NamedTuple):
             )
             for kind in kinds
         )
-        if len(groups) == 1 and not self.sources and all(attends):
+        cross, cross_of_layer = self._cross(codecs, batch_size, max_encoder_length)
+        if len(groups) == 1 and not self.sources and all(attends) and not cross:
             return groups[0]
         numbers = tuple(
             kinds.index(layers[source]) if attends[layer] else -1
             for layer, source in enumerate(sources)
         )
-        return HybridConfig(groups, numbers, self.sources, self._states(state_dtype, batch_size))
+        states = self._states(state_dtype, batch_size)
+        return HybridConfig(groups, numbers, self.sources, states, cross, cross_of_layer)
+
+    def _cross(
+        self, codecs: Sequence[Codec], batch_size: int | None, max_length: int | None
+    ) -> tuple[tuple[KVCacheConfig, ...], tuple[int, ...]]:
+        """What cross-attention reads, a kind per codec, and the kind of each layer."""
+        if self.cross is None:
+            if max_length is not None:
+                raise ConfigError(
+                    f"max_encoder_length must be None, got {max_length}: this model has no "
+                    "cross-attention."
+                )
+            return (), ()
+        max_length = self.cross.max_length if max_length is None else max_length
+        if max_length is None:
+            raise ConfigError(
+                "max_encoder_length must be the most tokens of an encoder that a sequence's "
+                "cross-attention may read: nothing in this model's config says it."
+            )
+        own = [codecs[layer] for layer in self.cross.layers]
+        kinds = list(dict.fromkeys(own))
+        configs = tuple(
+            KVCacheConfig(
+                own.count(codec),
+                max_length,
+                batch_size=batch_size,
+                codec=codec,
+                **self.cross.heads._asdict(),
+            )
+            for codec in kinds
+        )
+        numbers = [-1] * self.num_layers
+        for layer in self.cross.layers:
+            numbers[layer] = kinds.index(codecs[layer])
+        return configs, tuple(numbers)
 
     def _states(self, dtype: str, batch_size: int | None) -> tuple[StateConfig, ...]:
         keeping = tuple(layer for layer, stateful in enumerate(self.stateful) if stateful)

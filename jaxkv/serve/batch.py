@@ -105,6 +105,7 @@ class Batch:
         admission = rank.pages.admit(request.number, request.prompt, ahead=len(request.tokens))
         rank.seat(request)
         self._runner.copy(rank, admission.copies)
+        self._prepare(request, rank)
         if admission.num_cached and (snapshots := rank.pages.snapshots) is not None:
             slot = snapshots.use(request.prompt, admission.num_cached)
             self._runner.restore_state(slot, request.row)
@@ -112,10 +113,19 @@ class Batch:
         if request.num_cached is None:
             request.num_cached = admission.num_cached
 
+    def _prepare(self, request: Request, rank: Rank) -> None:
+        """Write what its cross-attention reads; its own function may fail, and has no row then."""
+        try:
+            self._runner.prepare(request)
+        except BaseException:
+            rank.leave(request)
+            raise
+
     def _resume(self, request: Request, rank: Rank) -> None:
         """Other pages with what was kept of its old ones; nothing of it is computed again."""
         rank.pages.restore(request.number, request.prompt, request.length)
         rank.seat(request)
+        self._prepare(request, rank)
         self._runner.session.cache = self._swap.put_back(request, rank, self._runner.session.cache)
         rank.pages.advance(request.number, request.length)
 
@@ -134,6 +144,7 @@ class Batch:
         child.length, child.shares = request.length, request.shares
         child.num_cached = child.prompt.num_shareable
         rank.seat(child)
+        self._prepare(child, rank)
         return True
 
     def leave(self, request: Request) -> None:

@@ -125,10 +125,10 @@ def _learned(
 ) -> Constants:
     device = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     if tokens is None:
-        one = create(_plain(config, 1), device=device)
+        one = create(_heard(config, 1), device=device)
         tokens = _drawn(_num_logits(weights, jnp.zeros((1, 1), jnp.int32), one)).tolist()
     ids = jnp.asarray(np.asarray(tokens, np.int32))[None]
-    return _learn(weights, ids, create(_plain(config, ids.size), device=device))
+    return _learn(weights, ids, create(_heard(config, ids.size), device=device))
 
 
 @functools.partial(ModelStep, donated=[])
@@ -190,13 +190,22 @@ class _Listening(Codec):
 _EXACT = Dense("float32")
 
 
-def _plain(config: AnyConfig, tokens: int) -> AnyConfig:
-    """For one sequence of so many tokens, all of which are kept, and heard by codecs that learn."""
+def _heard(config: AnyConfig, tokens: int) -> AnyConfig:
+    """`one_sequence`, of which codecs learn."""
+    one = one_sequence(config, tokens)
+    groups = (one,) if isinstance(one, KVCacheConfig) else one.groups
+    heard = tuple(
+        group.replace(codec=_Listening(group.codec)) if group.codec_state else group
+        for group in groups
+    )
+    return heard[0] if isinstance(one, KVCacheConfig) else dataclasses.replace(one, groups=heard)
+
+
+def one_sequence(config: AnyConfig, tokens: int = 1) -> AnyConfig:
+    """For a batch of one, of so many tokens, all of which are kept."""
 
     def plain(group: KVCacheConfig) -> KVCacheConfig:
         fields: dict[str, Any] = {"placement": None, "newest": None}
-        if group.codec_state:
-            fields["codec"] = _Listening(group.codec)
         return group.replace(
             max_context_length=tokens, batch_size=1, addressing=Contiguous(), **fields
         )
@@ -205,4 +214,5 @@ def _plain(config: AnyConfig, tokens: int) -> AnyConfig:
         return plain(config)
     groups = tuple(plain(group) for group in config.groups)
     states = tuple(each.replace(batch_size=1) for each in config.states)
-    return dataclasses.replace(config, groups=groups, states=states)
+    cross = tuple(each.replace(batch_size=1) for each in config.cross)
+    return dataclasses.replace(config, groups=groups, states=states, cross=cross)

@@ -19,6 +19,12 @@ def check_config(
     swap_space: int,
 ) -> tuple[list[Group], int]:
     """The groups of pages that a cache is made of, and their page size."""
+    if any(each.codec_state for each in config.cross):
+        raise ConfigError(
+            "Engine: cross-attention must have a codec that learns nothing, got "
+            f"{', '.join(each.codec.name for each in config.cross)}: what it learns from one "
+            "request would be in the answers of others."
+        )
     if config.states and swap_space:
         raise ConfigError(
             f"Engine: swap_space must be 0, got {swap_space}: this model's layers keep a state, "

@@ -22,7 +22,7 @@ from jaxkv.serve.calibration import Constants
 from jaxkv.serve.checks import check_config, check_request
 from jaxkv.serve.figures import Figures
 from jaxkv.serve.model_step import Model
-from jaxkv.serve.request import Request
+from jaxkv.serve.request import Prepare, Request
 from jaxkv.serve.runner import Runner
 from jaxkv.serve.sampling import Sampling
 from jaxkv.serve.snapshots import StateSnapshots, checked_space
@@ -199,6 +199,7 @@ class Engine:
         stop_tokens: Sequence[int] = (),
         stop_strings: str | Sequence[str] = (),
         salt: bytes | str = b"",
+        prepare: Prepare | None = None,
     ) -> Request:
         """Put a prompt in the queue.
 
@@ -212,19 +213,31 @@ class Engine:
           stop_strings: texts that end it, likewise; for an engine with a tokenizer.
           salt: requests share pages with those of the same salt only. Give each tenant one of
             its own, chosen by the server, or one could learn from timing what others asked.
+          prepare: of models with cross-attention: called with an empty cache of one sequence (a
+            batch of one) whenever the request is given a row, to `write_cross` what an encoder made
+            for it, and give it back. Shares no pages then, but with those of its salt, if it has
+            one: say the same for the same audio or image alone. None for a text without any.
 
         Raises:
           CacheFullError: prompt and answer can never fit.
           TypeError: a sampling that is none.
-          ValueError: an empty prompt, a token outside the vocabulary, a bad limit or seed, or stop
-            strings without a tokenizer.
+          ValueError: an empty prompt, a token outside the vocabulary, a bad limit or seed, stop
+            strings without a tokenizer, or ``prepare`` for a model without cross-attention.
         """
+        if prepare is not None and not self.config.cross:
+            raise ValueError(
+                "Engine.submit: prepare is for models with cross-attention, and this cache has "
+                "none. Leave it out."
+            )
+        if prepare is not None and not salt:  # no other text is about the same, as far as is known
+            salt = b"\0prepared " + str(self._num_submitted).encode()
         ids = checked_prompt(prompt, self._vocabulary)
         named, stops = self.pages[0].prompt(ids, salt=salt), (*self._stop_tokens, *stop_tokens)
         own = StopStrings.of(stop_strings, self._tokenizer).strings
         strings = StopStrings((*self._stop_strings.strings, *own))
         sampling = self._sampling if sampling is None else sampling
         request = self._new_request(named, max_new_tokens, seed, stops, sampling, strings)
+        request.prepare = prepare
         self._batch.waiting.append(request)
         return request
 
@@ -247,6 +260,7 @@ class Engine:
             request.sampling,
             request.stop_strings,
         )
+        child.prepare = request.prepare
         child.tokens, child.logprobs = list(request.tokens), list(request.logprobs)
         running = request in self._batch.rows and not request.is_prefilling
         if running and not self._batch.waiting:
@@ -435,10 +449,11 @@ def _checked_spread(
     spread = Spread.of(mesh, axes)
     if spread is None:
         return None
-    if config.states:
+    if config.states or config.cross:
         raise ConfigError(
-            f"Engine: layers that keep a state are on one device, since snapshots of it are; got "
-            f"{axes}. Leave them out; generate takes such a model over a mesh."
+            "Engine: layers that keep a state or have cross-attention are on one device, since "
+            f"snapshots and what requests bring are; got {axes}. Leave them out; generate takes "
+            "such a model over a mesh."
         )
     if spread.size("context") > 1:
         raise ConfigError(

@@ -24,6 +24,7 @@ from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Chunk, New, Program, State
 from jaxkv.serve.decode import prefill_chunk as best_chunk
 from jaxkv.serve.ending import Ending
 from jaxkv.serve.model_step import Model
+from jaxkv.serve.request import Prepare
 from jaxkv.serve.sampling import Sampling
 from jaxkv.serve.speculate import NUM_GUESSES, DraftProgram, Speculating, check_draft
 from jaxkv.show.progress import progress_bar
@@ -176,6 +177,7 @@ def generate(
     axes: Axes | None = None,
     draft: AnyDraft | None = None,
     num_guesses: int = NUM_GUESSES,
+    prepare: Prepare | None = None,
 ) -> Generation:
     """Continue a ragged batch of prompts.
 
@@ -220,6 +222,9 @@ def generate(
         draw between two tokens that are as likely to the last bits may fall the other way.
       num_guesses: that a step takes per sequence, at most. Where guesses do not come true, most
         steps take none.
+      prepare: called with the empty cache, of which row i is for prompt i; gives the one to begin
+        with. Of models with cross-attention it calls `write_cross`, for what an encoder made of
+        each prompt's audio, image or text; best as ``jax.jit(prepare, donate_argnums=0)``.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, a context too short, stop strings
@@ -285,6 +290,8 @@ def generate(
         )
         with clock.runs("compile"):
             live.cache = with_constants(program.weights, live.cache, constants, mesh)
+            if prepare is not None:
+                live.cache = prepare(live.cache)
             program.compile_prefill(chunks, live.cache)
             if compression is None:
                 program.compile_decode(state, live.cache)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
+from jaxkv.cache.hybrid import AnyCache
 from jaxkv.paging import Prompt
 from jaxkv.serve.ending import Ending
 from jaxkv.serve.sampling import Sampling
@@ -11,6 +13,10 @@ from jaxkv.show.stop_strings import StopStrings
 
 # Tokens that end a request, those of the engine and its own together: a fixed shape to compile.
 MOST_STOP_TOKENS = 16
+
+
+# From an empty cache to one with what an encoder made for a request, or for each of several.
+Prepare = Callable[[AnyCache], AnyCache]
 
 
 @dataclasses.dataclass(eq=False)
@@ -53,6 +59,8 @@ class Request:
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     first_token: float | None = None
     rank: int | None = None
+    # Writes what its cross-attention reads into a cache of one sequence.
+    prepare: Prepare | None = None
     # Of its rank, while it runs.
     row: int = -1
     # Tokens whose keys and values are in its pages; those of the answer follow the prompt's.

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 
 from jaxkv.cache.axes import Spread
+from jaxkv.cache.create import create
 from jaxkv.drafts.draft import AnyDraft, HiddenStateDraft, state_of
 from jaxkv.errors import ModelChangedError
 from jaxkv.memory.session import Session
 from jaxkv.paging import Copy, Pools
 from jaxkv.serve import steps
-from jaxkv.serve.calibration import Constants, with_constants
+from jaxkv.serve.calibration import Constants, one_sequence, with_constants
 from jaxkv.serve.decode import New
 from jaxkv.serve.figures import Figures
 from jaxkv.serve.model_step import Model, ModelStep, Watch, Weights, spread_over
@@ -262,6 +263,30 @@ class Runner:
                     row[: len(pages)] = pages
             tables.append(table)
         return tuple(tables)
+
+    def prepare(self, request: Request) -> None:
+        """Let cross-attention of a request's row read what was written for it, and no other's."""
+        cache = self.session.cache
+        if not cache.cross:
+            return
+        config, one = one_sequence(self.session.config), None
+        if request.prepare is not None:
+            prepared = request.prepare(create(config, device=self._device))
+            if getattr(prepared, "config", None) != config:
+                raise ValueError(
+                    f"request {request.number}: prepare must give back the cache that it was "
+                    f"given, with what it wrote, got {prepared!r:.200}."
+                )
+            one = prepared.cross
+        row = jax.device_put(np.int32(request.row))
+        cross = steps.seat_cross(cache.cross, row, one)
+        self.session.cache = cache.with_groups(cache.groups, cache.states, cross)
+
+    @property
+    def _device(self) -> Any:
+        """Where the cache is bound to, for what is made beside it; None where it is not."""
+        lengths = self.session.cache.lengths
+        return next(iter(lengths.devices())) if lengths.committed else None
 
     def keep_states(self, rows: Mapping[int, int]) -> None:
         """Take snapshots of the states of rows, by their slots."""

@@ -77,7 +77,8 @@ def prefill(
     of_rows = jnp.asarray(of_rows)
     chosen = _plain(select(cache, rows))
     states = [each.of_rows(jnp.maximum(of_rows, 0)) for each in cache.states]
-    sequences = _placed(chosen.with_groups(chosen.groups, states), tables, start, start)
+    cross = [each.of_rows(jnp.maximum(of_rows, 0)) for each in cache.cross]
+    sequences = _placed(chosen.with_groups(chosen.groups, states, cross), tables, start, start)
     if draft is not None:
         model = draft.filling(model)
     _, sequences = model(tokens, padded_after(sequences, num_tokens))
@@ -209,6 +210,27 @@ def copy(
         for pool, *pages in zip(pools_of(cache), sources, destinations, strict=True)
     ]
     return _with_pools(cache, pools)
+
+
+@functools.partial(jax.jit, donate_argnames="cross")
+def seat_cross(
+    cross: tuple[KVCache, ...], row: Int[Ints, ""], ones: tuple[KVCache, ...] | None
+) -> tuple[KVCache, ...]:
+    """What cross-attention of a row reads from now on: that of a batch of one; nothing if None."""
+    row = jnp.asarray(row)
+
+    def seated(each: KVCache, one: KVCache | None) -> KVCache:
+        if one is None:
+            return each.with_lengths(each.lengths.at[row].set(0))
+        first = row * each.index.extent
+        storage = {
+            name: lax.dynamic_update_slice_in_dim(leaf, one.storage[name], first, axis=2)
+            for name, leaf in each.storage.items()
+        }
+        lengths = each.lengths.at[row].set(one.lengths[0])
+        return dataclasses.replace(each.with_lengths(lengths), storage=storage)
+
+    return tuple(map(seated, cross, ones or (None,) * len(cross)))
 
 
 States = tuple[StateCache, ...]

@@ -26,10 +26,11 @@ def fill_of_group(
     rows: Sequence[int],
     tensors: dict[str, Any],
 ) -> Callable[[], KVCache]:
-    """What fills one group of layers, and has checked everything once it is made."""
-    group, tensors = saved.groups[number], named(tensors, f"{number}.")
+    """What fills one of the kinds of the file, and has checked everything once it is made."""
+    group, lengths = saved.kinds[number], saved.lengths_of(number)
+    tensors = named(tensors, f"{number}.")
     if cache.spread is None:
-        return fills_of(file, group, saved.lengths, cache, rows, tensors).__call__
+        return fills_of(file, group, lengths, cache, rows, tensors).__call__
     split, shares = shares_of(cache.spread, cache.config)
     fills = {}
     for device, part in parts_of(cache).items():
@@ -43,7 +44,7 @@ def fill_of_group(
         fills[device] = fills_of(
             file,
             group.of_sequences(chosen),
-            [saved.lengths[sequence] for sequence in chosen],
+            [lengths[sequence] for sequence in chosen],
             part,
             [rows[sequence] - here.start for sequence in chosen],
             own,

@@ -1,6 +1,7 @@
 """Going on from a saved cache."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, Sharding
 from jaxkv.addressing import Addressing
 from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.create import create
-from jaxkv.cache.hybrid import AnyCache, AnyConfig
+from jaxkv.cache.hybrid import AnyCache, AnyConfig, HybridConfig
 from jaxkv.cache.newest import Newest
 from jaxkv.cache.state import StateConfig
 from jaxkv.codecs import Codec
@@ -67,6 +68,7 @@ def load(
     axes: Axes | None = None,
     into: AnyCache | None = None,
     rows: Sequence[int] | None = None,
+    max_encoder_length: int | None = None,
 ) -> AnyCache:
     """The cache that `save` wrote: what comes after is bitwise what it would have been.
 
@@ -91,6 +93,8 @@ def load(
       into: a cache to load into instead of a new one, of the same layers, heads and codec. It is
         donated: use the one that is returned. Pages of a pool must be assigned before.
       rows: which sequences of ``into`` the file's are; all if None.
+      max_encoder_length: of what the new cache's cross-attention reads; as it was if None. Say it
+        too for a file that you do not trust.
 
     Raises:
       OSError: no such file.
@@ -114,7 +118,8 @@ def load(
         raise ValueError(f"load: give device= or axes=, not both; got {device} and {axes}.")
 
     def new(saved: Manifest) -> AnyCache:
-        return _new(file, saved, max_context_length, addressing, device, spread)
+        lengths = max_context_length, max_encoder_length
+        return _new(file, saved, *lengths, addressing, device, spread)
 
     with contextlib.ExitStack() as stack:
         with all_or_none(spread):
@@ -122,7 +127,7 @@ def load(
             saved, tensors = stack.enter_context(opened(file, codec, addressing, wanted))
             if spread is not None:
                 _check_heads_share_tokens(file, saved)
-                states.check_processes(saved.states, spread, "load")
+                states.check_processes((*saved.states, *saved.cross), spread, "load")
             if model is not None:
                 check_model(file, saved, model)
             if newest is not None:
@@ -136,14 +141,15 @@ def load(
                 cache = jax.tree.map(on_device, into)
             fills = [
                 fill_of_group(file, saved, number, group, chosen, tensors)
-                for number, group in enumerate(cache.groups)
+                for number, group in enumerate((*cache.groups, *cache.cross))
             ]
         filled = [fill() for fill in fills]  # once all of them are known to fit
         of_states = [
             states.filled(state, kind, saved.lengths, chosen, tensors)
             for kind, state in enumerate(cache.states)
         ]
-    return cache.with_groups(filled, of_states)
+    of_text = len(cache.groups)
+    return cache.with_groups(filled[:of_text], of_states, filled[of_text:])
 
 
 @contextlib.contextmanager
@@ -173,7 +179,7 @@ def opened(
             for number, group in enumerate(saved.groups):
                 if group.is_compressed:
                     check_kept(file, saved, number, tensors)
-            yield saved, tokens | parts.together(Split(), saved.groups, {Share(0, 0, 0): tensors})
+            yield saved, tokens | parts.together(Split(), saved.kinds, {Share(0, 0, 0): tensors})
             return
         needed = functools.partial(wanted, saved.config)
         with parts.opened(file, saved.parts, saved.groups, saved.lengths, needed) as vectors:
@@ -202,6 +208,7 @@ def _new(
     file: Path,
     saved: Manifest,
     max_context_length: int | None,
+    max_encoder_length: int | None,
     addressing: Addressing | None,
     device: Any,
     spread: Spread | None,
@@ -209,6 +216,7 @@ def _new(
     fields = {"max_context_length": max_context_length, "addressing": addressing}
     try:
         config = saved.config.replace(**{name: value for name, value in fields.items() if value})
+        config = _with_encoder_length(config, max_encoder_length)
     except ConfigError as error:
         raise SnapshotError(f"{file} does not fit what was asked for: {error}") from error
     longest = max(saved.lengths)
@@ -217,12 +225,25 @@ def _new(
             f"The saved cache holds {longest} tokens, more than max_context_length="
             f"{config.max_context_length}."
         )
+    for each, own in zip(saved.cross, config.cross, strict=True):
+        if (longest := max(each.held)) > own.max_context_length:
+            raise CacheFullError(
+                f"{file} holds {longest} tokens of an encoder, more than max_encoder_length="
+                f"{own.max_context_length}."
+            )
     _check_compressed(file, saved, config)
     if isinstance(device, Sharding):
         return create(config, device=device)
     if spread is not None:
         return allocate(config, mesh=spread.mesh, axes=spread.axes)
     return allocate(config, device=device)
+
+
+def _with_encoder_length(config: AnyConfig, length: int | None) -> AnyConfig:
+    if length is None or not isinstance(config, HybridConfig):
+        return config
+    cross = tuple(each.replace(max_context_length=length) for each in config.cross)
+    return dataclasses.replace(config, cross=cross)
 
 
 def _checked_rows(
@@ -261,8 +282,13 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
             f"{file} has {_described(saved.states)}, and the cache to load it into "
             f"{_described(kept)}."
         )
-    theirs = [group.config for group in saved.groups]
-    ours = [cache.config for cache in into.groups]
+    if saved.cross_of_layer != into.config.cross_of_layer:
+        raise SnapshotError(
+            f"{file} has cross-attention in layers {_having(saved.cross_of_layer)}, and the cache "
+            f"to load it into in {_having(into.config.cross_of_layer)}."
+        )
+    theirs = [group.config for group in saved.kinds]
+    ours = [cache.config for cache in (*into.groups, *into.cross)]
     fields = ("num_layers", "num_kv_heads", "head_dim", "value_dim", "values_in_keys", "codec")
     for field in (*fields, *also):
         saved_as, wanted = ([getattr(c, field) for c in configs] for configs in (theirs, ours))
@@ -272,6 +298,11 @@ def check_kind(file: Path, saved: Manifest, into: AnyCache, *also: str) -> None:
             )
 
     _check_compressed(file, saved, into.config)
+
+
+def _having(cross_of_layer: tuple[int, ...]) -> list[int] | str:
+    """The numbers of layers that have some."""
+    return [layer for layer, number in enumerate(cross_of_layer) if number >= 0] or "none"
 
 
 def _described(kinds: Sequence[StateConfig]) -> str:

@@ -38,6 +38,8 @@ class Manifest:
       group_of_layer: as in `HybridConfig`; None for a plain cache.
       source_of_layer: as in `HybridConfig`.
       states: as in `HybridConfig`.
+      cross: likewise, one a kind, whose tokens are those of an encoder.
+      cross_of_layer: as in `HybridConfig`.
       parts: where the vectors are, if several processes saved them; None for in this file.
     """
 
@@ -50,14 +52,28 @@ class Manifest:
     source_of_layer: tuple[int, ...] = ()
     parts: Parts | None = None
     states: tuple[StateConfig, ...] = ()
+    cross: tuple[Group, ...] = ()
+    cross_of_layer: tuple[int, ...] = ()
 
     @property
     def config(self) -> AnyConfig:
         """The config of the cache that was saved."""
-        configs = tuple(group.config for group in self.groups)
-        return configs[0] if self.group_of_layer is None else HybridConfig(
-            configs, self.group_of_layer, self.source_of_layer, self.states
-        )  # fmt: skip
+        configs, cross = (
+            tuple(group.config for group in kinds) for kinds in (self.groups, self.cross)
+        )
+        if self.group_of_layer is None:
+            return configs[0]
+        layers = self.group_of_layer, self.source_of_layer
+        return HybridConfig(configs, *layers, self.states, cross, self.cross_of_layer)
+
+    @property
+    def kinds(self) -> tuple[Group, ...]:
+        """All that has tokens: the groups, and what cross-attention reads."""
+        return (*self.groups, *self.cross)
+
+    def lengths_of(self, number: int) -> tuple[int, ...]:
+        """The tokens of each sequence in one of `kinds`."""
+        return self.lengths if number < len(self.groups) else self.kinds[number].held
 
     def layout(self) -> Layout:
         """Its tensors: ``sequence.tokens`` and, where it has no parts, ``group.sequence.leaf``."""
@@ -88,8 +104,8 @@ class Manifest:
         return states.layout_of(self.states, len(self.lengths))
 
     def _vectors(self) -> Iterator[tuple[str, Spec]]:
-        for number, group in enumerate(self.groups):
-            for name, spec in group.layout(self.lengths):
+        for number, group in enumerate(self.kinds):
+            for name, spec in group.layout(self.lengths_of(number)):
                 yield f"{number}.{name}", spec
 
     def to_json(self) -> dict[str, Any]:
@@ -98,8 +114,10 @@ class Manifest:
         if not self.source_of_layer:  # so that files stay what they were
             del fields["source_of_layer"]
         fields["states"] = states.to_json(self.states)
-        if not self.states:
-            del fields["states"]
+        fields["cross"] = [_group_json(group) for group in self.cross]
+        for name in ("states", "cross", "cross_of_layer"):
+            if not fields[name]:
+                del fields[name]
         parts = fields.pop("parts")
         if parts is None:  # as files ever were
             return {"format": 1, **fields, "groups": groups}
@@ -145,7 +163,8 @@ class _Reader:
         names = "saved_by lengths model has_tokens groups group_of_layer"
         names += " source_of_layer" * (isinstance(json, dict) and "source_of_layer" in json)
         also: tuple[str, ...] = ("format", *("parts",) * in_parts)
-        also += ("states",) * (isinstance(json, dict) and "states" in json)
+        later = ("states", "cross", "cross_of_layer")
+        also += tuple(name for name in later if isinstance(json, dict) and name in json)
         saved_by, lengths, model, has_tokens, groups, group_of_layer, *sources = self._fields(
             json, names, also=also
         )
@@ -166,6 +185,8 @@ class _Reader:
             self._counts("source_of_layer", sources[0]) if sources else (),
             Parts.of_json(json["parts"]) if in_parts else None,
             states.of_json(json.get("states", []), of_groups[0].config.batch_size),
+            self._cross(json.get("cross", [])),
+            self._counts("cross_of_layer", json.get("cross_of_layer", []), least=-1),
         )
         if group_of_layer is None and len(groups) > 1:
             raise ValueError("several groups need a group_of_layer.")
@@ -174,7 +195,16 @@ class _Reader:
             raise ValueError(f"{len(lengths)} lengths for {sequences} sequences.")
         if manifest.parts is not None:
             manifest.parts.check(manifest.config)
+        if any(len(each.held) != sequences for each in manifest.cross):
+            raise ValueError(f"cross must have lengths of {sequences} sequences.")
+        if manifest.cross and manifest.parts is not None:
+            raise ValueError("cross must be in one file.")
         return manifest
+
+    def _cross(self, json: Any) -> tuple[Group, ...]:
+        if not isinstance(json, list):
+            raise ValueError("cross must be a list.")
+        return tuple(self._group(each, each["held"]) for each in json)
 
     def _group(self, json: Any, lengths: list[int]) -> Group:
         has_newest = isinstance(json, dict) and "newest" in json

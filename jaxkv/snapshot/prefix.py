@@ -53,7 +53,8 @@ def load_prefix(
         sequences, or that does not name its tokens. The pool was not touched.
       PoolFullError: not enough pages are free now, on one of the ranks. Neither.
       CacheFullError: longer than the context or the whole pool. Neither.
-      TypeError, ValueError: no shared pool, or one that shares nothing or is split by context.
+      TypeError, ValueError: no shared pool, or one that shares nothing or is split by context;
+        layers with a state or cross-attention.
 
     >>> import tempfile, jaxkv
     >>> prompt = jaxkv.advance(jaxkv.create(jaxkv.KVCacheConfig(1, 16, 1, 4)), 5)
@@ -69,6 +70,11 @@ def load_prefix(
         raise ValueError(
             "load_prefix: this cache has layers with a state, which pages do not hold. Load the "
             "file with jaxkv.load."
+        )
+    if cache.cross:
+        raise ValueError(
+            "load_prefix: this cache has cross-attention, and its pages do not say what an encoder "
+            "wrote. Load the file with jaxkv.load."
         )
     cache = jax.tree.map(on_device, cache)
     file, groups, pools = Path(path), cache.groups, Pools.of(pages)

@@ -81,18 +81,22 @@ def save(
         sources, parts = [Sources.of(group) for group in cache.groups], None
     else:
         sources = sources_of_all(cache, shares_of(spread, cache.config)[0], shares)
-        states.check_processes(cache.config.states, spread, "save")
+        states.check_processes((*cache.config.states, *cache.config.cross), spread, "save")
         parts = Parts.of(spread, cache.config)
+    cross = [Sources.of(gather(each)) for each in cache.cross]
+    sources = [*sources, *cross]
     manifest = Manifest(
         saved_by=f"jaxkv {__version__}",
         lengths=lengths,
         model=None if model is None else fingerprint(model),
         has_tokens=ids is not None,
-        groups=tuple(each.described for each in sources),
+        groups=tuple(each.described for each in sources[: len(cache.groups)]),
         group_of_layer=cache.config.group_of_layer,
         source_of_layer=cache.config.source_of_layer,
         parts=parts,
         states=cache.config.states,
+        cross=tuple(each.described for each in cross),
+        cross_of_layer=cache.config.cross_of_layer,
     )
 
     def pieces(name: str) -> Iterator[np.ndarray]:

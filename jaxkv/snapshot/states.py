@@ -17,16 +17,17 @@ from jaxkv.snapshot.processes import processes_of
 PREFIX = "state."
 
 
-def check_processes(states: Sequence[StateConfig], spread: Spread | None, verb: str) -> None:
-    """Refuse states of which other processes hold a part: a file has them from one.
+def check_processes(whole: Sequence[Any], spread: Spread | None, verb: str) -> None:
+    """Refuse what files have from one process, where others hold a part: of these configs, if any.
 
     Raises:
       SnapshotError: it says what to do.
     """
-    if states and spread is not None and len(processes_of(spread)) > 1:
+    if whole and spread is not None and len(processes_of(spread)) > 1:
         raise SnapshotError(
-            f"{verb}: layers that keep a state are on devices of {len(processes_of(spread))} "
-            "processes, and files have them from one. Use a mesh of one process."
+            f"{verb}: layers that keep a state or have cross-attention are on devices of "
+            f"{len(processes_of(spread))} processes, and files have them from one. Use a mesh of "
+            "one process."
         )
 
 

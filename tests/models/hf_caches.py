@@ -11,9 +11,9 @@ from typing import Any
 
 from jaxkv.models.hf_families import BY_MODEL_TYPE
 
-# (KV heads, head_dim, window or None) of a layer that keeps keys and values of one size;
-# of any other a few words on what it keeps.
-Layer = tuple[int, int, int | None] | str
+# (KV heads, head_dim, window or None) of a layer that keeps keys and values of one size, and KV
+# heads and head_dim of what it keeps of an encoder; of any other a few words on what it keeps.
+Layer = tuple[int, int, int | None] | tuple[int, int, int | None, int, int] | str
 
 GOLDENS = Path(__file__).parent / "goldens" / "hf_caches.json.gz"
 
@@ -70,7 +70,11 @@ HELPED: dict[str, dict[str, Any]] = {
 TINY: dict[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 8),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
-    **dict.fromkeys(("attention_heads",), 4),
+    **dict.fromkeys(("attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("decoder_layers", "num_decoder_layers"), 3),
+    **dict.fromkeys(("encoder_layers", "encoder_attention_heads"), 2),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 32),
+    "d_kv": 24,
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("head_dim", "kv_channels"), 24),
@@ -90,24 +94,33 @@ _HALVES = {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}}
 # Where those do not fit together.
 TINY_HELPED: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 16},
+    "mllama": {"cross_attention_layers": [1, 4]},
     **dict.fromkeys(("glm4v_moe_text", "glm4v_text", "glm_ocr_text"), _SECTIONS),
     **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl", "qwen2_vl_text"), _HALVES),
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}}
     | {"ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1}},
 }
 # Text decoders that transformers makes only inside of another model.
-_INSIDE = {"emu3_text_model": "emu3", "ernie4_5_vl_moe_text": "ernie4_5_vl_moe"}
+_INSIDE = {
+    "emu3_text_model": "emu3",
+    "ernie4_5_vl_moe_text": "ernie4_5_vl_moe",
+    "mllama_text_model": "mllama",
+}
 
 
 def model_types() -> list[str]:
-    """Every decoder of texts that transformers has, and what else of it is planned here."""
+    """Every decoder of texts that transformers has, with an encoder or without, and what else of it
+    is planned here."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto
 
     planned = {_INSIDE.get(kind, kind) for kind in BY_MODEL_TYPE if kind}
-    return sorted(
-        planned & set(CONFIG_MAPPING) | modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    of_texts = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    with_encoders = (
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys()
+        | modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.keys()
     )
+    return sorted(planned & set(CONFIG_MAPPING) | of_texts | with_encoders)
 
 
 def config_of(model_type: str, *, tiny: bool = False, **fields: Any) -> Any:
@@ -118,7 +131,7 @@ def config_of(model_type: str, *, tiny: bool = False, **fields: Any) -> Any:
     if not tiny:
         return CONFIG_MAPPING[model_type](**fields)
     whole = CONFIG_MAPPING[model_type](**fields)
-    text = whole.get_text_config(decoder=True)
+    text = decoder_of(whole)
     names = text.to_dict().keys()
     small = {name: value for name, value in TINY.items() if name in names}
     small |= TINY_HELPED.get(model_type, {})
@@ -127,21 +140,53 @@ def config_of(model_type: str, *, tiny: bool = False, **fields: Any) -> Any:
     return CONFIG_MAPPING[model_type](**fields | small)
 
 
+def decoder_of(config: Any) -> Any:
+    """The part of a config that says of the decoder: all of it, where that is beside an encoder."""
+    return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
+
+
 def kept_by_transformers(config: Any, device: str = "cpu") -> list[Layer]:
     """What each layer keeps; nothing at all for a model that has no cache."""
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSpeechSeq2Seq,
+    )
+    from transformers.modeling_outputs import BaseModelOutput
 
-    kinds = AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel
+    kinds: Any = AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel
+    if config.is_encoder_decoder:
+        kinds = AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
     auto = next(kind for kind in kinds if type(config) in kind._model_mapping)
     with warnings.catch_warnings(), torch.no_grad(), torch.device(device):
         warnings.simplefilter("ignore")
         model = auto.from_config(config, dtype=torch.bfloat16).eval()
-        output = model(input_ids=torch.ones((1, 5), dtype=torch.long), use_cache=True)
+        ids = torch.ones((1, 5), dtype=torch.long)
+        if config.is_encoder_decoder:
+            made = torch.ones((1, 7, config.hidden_size), dtype=torch.bfloat16)
+            encoded = BaseModelOutput(last_hidden_state=made)
+            encoded.router_logits = None  # which models with experts want to see
+            output = model(decoder_input_ids=ids, encoder_outputs=encoded, use_cache=True)
+        else:
+            output = model(input_ids=ids, use_cache=True)
     cache = getattr(output, "past_key_values", None)
+    if type(cache).__name__ == "EncoderDecoderCache":
+        parts = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
+        return [_crossing(*pair, config) for pair in zip(*parts, strict=True)]
     if not hasattr(cache, "layers"):
         return [] if cache is None else [type(cache).__name__]
     return [_layer(layer, config) for layer in cache.layers]
+
+
+def _crossing(of_text: Any, of_encoder: Any, config: Any) -> Layer:
+    """Of one that attends to the text and to an encoder's seven tokens."""
+    own, cross = (_layer(layer, config) for layer in (of_text, of_encoder))
+    if isinstance(own, str) or isinstance(cross, str) or of_encoder.keys.shape[2] != 7:
+        return f"{own} and of an encoder {cross}"
+    return (*own[:3], *cross[:2])
 
 
 def _layer(layer: Any, config: Any) -> Layer:

@@ -12,7 +12,7 @@ from tests.models.hf_caches import GOLDENS, HELPED, config_of, kept_by_transform
 RECORDS = json.loads(gzip.decompress(GOLDENS.read_bytes()))["caches"]
 DEFAULTS = [record for record in RECORDS if record["size"] == "default" and not record["changed"]]
 # Families. Those not run are what transformers cannot run at its own defaults without memory.
-OUTCOMES = {"right": 117, "refused": 86, "not run": 4}
+OUTCOMES = {"right": 150, "refused": 92, "not run": 4}
 # What a plan is read from, under any family's names.
 READ = (
     *("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_attention_heads", "n_head"),
@@ -21,6 +21,8 @@ READ = (
     *("new_decoder_architecture", "sliding_window", "use_sliding_window", "max_window_layers"),
     *("sliding_window_pattern", "global_attn_every_n_layers", "kv_lora_rank", "qk_rope_head_dim"),
     *("v_head_dim", "num_kv_shared_layers", "attention_chunk_size", "no_rope_layers"),
+    *("decoder_layers", "decoder_attention_heads", "num_decoder_layers", "d_kv"),
+    *("is_encoder_decoder", "cross_attention_layers", "max_source_positions"),
 )
 
 
@@ -39,7 +41,12 @@ def kind_of(group):
 def planned(config):
     """What each layer that keeps its own does, as `hf_caches.Layer`; or the refusal's message."""
     try:
-        cache = jaxkv.cache_config(config, max_context_length=16)
+        try:
+            cache = jaxkv.cache_config(config, max_context_length=16, max_encoder_length=7)
+        except jaxkv.ConfigError as none:
+            if "has no cross-attention" not in str(none):
+                raise
+            cache = jaxkv.cache_config(config, max_context_length=16)
     except jaxkv.ConfigError as refusal:
         return str(refusal)
     kinds = {
@@ -49,6 +56,13 @@ def planned(config):
     }
     for state in cache.states:  # whose sizes tests/models/test_stateful.py has
         kinds |= dict.fromkeys(state.layers, ("LinearAttentionLayer []", 0))
+    for layer, number in enumerate(cache.cross_of_layer):
+        if number >= 0:
+            (heads, keys, _), count = kind_of(cache.cross[number])
+            assert cache.cross[number].bytes_per_token == 2 * count * cache.cross[number].num_layers
+            own, per_text = kinds.get(layer, ((), 0))
+            # One that attends to images alone was given none, and keeps nothing.
+            kinds[layer] = ((*own, heads, keys), per_text) if own else ("DynamicLayer []", 0)
     layers, numbers = zip(*(kinds[layer] for layer in sorted(kinds)), strict=True)
     per_token = 2 * sum(numbers)  # bfloat16
     assert sum(group.bytes_per_token for group in cache.groups) == per_token
@@ -174,11 +188,68 @@ def test_layers_of_unlike_kinds(config, layers, read_from):
         ),
         ({"model_type": "deepseek_v3", "index_topk": 2048}, "keys of an index"),
         ({"model_type": "deepseek_v3", "kv_lora_rank": 0}, "kv_lora_rank must be"),
+        ({"model_type": "t5"}, "max_encoder_length must be the most tokens of an encoder"),
+        ({"model_type": "t5", "is_encoder_decoder": False}, "This t5 is an encoder alone"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, "gpt2 has cross-attention"),
+        ({"model_type": "moonshine", "is_encoder_decoder": True}, "moonshine has cross-attention"),
+        (
+            {"model_type": "mllama_text_model", "num_hidden_layers": 12},
+            "cross_attention_layers of a mllama_text_model must be numbers of its 12 layers",
+        ),
     ],
 )
 def test_what_a_row_cannot_plan_is_refused(config, message):
     with pytest.raises(jaxkv.ConfigError, match=message):
         jaxkv.cache_config(config, max_context_length=16)
+
+
+# What the config.json of each says of its decoder, and bytes by what transformers keeps of it: keys
+# and values of every layer of bfloat16, per token of the text, and per token of the encoder.
+CROSSING = {
+    "whisper-large-v3": (
+        {"model_type": "whisper", "is_encoder_decoder": True, "d_model": 1280}
+        | {"decoder_layers": 32, "decoder_attention_heads": 20, "encoder_layers": 32}
+        | {"num_hidden_layers": 32, "max_source_positions": 1500, "max_target_positions": 448},
+        (2 * 32 * 1280 * 2, 1500 * 2 * 32 * 1280 * 2),
+    ),
+    "whisper-large-v3-turbo": (  # a decoder of fewer layers than the encoder
+        {"model_type": "whisper", "is_encoder_decoder": True, "d_model": 1280}
+        | {"decoder_layers": 4, "decoder_attention_heads": 20, "encoder_layers": 32}
+        | {"num_hidden_layers": 32, "max_source_positions": 1500, "max_target_positions": 448},
+        (2 * 4 * 1280 * 2, 1500 * 2 * 4 * 1280 * 2),
+    ),
+    "bart-large, its decoder alone": (
+        {"model_type": "bart", "is_encoder_decoder": False, "d_model": 1024}
+        | {"decoder_layers": 12, "decoder_attention_heads": 16},
+        (2 * 12 * 1024 * 2, 0),
+    ),
+    "Llama-3.2-11B-Vision": (  # 8 of 40 layers attend to images alone
+        {"model_type": "mllama", "text_config": {"model_type": "mllama_text_model"}},
+        (2 * 32 * 8 * 128 * 2, 6404 * 2 * 8 * 8 * 128 * 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CROSSING)
+def test_bytes_of_cross_attention(name):
+    config, (per_token, of_encoder) = CROSSING[name]
+    more = {"max_encoder_length": 4 * 1601} if "text_config" in config else {}
+    cache = jaxkv.cache_config(config, max_context_length=100, batch_size=3, **more)
+    assert cache.size_bytes == 3 * (100 * per_token + of_encoder)
+    assert jaxkv.plan(cache, "100GB").needed_bytes == cache.size_bytes + cache.index_bytes
+    coded = jaxkv.cache_config(config, max_context_length=100, codec="int8", **more)
+    assert {each.codec for each in (*coded.groups, *coded.cross)} == {jaxkv.Int8()}
+    if not of_encoder:
+        assert isinstance(cache, jaxkv.KVCacheConfig)
+        with pytest.raises(jaxkv.ConfigError, match="this model has no cross-attention"):
+            jaxkv.cache_config(config, max_context_length=100, max_encoder_length=8)
+
+
+def test_one_codec_per_layer_makes_a_kind_each_of_what_cross_attention_reads():
+    codecs = ["bfloat16", "int8", "int8", "bfloat16"]
+    cache = jaxkv.cache_config({"model_type": "whisper"}, max_context_length=8, codec=codecs)
+    assert cache.cross_of_layer == cache.group_of_layer == (0, 1, 1, 0)
+    assert [each.codec.name for each in cache.cross] == ["bfloat16", "int8"]
 
 
 @pytest.mark.slow
@@ -198,6 +269,10 @@ def test_what_a_row_cannot_plan_is_refused(config, message):
         ("mamba", {}, "refused"),
         ("mistral", {}, "right"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 3}, "right"),
+        ("bart", {}, "right"),
+        ("mllama", {}, "right"),
+        ("t5", {}, "right"),
+        ("whisper", {}, "right"),
     ],
 )
 def test_the_transformers_that_is_installed(model_type, changed, expected):

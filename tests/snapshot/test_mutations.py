@@ -30,6 +30,12 @@ CACHES = {
     ),
     "kept": small_config("int8", jaxkv.Kept(4, 5, 1, 1, sums=True), **FIELDS),
     "kept by head": small_config("int8", KeptByHead(4, 4, 5, 1, 1), **FIELDS),
+    "cross-attention": jaxkv.HybridConfig(
+        (small_config("int8", **FIELDS),),
+        group_of_layer=(0, -1),
+        cross=(small_config("bfloat16", **FIELDS | {"max_context_length": 4}),),
+        cross_of_layer=(-1, 0),
+    ),
 }
 kinds = st.sampled_from(sorted(CACHES))
 many = settings(
@@ -44,6 +50,8 @@ def saved(tmp_path_factory):
     for kind, config in CACHES.items():
         if kind.startswith("kept"):
             cache = with_chosen_tokens(filled(config, 2))
+        elif kind == "cross-attention":
+            cache = with_encoder_tokens(jaxkv.create(config))
         else:
             cache = filled(config, 9 if kind == "int8" else np.array([12, 3]))
         ids = [range(12), range(3)] if kind == "ring" else np.arange(9)
@@ -60,6 +68,13 @@ def with_chosen_tokens(cache):
     return dataclasses.replace(cache, index=index.with_kept(0, jnp.int32([[0, 5, -1, 3]])))
 
 
+def with_encoder_tokens(cache):
+    """Nine tokens of the text, and three of an encoder."""
+    vectors = np.random.default_rng(0).standard_normal((4, 9, 1, 4), np.float32)
+    cache = jaxkv.append(cache, *vectors[:2], layer=0)
+    return jaxkv.advance(jaxkv.write_cross(cache, *vectors[2:, :3], layer=1), 9)
+
+
 def contents_of(cache):
     return [(leaf.dtype, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(cache)]
 
@@ -73,8 +88,9 @@ def assert_refused_or_exact(path, contents, kind, expected):
         return jaxkv.create(config, device=device)
 
     # What a careful caller says: the file has no say in how much is allocated.
-    config = CACHES[kind]
+    config = CACHES[kind].groups[0]
     options = {"max_context_length": 16, "addressing": config.addressing, "newest": config.newest}
+    options["max_encoder_length"] = 4
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load_module, "allocate", allocate)
         cache, error = outcome(path, model="tiny", **options)

@@ -5,7 +5,8 @@ is two parts. **Old pieces**: runs of up to 64 slots that were full before these
 that all queries see. They are read where they are, through a table of pieces; codes are decoded
 for one layer first. **The rest**: tokens after the last whole piece and the new ones, gathered in
 the order of their positions, under a causal mask. cuDNN's query i sees keys up to number i, so the
-first query is put where its own key is, behind rows that nobody asked for.
+first query is put where its own key is, behind rows that nobody asked for. Queries of
+cross-attention see all of both parts, and so need no such place.
 
 Pieces are whole because cuDNN multiplies what stands behind the last token by zero, and zero times
 NaN is NaN. With a window, the rest is all that some query sees.
@@ -162,11 +163,14 @@ def _window(cache: KVCache, asked: int | None) -> int | None:
 
 
 def _start(request: AttentionCall) -> Int[Array, " batch"]:
-    """The position of the first of these tokens."""
-    return request.cache.lengths.reshape(-1)
+    """The position of the first of these tokens; past the end where they are none of the cache."""
+    return request.lengths if request.side_by_side else request.cache.lengths.reshape(-1)
 
 
 def _added(request: AttentionCall) -> Int[Array, " batch"]:
+    """How many queries there are to serve."""
+    if request.side_by_side:
+        return jnp.where(request.lengths > 0, request.positions.shape[1], 0)
     return request.lengths - _start(request)
 
 
@@ -194,7 +198,7 @@ def _placed(request: AttentionCall, first: Int[Array, " batch"], most_before: in
     """For keys from position ``first`` on, of which so many at most are before these tokens."""
     queries = _queries(request)
     tokens = queries.shape[1]
-    if tokens == 1:  # it sees all keys, wherever it stands
+    if tokens == 1 or request.side_by_side:  # they see all keys, wherever they stand
         return Rows(queries, jnp.zeros_like(first))
     before = jnp.clip(_start(request) - first, 0, most_before)
     places = jnp.arange(most_before + tokens, dtype=jnp.int32) - before[:, None]
@@ -256,18 +260,20 @@ def _rest(
 ) -> Part:
     """Every query over the tokens from position ``first`` on, that it may see."""
     tokens, end = request.queries.shape[2], _end(request)
-    positions = first[:, None] + jnp.arange(most_before + tokens, dtype=jnp.int32)
+    causal = tokens > 1 and not request.side_by_side
+    most = most_before + (1 if request.side_by_side else tokens)
+    positions = first[:, None] + jnp.arange(most, dtype=jnp.int32)
     held = jnp.where(positions < end[:, None], positions, -1)
     keys, values = tokens_at(request.cache, request.layer, held)
-    counts = jnp.clip(end - first, 0, most_before + tokens)
+    counts = jnp.clip(end - first, 0, most)
     output, logsumexp = _cudnn_call().call(
         _heads(rows.queries),
         keys=keys,
         values=values,
         query_counts=rows.before + _added(request),
         key_counts=counts,
-        causal=tokens > 1,
-        window=window if tokens > 1 else None,
+        causal=causal,
+        window=window if causal else None,
     )
     return _taken(request, rows, output, logsumexp, counts)
 
