@@ -94,13 +94,15 @@ def large_heads() -> Table:
 def compile_ahead(contexts: Sequence[tuple[int, int]]) -> Table:
     """All programs of all sweeps at once, on all cores: compiling takes longer than running."""
     programs: list[Callable[[], Any]] = []
+    fills: set[Any] = set()
     for (batch, context), kind in itertools.product(contexts, _KINDS):
         config, runs = _configs(batch, context, kind)
         cache = jax.eval_shape(functools.partial(jaxkv.create, config))
         queries = jax.ShapeDtypeStruct((batch, 1, _HEADS, _HEAD_DIM), jnp.bfloat16)
-        programs.append(functools.partial(compile_fill, runs, context - 1))
+        fills.add((runs, context - 1))
         for name in _names(cache, kind, (batch, context) in _WITH_EVERY_FORM):
             programs.append(functools.partial(_compile, cache, queries, name))
+    programs += [functools.partial(compile_fill, *fill) for fill in fills]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda program: program(), programs))
     return Table("Compiled", [{"programs": len(programs)}])

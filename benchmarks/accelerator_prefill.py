@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,16 +27,19 @@ _LONG = 32768  # from this context on torch's time is the mark, below twice that
 def prefill() -> Table:
     """A layer's attention of the last tokens, in the form that `attend` picks."""
     programs: list[Callable[[], Any]] = []
+    fills: set[Any] = set()
+    started = time.perf_counter()
     for (tokens, context), kind in ((size, kind) for size in SIZES for kind in _KINDS):
         config = _config(context, kind)
         cache = jax.eval_shape(functools.partial(jaxkv.create, config))
         queries = jax.ShapeDtypeStruct((1, tokens, _HEADS, _HEAD_DIM), jnp.bfloat16)
-        programs.append(functools.partial(compile_fill, config, context))
+        fills.add((config, context))
         programs.append(_layers.lower(cache, queries).compile)
+    programs += [functools.partial(compile_fill, *fill) for fill in fills]
     with ThreadPoolExecutor() as pool:  # compiling takes longer than running
         list(pool.map(lambda program: program(), programs))
     rows: list[Row] = []
-    notes: list[str] = []
+    notes = [f"Compiling {len(programs)} programs took {time.perf_counter() - started:.0f} s."]
     for tokens, context in SIZES:
         rows += (found := _of_size(tokens, context))
         notes += _targets(tokens, context, {row["what"]: row["ms a layer"] for row in found})
@@ -54,12 +58,12 @@ def _of_size(tokens: int, context: int) -> list[Row]:
         seconds = timed(calls)
         # Operations that a causal mask asks for: two products of two a number.
         pairs = tokens * context - tokens * (tokens - 1) / 2
-        for what, time in seconds.items():
+        for what, taken in seconds.items():
             row = {
                 "tokens x context": f"{tokens:,} x {context:,}",
                 "what": what,
-                "ms a layer": time / _LAYERS * 1e3,
-                "TFLOP/s": 4 * _HEADS * _HEAD_DIM * pairs * _LAYERS / time / 1e12,
+                "ms a layer": taken / _LAYERS * 1e3,
+                "TFLOP/s": 4 * _HEADS * _HEAD_DIM * pairs * _LAYERS / taken / 1e12,
             }
             row["error"] = _error(cache, queries) if what == kind else None
             rows.append(row)
