@@ -18,8 +18,8 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers have that of who started them
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = haste.folder_of_one_run()
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers have it from who started them
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = haste.folder_of_programs()
 
 import gc
 import re
@@ -40,7 +40,7 @@ hypothesis.settings.register_profile("nightly", max_examples=5000)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)
-haste.compile_each_program_once()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 haste.make_few_mlir_contexts()
 
 # Tracing makes many objects that stay, and the collector would walk them all again and again.

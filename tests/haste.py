@@ -1,10 +1,9 @@
 """How programs are made in tests: thousands of small ones, which run a few times each."""
 
-import atexit
-import os
-import shutil
-import tempfile
+import contextlib
+import pathlib
 import threading
+import time
 from importlib import metadata
 
 FLAGS = " --xla_cpu_parallel_codegen_split_count=1"
@@ -16,30 +15,21 @@ if minor < 11:  # which has two ways to compile a fusion
 
 # Programs per MLIR context, which keeps their types and constants for as long as it lives.
 _USES = 50
+_KEPT = 7 * 24 * 60 * 60  # seconds
 
 
-def folder_of_one_run():
-    """Where its processes keep programs for each other."""
-    folder = tempfile.mkdtemp(prefix="jaxkv-tests-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def folder_of_programs():
+    """Where JAX finds what XLA has compiled in this run or an earlier one, of this week.
 
-
-def compile_each_program_once():
-    """Let XLA compile what no process of this run has compiled: keys are programs and versions."""
-    import jax
-    from jax._src import lru_cache
-
-    def put(cache, key, value):
-        """Whole or not at all: JAX's own leaves a part to be read by other processes."""
-        path = cache.path / f"{key}{lru_cache._CACHE_SUFFIX}"
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(value)
-        part.replace(path)
-
-    lru_cache.LRUCache.put = put
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    Keys are the program, versions and flags, so what is found is what would be compiled.
+    """
+    folder = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for program in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process may be at it
+            if program.stat().st_mtime < time.time() - _KEPT:
+                program.unlink()
+    return str(folder)
 
 
 def make_few_mlir_contexts():
