@@ -205,6 +205,7 @@ def assert_where_it_was(many, place):
         assert leaf.sharding.is_equivalent_to(there, leaf.ndim)
 
 
+@pytest.mark.full_cases(r"(batch 8|KV heads over).*Auto")
 @pytest.mark.slow_cases(r"batch 8|KV heads over|Auto")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
 @pytest.mark.parametrize(
