@@ -8,17 +8,21 @@ those that need more, which say so with ``pytest.mark.devices(number)``, are ski
 import os
 import pathlib
 
-from tests.haste import FLAGS
+from tests import haste
 
 os.environ.setdefault("JAXKV_TEST_DEVICES", "8")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count={os.environ['JAXKV_TEST_DEVICES']}"
-    + FLAGS
+    + haste.FLAGS
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers have it from who started them
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = haste.folder_of_programs()
 
+import gc
+import itertools
 import re
 import resource
 
@@ -37,6 +41,16 @@ hypothesis.settings.register_profile("nightly", max_examples=5000)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+haste.make_few_mlir_contexts()
+
+# Of what programs are made from, for a debugger.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
+# Tracing makes many objects that stay, and the collector would walk them all again and again.
+gc.set_threshold(100_000, 20, 20)
+
+TESTS = itertools.count(1)
 
 # Examples of these modules take long to run; tests carry marks of their own.
 SLOW_EXAMPLES = {
@@ -85,11 +99,21 @@ def fewer_programs_than_a_process_has_room_for():
     """Let go of compiled ones: they take memory, and mappings, of which Linux allows 65,530."""
     yield
     mine = pathlib.Path("/proc/self")
-    if not mine.exists():
+    if next(TESTS) % 10 or not mine.exists():  # mappings take 10 ms to count
         return
     num_bytes = int((mine / "statm").read_text().split()[1]) * resource.getpagesize()
     if num_bytes > 8e9 or (mine / "maps").read_bytes().count(b"\n") > 20_000:
+        gc.unfreeze()
         jax.clear_caches()
+        gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_of_one_module():
+    """Let the collector walk what a module left, and then leave that alone: it takes seconds."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ class Oracle:
         self.codec, self.addressing, self.config = config.codec, config.addressing, config
         self.state = [
             {
-                name: jnp.zeros((sides, config.num_kv_heads, *shape), dtype)
+                name: np.zeros((sides, config.num_kv_heads, *shape), dtype)
                 for name, (shape, dtype, sides) in state_specs(self.codec, config.head_dim).items()
             }
             for _ in range(config.num_layers)
@@ -129,13 +129,13 @@ class Oracle:
 
     def _stored(self, layer, keys, values, num_tokens):
         """The vectors as the codec rounds them, with a batch axis; codecs have their own tests."""
-        vectors = jnp.stack([keys[layer], values[layer]])
+        vectors = np.stack([keys[layer], values[layer]])
         vectors, codec = vectors.reshape(2, -1, *vectors.shape[-3:]), self.codec
         starts = np.array([len(tokens) for tokens in self.tokens[layer]])
         numbers = np.arange(vectors.shape[2])
         counts = len(numbers) if num_tokens is None else np.asarray(num_tokens)[..., None]
-        positions = jnp.int32(np.where(numbers < counts, starts[:, None] + numbers, -1))
-        state = update(codec, self.state[layer], vectors, positions, jnp.int32(starts))
+        positions = np.int32(np.where(numbers < counts, starts[:, None] + numbers, -1))
+        state = update(codec, self.state[layer], vectors, positions, np.int32(starts))
         self.state[layer] = state
         leaves = encode(codec, vectors, state, positions)
         wide = jnp.dtype("float32")

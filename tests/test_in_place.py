@@ -213,6 +213,7 @@ def test_the_proof_fails_for_a_bfloat16_buffer_on_a_cpu():
 # --- sharded over KV heads ---------------------------------------------------------------------
 
 
+@pytest.mark.full_cases(r"^b?float16")
 @pytest.mark.slow_cases(r"^(?!int8-contiguous)")
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(("codec", "addressing"), EACH_ONCE)

@@ -98,9 +98,9 @@ def arrays(generator, tokens, kv_heads, rows=BATCH):
     return generator.standard_normal((*shape, HEADS, HEAD_DIM), np.float32), keys, values
 
 
-DEFAULT = {("heads 8", "int8", "paged"), ("batch 8", "float32", "pool")}
-DEFAULT |= {("batch 2 x heads 4", "centred", "contiguous"), ("context 8", "float32", "contiguous")}
-DEFAULT |= {("2 KV heads over 8", "bfloat16", "hybrid"), ("context 8", "float32", "ring")}
+DEFAULT = {("heads 8", "int8", "paged"), ("batch 2 x heads 4", "centred", "contiguous")}
+DEFAULT |= {("context 8", "float32", "contiguous"), ("context 8", "float32", "ring")}
+ALSO_SLOW = {("batch 8", "float32", "pool"), ("2 KV heads over 8", "bfloat16", "hybrid")}
 
 
 def _cases():
@@ -111,7 +111,7 @@ def _cases():
     splits, codecs, kinds = list(SPLITS), list(CODECS), list(KINDS)
     types = [AxisType.Auto, AxisType.Explicit]
     default = {(*case, types[number % 2]) for number, case in enumerate(sorted(DEFAULT))}
-    slow = {
+    slow = {(*case, AxisType.Auto) for case in ALSO_SLOW} | {
         (split, codecs[(at + 2 * number) % 6], kinds[(at - number) % 6], types[(at + number) % 2])
         for at, split in enumerate(splits)
         for number in range(2)
@@ -205,7 +205,8 @@ def assert_where_it_was(many, place):
         assert leaf.sharding.is_equivalent_to(there, leaf.ndim)
 
 
-@pytest.mark.slow_cases(r"batch 8|copies|Auto")
+@pytest.mark.full_cases(r"(batch 8|KV heads over).*Auto")
+@pytest.mark.slow_cases(r"batch 8|KV heads over|Auto")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
 @pytest.mark.parametrize(
     ("split", "codec", "kind"),
@@ -432,6 +433,7 @@ def test_a_decode_step_moves_no_keys_or_values(split, codec, kind, monkeypatch):
     assert collective_bytes(program.as_text()) <= 2 * (2 * queries + 3 * totals) + 64 + 2 * learned
 
 
+@pytest.mark.slow_cases("^{'heads")
 @pytest.mark.parametrize("split", [{"heads": 2}, {"batch": 2, "heads": 2}, {"context": 4}], ids=str)
 def test_generate_answers_as_on_one_device(split):
     model = sharp_decoder()
@@ -487,6 +489,7 @@ def test_what_works_on_one_device_says_so():
         jaxkv.create(config, mesh=many.spread.mesh, axes=jaxkv.Axes(batch="heads"))
 
 
+@pytest.mark.slow_cases("Explicit")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
 def test_a_model_is_split_as_its_cache_is(axis_type):
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)

@@ -44,7 +44,7 @@ def served(codec, prompts):
 
 
 @pytest.mark.full_cases(r"float|int8$|-rotated[234]$|[23]-centred|stair[23]")
-@pytest.mark.slow_cases("generated-(?!int8-centred)|served-(?!stair4)")
+@pytest.mark.slow_cases("generated-(?!int8-centred)|served")
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("answers", [generated, served], ids=["generated", "served"])
 def test_an_answer_does_not_depend_on_its_neighbours(answers, codec):

@@ -50,7 +50,8 @@ each = pytest.mark.parametrize("pair", ["narrower", "in keys"])
 
 @pytest.mark.full_cases(r"whole|bfloat16")
 @pytest.mark.slow_cases(
-    r"wider|whole|streamed|bfloat16|contiguous-blockwise|(ring|paged)-reference"
+    r"wider|whole|streamed|bfloat16|contiguous-blockwise|(ring|paged|chunked)-reference"
+    r"|contiguous-native"
 )
 @pytest.mark.parametrize(("pair", "codec", "addressing", "implementation"), CASES)
 def test_attention_equals_the_oracle(pair, codec, addressing, implementation):

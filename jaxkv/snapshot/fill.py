@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.addressing import Index
 from jaxkv.cache.host import bounds_of, on_the_device
-from jaxkv.cache.kv_cache import KVCache
+from jaxkv.cache.kv_cache import KVCache, books_of_index
 from jaxkv.codecs import Leaves
 from jaxkv.errors import CacheFullError, SnapshotError
 from jaxkv.placement import in_host_memory, scatter, write_slots
@@ -43,7 +43,7 @@ class Fill:
         self._cache = cache
         self._index = _index(cache.index, group, lengths, rows, first)
         places = places_of(self._index)
-        room = np.broadcast_to(self._index.room, self._index.lengths.shape).reshape(-1)
+        room = books_of_index(self._index)[1].reshape(-1)
         self._state = state_of_file(file, cache, tensors)
         self._moves = []
         for sequence, (row, length) in enumerate(zip(rows, lengths, strict=True)):

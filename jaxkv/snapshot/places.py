@@ -12,6 +12,7 @@ from jaxkv.addressing import Index
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import State
 from jaxkv.errors import SnapshotError
+from jaxkv.programs import one_program
 
 
 class Places(NamedTuple):
@@ -23,14 +24,19 @@ class Places(NamedTuple):
 
 def places_of(index: Index) -> list[Places]:
     """For each sequence of a cache, in order."""
-    claimed = index.key_positions(0, index.lengths, 0, index.extent)
-    slots = index.slots(jnp.asarray(claimed))
+    claimed, slots = _claimed(index)
     found = []
     for positions, row in zip(_rows(claimed), _rows(slots), strict=True):
         order = np.argsort(positions, kind="stable")
         held = order[np.count_nonzero(positions < 0) :]
         found.append(Places(positions[held], row[held]))
     return found
+
+
+@one_program()
+def _claimed(index: Index) -> tuple[Array, Array]:
+    claimed = index.key_positions(0, index.lengths, 0, index.extent)
+    return claimed, index.slots(claimed)
 
 
 def buffer_of_layers(cache: KVCache, leaf: str) -> Any:

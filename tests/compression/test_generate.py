@@ -42,7 +42,7 @@ def by_hand(model, prompt, policy, keep):
 
 
 # SnapKV's own window is longer than these prompts.
-@pytest.mark.slow_cases(r"keydiff|loudest|tova|snapkv")
+@pytest.mark.slow_cases(r"keydiff|loudest|tova|snapkv|h2o")
 @pytest.mark.parametrize(
     "policy", [QueryWindow(window=5, pool=3), "h2o", "keydiff", "tova", "snapkv", loudest]
 )

@@ -62,7 +62,7 @@ def assert_same(with_draft, plain):
 TEXTS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=17), min_size=3, max_size=3)
 
 
-@pytest.mark.full_cases("list")
+@pytest.mark.full_cases(r"list|^(float16|float8|int8)-contiguous")
 @pytest.mark.slow_cases(r"^(?!(int8-ring-sampled|bfloat16-contiguous-greedy)-ngram$)")
 @pytest.mark.parametrize("draft", [NGram(1), FromOutside((1, 2, 3, 0) * 3)], ids=["ngram", "list"])
 @pytest.mark.parametrize(("codec", "addressing", "sampling"), TABLE)

@@ -12,7 +12,7 @@ import jaxkv
 from jaxkv.codecs import CODECS
 from jaxkv.snapshot import fingerprint, inspect
 from jaxkv.snapshot.container import read_manifest
-from tests.oracle import random_step, run_step
+from tests.oracle import jit, random_step, run_step
 
 ADDRESSINGS = {
     "contiguous": jaxkv.Contiguous(),
@@ -62,14 +62,22 @@ def with_random_bits(cache, lengths, written):
     )
 
 
+@jit
+def slots_of(cache, layer):
+    """The position in each slot of a layer, and what attention reads there."""
+    index = cache.index
+    positions = index.key_positions(layer, index.lengths, 0, index.extent)
+    read = [index.read(leaf, layer, 0, index.extent) for leaf in cache.storage.values()]
+    return positions, read
+
+
 def held(cache, row=0):
     """Position -> all that is stored of the token, as attention reads it."""
-    index, batch, found = cache.index, cache.config.batch_size or 1, {}
+    batch, found = cache.config.batch_size or 1, {}
     for layer in range(cache.config.num_layers):
-        positions = index.key_positions(layer, index.lengths, 0, index.extent)
-        places = np.asarray(positions).reshape(batch, -1)[row]
-        for leaf in cache.storage.values():
-            vectors = np.asarray(index.read(leaf, layer, 0, index.extent))
+        positions, read = jax.tree.map(np.asarray, slots_of(cache, layer))
+        places = positions.reshape(batch, -1)[row]
+        for vectors in read:
             vectors = vectors.reshape(len(vectors), batch, len(places), -1)[:, row]
             for slot in np.flatnonzero(places >= 0):
                 position = int(places[slot])
