@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from benchmarks.accelerator_attention import CONTEXTS, compile_ahead, large_heads, sweep
-from benchmarks.accelerator_decode import decode, llama
+from benchmarks.accelerator_decode import STATES, decode, llama
 from benchmarks.accelerator_prefill import prefill
 from benchmarks.accelerator_prompts import first_tokens, peer_of, requests
 from benchmarks.report import Table
@@ -24,14 +24,13 @@ def run(quick: bool) -> Iterator[Table]:
         return
     print(f"device         {jax.devices()[0].device_kind}", flush=True)
     yield within("Prefill", 150, prefill)
-    contexts = CONTEXTS[:2] if quick else CONTEXTS
-    yield within("Compiled", 150, functools.partial(compile_ahead, contexts))
-    for batch, context in contexts:
+    yield within("Compiled", 150, functools.partial(compile_ahead, CONTEXTS))
+    for batch, context in CONTEXTS:
         title = f"Decode attention, {batch} x {context}"
         yield within(title, 120, functools.partial(sweep, batch, context))
     yield within("Decode attention, heads of 256", 60, large_heads)
     model = llama(layers=8 if quick else 32)
-    yield within("Decode", 300, lambda: decode(model))
+    yield within("Decode", 300, lambda: decode(model, STATES))
     peer = peer_of(model)
     yield within("First token", 150, lambda: first_tokens(model, peer))
     yield within("Engine", 150, lambda: requests(model, peer))

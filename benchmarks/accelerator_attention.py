@@ -27,7 +27,8 @@ _KV_HEADS, _HEADS, _HEAD_DIM = 8, 32, 128  # of Llama-3-8B
 _CACHE_BYTES, _MOST_LAYERS = 4 << 30, 16
 _SAMPLE_SECONDS, _SAMPLES = 0.02, 5
 _RING_CHUNK = 128
-CONTEXTS, MORE_CONTEXTS = ((8, 16384), (8, 32768), (1, 4096)), ((1, 32768), (8, 4096), (64, 4096))
+CONTEXTS = ((8, 16384), (8, 32768))
+MORE_CONTEXTS = ((1, 4096), (1, 32768), (8, 4096), (64, 4096))
 _KINDS = ("bfloat16", "bfloat16, pages of 64", "bfloat16, ring", "int8", "rotated4")
 _WITH_EVERY_FORM = ((8, 16384),)  # XLA's own forms take long to run, flex attention to compile
 

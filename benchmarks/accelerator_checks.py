@@ -10,7 +10,7 @@ import jaxkv
 from benchmarks.accelerator import within
 from benchmarks.accelerator_agreement import agreement
 from benchmarks.accelerator_attention import MORE_CONTEXTS, sweep
-from benchmarks.accelerator_decode import few_tokens, generate, llama
+from benchmarks.accelerator_decode import MORE_STATES, decode, few_tokens, generate, llama
 from benchmarks.measure import interleaved
 from benchmarks.report import Row, Table
 from jaxkv.memory import device_memory
@@ -34,6 +34,7 @@ def run(quick: bool) -> Iterator[Table]:
     yield within("Generate", 90, generate)
     model = llama(layers=8 if quick else 32)
     yield within("Steps of several tokens", 120, lambda: few_tokens(model))
+    yield within("Decode", 150, lambda: decode(model, MORE_STATES))
 
 
 def _memory() -> Table:

@@ -5,7 +5,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -24,7 +24,8 @@ from jaxkv.show.text import format_bytes
 
 _SHAPE = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}  # Llama-3-8B
 # Prompts, tokens that each holds already, and the cache's codec.
-_STATES = ((1, 1000, "bfloat16"), (8, 8000, "bfloat16"), (8, 8000, "int8"), (8, 8000, "rotated4"))
+STATES = ((1, 1000, "bfloat16"), (8, 8000, "bfloat16"))
+MORE_STATES = ((8, 8000, "int8"), (8, 8000, "rotated4"))
 _DISPATCHES = 6
 _TOKENS = (1, 5, 8)  # of a sequence, in a step
 
@@ -44,13 +45,13 @@ def generate() -> Table:
     return Table("Generate", [row], [f"It went on: {tokenizer.decode(result.tokens[0])[:60]!r}"])
 
 
-def decode(model: Decoder) -> Table:
+def decode(model: Decoder, states: Sequence[tuple[int, int, str]]) -> Table:
     """Steps of Llama-3-8B's shapes, after many tokens."""
     program = Program.of(model, jaxkv.Sampling(), ())
-    configs = [cache_config(model, batch, length, codec) for batch, length, codec in _STATES]
+    configs = [cache_config(model, batch, length, codec) for batch, length, codec in states]
     started = time.perf_counter()
     with ThreadPoolExecutor() as pool:  # of them all, since it takes longer than decoding
-        lengths = (length for _, length, _ in _STATES)
+        lengths = (length for _, length, _ in states)
         list(pool.map(functools.partial(_compile, program), configs, lengths))
     compiled = time.perf_counter()
     # Of the table of embeddings a token reads one row.
@@ -58,7 +59,7 @@ def decode(model: Decoder) -> Table:
     weights = held - model.embed_tokens.weight[...].nbytes
     reading = _reading_rate()
     rows: list[Row] = []
-    for (batch, length, codec), config in zip(_STATES, configs, strict=True):
+    for (batch, length, codec), config in zip(states, configs, strict=True):
         step = decoding(program, config, length)
         step()
         seconds = statistics.median(step() for _ in range(_DISPATCHES)) / TOKENS_PER_DISPATCH
@@ -87,7 +88,7 @@ def few_tokens(model: Decoder) -> Table:
     """What a step takes longer for several tokens of each sequence, as a draft asks for."""
     rows: list[Row] = []
     notes, weights = [], Weights.of(model)
-    configs = [cache_config(model, *state) for state in _STATES[:2]]
+    configs = [cache_config(model, *state) for state in STATES]
     shapes = [jax.eval_shape(functools.partial(jaxkv.create, config)) for config in configs]
     compilations = [
         _step.compilation(weights, jnp.ones((shape.config.batch_size, tokens), jnp.int32), shape)
@@ -95,7 +96,7 @@ def few_tokens(model: Decoder) -> Table:
     ]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda compilation: compilation(), compilations))
-    for (batch, length, _), config in zip(_STATES, configs, strict=False):
+    for (batch, length, _), config in zip(STATES, configs, strict=True):
         cache, times = filled(config, length), {}
         for tokens in _TOKENS:
             given = jnp.ones((batch, tokens), jnp.int32)
