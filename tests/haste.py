@@ -1,6 +1,7 @@
 """How programs are made in tests: thousands of small ones, which run a few times each."""
 
 import contextlib
+import os
 import pathlib
 import threading
 import time
@@ -19,11 +20,12 @@ _KEPT = 7 * 24 * 60 * 60  # seconds
 
 
 def folder_of_programs():
-    """Where JAX finds what XLA has compiled in this run or an earlier one, of this week.
+    """Where JAX finds what XLA has compiled for tests in this run or an earlier one, of this week.
 
-    Keys are the program, versions and flags, so what is found is what would be compiled.
+    Keys are the program, the processor, versions and flags: what is found would be compiled.
     """
-    folder = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = pathlib.Path(root) / "jaxkv" / "tests"
     folder.mkdir(parents=True, exist_ok=True)
     for program in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process may be at it
