@@ -34,6 +34,24 @@ def folder_of_programs():
     return str(folder)
 
 
+@contextlib.contextmanager
+def compiling_anew():
+    """Leave the folder of programs alone for a while."""
+    _use_the_folder(False)
+    try:
+        yield
+    finally:
+        _use_the_folder(True)
+
+
+def _use_the_folder(wanted):
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", wanted)
+    compilation_cache.reset_cache()  # which asks for that once
+
+
 def make_few_mlir_contexts():
     """As JAX does by itself from 0.12 on: one takes 4 ms, a small program little more."""
     from jax._src.interpreters import mlir
