@@ -1,6 +1,7 @@
 """How programs are made in tests: thousands of small ones, which run a few times each."""
 
 import contextlib
+import os
 import pathlib
 import threading
 import time
@@ -19,17 +20,36 @@ _KEPT = 7 * 24 * 60 * 60  # seconds
 
 
 def folder_of_programs():
-    """Where JAX finds what XLA has compiled in this run or an earlier one, of this week.
+    """Where JAX finds what XLA has compiled for tests in this run or an earlier one, of this week.
 
-    Keys are the program, versions and flags, so what is found is what would be compiled.
+    Keys are the program, the processor, versions and flags: what is found would be compiled.
     """
-    folder = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = pathlib.Path(root) / "jaxkv" / "tests"
     folder.mkdir(parents=True, exist_ok=True)
     for program in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process may be at it
             if program.stat().st_mtime < time.time() - _KEPT:
                 program.unlink()
     return str(folder)
+
+
+@contextlib.contextmanager
+def compiling_anew():
+    """Leave the folder of programs alone for a while."""
+    _use_the_folder(False)
+    try:
+        yield
+    finally:
+        _use_the_folder(True)
+
+
+def _use_the_folder(wanted):
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", wanted)
+    compilation_cache.reset_cache()  # which asks for that once
 
 
 def make_few_mlir_contexts():
