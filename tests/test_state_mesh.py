@@ -145,7 +145,7 @@ def test_what_cannot_be_split_is_refused_by_name(fields, told):
 def test_an_engine_keeps_states_on_one_device():
     pool = ATTENDS.replace(addressing=jaxkv.Paged(4, num_pages=16))
     config = dataclasses.replace(CONFIG, groups=(pool,))
-    with pytest.raises(jaxkv.ConfigError, match="Engine: layers that keep a state are on one"):
+    with pytest.raises(jaxkv.ConfigError, match="Engine: layers that keep a state or have cross"):
         jaxkv.Engine(step, config, **spread_over("batch 8"))
 
 
