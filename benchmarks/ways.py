@@ -5,6 +5,7 @@ With 8 devices (``XLA_FLAGS=--xla_force_host_platform_device_count=8`` on a CPU)
 
 import functools
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,7 +77,8 @@ class Kept:
     def _saved(self, prompt: list[int]) -> list[int]:
         cache = jaxkv.create(self.config(batch_size=None))
         (constants,) = self.constants  # its layers are all alike
-        cache = cache.with_codec_state(constants)
+        copies = jax.tree.map(jnp.array, constants)  # a step is given them to keep
+        cache = cache.with_codec_state(copies)
         padded = jnp.zeros(_CONTEXT // 2, jnp.int32).at[: len(prompt)].set(jnp.asarray(prompt))
         logits, cache = _step(self.model, padded, jaxkv.padded_after(cache, len(prompt)))
         token, cache = logits[len(prompt) - 1].argmax(), jaxkv.padded_after(cache, None)
@@ -128,6 +130,8 @@ def run(quick: bool) -> Iterator[Table]:
             kept = Kept(model, prompts, codec)
             for way, answers in ways.items():
                 found[way][codec] = answers(kept)
+                alike = _same(found[way][codec], found[_PLAIN][codec])
+                print(f"  {codec}, {way}: {alike} of {len(prompts)}", file=sys.stderr, flush=True)
                 jax.clear_caches()  # programs of 30 layers, which no other way runs
                 advance_bar(1)
     known = [each["answer"][:_NEW] for each in asked]
