@@ -67,32 +67,27 @@ def in_every_group(
     A `StateCache` has what such a verb asks of a cache, so no verb has a case for it. What
     cross-attention reads is of no token of the text, and stays as it is.
     """
-
-    @functools.wraps(verb)
-    def on_any_cache(
-        cache: SameCache, *arguments: _Options.args, **options: _Options.kwargs
-    ) -> SameCache:
-        kinds: tuple[Any, ...] = (cache.groups, cache.states)
-        groups, states = (
-            [where_it_is(verb, each, *arguments, **options) for each in kind] for kind in kinds
-        )
-        return cache.with_groups(groups, states)  # type: ignore[return-value]
-
-    return on_any_cache
+    return _changing(verb, lambda cache: (cache.groups, cache.states))
 
 
 def in_every_kind(
     verb: Callable[Concatenate[KVCache, _Options], KVCache],
 ) -> Callable[Concatenate[SameCache, _Options], SameCache]:
     """Let a verb of whole sequences change all that is kept: what cross-attention reads too."""
+    return _changing(verb, lambda cache: (cache.groups, cache.states, cache.cross))
 
+
+def _changing(
+    verb: Callable[Concatenate[KVCache, _Options], KVCache],
+    kinds_of: Callable[[AnyCache], tuple[Any, ...]],
+) -> Callable[Concatenate[SameCache, _Options], SameCache]:
     @functools.wraps(verb)
     def on_any_cache(
         cache: SameCache, *arguments: _Options.args, **options: _Options.kwargs
     ) -> SameCache:
-        kinds: tuple[Any, ...] = (cache.groups, cache.states, cache.cross)
         changed = (
-            [where_it_is(verb, each, *arguments, **options) for each in kind] for kind in kinds
+            [where_it_is(verb, each, *arguments, **options) for each in kind]
+            for kind in kinds_of(cache)
         )
         return cache.with_groups(*changed)  # type: ignore[return-value]
 
