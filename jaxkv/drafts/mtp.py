@@ -79,7 +79,7 @@ class MTP:
     def check_model(self, who: str, model: Any) -> None:
         """See `HiddenStateDraft`."""
         leaf = jax.tree_util.all_leaves([model])
-        if leaf or not getattr(model, "predicts_ahead", False):
+        if leaf or not isinstance(model, PredictsAhead) or not model.predicts_ahead:
             raise ConfigError(
                 f"{who}: draft=MTP() is for a model that has a module of multi-token prediction, "
                 f"got a {type(model).__name__} without. Load it with "

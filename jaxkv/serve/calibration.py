@@ -17,7 +17,7 @@ from jaxkv.cache.create import create
 from jaxkv.cache.hybrid import AnyCache, AnyConfig
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.codecs import Codec, Dense, LeafSpecs, Leaves, State
-from jaxkv.drafts.mtp import MTP
+from jaxkv.drafts.mtp import MTP, PredictsAhead
 from jaxkv.serve.model_step import Model, ModelStep, Weights
 
 # A codec's state, of each group of layers.
@@ -133,7 +133,8 @@ def _learned(
 
 @functools.partial(ModelStep, donated=[])
 def _learn(model: Any, tokens: Array, cache: AnyCache) -> Constants:
-    if getattr(model, "predicts_ahead", False):  # in a layer of its own, which learns too
+    # A module that predicts ahead has a layer of its own, which learns too.
+    if isinstance(model, PredictsAhead) and model.predicts_ahead:
         model = MTP().filling(model)
         tokens = jnp.concatenate([tokens, tokens[:, :1]], axis=1)
     return tuple(group.codec_state for group in model(tokens, cache)[1].groups)
