@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxkv
 from jaxkv.serve import decode
@@ -89,10 +90,69 @@ def test_padding_leaves_no_trace(config):
     chunk = np.zeros((1, decode.PREFILL_CHUNK), np.int32)
     chunk[0, :5] = prompt
     program = decode.Program.of(look_up, jaxkv.Sampling(), ())
-    padded, *_ = program.prefill((chunk, np.array([5], np.int32)), jaxkv.create(config))
+    given = decode.Chunk(chunk, np.array([5], np.int32), np.array([False]))
+    _, padded, _ = program.prefill(None, given, jaxkv.create(config))
     _, alone = jax.jit(look_up)(jnp.array([prompt]), jaxkv.create(config))
     for mine, other in zip(jax.tree.leaves(padded), jax.tree.leaves(alone), strict=True):
         np.testing.assert_array_equal(mine, other)
+
+
+class OneByOne(nnx.Module):
+    """A model whose logits are of all places: decode takes the last token of each prompt."""
+
+    def __init__(self, model):
+        self.model, self.cache_config = model, model.cache_config
+
+    def __call__(self, tokens, cache):
+        return self.model(tokens, cache)
+
+
+@pytest.mark.parametrize("sampling", [jaxkv.Sampling(), jaxkv.Sampling(temperature=3.0)])
+@pytest.mark.parametrize("chunk", [33, 128])
+def test_prefill_finds_the_first_tokens_that_decode_would(model, sampling, chunk):
+    options = {"sampling": sampling, "prefill_chunk": chunk, "stop_tokens": (3, 7, 9)}
+    found, by_decode = run(model, **options), run(OneByOne(model), **options)
+    assert found.tokens == by_decode.tokens
+    assert found.finish_reasons == by_decode.finish_reasons
+    for mine, other in zip(found.logprobs, by_decode.logprobs, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
+    assert found.timings.prefill_tokens == by_decode.timings.prefill_tokens + len(PROMPTS)
+
+
+def test_an_answer_that_its_first_token_ends(model):
+    """The others go on, and nothing is decoded where all have ended."""
+    free = run(model).tokens
+    stop = free[2][0]
+    ended = run(model, stop_tokens=[stop])
+    assert ended.tokens[2] == [stop]
+    assert ended.finish_reasons[2] == "stop"
+    shortest = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in free]
+    assert ended.tokens == shortest
+    arrived = []
+    all_at_once = run(
+        model, PROMPTS[2:], stop_tokens=[stop], on_tokens=lambda *new: arrived.append(new)
+    )
+    assert arrived == [(0, [stop])]
+    assert all_at_once.timings.decode_tokens == 0
+
+
+def test_one_token_compiles_no_decode(caplog):
+    own = sharp_decoder(num_layers=3)  # a shape that no other test has
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        first = run(own, max_new_tokens=1).tokens
+    compiled = "".join(record.message for record in caplog.records)
+    assert "jit(_prefill)" in compiled
+    assert "jit(_decode)" not in compiled
+    assert first == [answer[:1] for answer in run(own).tokens]
+
+
+def test_the_last_token_of_a_prompt_is_no_chunk_of_its_own(model):
+    """It would cost as much as a whole one: decode takes it."""
+    seen = [
+        run(model, [[1] * length], prefill_chunk=16).timings.prefill_tokens
+        for length in (1, 2, 16, 17, 18)
+    ]
+    assert seen == [0, 2, 16, 16, 18]
 
 
 def test_seeds(model):
@@ -214,7 +274,7 @@ def test_decode_is_in_place(model):
     cache = jaxkv.create(model.cache_config(max_context_length=4096, batch_size=2))
     program = decode.Program.of(model, jaxkv.Sampling(), ())
     state = decode.State(*(jnp.zeros(2, jnp.int32) for _ in range(3)))
-    lowered = decode._decode.lower(program.weights, state, cache, **program._options())
+    lowered = decode._decode.lower(program.weights, state, cache, **program._of_decode())
     memory = compiled_as_users_do(lowered).memory_analysis()
     assert memory.alias_size_in_bytes >= cache.size_bytes
     assert memory.temp_size_in_bytes < 0.2 * cache.size_bytes
@@ -239,10 +299,10 @@ def test_the_tracker_saw_the_cache_and_it_is_gone(model):
 
 def test_timings_add_up(model):
     timings = run(model).timings
-    assert timings.prefill_tokens == sum(len(prompt) - 1 for prompt in PROMPTS)
-    assert timings.decode_tokens == 60
+    assert timings.prefill_tokens == sum(map(len, PROMPTS))
+    assert timings.decode_tokens == 57, "prefill finds the first of each"
     rate = timings.decode_tokens_per_second
-    assert rate == pytest.approx(60 / timings.decode_seconds)
+    assert rate == pytest.approx(57 / timings.decode_seconds)
 
 
 @pytest.mark.parametrize(

@@ -221,35 +221,6 @@ class Decoder(Model):
         self.mtp = _mtp(config, rngs=rngs, dtype=dtype) if config.mtp else None
 
     @promotes_ranks
-    def __call__(
-        self,
-        tokens: Int[Array, "*batch tokens"],
-        cache: AnyCache | None = None,
-        *,
-        num_tokens: NumTokens | None = None,
-        ancestors: Ancestors | None = None,
-    ) -> tuple[Float[Array, "*batch tokens vocab"], AnyCache | None]:
-        """Logits of the token after each of these, and the cache with them counted.
-
-        Args:
-          tokens: ids, ``[tokens]``, with a leading ``[batch]`` exactly when the cache has one.
-          cache: what came before. None for the plain causal forward over these tokens alone,
-            with any leading axes; it is differentiable and returns None as cache.
-          num_tokens: how many of ``tokens`` are real, a sequence, for prompts padded on the
-            right. All if None. Logits of padding mean nothing.
-          ancestors: which of ``tokens`` come before which, where they form a tree; see
-            `jaxkv.attend`. `jaxkv.keep_path` makes a branch of it the text.
-
-        Raises:
-          CacheFullError: outside jit, see `jaxkv.append`.
-          ConfigError: a tree, and layers that keep a state or a cache that takes none.
-          TypeError, ValueError: a bad dtype or shape, or a cache for which `for_context` must say
-            what the rope is.
-        """
-        hidden, cache = self.hidden(tokens, cache, num_tokens=num_tokens, ancestors=ancestors)
-        return self.logits(hidden), cache
-
-    @promotes_ranks
     def hidden(
         self,
         tokens: Int[Array, "*batch tokens"],

@@ -234,15 +234,15 @@ class GPT2(Model):
             self.lm_head = Linear(hidden, vocab, rngs=rngs, dtype=dtype)
 
     @promotes_ranks
-    def __call__(
+    def hidden(
         self,
         tokens: Int[Array, "*batch tokens"],
         cache: AnyCache | None = None,
         *,
         num_tokens: NumTokens | None = None,
         ancestors: Ancestors | None = None,
-    ) -> tuple[Float[Array, "*batch tokens vocab"], AnyCache | None]:
-        """As `Decoder.__call__`; a context beyond ``max_positions`` is a `ValueError`."""
+    ) -> tuple[Hidden, AnyCache | None]:
+        """As of any model; a context beyond ``max_positions`` is a `ValueError`."""
         step = Step(num_tokens, ancestors)
         check_tokens(tokens, cache, self.config.max_positions, step=step)
         length, positions = tokens.shape[-1], positions_of(tokens, cache, step)
@@ -252,7 +252,10 @@ class GPT2(Model):
             x, cache = block(x, cache, number, step)
         if cache is not None:
             cache = advance(cache, length if num_tokens is None else num_tokens)
-        return self._logits(self.ln_f(x), self.wte), cache
+        return self.ln_f(x), cache
+
+    def logits(self, hidden: Hidden) -> Float[Array, "*batch tokens vocab"]:
+        return self._logits(hidden, self.wte)
 
     @property
     def dtype(self) -> jnp.dtype:

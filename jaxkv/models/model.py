@@ -4,15 +4,18 @@ from typing import Any, ClassVar, Self, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxkv.addressing import Addressing, Contiguous
-from jaxkv.cache.hybrid import AnyConfig
+from jaxkv.cache.ancestors import Ancestors
+from jaxkv.cache.hybrid import AnyCache, AnyConfig
+from jaxkv.cache.kv_cache import NumTokens
 from jaxkv.codecs import Rope
 from jaxkv.models.layers import Embedding, Linear, matmul
 from jaxkv.models.layout import Layout
 from jaxkv.models.rope import check_room
 from jaxkv.models.shape import RING_CHUNK, Codecs, SameInAllLayers, codec_of_each_layer
+from jaxkv.programs import promotes_ranks
 
 
 class Model(nnx.Module):
@@ -92,6 +95,68 @@ class Model(nnx.Module):
             state_dtype=self.dtype.name,
             **fields,
         )
+
+    @promotes_ranks
+    def __call__(
+        self,
+        tokens: Int[Array, "*batch tokens"],
+        cache: AnyCache | None = None,
+        *,
+        num_tokens: NumTokens | None = None,
+        ancestors: Ancestors | None = None,
+    ) -> tuple[Float[Array, "*batch tokens vocab"], AnyCache | None]:
+        """Logits of the token after each of these, and the cache with them counted.
+
+        Args:
+          tokens: ids, ``[tokens]``, with a leading ``[batch]`` exactly when the cache has one.
+          cache: what came before. None for the plain causal forward over these tokens alone,
+            with any leading axes; it is differentiable and returns None as cache.
+          num_tokens: how many of ``tokens`` are real, a sequence, for prompts padded on the
+            right. All if None. Logits of padding mean nothing.
+          ancestors: which of ``tokens`` come before which, where they form a tree; see
+            `jaxkv.attend`. `jaxkv.keep_path` makes a branch of it the text.
+
+        Raises:
+          CacheFullError: outside jit, see `jaxkv.append`.
+          ConfigError: a tree, and layers that keep a state or a cache that takes none.
+          TypeError, ValueError: a bad dtype or shape, a context that the model does not know, or a
+            cache for which `for_context` must say what the rope is.
+        """
+        hidden, cache = self.hidden(tokens, cache, num_tokens=num_tokens, ancestors=ancestors)
+        return self.logits(hidden), cache
+
+    def next_logits(
+        self,
+        tokens: Int[Array, "batch tokens"],
+        cache: Any,
+        *,
+        num_tokens: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch vocab"], Any]:
+        """Logits of the token after the first ``num_tokens`` of each sequence, and the cache.
+
+        Where a sequence has none, they mean nothing.
+        """
+        hidden, after = self.hidden(tokens, cache, num_tokens=num_tokens)
+        places = jnp.maximum(num_tokens - 1, 0)[:, None, None]
+        last = jnp.take_along_axis(hidden, places, axis=1, mode="clip")
+        return self.logits(last)[:, 0], after
+
+    def hidden(
+        self,
+        tokens: Int[Array, "*batch tokens"],
+        cache: AnyCache | None = None,
+        *,
+        num_tokens: NumTokens | None = None,
+        ancestors: Ancestors | None = None,
+    ) -> tuple[Float[Array, "*batch tokens hidden"], AnyCache | None]:
+        """What `logits` are made of, after the last norm, and the cache; given as to a call."""
+        raise NotImplementedError
+
+    def logits(
+        self, hidden: Float[Array, "*batch tokens hidden"]
+    ) -> Float[Array, "*batch tokens vocab"]:
+        """Of the token after each, from what `hidden` gives."""
+        raise NotImplementedError
 
     def for_context(self, max_context_length: int) -> Self:
         """The model, with its weights, for texts of up to ``max_context_length`` tokens: one rope.

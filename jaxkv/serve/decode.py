@@ -1,7 +1,8 @@
 """The two compiled programs of a generation: prefill one chunk, decode a few tokens.
 
-Both take the cache donated. Their shapes depend on the batch and the context alone, so any mix
-of prompt lengths compiles each once.
+Prefill finds the first tokens of answers too, where a model gives logits of one place alone; else
+decode begins with the last token of each prompt. Both take the cache donated. Their shapes depend
+on the batch and the context alone, so any mix of prompt lengths compiles each once.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxkv.attention.observed import observed
 from jaxkv.cache.axes import Spread
@@ -24,12 +25,8 @@ from jaxkv.cache.verbs import padded_after
 from jaxkv.counts import ceil_div
 from jaxkv.devices import platform_of
 from jaxkv.drafts.draft import HiddenStateDraft
-from jaxkv.serve.model_step import Model, ModelStep, Weights
+from jaxkv.serve.model_step import GivesNextLogits, Model, ModelStep, Weights
 from jaxkv.serve.sampling import Sampling, sample
-
-# ``(tokens [batch, chunk], num_tokens [batch])``, padded on the right. For a draft that takes
-# prompts too there is one token more, that after the chunk.
-Chunk = tuple[np.ndarray, np.ndarray]
 
 # Tokens of a prompt that one prefill step takes on a CPU, where so few are bound by arithmetic.
 PREFILL_CHUNK = 128
@@ -59,6 +56,21 @@ def prefill_chunk(longest: int, batch: int, platform: str) -> int:
     while 2 * sizes[-1] * batch <= _MOST_ROWS:
         sizes.append(2 * sizes[-1])
     return min(sizes, key=lambda size: ceil_div(longest, size) * (size * batch + _ROWS_TO_READ))
+
+
+class Chunk(NamedTuple):
+    """Some tokens of every prompt.
+
+    Attributes:
+      tokens: ``[batch, chunk]``, padded on the right. For a draft that takes prompts too there is
+        one token more, that after the chunk.
+      num_tokens: ``[batch]``, how many of the chunk are real.
+      ends: ``[batch]``, whether the last of them is the prompt's last.
+    """
+
+    tokens: np.ndarray
+    num_tokens: np.ndarray
+    ends: np.ndarray
 
 
 class State(NamedTuple):
@@ -92,26 +104,48 @@ class New(NamedTuple):
         return tokens[found].tolist(), logprobs[found].tolist(), failed
 
 
-@functools.partial(ModelStep, donated=[2])
+class Prefilled(NamedTuple):
+    """What a chunk of prefill gives beside the cache.
+
+    Attributes:
+      lengths: the cache's once more, to wait for while the next step has the cache.
+      queries: of the chunk, if they are observed.
+      new: first tokens of answers, of a model that gives `next_logits`.
+    """
+
+    lengths: Array
+    queries: Any = None
+    new: New | None = None
+
+
+@functools.partial(ModelStep, donated=[0, 2])
 def _prefill(
-    model: Model,
-    tokens: Int[Array, "batch chunk"],
-    num_tokens: Int[Array, " batch"],
+    model: Any,
+    state: Any,
+    chunk: Chunk,
     cache: AnyCache,
     *,
+    sampling: Sampling,
+    stop_tokens: tuple[int, ...],
+    draws: bool,
     observe: bool,
-    draft: HiddenStateDraft | None = None,
-) -> tuple[AnyCache, Array, Any]:
+    draft: HiddenStateDraft | None,
+) -> tuple[Any, AnyCache, Prefilled]:
     """Take one chunk of every prompt, without its padding.
 
     Args:
+      draws: whether answers begin here, where their prompts end.
+      observe: whether the chunk's queries are given.
       draft: takes it too, and then ``tokens`` has one more, that after the chunk.
-
-    Returns:
-      The cache, the lengths once more, to wait for while the next step has the cache, and the
-      chunk's queries if they are to be observed.
     """
+    tokens, num_tokens, ends = map(jnp.asarray, chunk)
     cache, queries = padded_after(cache, num_tokens), None
+    if draws:
+        logits, cache = model.next_logits(tokens, cache, num_tokens=num_tokens)
+        cache = padded_after(cache, None)
+        state, found = _drawn(state, logits, ends, cache, sampling, stop_tokens)
+        state, new = everywhere(cache, (state, New(*(each[None] for each in found))))
+        return state, cache, Prefilled(cache.lengths, new=new)
     if draft is not None:
         model = draft.filling(model)
     if observe:
@@ -119,7 +153,31 @@ def _prefill(
     else:
         _, cache = model(tokens, cache)
     cache = padded_after(cache, None)
-    return cache, cache.lengths, queries
+    return state, cache, Prefilled(cache.lengths, queries)
+
+
+def _drawn(
+    state: State,
+    logits: Float[Array, "batch vocab"],
+    wanted: Bool[Array, " batch"],
+    cache: AnyCache,
+    sampling: Sampling,
+    stop_tokens: tuple[int, ...],
+) -> tuple[State, tuple[Array, Array]]:
+    """Draw the next token of those sequences that want one, and have any remaining.
+
+    Returns:
+      Where each stands then, and its token and log-probability; -1 for one without.
+    """
+    last, remaining, seeds = state
+    active = wanted & (remaining > 0)
+    token, logprob = sample(logits, sampling, seeds=seeds, positions=cache.lengths)
+    failed = jnp.isnan(logprob)
+    stopped = failed | jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
+    left = jnp.where(stopped, 0, remaining - 1)
+    found = jnp.where(failed, NOT_A_NUMBER, token)
+    state = State(jnp.where(active, token, last), jnp.where(active, left, remaining), seeds)
+    return state, (jnp.where(active, found, -1), logprob)
 
 
 @functools.partial(ModelStep, donated=[0, 1], few_rows=True)
@@ -140,22 +198,15 @@ def _decode(
         return (step < num_steps) & (state.remaining > 0).any()
 
     def one_step(carry: Any) -> Any:
-        step, (last, remaining, seeds), cache, new = carry
-        active = remaining > 0
+        step, state, cache, new = carry
+        active = state.remaining > 0
         # A finished sequence goes through the model with the others, as padding.
         cache = padded_after(cache, active.astype(jnp.int32))
-        logits, cache = model(last[:, None], cache)
+        logits, cache = model(state.last[:, None], cache)
         cache = padded_after(cache, None)
-        token, logprob = sample(logits[:, -1], sampling, seeds=seeds, positions=cache.lengths)
-        failed = jnp.isnan(logprob)
-        stopped = failed | jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
-        remaining = jnp.where(active & ~stopped, remaining - 1, 0)
-        found = jnp.where(failed, NOT_A_NUMBER, token)
-        new = New(
-            new.tokens.at[step].set(jnp.where(active, found, -1)),
-            new.logprobs.at[step].set(logprob),
-        )
-        return step + 1, State(jnp.where(active, token, last), remaining, seeds), cache, new
+        state, (token, logprob) = _drawn(state, logits[:, -1], active, cache, sampling, stop_tokens)
+        new = New(new.tokens.at[step].set(token), new.logprobs.at[step].set(logprob))
+        return step + 1, state, cache, new
 
     def some_steps(carry: Any) -> Any:
         return lax.fori_loop(0, at_once, lambda _, carry: one_step(carry), carry)
@@ -163,11 +214,7 @@ def _decode(
     shape = (num_steps, len(state.last))
     new = New(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     begun = (0, state, cache, new)
-    # A GPU's loop holds the thread that calls it until it ends, and one step needs none.
-    steps = (
-        one_step if num_steps == 1 else functools.partial(lax.while_loop, unfinished, some_steps)
-    )
-    _, state, cache, new = steps(begun)
+    _, state, cache, new = lax.while_loop(unfinished, some_steps, begun)
     state, new = everywhere(cache, (state, new))
     return state, cache, new
 
@@ -181,6 +228,7 @@ class Program:
     stop_tokens: tuple[int, ...]
     num_steps: int
     at_once: int
+    draws: bool  # in prefill
     observe: bool
     draft: HiddenStateDraft | None = None
 
@@ -211,36 +259,31 @@ class Program:
         num_steps = 1 if most_steps == 1 else num_steps
         at_once = _steps_at_once(weights, num_steps, most_steps or num_steps)
         takes_prompts = draft if isinstance(draft, HiddenStateDraft) else None
-        return cls(weights, sampling, stops, num_steps, at_once, observe, takes_prompts)
-
-    @property
-    def returns_at_once(self) -> bool:
-        """Whether a dispatch of decode is only begun when it returns."""
-        return self.num_steps == 1
+        draws = isinstance(model, GivesNextLogits) and draft is None and not observe
+        return cls(weights, sampling, stops, num_steps, at_once, draws, observe, takes_prompts)
 
     # Compiled first, so that timings of the steps do not include XLA's.
-    def compile_prefill(self, chunks: list[Chunk], cache: AnyCache) -> None:
+    def compile_prefill(self, state: Any, chunks: list[Chunk], cache: AnyCache) -> None:
         if chunks:
-            options = {"observe": self.observe, "draft": self.draft}
-            _prefill.compilation(self.weights, *chunks[0], cache, **options)()
+            _prefill.compilation(self.weights, state, chunks[0], cache, **self._of_prefill())()
 
     def compile_decode(self, state: State, cache: AnyCache) -> None:
-        _decode.compilation(self.weights, state, cache, **self._options())()
+        _decode.compilation(self.weights, state, cache, **self._of_decode())()
 
-    def prefill(self, chunk: Chunk, cache: AnyCache) -> tuple[AnyCache, Array, Any]:
-        options = {"observe": self.observe, "draft": self.draft}
-        return _prefill(self.weights, *jax.device_put(chunk), cache, **options)
+    def prefill(self, state: Any, chunk: Chunk, cache: AnyCache) -> tuple[Any, AnyCache, Prefilled]:
+        given = jax.device_put(chunk)
+        return _prefill(self.weights, state, given, cache, **self._of_prefill())
 
     def decode(self, state: State, cache: AnyCache) -> tuple[State, AnyCache, New]:
-        return _decode(self.weights, state, cache, **self._options())
+        return _decode(self.weights, state, cache, **self._of_decode())
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "sampling": self.sampling,
-            "stop_tokens": self.stop_tokens,
-            "num_steps": self.num_steps,
-            "at_once": self.at_once,
-        }
+    def _of_prefill(self) -> dict[str, Any]:
+        own = {"draws": self.draws, "observe": self.observe, "draft": self.draft}
+        return own | {"sampling": self.sampling, "stop_tokens": self.stop_tokens}
+
+    def _of_decode(self) -> dict[str, Any]:
+        own = {"num_steps": self.num_steps, "at_once": self.at_once}
+        return own | {"sampling": self.sampling, "stop_tokens": self.stop_tokens}
 
 
 def _steps_at_once(weights: Weights, num_steps: int, most_steps: int) -> int:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,9 +18,9 @@ from jaxkv.counts import check_count
 from jaxkv.devices import platform_at
 from jaxkv.drafts.draft import AnyDraft, HiddenStateDraft
 from jaxkv.memory import MemoryTracker, session
-from jaxkv.memory.session import Session, holding
+from jaxkv.memory.session import holding
 from jaxkv.serve.calibration import Constants, with_constants
-from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Chunk, New, Program, State
+from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Chunk, New, Prefilled, Program, State
 from jaxkv.serve.decode import prefill_chunk as best_chunk
 from jaxkv.serve.ending import Ending
 from jaxkv.serve.model_step import Model
@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # loaded when they are asked for
     from jaxkv.compression.budgets import Keep
     from jaxkv.policies import Policy
     from jaxkv.serve.compressed import Compression
+
+T = TypeVar("T")
 
 _SMALLEST_CONTEXT = 512
 # A layer with a window keeps a chunk beside it: no longer a one than that, or than the window.
@@ -183,7 +185,9 @@ def generate(
 
     Args:
       model: any ``model(tokens, cache) -> (logits, cache)``. One that is a pytree of arrays (an
-        nnx module) is passed to jit as such; a plain function closes over its own.
+        nnx module) is passed to jit as such; a plain function closes over its own. With a method
+        ``next_logits(tokens, cache, *, num_tokens)``, as those of `jaxkv.models` have, prefill
+        finds the first tokens, and they are there a step sooner.
       prompts: token ids, at least one a prompt.
       max_new_tokens: tokens to add to each prompt, at most.
       sampling: how a token is drawn; greedy unless said, whatever a checkpoint's files say:
@@ -261,7 +265,6 @@ def generate(
     compression = _compression(policy, keep, spread)
     if draft is not None:
         check_draft("generate", draft, model, config, num_guesses)
-    chunks = list(_chunks(checked, chunk, more=int(isinstance(draft, HiddenStateDraft))))
     program: Any = Program.of(
         model,
         sampling,
@@ -272,6 +275,9 @@ def generate(
         draft=draft,
         on=spread and spread.automatic,
     )
+    left = _left_for_decode(checked, chunk, draws=program.draws)
+    more = int(isinstance(draft, HiddenStateDraft))
+    chunks = list(_chunks(checked, chunk, left=left, more=more))
     state: Any = _start(checked, max_new_tokens, seed)
     if draft is not None:
         program = DraftProgram.of(program, draft, num_guesses, on=spread and spread.automatic)
@@ -279,37 +285,49 @@ def generate(
     ending = Ending(max_new_tokens, program.stop_tokens, strings, tokenizer)
     answers = [_Answer(prompt, ending) for prompt in checked]
     streams = on_tokens is not None
-    num_prefilled = sum(int(num_tokens.sum()) for _, num_tokens in chunks)
+    num_prefilled = sum(int(each.num_tokens.sum()) for each in chunks)
     num_wanted = len(checked) * max_new_tokens
     clock = _Clock()
-    begun: list[New] = []
+    answered = left == 0 and max_new_tokens == 1  # by prefill alone
+
+    def take(found: New) -> int:
+        """Enter what was found, and count what of it is new."""
+        found, fresh = jax.device_get(found), 0
+        for number, answer in enumerate(answers):
+            tokens = answer.take(found, number)
+            if on_tokens is not None and tokens:
+                on_tokens(number, tokens)
+            fresh += len(tokens)
+        return fresh
 
     with contextlib.ExitStack() as stack:
         live = stack.enter_context(
             session(config, tracker=tracker, device=device, mesh=mesh, axes=axes)
         )
+
+        def prefilled() -> Iterator[tuple[Chunk, Prefilled]]:
+            nonlocal state
+            for each in chunks:
+                state, live.cache, done = program.prefill(state, each, live.cache)
+                yield each, done
+
         with clock.runs("compile"):
             live.cache = with_constants(program.weights, live.cache, constants, mesh)
             if prepare is not None:
                 live.cache = prepare(live.cache)
-            program.compile_prefill(chunks, live.cache)
-            if compression is None:
+            program.compile_prefill(state, chunks, live.cache)
+            if compression is None and not answered:
                 program.compile_decode(state, live.cache)
-
-        def ahead() -> None:
-            """The first dispatch of decode, prepared while the device prefills."""
-            nonlocal state
-            if compression is None and program.returns_at_once:
-                state, live.cache, found = program.decode(state, live.cache)
-                begun.append(found)
-
+        first = 0
         with clock.runs("prefill"):
             with progress_bar("prefill", num_prefilled, quiet=streams) as advance_bar:
-                for (_, num_tokens), done, queries in _prefilled(program, chunks, live, ahead):
-                    jax.block_until_ready(done)
+                for each, done in _one_behind(prefilled()):
+                    jax.block_until_ready(done.lengths)
                     if compression is not None:
-                        compression.see(queries, num_tokens, num_chunks=len(chunks))
-                    advance_bar(int(num_tokens.sum()))
+                        compression.see(done.queries, each.num_tokens, num_chunks=len(chunks))
+                    if done.new is not None:
+                        first += take(done.new)
+                    advance_bar(int(each.num_tokens.sum()))
             if compression is not None and chunks:
                 small = compression.apply(live.cache, new=max_new_tokens)
                 stack.close()
@@ -319,21 +337,13 @@ def generate(
                 program.compile_decode(state, live.cache)
         with (
             clock.runs("decode"),
-            progress_bar("decode", num_wanted, quiet=streams) as advance_bar,
+            progress_bar("decode", num_wanted - first, quiet=streams) as advance_bar,
         ):
             while any(answer.finish_reason is None for answer in answers):
-                if not begun:
-                    state, live.cache, found = program.decode(state, live.cache)
-                    begun.append(found)
-                found, fresh = jax.device_get(begun.pop()), 0
-                for number, answer in enumerate(answers):
-                    tokens = answer.take(found, number)
-                    if on_tokens is not None and tokens:
-                        on_tokens(number, tokens)
-                    fresh += len(tokens)
-                advance_bar(
-                    fresh, None if draft is None else _worth(state, answers).tokens_per_step
-                )
+                state, live.cache, found = program.decode(state, live.cache)
+                fresh = take(found)
+                worth = None if draft is None else _worth(state, answers).tokens_per_step
+                advance_bar(fresh, worth)
         config = live.config
 
     return Generation(
@@ -345,7 +355,7 @@ def generate(
             clock.seconds["prefill"],
             num_prefilled,
             clock.seconds["decode"],
-            sum(len(answer.tokens) for answer in answers),
+            sum(len(answer.tokens) for answer in answers) - first,
         ),
         config=config,
         texts=None if tokenizer is None else [answer.text() for answer in answers],
@@ -415,31 +425,35 @@ def _chunk_size(
     return min(size, max(seen, _MOST_BESIDE_A_WINDOW))
 
 
-def _chunks(prompts: list[np.ndarray], size: int, *, more: int = 0) -> Iterator[Chunk]:
-    """All but the last token of each prompt; in each chunk, so many more that come after it."""
-    lengths = np.asarray([len(prompt) - 1 for prompt in prompts])
+def _left_for_decode(prompts: list[np.ndarray], size: int, *, draws: bool) -> int:
+    """Tokens of each prompt that prefill does not take: the last, if it does not draw what is next.
+
+    Nor where that would be one more chunk for a single token.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    return 0 if draws and (longest - 1) % size else 1
+
+
+def _chunks(prompts: list[np.ndarray], size: int, *, left: int, more: int) -> Iterator[Chunk]:
+    """All but so many tokens of each prompt; in each chunk, so many more that come after it."""
+    whole = np.asarray([len(prompt) for prompt in prompts])
+    lengths = whole - left
     for start in range(0, lengths.max(), size):
         tokens = np.zeros((len(prompts), size + more), np.int32)
         num_tokens = np.clip(lengths - start, 0, size).astype(np.int32)
         for row, prompt, count in zip(tokens, prompts, num_tokens, strict=True):
             some = prompt[start : start + count + more] if count else ()
             row[: len(some)] = some
-        yield tokens, num_tokens
+        ends = (num_tokens > 0) & (start + num_tokens == whole)
+        yield Chunk(tokens, num_tokens, ends)
 
 
-def _prefilled(
-    program: Program, chunks: list[Chunk], live: Session, after: Callable[[], None]
-) -> Iterator[tuple[Chunk, jax.Array, Any]]:
-    """Each chunk, what tells that it is computed and its queries, when the next is on its way.
-
-    And the last one when what comes ``after`` is.
-    """
-    last: list[tuple[Chunk, jax.Array, Any]] = []
-    for chunk in chunks:
-        live.cache, done, queries = program.prefill(chunk, live.cache)
+def _one_behind(steps: Iterator[T]) -> Iterator[T]:
+    """Each step when the one after it is on its way."""
+    last: list[T] = []
+    for step in steps:
         yield from last
-        last = [(chunk, done, queries)]
-    after()
+        last = [step]
     yield from last
 
 

@@ -7,11 +7,11 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.devices import platform_of
@@ -21,6 +21,25 @@ from jaxkv.serve.closures import Hoisted, hoist, inlined, named_arrays
 T = TypeVar("T")
 # ``model(tokens [batch, tokens], cache) -> (logits [batch, tokens, vocabulary], cache)``
 Model = Callable[[Array, AnyCache], tuple[Array, AnyCache]]
+
+
+@runtime_checkable
+class GivesNextLogits(Protocol):
+    """A model that can give logits for one place of each sequence alone.
+
+    Logits of a whole prompt may take more memory than its cache, and a last token by itself takes a
+    step in which all weights are read.
+    """
+
+    def next_logits(
+        self,
+        tokens: Int[Array, "batch tokens"],
+        cache: AnyCache,
+        *,
+        num_tokens: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch vocab"], AnyCache]:
+        """Of what comes after the first ``num_tokens`` of each, and the cache with them counted."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jaxkv.cache.verbs import padded_after, truncate
 from jaxkv.counts import check_count
 from jaxkv.drafts.draft import NO_GUESS, AnyDraft, HiddenStateDraft, proposed, state_of
 from jaxkv.errors import ConfigError
-from jaxkv.serve.decode import NOT_A_NUMBER, Chunk, New, Program, State
+from jaxkv.serve.decode import NOT_A_NUMBER, Chunk, New, Prefilled, Program, State
 from jaxkv.serve.model_step import Model, ModelStep, Weights, spread_over
 from jaxkv.serve.sampling import RowSampling, Sampling, repeated, sample
 
@@ -376,8 +376,8 @@ class DraftProgram:
         return self.plain.stop_tokens
 
     @property
-    def returns_at_once(self) -> bool:
-        return False  # it is a loop
+    def draws(self) -> bool:
+        return self.plain.draws
 
     def start(self, state: State, prompts: Sequence[np.ndarray], config: AnyConfig) -> Speculating:
         """Where a generation with these prompts begins."""
@@ -385,15 +385,17 @@ class DraftProgram:
         remembered = state_of(self.draft, self.plain.weights.model, *text.shape)
         return Speculating.begin(state, jax.device_put(text), Pace.begin(), remembered)
 
-    def compile_prefill(self, chunks: list[Chunk], cache: AnyCache) -> None:
-        self.plain.compile_prefill(chunks, cache)
+    def compile_prefill(self, state: Speculating, chunks: list[Chunk], cache: AnyCache) -> None:
+        self.plain.compile_prefill(state, chunks, cache)
 
     def compile_decode(self, state: Speculating, cache: AnyCache) -> None:
         options, arrays = self._options()
         _decode.compilation(self.plain.weights, state, arrays, cache, **options)()
 
-    def prefill(self, chunk: Chunk, cache: AnyCache) -> tuple[AnyCache, Array, Any]:
-        return self.plain.prefill(chunk, cache)
+    def prefill(
+        self, state: Speculating, chunk: Chunk, cache: AnyCache
+    ) -> tuple[Speculating, AnyCache, Prefilled]:
+        return self.plain.prefill(state, chunk, cache)
 
     def decode(self, state: Speculating, cache: AnyCache) -> tuple[Speculating, AnyCache, New]:
         options, arrays = self._options()

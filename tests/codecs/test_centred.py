@@ -235,7 +235,9 @@ def means_of_generate(config):
     chunk = np.zeros((2, decode.PREFILL_CHUNK), np.int32)
     chunk[:, :5] = TOKENS
     program = decode.Program.of(look_up, jaxkv.Sampling(), ())
-    return program.prefill((chunk, COUNTS), jaxkv.create(config))[0].codec_state["means"]
+    given = decode.Chunk(chunk, COUNTS, np.zeros(2, bool))
+    _, cache, _ = program.prefill(None, given, jaxkv.create(config))
+    return cache.codec_state["means"]
 
 
 def means_of_a_hook(config):
