@@ -36,14 +36,19 @@ _BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1}
 def run(quick: bool) -> Iterator[Table]:
     """All splits over as many devices as there are."""
     small = quick or jax.devices()[0].platform == "cpu"
-    rates = {"read": _read_rate(small), "link": _link_rate(small)}
+    rates = {
+        "read": _read_rate(small),
+        "multiply": _multiply_rate(small),
+        "link": _link_rate(small),
+    }
     yield _limits(rates)
     # In one program, so many that the host's call of it is not what is measured.
     for context, layers in ((16_384, 2),) if small else ((131_072, 32), (1_048_576, 4)):
         yield _split_context(context, layers, rates)
     for name, shape in (_SMALL if small else _SHAPES).items():
         yield _decode(name, shape, 8, 256 if small else 8192, rates)
-        yield _serve(name, shape, 4 if small else 16, 128 if small else 2048)
+        yield _prefill(name, shape, 128 if small else 8192, rates)
+        yield _serve(name, shape, 4 if small else 16, 128 if small else 1024)
 
 
 def _counts() -> list[int]:
@@ -77,6 +82,13 @@ def _read_rate(small: bool) -> float:
     return numbers.nbytes / _seconds(functools.partial(total, numbers))
 
 
+def _multiply_rate(small: bool) -> float:
+    """Operations per second of a product of square matrices on one device."""
+    size = 512 if small else 8192
+    matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    return 2 * size**3 / _seconds(functools.partial(jax.jit(jnp.matmul), matrix, matrix))
+
+
 def _link_rate(small: bool) -> float | None:
     """Bytes per second of an all-reduce over all devices: of the result, on each."""
     count = len(jax.devices())
@@ -95,7 +107,10 @@ def _link_rate(small: bool) -> float | None:
 
 
 def _limits(rates: dict[str, Any]) -> Table:
-    rows: list[Row] = [{"what": "a sum reads, one device, GB/s", "rate": rates["read"] / 1e9}]
+    rows: list[Row] = [
+        {"what": "a sum reads, one device, GB/s", "rate": rates["read"] / 1e9},
+        {"what": "a product of matrices, one device, TFLOP/s", "rate": rates["multiply"] / 1e12},
+    ]
     if rates["link"]:
         what = f"an all-reduce over {len(jax.devices())} devices, GB/s of its result"
         rows.append({"what": what, "rate": rates["link"] / 1e9})
@@ -147,46 +162,110 @@ def _decode(
 ) -> Table:
     """Steps of a whole model, its heads, inner features and vocabulary over devices."""
     rows: list[Row] = []
+
+    def step(model: Any, cache: Any, tokens: jax.Array) -> Any:
+        logits, cache = model(tokens, cache)
+        return jaxkv.truncate(cache, context - 64), logits[:, -1:].argmax(-1).astype(jnp.int32)
+
     for count in _counts():
         place = _mesh(heads=count)
         model = _random_model(shape, place)
         config = model.cache_config(max_context_length=context, batch_size=rows_of)
-        cache = _filled(config, place, context - 64)
-        graph, state = nnx.split(model)
-
-        def step(cache: Any, state: Any, tokens: jax.Array, graph: Any = graph) -> Any:
-            logits, cache = nnx.merge(graph, state)(tokens, cache)
-            return jaxkv.truncate(cache, context - 64), logits[:, -1:].argmax(-1).astype(jnp.int32)
-
-        tokens = jax.device_put(
-            jnp.zeros((rows_of, 1), jnp.int32), NamedSharding(place["mesh"], PartitionSpec())
-        )
-        compiled = jax.jit(step, donate_argnums=0).lower(cache, state, tokens).compile()
-        number, moved = _collectives(compiled.as_text())
-        holder = [cache]
-
-        del cache
-        seconds = _seconds(functools.partial(_stepped, compiled, holder, state, tokens))
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        limit = (weights + config.size_bytes) / count / rates["read"]
-        if count > 1:
-            limit += moved / rates["link"]
+        holder = [_filled(config, place, context - 64)]
+        tokens = jnp.zeros((rows_of, 1), jnp.int32)
+        seconds, collectives = _measured(step, model, holder, tokens, place)
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+        limit = (weights + config.size_bytes) / rates["read"]
         rows.append(
-            {
-                "devices": count,
-                "ms a step": seconds * 1e3,
-                "share of the limit": limit / seconds,
-                "times one device": rows[0]["ms a step"] / seconds / 1e3 if rows else 1.0,
-                "collectives": number,
-                "bytes moved": moved,
+            _steps_row(rows, count, seconds, limit, collectives, rates)
+            | {
                 "cache on each": _held(holder[0]),
                 "by plan": jaxkv.plan(config, 1, **place).needed_bytes,
             }
         )
-        print(f"  {name}:", *rows[-1].values(), file=sys.stderr, flush=True)
-        del holder, model, state, compiled
+        print(f"  decode, {name}:", *rows[-1].values(), file=sys.stderr, flush=True)
+        del holder, model
     title = f"Tensor parallel decode, {name} shapes, bfloat16, {rows_of} x {context:,}"
     return Table(title, rows, _gains(rows, {2: 1.7, 8: 5.0}))
+
+
+def _prefill(name: str, shape: tuple[int, ...], tokens: int, rates: dict[str, Any]) -> Table:
+    """A prompt in one step, of a model that is split as for decode."""
+    rows: list[Row] = []
+    whole = jnp.full(1, tokens, jnp.int32)
+
+    def step(model: Any, cache: Any, prompt: jax.Array) -> Any:
+        logits, cache = model.next_logits(prompt, cache, num_tokens=whole)
+        return jaxkv.truncate(cache, 0), logits.argmax(-1)
+
+    for count in _counts():
+        place = _mesh(heads=count)
+        model = _random_model(shape, place)
+        config = model.cache_config(max_context_length=tokens, batch_size=1)
+        holder = [jaxkv.create(config, **place)]
+        prompt = jnp.zeros((1, tokens), jnp.int32)
+        seconds, collectives = _measured(step, model, holder, prompt, place, passes=3)
+        limit = _operations(shape, tokens) / rates["multiply"]
+        rows.append(_steps_row(rows, count, seconds, limit, collectives, rates))
+        print(f"  prefill, {name}:", *rows[-1].values(), file=sys.stderr, flush=True)
+        del holder, model
+    return Table(f"Tensor parallel prefill, {name} shapes, bfloat16, 1 x {tokens:,}", rows, [])
+
+
+def _measured(
+    step: Callable[..., Any],
+    model: Any,
+    holder: list[Any],
+    tokens: jax.Array,
+    place: dict[str, Any],
+    passes: int = 10,
+) -> tuple[float, tuple[int, int]]:
+    """Seconds of ``step(model, cache, tokens)``; its collectives, and the bytes that they move.
+
+    Args:
+      holder: of the cache, which each step is given and returns.
+    """
+    graph, state = nnx.split(model)
+    tokens = jax.device_put(tokens, NamedSharding(place["mesh"], PartitionSpec()))
+
+    def run(cache: Any, state: Any, tokens: jax.Array) -> Any:
+        return step(nnx.merge(graph, state), cache, tokens)
+
+    compiled = jax.jit(run, donate_argnums=0).lower(holder[0], state, tokens).compile()
+
+    def once() -> jax.Array:
+        holder[0], found = compiled(holder[0], state, tokens)
+        return found
+
+    return _seconds(once, passes), _collectives(compiled.as_text())
+
+
+def _steps_row(
+    rows: list[Row],
+    count: int,
+    seconds: float,
+    limit: float,
+    collectives: tuple[int, int],
+    rates: dict[str, Any],
+) -> Row:
+    """Beside the rows of fewer devices; ``limit`` is one device's seconds, without collectives."""
+    number, moved = collectives
+    least = limit / count + (moved / rates["link"] if count > 1 else 0)
+    return {
+        "devices": count,
+        "ms a step": seconds * 1e3,
+        "share of the limit": least / seconds,
+        "times one device": rows[0]["ms a step"] / seconds / 1e3 if rows else 1.0,
+        "collectives": number,
+        "bytes moved": moved,
+    }
+
+
+def _operations(shape: tuple[int, ...], tokens: int) -> float:
+    """Of a prefill's products, two for each number of a weight, and of its causal attention."""
+    hidden, inner, layers, heads, kv_heads = shape
+    weights = hidden * hidden * (2 + 2 * kv_heads / heads) + 3 * hidden * inner
+    return layers * tokens * (2 * weights + 2 * tokens * hidden)
 
 
 def _serve(name: str, shape: tuple[int, ...], rows_per_rank: int, context: int) -> Table:
@@ -239,12 +318,6 @@ def _answered(engine: jaxkv.Engine, num_requests: int, context: int) -> tuple[in
     while engine.busy:
         engine.step()
     return sum(len(request.tokens) for request in requests), time.perf_counter() - started
-
-
-def _stepped(compiled: Any, holder: list[Any], state: Any, tokens: jax.Array) -> jax.Array:
-    """One step; the cache that it returns takes the place of the one that it was given."""
-    holder[0], found = compiled(holder[0], state, tokens)
-    return found
 
 
 def _random_model(shape: tuple[int, ...], place: dict[str, Any]) -> Any:
