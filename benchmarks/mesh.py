@@ -278,14 +278,14 @@ def _serve(name: str, shape: tuple[int, ...], rows_per_rank: int, context: int) 
         splits += [{"batch": 2, "heads": count // 2}]
     rows: list[Row] = []
     for sizes in splits:
-        place = _mesh(**sizes)
+        devices = math.prod(sizes.values())
+        place = _mesh(**sizes) if devices > 1 else {}
         model, num_rows = _random_model(shape, place), rows_per_rank * sizes.get("batch", 1)
         pool = jaxkv.Paged(16, num_pages=num_rows * context // 16)
         config = model.cache_config(
             max_context_length=context, batch_size=num_rows, addressing=pool
         )
-        devices = math.prod(sizes.values())
-        with jaxkv.Engine(model, config, **place if devices > 1 else {}) as engine:
+        with jaxkv.Engine(model, config, **place) as engine:
             _answered(engine, 1, context)  # compiles
             tokens, seconds = _answered(engine, 2 * num_rows, context)
         rate = tokens / seconds / devices
@@ -328,24 +328,24 @@ def _random_model(shape: tuple[int, ...], place: dict[str, Any]) -> Any:
         num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
     )  # fmt: skip
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    spread = Spread.of(place["mesh"], place["axes"])
+    spread = Spread.of(place["mesh"], place["axes"]) if place else None
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     for path, param in params:
-        where = sharding_of(model, path, param, spread)
+        where = None if spread is None else sharding_of(model, path, param, spread)
         param.set_value(_normal(param.shape, param.dtype, where))
     nnx.update(model, nnx.from_flat_state(params))
     return model
 
 
 @functools.lru_cache(maxsize=64)
-def _normal_program(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:
+def _normal_program(shape: tuple[int, ...], dtype: Any, where: NamedSharding | None) -> Any:
     def draw() -> jax.Array:
         return jax.random.normal(jax.random.key(0), shape, dtype) * jnp.asarray(0.02, dtype)
 
     return jax.jit(draw, out_shardings=where)
 
 
-def _normal(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> jax.Array:
+def _normal(shape: tuple[int, ...], dtype: Any, where: NamedSharding | None) -> jax.Array:
     return _normal_program(shape, dtype, where)()
 
 

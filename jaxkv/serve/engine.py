@@ -21,7 +21,7 @@ from jaxkv.serve.batch import Arrived, Batch
 from jaxkv.serve.calibration import Constants
 from jaxkv.serve.checks import check_config, check_request
 from jaxkv.serve.figures import Figures
-from jaxkv.serve.model_step import Model
+from jaxkv.serve.model_step import Model, Weights
 from jaxkv.serve.request import Prepare, Request
 from jaxkv.serve.runner import Runner
 from jaxkv.serve.sampling import Sampling
@@ -66,7 +66,7 @@ class Engine:
       constants: what a codec with state has learned, from `jaxkv.calibrate`; if None, and after an
         `update`, what it learns from 128 tokens that have nothing to do with the requests.
       tracker: a ledger that the cache is entered in.
-      device: where the cache lives.
+      device: where the cache lives; where the model is bound to, if None.
       mesh, axes: the devices over which requests and KV heads are spread, as in `jaxkv.create`.
         Each part of the batch, a data rank, has a pool of pages of its own: requests share what
         they have in common there. One goes where most of its prompt is found, and then where most
@@ -126,6 +126,8 @@ class Engine:
         snapshot_every: int | None = None,
     ):
         spread = _checked_spread(mesh, axes, swap_space, config)
+        if device is None and spread is None:
+            device = Weights.of(model).home
         on_cpu = (platform_at(device) if spread is None else spread.platform) == "cpu"
         prefill_rows = (1 if on_cpu else 8) if prefill_rows is None else prefill_rows
         token_budget = (512 if on_cpu else 8192) if token_budget is None else token_budget

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxkv.cache.axes import Axes, Spread
 from jaxkv.cache.checks import checked_prompt
@@ -218,7 +218,7 @@ def generate(
       stream_every: tokens of a prompt that arrive at once, at most; 1 for each by itself. With a
         draft, steps whose tokens do.
       tracker: a ledger that the cache is entered in.
-      device: where the cache lives.
+      device: where the cache lives; where the model is bound to, if None.
       mesh, axes: the devices over which the cache is spread and how, as in `jaxkv.create`.
         Arrays of the model that are on one device are copied to all of the mesh.
       draft: who guesses tokens, as `jaxkv.drafts.NGram` does, for the model to check several in one
@@ -251,20 +251,12 @@ def generate(
         for number, prompt in enumerate(prompts)
     ]
     check_count("generate: max_new_tokens", max_new_tokens)
-    chunk = prefill_chunk
-    if chunk is None:
-        chunk = _chunk_size(model, checked, config, device, mesh)
-    check_count("generate: prefill_chunk", chunk)
-    config = _cache_config(model, checked, max_new_tokens, max_context_length, codec, chunk, config)
     stops = getattr(model, "stop_tokens", ()) if stop_tokens is None else stop_tokens
     check_count("generate: stream_every", stream_every)
-    strings = StopStrings.of(stop_strings, tokenizer)
     spread = Spread.of(mesh, axes)
     if spread is not None:
         mesh = spread.automatic.mesh
     compression = _compression(policy, keep, spread)
-    if draft is not None:
-        check_draft("generate", draft, model, config, num_guesses)
     program: Any = Program.of(
         model,
         sampling,
@@ -275,10 +267,21 @@ def generate(
         draft=draft,
         on=spread and spread.automatic,
     )
+    if device is None and mesh is None:
+        device = program.weights.home
+    chunk = prefill_chunk
+    if chunk is None:
+        chunk = _chunk_size(model, checked, config, device, mesh)
+    check_count("generate: prefill_chunk", chunk)
+    config = _cache_config(model, checked, max_new_tokens, max_context_length, codec, chunk, config)
+    strings = StopStrings.of(stop_strings, tokenizer)
+    if draft is not None:
+        check_draft("generate", draft, model, config, num_guesses)
     left = _left_for_decode(checked, chunk, draws=program.draws)
     more = int(isinstance(draft, HiddenStateDraft))
     chunks = list(_chunks(checked, chunk, left=left, more=more))
-    state: Any = _start(checked, max_new_tokens, seed)
+    place = device if mesh is None else NamedSharding(mesh, PartitionSpec())
+    state: Any = _start(checked, max_new_tokens, seed, place)
     if draft is not None:
         program = DraftProgram.of(program, draft, num_guesses, on=spread and spread.automatic)
         state = program.start(state, checked, config)
@@ -391,7 +394,9 @@ def _worth(state: Speculating, answers: list[_Answer]) -> Speculation:
     return Speculation(steps, guesses, [answer.guessed for answer in answers])
 
 
-def _start(prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[int]) -> State:
+def _start(
+    prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[int], place: Any
+) -> State:
     # The last token of each prompt is the first that decode takes, for its logits.
     last = [prompt[-1] for prompt in prompts]
     seeds = np.asarray([seed] * len(prompts) if np.ndim(seed) == 0 else seed)
@@ -402,9 +407,8 @@ def _start(prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[
     if not whole or seeds.min() < limits.min or seeds.max() > limits.max:
         raise ValueError(f"generate: a seed must be an int32, got {seed!r}.")
     remaining = [max_new_tokens] * len(prompts)
-    return State(
-        *jax.device_put([np.asarray(values, np.int32) for values in (last, remaining, seeds)])
-    )
+    values = [np.asarray(each, np.int32) for each in (last, remaining, seeds)]
+    return State(*jax.device_put(values, place))
 
 
 def _chunk_size(

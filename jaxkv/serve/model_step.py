@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxkv.cache.hybrid import AnyCache
-from jaxkv.devices import platform_of
+from jaxkv.devices import Device, platform_of
 from jaxkv.errors import ModelChangedError
 from jaxkv.serve.closures import Hoisted, hoist, inlined, named_arrays
 
@@ -62,6 +62,17 @@ class Weights:
         if jax.tree_util.treedef_is_leaf(treedef):
             return cls(model, None, named_arrays(model))
         return cls(model, treedef, leaves)
+
+    @property
+    def home(self) -> Device | None:
+        """The one device that the arrays are bound to; None where they are free, or on several.
+
+        What goes from step to step is best made there. A step binds what it returns, and one whose
+        arguments were free the first time is compiled twice.
+        """
+        arrays = (array for array in self.arrays if isinstance(array, jax.Array))
+        bound = set().union(*(array.devices() for array in arrays if array.committed))
+        return bound.pop() if len(bound) == 1 else None
 
     def spread_over(self, mesh: Mesh) -> "Weights":
         """With arrays that are on one device copied to all of a mesh, once and not in each step."""
