@@ -39,6 +39,10 @@ _CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("float16", jaxkv.Contiguous(), {}),
     ("bfloat16", _PAGES, {"softcap": 4.0, "head_dim": 256}),
     ("rotated4", jaxkv.Contiguous(), {"head_dim": 256}),
+    ("int8", jaxkv.Contiguous(), {"kv_heads": 1}),
+    ("int8", _PAGES, {"kv_heads": 4}),
+    ("int8-centred", jaxkv.Contiguous(), {"kv_heads": 3, "heads": 9, "head_dim": 64}),
+    ("rotated4", jaxkv.Contiguous(), {"kv_heads": 2}),
 )
 _TOKENS = (1, 6, 300)  # decode, a few, a chunk
 
@@ -80,8 +84,17 @@ class _Case(NamedTuple):
         return self.options.get("head_dim", 128)
 
     @property
+    def kv_heads(self) -> int:
+        return self.options.get("kv_heads", _KV_HEADS)
+
+    @property
+    def heads(self) -> int:
+        return self.options.get("heads", _HEADS)
+
+    @property
     def of_attend(self) -> dict[str, Any]:
-        return {name: value for name, value in self.options.items() if name != "head_dim"}
+        of_shape = ("head_dim", "kv_heads", "heads")
+        return {name: value for name, value in self.options.items() if name not in of_shape}
 
 
 class _Asked(NamedTuple):
@@ -93,7 +106,7 @@ class _Asked(NamedTuple):
 def _ask(case: _Case) -> _Asked:
     generator = np.random.default_rng()
     cache = _dirty_cache(case, generator)
-    shape = (2, case.tokens, _HEADS, case.head_dim)
+    shape = (2, case.tokens, case.heads, case.head_dim)
     return _Asked(case, cache, generator.standard_normal(shape, np.float32))
 
 
@@ -118,7 +131,7 @@ def _compiled(data: _Asked, name: str) -> Callable[..., jax.Array]:
 def _dirty_cache(case: _Case, generator: np.random.Generator) -> jaxkv.KVCache:
     """Two ragged sequences, their last tokens appended, with NaN wherever nothing was written."""
     config = jaxkv.KVCacheConfig(
-        2, 3000, _KV_HEADS, case.head_dim, batch_size=2, codec=jaxkv.codecs.CODECS[case.codec],
+        2, 3000, case.kv_heads, case.head_dim, batch_size=2, codec=jaxkv.codecs.CODECS[case.codec],
         addressing=case.addressing,
     )  # fmt: skip
     cache = shuffled(jaxkv.create(config), generator)
@@ -129,7 +142,7 @@ def _dirty_cache(case: _Case, generator: np.random.Generator) -> jaxkv.KVCache:
     cache, append = dataclasses.replace(cache, storage=dirty), jax.jit(_append)
     for start in range(0, max(_LENGTHS), _CHUNK):  # a ring takes no more at once
         keys, values = generator.standard_normal(
-            (2, 2, _CHUNK, _KV_HEADS, case.head_dim), np.float32
+            (2, 2, _CHUNK, case.kv_heads, case.head_dim), np.float32
         )
         cache = append(cache, keys, values, jnp.clip(jnp.asarray(_LENGTHS) - start, 0, _CHUNK))
     return cache.with_lengths(jnp.asarray(_LENGTHS) - case.tokens)
@@ -152,17 +165,18 @@ def shuffled(cache: jaxkv.KVCache, generator: np.random.Generator) -> jaxkv.KVCa
 
 def _on_host(data: _Asked) -> np.ndarray:
     cache, queries = data.cache, data.queries
+    heads, kv_heads = data.case.heads, data.case.kv_heads
     window, softcap, sink_logits = (
         data.case.options.get(key) for key in ("window", "softcap", "sink_logits")
     )
     keys, values = (np.asarray(part, np.float64) for part in jaxkv.layer(cache, 1))
     lengths, index = jnp.asarray(_LENGTHS), cache.index
     held = np.asarray(index.key_positions(1, lengths, 0, index.extent))
-    held = np.broadcast_to(held.reshape(2, -1, index.extent), (2, _KV_HEADS, index.extent))
-    tokens, group = queries.shape[1], _HEADS // _KV_HEADS
-    outputs = np.empty((2, len(_some(tokens)), _HEADS, data.case.head_dim))
+    held = np.broadcast_to(held.reshape(2, -1, index.extent), (2, kv_heads, index.extent))
+    tokens, group = queries.shape[1], heads // kv_heads
+    outputs = np.empty((2, len(_some(tokens)), heads, data.case.head_dim))
     for row, (place, token), head in itertools.product(
-        range(2), enumerate(_some(tokens)), range(_KV_HEADS)
+        range(2), enumerate(_some(tokens)), range(kv_heads)
     ):
         length, own = _LENGTHS[row] - tokens + token + 1, slice(head * group, (head + 1) * group)
         positions = held[row, head]

@@ -31,6 +31,9 @@ _CODES = [(each.levels, each.rotation) for each in (Int8(), Rotated(bits=4), Rot
 MOST_TOKENS = 8  # of a sequence
 _MOST_QUERIES = 32  # of a KV head; more do not fit in registers
 _LOG2_E = 1.4426950408889634
+# What is copied at once begins at a multiple of so many bytes in shared memory, and has at most so
+# many numbers along an axis.
+_COPIED_BYTES, _COPIED_NUMBERS, _SCALE_BYTES = 128, 256, 2
 
 
 def cannot_serve(cache: KVCache, tokens: int) -> str | None:
@@ -64,8 +67,8 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
         return f"head_dim is {config.head_dim}, and it takes 64, 128 or 256"
     if codec.levels and len(codec.levels) == 4 and config.head_dim == 64:
         return "it takes at least 32 bytes a vector, and rotated2 with a head_dim of 64 has 16"
-    if not in_16_bits and config.num_kv_heads % 8:
-        return f"scales of {config.num_kv_heads} KV heads are not a multiple of 16 bytes"
+    if not in_16_bits and (wrong := _wrong_scales(cache)) is not None:
+        return wrong
     if config.num_slots < TILE:
         return f"it reads {TILE} slots at once, and the cache has {config.num_slots}"
     if index.share is not None and config.codec_state:
@@ -79,6 +82,27 @@ def cannot_read(cache: KVCache, tokens: int) -> str | None:
     elif index.extent % 8:
         return f"each sequence has {index.extent} slots, which is not a multiple of 8"
     return None
+
+
+def _wrong_scales(cache: KVCache) -> str | None:
+    """Why a tile's scales cannot be copied, or None."""
+    kv_heads, run = cache.config.num_kv_heads, cache.index.run
+    if not scales_in_a_row(kv_heads):
+        return None
+    if TILE * kv_heads > _COPIED_NUMBERS:
+        return f"scales of {kv_heads} KV heads are not a multiple of 16 bytes"
+    piece = min(run, TILE) if cache.index.pages is not None and run else TILE
+    if piece * kv_heads * _SCALE_BYTES % _COPIED_BYTES:
+        return (
+            f"scales of {piece} slots and {kv_heads} KV heads, a page's, are not a multiple of "
+            f"{_COPIED_BYTES} bytes"
+        )
+    return None
+
+
+def scales_in_a_row(kv_heads: int) -> bool:
+    """Whether a tile's scales are copied as one row, since a slot's are no multiple of 16 bytes."""
+    return kv_heads % 8 != 0
 
 
 def _too_many(queries: int) -> str:
@@ -130,7 +154,9 @@ def _decode(request: AttentionCall, interpret: object) -> tuple[Grouped, LogTota
     if (count := tokens * group) > _MOST_QUERIES:
         raise ValueError(f"implementation 'mosaic' cannot serve this call: {_too_many(count)}.")
     specs = cache.config.codec.leaves(head_dim)
-    leaves = tuple(bitcast(cache.storage[name], specs[name][1]) for name in specs)
+    numbers, *scales = (bitcast(cache.storage[name], specs[name][1]) for name in specs)
+    if scales_in_a_row(kv_heads):
+        scales = [leaf.reshape(*leaf.shape[:2], -1) for leaf in scales]
     scale = jnp.float32(_unit(request))
     rotates = cache.config.codec.rotation is not None
     if rotates:
@@ -147,7 +173,7 @@ def _decode(request: AttentionCall, interpret: object) -> tuple[Grouped, LogTota
     columns = _columns(queries)
     mixes, sums = kernel.decode_parts(
         columns,
-        leaves,
+        (numbers, *scales),
         jnp.asarray(request.layer, jnp.int32).reshape(1),
         jnp.stack(_bounds(request), axis=-1),
         _page_table(cache),

@@ -192,7 +192,8 @@ def decode_parts(
         token's after another's, padded to a multiple of 8. In units of log2(e) unless there is a
         softcap. For packed codes they and the mixes are as before the product with a Hadamard
         matrix.
-      leaves: of the cache: ``[layers, 2, ctx, kv_heads, ...]``.
+      leaves: of the cache: ``[layers, 2, ctx, kv_heads, ...]``; scales of few heads
+        ``[layers, 2, ctx * kv_heads]``, since what is copied must be whole 16 bytes.
       layer: int32 ``[1]``.
       bounds: int32 ``[batch, 4]``: the first visible slot, and the one after the last; and of a
         gap between them, whose slots are hidden, likewise. For several tokens ``[batch, 6]``: for
@@ -212,6 +213,8 @@ def decode_parts(
     both, interpreted = 2 * rows, interpret is not None
     stages, piece, turning = plan.stages, plan.piece, plan.turning
     pieces = TILE // piece
+    in_a_row = quantized and leaves[1].ndim == 3
+    scales_per_slot = kv_heads if in_a_row else 1  # along the axis that is cut
     scores_shape, mix_shape = (TILE, rows), (head_dim, rows)
 
     def body(query_ref, *refs):
@@ -234,13 +237,22 @@ def decode_parts(
                 gpu.copy_in(source.at[row, head, tile], buffer.at[stage], arrived[0].at[stage])
             for at, page in enumerate(its_pages):
                 inside = lax.rem(start + at * piece, plan.page_size)
-                held = gpu.span(jnp.maximum(page, 0) * plan.page_size + inside, piece)
-                place = stage if pieces == 1 else (stage, gpu.span(at * piece, piece))
+                first = jnp.maximum(page, 0) * plan.page_size + inside
+
+                def place(per_slot, at=at):
+                    whole = gpu.span(at * piece * per_slot, piece * per_slot)
+                    return stage if pieces == 1 else (stage, whole)
+
+                held = gpu.span(first, piece)
+                of_scales = gpu.span(first * scales_per_slot, piece * scales_per_slot)
                 for side in range(2):
-                    sources = [leaf_refs[0].at[layer, side, held, head]]
-                    sources += [leaf.at[layer, side, held] for leaf in leaf_refs[1:]]
-                    for source, buffer in zip(sources, buffers[side], strict=True):
-                        gpu.copy_in(source, buffer.at[place], arrived[side].at[stage])
+                    numbers, *its_scales = buffers[side]
+                    source = leaf_refs[0].at[layer, side, held, head]
+                    gpu.copy_in(source, numbers.at[place(1)], arrived[side].at[stage])
+                    for leaf, buffer in zip(leaf_refs[1:], its_scales, strict=True):
+                        source = leaf.at[layer, side, of_scales]
+                        target = buffer.at[place(scales_per_slot)]
+                        gpu.copy_in(source, target, arrived[side].at[stage])
 
         gpu.copy_in(query_ref.at[row, head], raw_queries, ready)
         if turning:
@@ -280,7 +292,10 @@ def decode_parts(
             gpu.commit()
 
         def scales_of(side, stage):
-            return gpu.load(buffers[side][1].at[stage, :, head], gpu.ROW_VECTOR).astype(jnp.float32)
+            scales = buffers[side][1].at[stage]
+            if in_a_row:
+                scales = scales.reshape(TILE, kv_heads)
+            return gpu.load(scales.at[:, head], gpu.ROW_VECTOR).astype(jnp.float32)
 
         def of_second(scales):  # of zeros too
             return lax.bitcast_convert_type(scales, jnp.int32) < 0
@@ -398,7 +413,8 @@ def decode_parts(
     stored = leaves[0].dtype
     codes = gpu.shared_tiles((stages, TILE, leaves[0].shape[-1]), stored)
     number = jnp.bfloat16 if quantized else stored  # what values are multiplied in
-    scales = [gpu.shared((stages, TILE, kv_heads), leaf.dtype) for leaf in leaves[1:]]
+    of_tile = (TILE * kv_heads,) if in_a_row else (TILE, kv_heads)
+    scales = [gpu.shared((stages, *of_tile), leaf.dtype) for leaf in leaves[1:]]
     side = (codes, *scales)
     wide = [gpu.shared_tiles((TILE, head_dim), jnp.bfloat16)] if quantized else []
     if plan.levels:
