@@ -90,7 +90,8 @@ def _ours(model: Any) -> Run:
             stop_tokens=(),
         )  # fmt: skip
         timings = result.timings
-        return timings.prefill_seconds, timings.decode_seconds / _NEW, result.tokens[0]
+        seconds = 1 / timings.decode_tokens_per_second
+        return timings.prefill_seconds, seconds, result.tokens[0]
 
     return compute
 

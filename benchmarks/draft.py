@@ -58,19 +58,19 @@ def _measure(
         "sampling": sampling,
         "stop_tokens": (),
     }
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    rates: dict[bool, list[float]] = {False: [], True: []}  # tokens per second
     results = {}
     for _ in range(repeats):
         for drafts in (False, True):
             draft = NGram() if drafts else None
             results[drafts] = jaxkv.generate(model, [prompt], draft=draft, **options)
-            seconds[drafts].append(results[drafts].timings.decode_seconds)
-    plain, drafted = (float(np.median(seconds[drafts])) for drafts in (False, True))
+            rates[drafts].append(results[drafts].timings.decode_tokens_per_second)
+    plain, drafted = (float(np.median(rates[drafts])) for drafts in (False, True))
     worth = results[True].speculation
     return {
-        "plain tokens/s": new / plain,
-        "with draft": new / drafted,
-        "x plain": plain / drafted,
+        "plain tokens/s": plain,
+        "with draft": drafted,
+        "x plain": drafted / plain,
         "tokens per step": worth.tokens_per_step,
         "% of guesses right": 100 * worth.accepted / max(1, worth.guesses),
         "same tokens": str(results[True].tokens == results[False].tokens),
