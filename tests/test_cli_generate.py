@@ -48,7 +48,7 @@ def test_the_embedded_model_streams_and_reports(capsys):
     assert main(line) == 0
     out = capsys.readouterr().out
     assert out.startswith("import os\n")
-    assert "decode       20 tokens, " in out
+    assert "decode       19 tokens, " in out
     planned = 2 * 5 * 64 * 2 * 64 * 4 + 4
     assert f"planned      {planned:,} bytes, held {planned:,} bytes" in out
     assert "1 sequence x 64 tokens x 5 layers x 2 KV heads x 64, float32" in out

@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -20,22 +19,20 @@ from jaxkv.drafts.draft import AnyDraft, HiddenStateDraft
 from jaxkv.memory import MemoryTracker, session
 from jaxkv.memory.session import holding
 from jaxkv.serve.calibration import Constants, with_constants
-from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Chunk, New, Prefilled, Program, State
+from jaxkv.serve.decode import TOKENS_PER_DISPATCH, Chunk, Program, State
 from jaxkv.serve.decode import prefill_chunk as best_chunk
 from jaxkv.serve.ending import Ending
+from jaxkv.serve.generating import Answer, Generating
 from jaxkv.serve.model_step import Model
 from jaxkv.serve.request import Prepare
 from jaxkv.serve.sampling import Sampling
 from jaxkv.serve.speculate import NUM_GUESSES, DraftProgram, Speculating, check_draft
-from jaxkv.show.progress import progress_bar
 from jaxkv.show.stop_strings import StopStrings
 
 if TYPE_CHECKING:  # loaded when they are asked for
     from jaxkv.compression.budgets import Keep
     from jaxkv.policies import Policy
     from jaxkv.serve.compressed import Compression
-
-T = TypeVar("T")
 
 _SMALLEST_CONTEXT = 512
 # A layer with a window keeps a chunk beside it: no longer a one than that, or than the window.
@@ -126,32 +123,6 @@ class Generation:
     config: AnyConfig
     texts: list[str] | None = None
     speculation: Speculation | None = None
-
-
-class _Answer:
-    """What was found for a prompt so far."""
-
-    def __init__(self, prompt: np.ndarray, ending: Ending):
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.guessed: list[bool] = []
-        self.finish_reason: str | None = None
-        self._prompt, self._ending = prompt, ending
-
-    def take(self, new: New, row: int) -> list[int]:
-        """Enter what a dispatch found, and return what of it counts."""
-        if self.finish_reason is not None:  # by a stop string, which the device knows nothing of
-            return []
-        tokens, logprobs, failed = new.of(row)
-        answer, known = [*self.tokens, *tokens], len(self.tokens)
-        count, self.finish_reason = self._ending.of(self._prompt, answer, known, failed)
-        self.tokens = answer[:count]
-        self.logprobs += logprobs[: count - known]
-        self.guessed += new.guesses_of(row)[: count - known]
-        return answer[known:count]
-
-    def text(self) -> str:
-        return self._ending.text_of(self._prompt, self.tokens)
 
 
 def generate(
@@ -286,97 +257,54 @@ def generate(
         program = DraftProgram.of(program, draft, num_guesses, on=spread and spread.automatic)
         state = program.start(state, checked, config)
     ending = Ending(max_new_tokens, program.stop_tokens, strings, tokenizer)
-    answers = [_Answer(prompt, ending) for prompt in checked]
-    streams = on_tokens is not None
-    num_prefilled = sum(int(each.num_tokens.sum()) for each in chunks)
-    num_wanted = len(checked) * max_new_tokens
-    clock = _Clock()
-    answered = left == 0 and max_new_tokens == 1  # by prefill alone
+    answers = [Answer(prompt, ending) for prompt in checked]
+    generating = Generating(program, state, chunks, answers, on_tokens)
+    ends_in_prefill = left == 0 and max_new_tokens == 1
 
-    def take(found: New) -> int:
-        """Enter what was found, and count what of it is new."""
-        found, fresh = jax.device_get(found), 0
-        for number, answer in enumerate(answers):
-            tokens = answer.take(found, number)
-            if on_tokens is not None and tokens:
-                on_tokens(number, tokens)
-            fresh += len(tokens)
-        return fresh
+    def worth() -> Speculation:
+        return _worth(generating.state, answers)
 
     with contextlib.ExitStack() as stack:
         live = stack.enter_context(
             session(config, tracker=tracker, device=device, mesh=mesh, axes=axes)
         )
-
-        def prefilled() -> Iterator[tuple[Chunk, Prefilled]]:
-            nonlocal state
-            for each in chunks:
-                state, live.cache, done = program.prefill(state, each, live.cache)
-                yield each, done
-
-        with clock.runs("compile"):
+        with generating.runs("compile"):
             live.cache = with_constants(program.weights, live.cache, constants, mesh)
             if prepare is not None:
                 live.cache = prepare(live.cache)
-            program.compile_prefill(state, chunks, live.cache)
-            if compression is None and not answered:
-                program.compile_decode(state, live.cache)
-        first = 0
-        with clock.runs("prefill"):
-            with progress_bar("prefill", num_prefilled, quiet=streams) as advance_bar:
-                for each, done in _one_behind(prefilled()):
-                    jax.block_until_ready(done.lengths)
-                    if compression is not None:
-                        compression.see(done.queries, each.num_tokens, num_chunks=len(chunks))
-                    if done.new is not None:
-                        first += take(done.new)
-                    advance_bar(int(each.num_tokens.sum()))
+            generating.compile_prefill(live)
+            if compression is None and not ends_in_prefill:
+                generating.compile_decode(live)
+        with generating.runs("prefill"):
+            generating.prefill(live, compression)
             if compression is not None and chunks:
                 small = compression.apply(live.cache, new=max_new_tokens)
                 stack.close()
                 live = stack.enter_context(holding(small, tracker=tracker))
         if compression is not None:
-            with clock.runs("compile"):
-                program.compile_decode(state, live.cache)
-        with (
-            clock.runs("decode"),
-            progress_bar("decode", num_wanted - first, quiet=streams) as advance_bar,
-        ):
-            while any(answer.finish_reason is None for answer in answers):
-                state, live.cache, found = program.decode(state, live.cache)
-                fresh = take(found)
-                worth = None if draft is None else _worth(state, answers).tokens_per_step
-                advance_bar(fresh, worth)
+            with generating.runs("compile"):
+                generating.compile_decode(live)
+        with generating.runs("decode"):
+            per_step = None if draft is None else lambda: worth().tokens_per_step
+            generating.decode(live, len(checked) * max_new_tokens, per_step)
         config = live.config
 
+    num_decoded = sum(len(answer.tokens) for answer in answers) - generating.num_first
     return Generation(
         tokens=[answer.tokens for answer in answers],
         logprobs=[answer.logprobs for answer in answers],
         finish_reasons=[answer.finish_reason or "length" for answer in answers],
         timings=Timings(
-            clock.seconds["compile"],
-            clock.seconds["prefill"],
-            num_prefilled,
-            clock.seconds["decode"],
-            sum(len(answer.tokens) for answer in answers) - first,
+            generating.seconds["compile"],
+            generating.seconds["prefill"],
+            generating.num_prefilled,
+            generating.seconds["decode"],
+            num_decoded,
         ),
         config=config,
         texts=None if tokenizer is None else [answer.text() for answer in answers],
-        speculation=None if draft is None else _worth(state, answers),
+        speculation=None if draft is None else worth(),
     )
-
-
-class _Clock:
-    """Seconds that the parts of a generation took."""
-
-    def __init__(self) -> None:
-        self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
-
-    @contextlib.contextmanager
-    def runs(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - start
 
 
 def _compression(
@@ -389,7 +317,7 @@ def _compression(
     return Compression.of(policy, keep, spread)
 
 
-def _worth(state: Speculating, answers: list[_Answer]) -> Speculation:
+def _worth(state: Speculating, answers: list[Answer]) -> Speculation:
     steps, guesses = (int(each.sum()) for each in jax.device_get((state.steps, state.num_guesses)))
     return Speculation(steps, guesses, [answer.guessed for answer in answers])
 
@@ -450,15 +378,6 @@ def _chunks(prompts: list[np.ndarray], size: int, *, left: int, more: int) -> It
             row[: len(some)] = some
         ends = (num_tokens > 0) & (start + num_tokens == whole)
         yield Chunk(tokens, num_tokens, ends)
-
-
-def _one_behind(steps: Iterator[T]) -> Iterator[T]:
-    """Each step when the one after it is on its way."""
-    last: list[T] = []
-    for step in steps:
-        yield from last
-        last = [step]
-    yield from last
 
 
 def _cache_config(
