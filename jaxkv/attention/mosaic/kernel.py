@@ -292,10 +292,12 @@ def decode_parts(
             gpu.commit()
 
         def scales_of(side, stage):
-            scales = buffers[side][1].at[stage]
+            tile, layout = buffers[side][1].at[stage], gpu.ROW_VECTOR
             if in_a_row:
-                scales = scales.reshape(TILE, kv_heads)
-            return gpu.load(scales.at[:, head], gpu.ROW_VECTOR).astype(jnp.float32)
+                scales = gpu.load_every(tile, kv_heads, head, layout, interpret=interpreted)
+            else:
+                scales = gpu.load(tile.at[:, head], layout)
+            return scales.astype(jnp.float32)
 
         def of_second(scales):  # of zeros too
             return lax.bitcast_convert_type(scales, jnp.int32) < 0

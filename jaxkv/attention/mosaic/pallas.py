@@ -65,6 +65,14 @@ def load(ref: Any, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
     return plgpu.load(ref, *_NO_INDEX, layout=layout, optimized=False)
 
 
+def load_every(ref: Any, step: int, first: jax.Array, layout: Any, *, interpret: bool) -> jax.Array:
+    """Each so many numbers of a vector in shared memory, from the first of them on."""
+    size = ref.shape[0] // step
+    if interpret:  # without a GPU a reference cannot be reshaped
+        return lax.dynamic_index_in_dim(ref[...].reshape(size, step), first, 1, keepdims=False)
+    return load(ref.reshape(size, step).at[:, first], layout)
+
+
 def upright(matrix: jax.Array) -> jax.Array:
     """From the transposed layout to that of products."""
     return plgpu.layout_cast(matrix, plgpu.Layout.WGMMA)
