@@ -18,7 +18,7 @@ from jaxkv.compression.budgets import share_of
 from jaxkv.compression.gather import gathered
 from jaxkv.compression.scoring import for_all_slots, scores_of
 from jaxkv.counts import ceil_div
-from jaxkv.drafts.draft import AnyDraft
+from jaxkv.drafts.draft import AnyDraft, HiddenStateDraft
 from jaxkv.errors import ConfigError
 from jaxkv.paging import PageAllocator
 from jaxkv.policies import Policy, named_policy
@@ -279,7 +279,11 @@ def _reasons(
         "the cache must be on one device, where what was chosen is. Leave mesh= and axes= out; "
         "jaxkv.compress takes a cache that is spread, in a loop of your own.",
     )
-    yield draft is not None, "there can be no draft yet. Leave draft= out; generate takes both."
+    yield (
+        isinstance(draft, HiddenStateDraft),
+        "a draft must not be a module of the model, whose keys are in the cache's pages beside "
+        "layers that attend, as MTP's are. Take jaxkv.drafts.NGram() or a DraftModel.",
+    )
     yield (
         swap_space,
         f"swap_space must be 0, got {swap_space}: what was chosen is not brought to host memory. "

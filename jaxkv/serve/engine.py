@@ -100,8 +100,8 @@ class Engine:
 
     Raises:
       ConfigError: a cache that is no shared paged pool, or that the axes cannot split; or, with a
-        policy, a mesh, a draft, ``swap_space``, layers with windows, states or cross-attention, or
-        newest tokens.
+        policy, a mesh, ``swap_space``, a draft that is a module of the model, layers with windows,
+        states or cross-attention, or newest tokens.
       ValueError: a policy without ``keep``, one that is not there, or that looks at all queries.
       CacheAllocationError: it does not fit.
 

@@ -162,20 +162,17 @@ def decode(
 
     shape = (num_steps, len(rows.last))
     new = New(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    begun = _as_rows_see_it(cache, rows, kept)
+    *_, decoded, new = lax.while_loop(unfinished, one_step, (0, *rows[:2], begun, new))
+    return _as_pool(decoded, cache, kept), everywhere(cache, new)
+
+
+def _as_rows_see_it(cache: AnyCache, rows: Rows, kept: Kept | None) -> AnyCache:
+    """The pool with the sequences of these rows: whole, or what was chosen and what came since."""
     if kept is None:
-        placed = _placed(cache, rows.tables, rows.lengths, rows.prompts)
-    else:
-        placed = _chosen(cache, rows, kept)
-    *_, decoded, new = lax.while_loop(unfinished, one_step, (0, *rows[:2], placed, new))
-    if kept is not None:
-        decoded = _as_pool(decoded, cache)
-    return decoded, everywhere(decoded, new)
-
-
-def _chosen(cache: AnyCache, rows: Rows, kept: Kept) -> AnyCache:
-    """A pool as rows see it that hold what was chosen and what came since."""
+        return _placed(cache, rows.tables, rows.lengths, rows.prompts)
     (pool,), (table,), chosen = cache.groups, rows.tables, rows.chosen
-    assert chosen is not None
+    assert chosen is not None, "it comes with an addressing for it"
     lengths = jnp.asarray(rows.lengths)
     index = kept.init(pool.config.max_context_length, pool.config.batch_size)
     assert index.pages is not None
@@ -185,8 +182,10 @@ def _chosen(cache: AnyCache, rows: Rows, kept: Kept) -> AnyCache:
     return cache.with_groups([dataclasses.replace(pool, index=index, config=config)])
 
 
-def _as_pool(cache: AnyCache, pool: AnyCache) -> AnyCache:
-    """The pool, with what a cache over its buffers wrote."""
+def _as_pool(cache: AnyCache, pool: AnyCache, kept: Kept | None) -> AnyCache:
+    """The other way round: the pool, with what rows wrote."""
+    if kept is None:
+        return cache
     (group,), (written,) = pool.groups, cache.groups
     return pool.with_groups([dataclasses.replace(group, storage=written.storage)])
 
@@ -216,12 +215,14 @@ def speculate(
     num_guesses: int,
     sampling: Sampling,
     num_steps: int,
+    kept: Kept | None = None,
 ) -> tuple[AnyCache, New, Drafting, tuple[Array, Array]]:
     """`decode` with a draft: as many tokens, in as many steps or fewer.
 
     Args:
       arrays: of the draft.
       text: tokens of each row so far.
+      kept: as for `decode`.
 
     Returns:
       Last, how many steps and guesses there were.
@@ -232,12 +233,11 @@ def speculate(
     )
     state = State(last, jnp.minimum(remaining, num_steps), seeds)
     begun = Speculating.begin(state, text, drafting.pace, drafting.draft)
-    placed = _placed(cache, rows.tables, rows.lengths, rows.prompts)
-    now, cache, new = decode_with(
+    now, decoded, new = decode_with(
         model,
         begun,
         draft.whole(arrays),
-        placed,
+        _as_rows_see_it(cache, rows, kept),
         stop_tokens,
         known,
         num_guesses=num_guesses,
@@ -245,7 +245,7 @@ def speculate(
         num_steps=num_steps,
     )
     counts = everywhere(cache, (now.steps.sum(), now.num_guesses.sum()))
-    return cache, new, Drafting(now.pace, now.draft), counts
+    return _as_pool(decoded, cache, kept), new, Drafting(now.pace, now.draft), counts
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

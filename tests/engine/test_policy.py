@@ -15,6 +15,7 @@ import jaxkv
 from jaxkv.policies import HeavyHitters, KeyDiff, QueryWindow
 from jaxkv.serve.choice import choose, joined
 from tests.compiled import assert_in_place, compiled_as_users_do
+from tests.drafts.ahead import TOY, config_of
 from tests.engine.pools import POOLS
 from tests.engine.requests import (
     CHUNK,
@@ -56,6 +57,7 @@ CASES = {
     "one query": ("tova", 9, "rotated4-centred", {"prefill_rows": 3}),
     "longer than most prompts": ("snapkv", 0.3, "float16", {}),
     "less than is protected": ("streaming_llm", 3, "int8-centred", {}),
+    "a draft": ("keydiff", 0.4, "float32", {"draft": jaxkv.drafts.NGram()}),
     "remembers": (LastHits(), 12, "float32", {"decode_steps": 1}),
     "a function": (loudest, 0.25, "rotated2", {"prefill_chunk": 24}),
 }
@@ -92,7 +94,7 @@ def assert_answers(requests, expected):
         np.testing.assert_allclose(request.logprobs, logprobs, atol=2e-5)
 
 
-@pytest.mark.slow_cases("share|one query|longer|less|remembers|function")
+@pytest.mark.slow_cases("share|one query|longer|less|remembers|draft|function")
 @pytest.mark.parametrize("case", CASES)
 def test_answers_are_those_of_generate(model, case):
     policy, keep, codec, options = CASES[case]
@@ -113,7 +115,8 @@ def test_answers_are_those_of_generate(model, case):
         assert running.figures.preemptions == 0
         for one, other, third in zip(requests, again, fresh, strict=True):
             assert one.tokens == other.tokens == third.tokens
-            assert one.logprobs == other.logprobs == third.logprobs, "to the bit"
+            if "draft" not in options:  # whose steps are of one token or several, as it comes
+                assert one.logprobs == other.logprobs == third.logprobs, "to the bit"
 
 
 def stored(running, request):
@@ -367,7 +370,16 @@ REFUSALS = {
     "none": ({"policy": "keydiff", "keep": 0}, "at least 1, or a share .* got 0"),
     "a share of more": ({"policy": "keydiff", "keep": 1.5}, "got 1.5"),
     "a number a layer": ({"policy": "keydiff", "keep": (8, 9)}, r"got \(8, 9\)"),
-    "a draft": ({"policy": "keydiff", "keep": 8, "draft": jaxkv.drafts.NGram()}, "no draft yet"),
+    "a module": (
+        {
+            "policy": "keydiff",
+            "keep": 8,
+            "draft": jaxkv.drafts.MTP(),
+            "model": TOY,
+            "config": config_of(4, addressing=jaxkv.Paged(PAGE, 16)),
+        },
+        "a draft must not be a module of the model",
+    ),
     "swap space": ({"policy": "keydiff", "keep": 8, "swap_space": 9}, "must be 0, got 9"),
     "windows": ({"policy": "keydiff", "keep": 8, "config": WINDOWS}, "one pool without a window"),
     "newest": ({"policy": "keydiff", "keep": 8, "config": NEWEST}, "no newest tokens beside it"),
@@ -386,9 +398,9 @@ REFUSALS = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_goes_with_no_policy_is_refused(model, case):
     options, message = REFUSALS[case]
-    options = dict(options)
+    options = {"model": model} | options
     config = options.pop("config", None) or model.cache_config(
         max_context_length=CONTEXT, batch_size=4, addressing=jaxkv.Paged(PAGE, 16)
     )
     with pytest.raises(ValueError, match=message):
-        jaxkv.Engine(model, config, prefill_chunk=CHUNK, **options)
+        jaxkv.Engine(config=config, prefill_chunk=CHUNK, **options)
