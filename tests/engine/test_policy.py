@@ -1,6 +1,7 @@
 """An engine with a policy against `generate` with it, of each prompt alone."""
 
 import dataclasses
+import logging
 from collections import Counter
 from typing import ClassVar
 
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 
 import jaxkv
 from jaxkv.policies import HeavyHitters, KeyDiff, QueryWindow
+from jaxkv.serve import steps
 from jaxkv.serve.choice import choose, joined
+from jaxkv.serve.model_step import Weights
 from tests.compiled import assert_in_place, compiled_as_users_do
 from tests.drafts.ahead import TOY, config_of
-from tests.engine.pools import POOLS
+from tests.engine.pools import POOLS, embedding
 from tests.engine.requests import (
     CHUNK,
     CONTEXT,
@@ -346,19 +349,69 @@ def test_newest_queries_are_joined(num_tokens):
     np.testing.assert_array_equal(got[0], expected)
 
 
-def test_choosing_is_in_place():
-    config = jaxkv.KVCacheConfig(
-        2, 1024, 2, 32, 4, jaxkv.Dense("float32"), jaxkv.Paged(16, num_pages=4096)
-    )
+def test_choosing_and_decoding_are_in_place(model):
+    paged = jaxkv.Paged(16, num_pages=4096)
+    config = model.cache_config(max_context_length=1024, batch_size=4, addressing=paged)
     cache = jax.eval_shape(lambda: jaxkv.create(config))
-    kept = jaxkv.Kept(tokens=128, new=1024, num_layers=2, num_kv_heads=2, within=config.addressing)
-    positions, numbers, held, table = (
-        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 4, 2, 128), (3,), (64,), (72,))
+    kept = jaxkv.Kept(tokens=128, new=1024, num_layers=2, num_kv_heads=2, within=paged)
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    given = ints(2, 4, 2, 128), ints(3), ints(64), ints(72), None
+    chooses = choose.lower(cache, *given, policy=KeyDiff(), kept=kept)
+    four, chosen = ints(4), steps.Chosen(ints(2, 4, 2, 128), ints(4))
+    rows = four, four, four, four, four, ints(4, 1), ints(4, 8), (ints(4, 72),), None, chosen
+    decodes = steps.decode.lower(
+        Weights.of(model), steps.Rows(*rows), cache, sampling=HOT, num_steps=8, kept=kept
     )
-    lowered = choose.lower(
-        cache, positions, numbers, held, table, None, policy=KeyDiff(), kept=kept
-    )
-    assert_in_place(compiled_as_users_do(lowered), cache, temp_share=0.1)
+    for lowered in (chooses, decodes):
+        assert_in_place(compiled_as_users_do(lowered), cache, temp_share=0.1)
+
+
+def test_each_program_is_compiled_once_for_its_life(model, caplog):
+    options = {"policy": QueryWindow(window=7), "keep": 13, "decode_steps": 3}
+    with (
+        jax.log_compiles(),
+        caplog.at_level(logging.WARNING),
+        engine(model, 23, **options) as running,  # shapes that no other test has
+    ):
+        for number in (1, 4, 0, 5):
+            submit(running, number)
+        run(running)
+    compiled = [record.message for record in caplog.records if "Compiling jit(" in record.message]
+    counts = {
+        name: sum(f"jit({name})" in message for message in compiled)
+        for name in ("prefill", "joined", "choose", "decode")
+    }
+    assert counts == dict.fromkeys(counts, 1), compiled
+
+
+def test_layers_that_read_what_another_keeps():
+    """Three layers, of which the second reads the first; the policy sees queries of two."""
+    kept = jaxkv.KVCacheConfig(2, CONTEXT, 2, 16, codec=jaxkv.Dense("float32"))
+    sources = {"group_of_layer": (0, 0, 0), "source_of_layer": (0, 0, 2)}
+
+    def reads(tokens, cache):
+        x = embedding[tokens]
+        for layer in range(3):
+            heads = x.reshape(*x.shape[:-1], 2, 16)
+            if layer != 1:
+                cache = jaxkv.append(cache, heads, heads, layer=layer)
+            x = x + jaxkv.attend(cache, heads, layer=layer, scale=0.1).reshape(x.shape)
+        return x @ embedding.T, jaxkv.advance(cache, tokens.shape[-1])
+
+    policy = {"policy": QueryWindow(window=5, pool=3), "keep": 8}
+    alone = jaxkv.HybridConfig((kept.replace(batch_size=1),), **sources)
+    options = {"max_new_tokens": 9, "sampling": HOT, "config": alone, **policy}
+    result = jaxkv.generate(reads, [LONG], prefill_chunk=CHUNK, **options)
+    pool = kept.replace(batch_size=2, addressing=jaxkv.Paged(PAGE, 16))
+    config = jaxkv.HybridConfig((pool,), **sources)
+    with jaxkv.Engine(reads, config, prefill_chunk=CHUNK, sampling=HOT, **policy) as running:
+        request = running.submit(LONG, max_new_tokens=9)
+        running.run()
+    assert request.tokens == result.tokens[0]
+    np.testing.assert_allclose(request.logprobs, result.logprobs[0], atol=2e-5)
 
 
 WINDOWS, NEWEST = POOLS["windows"], POOLS["newest too"]
