@@ -177,14 +177,23 @@ class Batch:
         for rank in self.ranks:
             for request in rank.running:
                 if request in rank.rows and request.must_choose:
-                    before = rank.pages.table(request.number)
-                    # What is copied may be copied to these very pages.
-                    rank.pages.truncate(request.number, 0)
-                    request.has_chosen = True
-                    slots = request.num_slots(request.prompt.num_shareable)
-                    if self._make_room(rank, request, slots):
-                        self._runner.choose(request, before, rank.pages.table(request.number))
-                        rank.pages.advance(request.number, slots)
+                    self._choose_of(request, rank)
+
+    def _choose_of(self, request: Request, rank: Rank) -> None:
+        """A policy of the user's own may fail, and then the request waits to begin anew."""
+        before = rank.pages.table(request.number)
+        rank.pages.truncate(request.number, 0)  # what stays may be copied to these very pages
+        request.has_chosen = True
+        slots = request.num_slots(request.prompt.num_shareable)
+        if not self._make_room(rank, request, slots):
+            return
+        try:
+            self._runner.choose(request, before, rank.pages.table(request.number))
+        except BaseException:
+            request.without_pages()
+            self._wait_again(request)
+            raise
+        rank.pages.advance(request.number, slots)
 
     def _keep_states(self, chunks: Iterable[Chunk]) -> None:
         """Take snapshots at the ends of chunks that were just computed, where some are wanted."""

@@ -330,6 +330,23 @@ def test_an_update_begins_them_anew(model):
     assert [request.tokens for request in requests] == [request.tokens for request in again]
 
 
+def test_a_policy_that_fails_leaves_nothing_half_done(model):
+    def too_few(keys, values, queries, positions):
+        return jnp.zeros((2, 3, 4))
+
+    too_few.window = 0
+    with engine(model, policy=too_few, keep=16) as running:
+        request, short = submit(running, 6), submit(running, 2)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"a policy must give \[kv_heads, tokens\]"):
+                running.run()
+            running.pages.check()
+            assert (request.tokens, request.length, request.finish_reason) == ([], 0, None)
+        running.cancel(request)
+        run(running)
+        assert len(short.tokens) == NEW
+
+
 def test_the_ledger_has_what_stands_beside_the_cache(model):
     tracker = jaxkv.MemoryTracker()
     with engine(model, policy="keydiff", keep=16, tracker=tracker) as running:
