@@ -36,7 +36,7 @@ class Batch:
         self.ranks = [Rank(number, own, num_rows) for number, own in enumerate(pages)]
         self.waiting: collections.deque[Request] = collections.deque()
         self._runner, self._figures = runner, figures
-        self._swap = SwapSpace(swap_space, figures, len(pages))
+        self._swap = SwapSpace(swap_space, figures, len(pages), runner.choice)
 
     @property
     def rows(self) -> list[Request | None]:
@@ -124,11 +124,14 @@ class Batch:
 
     def _resume(self, request: Request, rank: Rank) -> None:
         """Other pages with what was kept of its old ones; nothing of it is computed again."""
-        rank.pages.restore(request.number, request.prompt, request.length)
+        slots, prompt = request.num_slots(request.length), request.prompt
+        if request.has_chosen:  # what it holds is of no prompt that others could find
+            prompt = rank.pages.prompt([0], reuse=False)
+        rank.pages.restore(request.number, prompt, slots)
         rank.seat(request)
         self._prepare(request, rank)
         self._runner.session.cache = self._swap.put_back(request, rank, self._runner.session.cache)
-        rank.pages.advance(request.number, request.length)
+        rank.pages.advance(request.number, slots)
 
     def fork(self, request: Request, child: Request) -> bool:
         """Give a request a row and the tokens of one that runs; False if there is none beside it.
@@ -183,9 +186,7 @@ class Batch:
         """A policy of the user's own may fail, and then the request waits to begin anew."""
         before = rank.pages.table(request.number)
         rank.pages.truncate(request.number, 0)  # what stays may be copied to these very pages
-        request.has_chosen = True
-        slots = request.num_slots(request.prompt.num_shareable)
-        if not self._make_room(rank, request, slots):
+        if not self._make_room(rank, request, request.kept_slots):
             return
         try:
             self._runner.choose(request, before, rank.pages.table(request.number))
@@ -193,7 +194,8 @@ class Batch:
             request.without_pages()
             self._wait_again(request)
             raise
-        rank.pages.advance(request.number, slots)
+        request.has_chosen = True
+        rank.pages.advance(request.number, request.kept_slots)
 
     def _keep_states(self, chunks: Iterable[Chunk]) -> None:
         """Take snapshots at the ends of chunks that were just computed, where some are wanted."""
@@ -279,7 +281,8 @@ class Batch:
 
     def _preempt(self, rank: Rank, request: Request) -> None:
         """Take its pages. They come back, or are computed again in the same way: the same bits."""
-        if not self._swap.keep(request, rank, self._runner.session.cache):
+        is_ready = request.num_kept is None or request.has_chosen  # or it would want its queries
+        if not is_ready or not self._swap.keep(request, rank, self._runner.session.cache):
             request.without_pages()
         request.num_preemptions += 1
         self._figures.preemptions += 1

@@ -74,6 +74,11 @@ class Choice:
         """Of device memory, for the positions of what is kept."""
         return self._positions.nbytes
 
+    @property
+    def bytes_per_row(self) -> int:
+        """Of them, for each row."""
+        return self._positions.nbytes // self._positions.shape[1]
+
     def close(self) -> None:
         """Free them."""
         self._positions.delete()
@@ -132,8 +137,18 @@ class Choice:
 
     def copy(self, source: int, row: int) -> None:
         """Let a row keep what another one does."""
-        rows = jax.device_put(np.array([source, row], np.int32))
-        self._positions = copied(self._positions, rows)
+        numbers = jax.device_put((np.int32(source), np.int32(row)))
+        own = row_of(self._positions, numbers[0])
+        self._positions = with_row(self._positions, numbers[1], own)
+
+    def read(self, row: int) -> np.ndarray:
+        """What a row keeps, in host memory."""
+        return np.array(row_of(self._positions, jax.device_put(np.int32(row))))
+
+    def write(self, row: int, positions: np.ndarray) -> None:
+        """Let a row keep what another one did."""
+        given = jax.device_put((np.int32(row), positions))
+        self._positions = with_row(self._positions, *given)
 
     def of_rows(self, rows: Sequence[Request | None]) -> Chosen:
         """What a dispatch is told of it."""
@@ -220,13 +235,18 @@ def joined(
     return jnp.where(is_old, jnp.roll(old, stay - window, axis=1), own)
 
 
+Positions = Int[Array, "layers batch kv_heads kept"]
+OfRow = Int[Array, "layers kv_heads kept"]
+
+
+@jax.jit
+def row_of(positions: Positions, row: Int[Array, ""]) -> OfRow:
+    return positions[:, row]
+
+
 @functools.partial(jax.jit, donate_argnames="positions")
-def copied(
-    positions: Int[Array, "layers batch kv_heads kept"], rows: Int[Array, "2"]
-) -> Int[Array, "layers batch kv_heads kept"]:
-    """Those of one row in another too."""
-    source, row = rows
-    return positions.at[:, row].set(positions[:, source])
+def with_row(positions: Positions, row: Int[Array, ""], own: OfRow) -> Positions:
+    return positions.at[:, row].set(own)
 
 
 def _is_share(keep: object) -> bool:
@@ -240,7 +260,6 @@ def check_policy(
     *,
     spread: Spread | None,
     draft: AnyDraft | None,
-    swap_space: int,
 ) -> None:
     """Refuse what an engine cannot do with a policy.
 
@@ -264,13 +283,13 @@ def check_policy(
             "Engine: keep must be one number of tokens, at least 1, or a share of each prompt's in "
             f"(0, 1], got {keep!r}. generate takes a number for each layer."
         )
-    for is_there, why in _reasons(config, spread, draft, swap_space):
+    for is_there, why in _reasons(config, spread, draft):
         if is_there:
             raise ConfigError(f"Engine: with a policy {why}")
 
 
 def _reasons(
-    config: AnyConfig, spread: Spread | None, draft: AnyDraft | None, swap_space: int
+    config: AnyConfig, spread: Spread | None, draft: AnyDraft | None
 ) -> Iterator[tuple[Any, str]]:
     """What cannot be beside a policy, whether it is there, and what to do."""
     pool = config.groups[0]
@@ -283,11 +302,6 @@ def _reasons(
         isinstance(draft, HiddenStateDraft),
         "a draft must not be a module of the model, whose keys are in the cache's pages beside "
         "layers that attend, as MTP's are. Take jaxkv.drafts.NGram() or a DraftModel.",
-    )
-    yield (
-        swap_space,
-        f"swap_space must be 0, got {swap_space}: what was chosen is not brought to host memory. "
-        "Preempted requests are computed again.",
     )
     yield (
         config.states or config.cross,

@@ -100,8 +100,8 @@ class Engine:
 
     Raises:
       ConfigError: a cache that is no shared paged pool, or that the axes cannot split; or, with a
-        policy, a mesh, ``swap_space``, a draft that is a module of the model, layers with windows,
-        states or cross-attention, or newest tokens.
+        policy, a mesh, a draft that is a module of the model, layers with windows, states or
+        cross-attention, or newest tokens.
       ValueError: a policy without ``keep``, one that is not there, or that looks at all queries.
       CacheAllocationError: it does not fit.
 
@@ -156,7 +156,7 @@ class Engine:
         if policy is not None or keep is not None:
             from jaxkv.serve.choice import check_policy
 
-            check_policy(policy, keep, config, spread=spread, draft=draft, swap_space=swap_space)
+            check_policy(policy, keep, config, spread=spread, draft=draft)
         self._draft, self._num_guesses = draft, num_guesses
         space, every = checked_space(config, snapshot_space, snapshot_every, prefill_chunk, sharing)
         snapshots = StateSnapshots(config, space, prefill_rows, device)

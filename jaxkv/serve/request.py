@@ -109,15 +109,20 @@ class Request:
         return self.num_kept is not None and not self.has_chosen and not self.is_prefilling
 
     @property
+    def kept_slots(self) -> int:
+        """Slots of the whole pages that what stays of its prompt takes."""
+        return ceil_div(self.num_kept or 0, self.prompt.page_size) * self.prompt.page_size
+
+    @property
     def kept_pages(self) -> int:
         """Its first pages, if they hold what a policy chose."""
-        return ceil_div(self.num_kept or 0, self.prompt.page_size) if self.has_chosen else 0
+        return self.kept_slots // self.prompt.page_size if self.has_chosen else 0
 
     def num_slots(self, length: int) -> int:
         """Slots of its pages up to that of the last of so many tokens of its text."""
         if not self.has_chosen:
             return length
-        return self.kept_pages * self.prompt.page_size + length - self.prompt.num_shareable
+        return self.kept_slots + length - self.prompt.num_shareable
 
     @property
     def num_decoded(self) -> int:

@@ -72,7 +72,7 @@ class Runner:
         choice: "Choice | None" = None,
     ):
         self.session, self.pages = session, pages
-        self.snapshots, self._choice = snapshots, choice
+        self.snapshots, self.choice = snapshots, choice
         self.prefill_chunk, self.prefill_rows = prefill_chunk, prefill_rows
         self.decode_steps = decode_steps
         self.num_rows = session.config.batch_size or 1
@@ -171,7 +171,7 @@ class Runner:
     @property
     def _prefilling(self) -> dict[str, Any]:
         """Options of a step of prefill."""
-        window = 0 if self._choice is None else self._choice.window
+        window = 0 if self.choice is None else self.choice.window
         return {"draft": self._takes_prompts, "window": window}
 
     @property
@@ -189,15 +189,15 @@ class Runner:
             self._weights, *given, self.session.cache, **self._prefilling
         )
         self._figures.prefill_steps += 1
-        if self._choice is not None and queries is not None:
+        if self.choice is not None and queries is not None:
             for number, chunk in enumerate(rows):
                 if chunk is not None:
-                    self._choice.see(chunk.request, queries, number, chunk.start, chunk.end)
+                    self.choice.see(chunk.request, queries, number, chunk.start, chunk.end)
 
     def choose(self, request: Request, before: np.ndarray, now: np.ndarray) -> None:
         """Let the policy choose of a prompt, which is in pages, what stays in others."""
-        assert self._choice is not None, "or there is nothing to choose"
-        self.session.cache = self._choice.choose(request, before, now, self.session.cache)
+        assert self.choice is not None, "or there is nothing to choose"
+        self.session.cache = self.choice.choose(request, before, now, self.session.cache)
 
     def _given(self, rows: Sequence[Chunk | None]) -> tuple[Any, ...]:
         """What a step of prefill is told: tokens, how many are real, where they begin, pages."""
@@ -233,8 +233,8 @@ class Runner:
         """The step that decodes, what it is told, and its options."""
         options = {"sampling": self._sampling, "num_steps": self.decode_steps}
         given, cache = jax.device_put(self._dispatch(rows)), self.session.cache
-        if self._choice is not None:
-            options["kept"] = self._choice.kept
+        if self.choice is not None:
+            options["kept"] = self.choice.kept
         if self._draft is None:
             return steps.decode, (given, cache), options
         static, arrays = Static.of(self._draft)
@@ -267,12 +267,12 @@ class Runner:
             known=padded(known, self.decode_steps),
             prompts=column(lambda r: r.prompt.num_shareable),
             tables=self._tables(rows)
-            if self._choice is None
-            else self._choice.tables(rows, self.pages[0]),
+            if self.choice is None
+            else self.choice.tables(rows, self.pages[0]),
             sampling=RowSampling.of([Sampling() if r is None else r.sampling for r in rows])
             if self._by_row
             else None,
-            chosen=None if self._choice is None else self._choice.of_rows(rows),
+            chosen=None if self.choice is None else self.choice.of_rows(rows),
         )
 
     def _tables(self, rows: Sequence[Request | None]) -> steps.Tables:
@@ -325,8 +325,8 @@ class Runner:
     def copy_state(self, source: int, row: int) -> None:
         """Let a row go on from where another one is, with what is of its row."""
         cache = self.session.cache
-        if self._choice is not None:
-            self._choice.copy(source, row)
+        if self.choice is not None:
+            self.choice.copy(source, row)
         if cache.states:
             numbers = jax.device_put((np.int32(source), np.int32(row)))
             states = steps.copy_state(cache.states, *numbers)

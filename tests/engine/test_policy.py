@@ -287,6 +287,37 @@ def test_forks_share_what_was_kept(model):
     assert other.tokens != parent.tokens
 
 
+@pytest.mark.parametrize("policy", [KeyDiff(), QueryWindow(window=20)])
+def test_what_was_chosen_comes_back_from_host_memory(model, policy):
+    options = {"policy": policy, "keep": 12, "codec": "int8", "sampling": HOT}
+
+    def answers(running):
+        requests = [submit(running, number) for number in range(len(TEXTS))]
+        while running.busy:
+            poison_blank(running)
+            running.step()
+            assert_books_exact(running)
+        assert running.pages.usage().held_pages == running.figures.swapped_bytes == 0
+        return [(request.tokens, request.logprobs) for request in requests], running.figures
+
+    with engine(model, 64, **options) as running:
+        expected, figures = answers(running)
+        assert figures.preemptions == 0
+    with engine(model, TIGHT, swap_space=1 << 20, **options) as running:
+        got, figures = answers(running)
+        assert got == expected
+        assert figures.swaps > 0
+        assert figures.repeated_tokens == 0
+        most = figures.most_swapped_bytes
+        # Pages of what was kept and of the answer, and positions: of two layers and two heads.
+        page = PAGE * running.config.bytes_per_token
+        assert most in [n * page + 2 * 2 * 4 * 12 * count for n in range(1, 9) for count in (1, 2)]
+    with engine(model, TIGHT, swap_space=most - 1, **options) as running:
+        got, figures = answers(running)
+        assert got == expected
+        assert figures.most_swapped_bytes < most
+
+
 def test_what_could_never_run_is_refused_and_what_can_runs(model):
     with engine(model, 7, policy="keydiff", keep=16) as running:
         with pytest.raises(jaxkv.CacheFullError, match="57 tokens need 8 pages of 8"):
@@ -450,7 +481,6 @@ REFUSALS = {
         },
         "a draft must not be a module of the model",
     ),
-    "swap space": ({"policy": "keydiff", "keep": 8, "swap_space": 9}, "must be 0, got 9"),
     "windows": ({"policy": "keydiff", "keep": 8, "config": WINDOWS}, "one pool without a window"),
     "newest": ({"policy": "keydiff", "keep": 8, "config": NEWEST}, "no newest tokens beside it"),
     "a mesh": (
