@@ -289,8 +289,7 @@ def test_forks_share_what_was_kept(model):
 
 @pytest.mark.parametrize("policy", [KeyDiff(), QueryWindow(window=40)])
 def test_what_was_chosen_comes_back_from_host_memory(model, policy):
-    # A chunk a round, so that some must make room before all of their queries are there.
-    options = {"policy": policy, "keep": 12, "codec": "int8", "sampling": HOT, "token_budget": 16}
+    options = {"policy": policy, "keep": 12, "codec": "int8", "sampling": HOT}
 
     def answers(running):
         requests = [submit(running, number) for number in range(len(TEXTS))]
@@ -319,6 +318,22 @@ def test_what_was_chosen_comes_back_from_host_memory(model, policy):
         got, figures = answers(running)
         assert got == expected
         assert figures.most_swapped_bytes < most
+
+
+def test_who_makes_room_before_choosing_is_shown_all_queries_again(model):
+    options = {"policy": QueryWindow(window=40), "keep": 12, "token_budget": 1, "sharing": False}
+    answers = []
+    for num_pages in (32, 9):
+        with engine(model, num_pages, swap_space=1 << 20, **options) as running:
+            one, two = running.submit([3] * 7, max_new_tokens=40), submit(running, 6)
+            lengths = []
+            while running.busy:
+                running.step()
+                lengths.append(two.length)
+            answers.append((one.tokens, two.tokens, two.logprobs))
+    assert two.num_preemptions == 1
+    assert lengths[lengths.index(0) - 1] in (32, 48), "in the middle of its prompt"
+    assert answers[0] == answers[1]
 
 
 def test_what_could_never_run_is_refused_and_what_can_runs(model):
