@@ -26,6 +26,10 @@ from jaxkv.serve.compressed import one_without_the_other
 from jaxkv.serve.request import Request
 from jaxkv.serve.steps import Chosen
 
+# Of the tokens that each row keeps, and of one row; -1 for none.
+Positions = Int[Array, "layers batch kv_heads kept"]
+OfRow = Int[Array, "layers kv_heads kept"]
+
 # What stays whatever a policy says, as in `jaxkv.compress`.
 _PROTECTED = {"sinks": 4, "recent": 0}
 
@@ -179,7 +183,7 @@ class Choice:
 )
 def choose(
     cache: AnyCache,
-    positions: Int[Array, "layers batch kv_heads kept"],
+    positions: Positions,
     numbers: Int[Array, "3"],
     held: Int[Array, " pages"],
     table: Int[Array, " kept_pages"],
@@ -187,7 +191,7 @@ def choose(
     *,
     policy: Policy,
     kept: Kept,
-) -> tuple[AnyCache, Int[Array, "layers batch kv_heads kept"]]:
+) -> tuple[AnyCache, Positions]:
     """Let a policy choose of one row's tokens, and copy what it chose to other pages of the pool.
 
     Args:
@@ -233,10 +237,6 @@ def joined(
     stay = window - jnp.minimum(num_tokens, window)
     is_old = (jnp.arange(window, dtype=jnp.int32) < stay)[:, None, None]
     return jnp.where(is_old, jnp.roll(old, stay - window, axis=1), own)
-
-
-Positions = Int[Array, "layers batch kv_heads kept"]
-OfRow = Int[Array, "layers kv_heads kept"]
 
 
 @jax.jit
