@@ -87,6 +87,37 @@ def test_the_report_as_json(folder, tmp_path, capsys):
     assert report["most_pages_held"] > 9
 
 
+def test_a_policy_gives_the_answers_that_generate_does(folder, tmp_path, capsys):
+    policy = ["--policy", "keydiff", "--keep", "0.25"]
+    lines = [{"prompt": [*LONG, number]} for number in range(1, 4)]
+    options = ["--rows", "3", "--pool", "320", "--page-size", "8", "--json"]
+    output = tmp_path / "answers.jsonl"
+    assert run(folder, tmp_path, lines, *options, "--output", str(output), *policy) == 0
+    report = json.loads(capsys.readouterr().out)
+    answers = [json.loads(line)["tokens"] for line in output.read_text().splitlines()]
+    # A prompt takes 18 pages, and what stays of the one before it 5.
+    assert (report["requests"], report["most_pages_held"]) == (3, 18 + 5)
+    prompts = [" ".join(map(str, line["prompt"])) for line in lines]
+    options = ["--model", folder, "--max-new-tokens", "5", "--context", "152", "--json"]
+    assert main(["generate", *prompts, *options, "--temperature", "0", *policy]) == 0
+    expected = json.loads(capsys.readouterr().out)["answers"]
+    assert answers == [answer["tokens"] for answer in expected]
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (["--policy", "snapkv"], "Give both, such as policy='snapkv', keep=0.5"),
+        (["--policy", "h2o", "--keep", "9"], "'h2o' looks at the queries of whole prompts"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_one_line(folder, tmp_path, capsys, policy, message):
+    assert run(folder, tmp_path, ['"1 2 3"'], *policy) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("jaxkv batch: Engine: ")
+    assert message in captured.err
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [(["{"], "line 1: not JSON"), ([{"prompt": [1] * 100}], "and the context holds 64")],

@@ -15,6 +15,7 @@ from jaxkv.addressing import Paged
 from jaxkv.cli.command import Command, argument_type
 from jaxkv.cli.model_options import (
     add_model_arguments,
+    add_policy_arguments,
     encode,
     load_chat,
     load_model,
@@ -39,6 +40,8 @@ examples:
       16 requests at once over one pool of 65,536 tokens
   head -5 prompts.jsonl | jaxkv batch -
       lines of standard input
+  jaxkv batch prompts.jsonl --policy snapkv --keep 256
+      256 tokens of each prompt stay, and more requests run at once in the same pool
   jaxkv batch prompts.jsonl --output answers.jsonl --json
       the report as JSON
 
@@ -65,6 +68,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "file", metavar="FILE", help="one prompt per line, as JSON; - for standard input"
     )
     add_model_arguments(parser, temperature=0.0)
+    add_policy_arguments(parser)
     add = parser.add_argument
     add("--rows", type=int, default=8, metavar="N", help="requests at once (default: 8)")
     add(
@@ -97,7 +101,13 @@ def _run(options: argparse.Namespace) -> int:
         addressing=Paged(options.page_size, max(1, pool // options.page_size)),
     )
     with Engine(
-        model, config, sampling=sampling, tokenizer=tokenizer, stop_strings=stop_strings
+        model,
+        config,
+        sampling=sampling,
+        tokenizer=tokenizer,
+        stop_strings=stop_strings,
+        policy=options.policy,
+        keep=options.keep,
     ) as engine:
         requests: list[tuple[int, Request]] = []
         for number, fields in lines:

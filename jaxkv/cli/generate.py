@@ -5,10 +5,10 @@ import json
 import sys
 from typing import Any
 
-from jaxkv.cli.command import Command, argument_type
+from jaxkv.cli.command import Command
 from jaxkv.cli.model_options import (
-    POLICY_NAMES,
     add_model_arguments,
+    add_policy_arguments,
     encode,
     load_model,
     nan_message,
@@ -62,23 +62,12 @@ class Point:
 """
 
 
-def _tokens_or_share(text: str) -> int | float:
-    try:
-        return float(text) if "." in text else int(text)
-    except ValueError:
-        raise ValueError(f"Not a number of tokens or a share of them: {text!r}") from None
-
-
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, temperature=0.6)
     add = parser.add_argument
     add("texts", nargs="*", metavar="PROMPT", help="text to go on from; - reads standard input")
     add("--prompt", action="append", default=[], metavar="TEXT", help="likewise")
-    add("--policy", choices=POLICY_NAMES, help="which tokens of the prompts stay; needs --keep")
-    add(
-        "--keep", type=argument_type(_tokens_or_share), metavar="N",
-        help="how many: a number of tokens, or a share of them such as 0.5",
-    )  # fmt: skip
+    add_policy_arguments(parser)
     add(
         "--stream-every", type=int, default=TOKENS_PER_DISPATCH, metavar="N",
         help=f"tokens that are shown at once (default: {TOKENS_PER_DISPATCH})",

@@ -89,6 +89,23 @@ def add_model_arguments(
     )
 
 
+def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which tokens of prompts stay."""
+    add = parser.add_argument
+    add("--policy", choices=POLICY_NAMES, help="which tokens of the prompts stay; needs --keep")
+    add(
+        "--keep", type=argument_type(_tokens_or_share), metavar="N",
+        help="how many: a number of tokens, or a share of them such as 0.5",
+    )  # fmt: skip
+
+
+def _tokens_or_share(text: str) -> int | float:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise ValueError(f"Not a number of tokens or a share of them: {text!r}") from None
+
+
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """The model that was named, for texts of the context that was, and its tokenizer."""
     from jaxkv import models

@@ -135,13 +135,17 @@ def pyramid(num_layers: int, mean: int, *, least: int) -> tuple[int, ...]:
     return tuple(round(float(budget)) for budget in exact)
 
 
+def share_of(share: float | np.floating, lengths: np.ndarray | int) -> np.ndarray:
+    """A share of sequences of these lengths in tokens, at least one."""
+    return np.maximum(np.ceil(share * lengths), 1).astype(np.int32)
+
+
 def _of_sequences(cache: KVCache, budget: int | float) -> np.ndarray:
     sequences = cache.config.batch_size or 1
     if isinstance(budget, float | np.floating):
         if not 0 < budget <= 1:
             raise ValueError(f"keep as a share of tokens must be in (0, 1], got {budget}.")
-        lengths = host_lengths(cache, "keep cannot be a share of them")
-        return np.maximum(np.ceil(budget * lengths), 1).astype(np.int32)
+        return share_of(budget, host_lengths(cache, "keep cannot be a share of them"))
     return np.full(sequences, _check_count(cache, budget), np.int32)
 
 

@@ -26,13 +26,12 @@ from jaxkv.compression.scoring import (
     LayerQueries,
     LayerScores,
     for_all_slots,
-    observed_state,
-    remembered_scores,
     score,
+    scores_of,
 )
 from jaxkv.counts import ceil_div
 from jaxkv.devices import is_concrete
-from jaxkv.policies import Policy, StatefulPolicy
+from jaxkv.policies import Policy
 from jaxkv.policies.policy import refuse_name
 from jaxkv.programs import moves_data
 
@@ -133,15 +132,16 @@ def _compressed(
     if new is None:
         new = max(1, config.max_context_length - host_lengths(cache, "new must be given").max())
     limits = limits_of(cache, keep)
-    names: tuple[str, ...] = ()
-    state = None
-    if isinstance(policy, StatefulPolicy) and not is_by_head(keep):
-        names, state = policy.state, observed_state(cache, policy, queries)
-        policy = remembered_scores(cache, policy, state)
-    scores = score(cache, policy, queries) if callable(policy) else policy
+    by_head, state = is_by_head(keep), None
+    if by_head and callable(policy):  # whose numbers a packed cache has no room for
+        scores = score(cache, policy, queries)
+    elif callable(policy):
+        scores, state = scores_of(cache, policy, queries)
+    else:
+        scores = policy
     scores = for_all_slots(cache, scores)
+    names = () if state is None else policy.state
 
-    by_head = is_by_head(keep)
     per_layer = limits.reshape(len(limits), -1)
     sizes = _places(limits, cache) if by_head else per_layer.max(axis=1)
     pages, pool = options["pages"], None

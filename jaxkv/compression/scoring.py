@@ -104,6 +104,16 @@ def _remembered(
     return map_layers(cache, one_layer, remembered)
 
 
+def scores_of(
+    cache: KVCache, policy: Policy, queries: LayerQueries | None
+) -> tuple[LayerScores, PolicyState | None]:
+    """Scores, and what a policy that remembers does after these queries; None for others."""
+    if not isinstance(policy, StatefulPolicy):
+        return score(cache, policy, queries), None
+    state = observed_state(cache, policy, queries)
+    return remembered_scores(cache, policy, state), state
+
+
 @one_program()
 @in_each_shard(_BY_HEAD)
 def positions_of_slots(cache: KVCache) -> Int[Array, "layers *batch kv_heads slots"]:

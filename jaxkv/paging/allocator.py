@@ -10,7 +10,7 @@ from jaxkv.errors import BookkeepingError, PoolFullError, UnknownRequestError
 from jaxkv.paging.group import Group, GroupPages, check_fits, check_free, how_full
 from jaxkv.paging.prefix_index import Event, PrefixIndex
 from jaxkv.paging.prompt import Prompt, num_tokens, page_digest
-from jaxkv.paging.search import PrefixSearch
+from jaxkv.paging.search import GroupSearch, PrefixSearch
 from jaxkv.paging.sequence import Admission, Copy, HeldSequence
 from jaxkv.paging.snapshots import Snapshots
 
@@ -163,7 +163,8 @@ class PageAllocator:
         common = other.num_common(prompt)
         whole = [common] if common == prompt.num_shareable else []
         for hit in (*whole, *range(common - common % self.chunk, 0, -self.chunk)):
-            if self.snapshots is None or self.snapshots.wants(other, hit):
+            kept = self.snapshots is None or self.snapshots.wants(other, hit)
+            if kept and hit <= prompt.num_findable:
                 return hit
         return 0
 
@@ -329,12 +330,16 @@ class PageAllocator:
     def withdraw(self, request: Request) -> None:
         """Make the pages of a request unfindable for later ones; requests that hold them keep them.
 
+        Those of its prompt that it gave back, too.
+
         Raises:
           UnknownRequestError: it was not admitted, or released.
         """
-        for group, table in zip(self.groups, self._sequence(request).tables, strict=True):
-            for page in table:
-                group.pool.index.remove(page)
+        sequence = self._sequence(request)
+        for group, table in zip(self.groups, sequence.tables, strict=True):
+            found = GroupSearch(group, sequence.prompt, 0).found() if sequence.prompt.reuse else []
+            for page in (*table, *found):
+                group.pool.forget(page)
         if self.snapshots is not None:  # whose state they spoiled; the others come again
             self.snapshots.forget()
 

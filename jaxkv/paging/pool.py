@@ -96,6 +96,13 @@ class PagePool:
             return twin
         return page
 
+    def forget(self, page: int) -> None:
+        """Make what a page holds unfindable."""
+        self.index.remove(page)
+        if page in self._cached:
+            del self._cached[page]
+            self._blank.append(page)
+
     def forget_cached(self) -> None:
         """Make every cached page blank."""
         for page in list(self._cached):

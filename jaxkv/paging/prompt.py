@@ -39,6 +39,7 @@ class Prompt:
         logits are wanted, so it is always computed.
       page_size: tokens per page.
       reuse: False to compute every token, even those that are in the pool.
+      fresh: of its newest shareable tokens, how many are computed even if they are in the pool.
     """
 
     tokens: np.ndarray
@@ -46,6 +47,7 @@ class Prompt:
     digests: tuple[bytes, ...]
     page_size: int
     reuse: bool = True
+    fresh: int = 0
 
     @classmethod
     def of(
@@ -94,6 +96,11 @@ class Prompt:
     def num_shareable(self) -> int:
         """All tokens but the last."""
         return len(self.tokens) - 1
+
+    @property
+    def num_findable(self) -> int:
+        """Tokens from the start that need not be computed where they are in the pool."""
+        return max(0, self.num_shareable - self.fresh)
 
     def num_common(self, other: "Prompt") -> int:
         """Shareable tokens that two prompts have in common at their start; 0 if salts differ."""

@@ -37,7 +37,7 @@ class PrefixSearch:
         reach = min(group.reach() for group in self.groups)
         whole = [reach] if reach == self.prompt.num_shareable else []
         for hit in (*whole, *range(reach - reach % self._chunk, 0, -self._chunk)):
-            if all(group.covers(hit) for group in self.groups):
+            if hit <= self.prompt.num_findable and all(group.covers(hit) for group in self.groups):
                 yield hit
         yield 0
 
@@ -89,6 +89,12 @@ class GroupSearch:
         """The full pages among ``hit`` tokens that a later query may see."""
         seen = self._pages[self._group.first_seen(hit) : hit // self._group.page_size]
         return [page for page in seen if page is not None]
+
+    def found(self) -> list[int]:
+        """All of them, the one that holds the rest of the prompt included."""
+        source = self.source(self._prompt.num_shareable)
+        found = [page for page in self._pages if page is not None]
+        return found if source is None else [*found, source]
 
     def source(self, hit: int) -> int | None:
         """The page whose start holds the tokens of ``hit`` that do not fill a page."""

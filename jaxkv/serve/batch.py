@@ -36,7 +36,7 @@ class Batch:
         self.ranks = [Rank(number, own, num_rows) for number, own in enumerate(pages)]
         self.waiting: collections.deque[Request] = collections.deque()
         self._runner, self._figures = runner, figures
-        self._swap = SwapSpace(swap_space, figures, len(pages))
+        self._swap = SwapSpace(swap_space, figures, len(pages), runner.choice)
 
     @property
     def rows(self) -> list[Request | None]:
@@ -102,7 +102,8 @@ class Batch:
 
     def _begin(self, request: Request, rank: Rank) -> None:
         """Pages for its prompt and for what it answered before."""
-        admission = rank.pages.admit(request.number, request.prompt, ahead=len(request.tokens))
+        ahead = 0 if request.num_kept is not None else len(request.tokens)
+        admission = rank.pages.admit(request.number, request.prompt, ahead=ahead)
         rank.seat(request)
         self._runner.copy(rank, admission.copies)
         self._prepare(request, rank)
@@ -123,11 +124,14 @@ class Batch:
 
     def _resume(self, request: Request, rank: Rank) -> None:
         """Other pages with what was kept of its old ones; nothing of it is computed again."""
-        rank.pages.restore(request.number, request.prompt, request.length)
+        slots, prompt = request.num_slots(request.length), request.prompt
+        if request.has_chosen:  # what it holds is of no prompt that others could find
+            prompt = rank.pages.prompt([0], reuse=False)
+        rank.pages.restore(request.number, prompt, slots)
         rank.seat(request)
         self._prepare(request, rank)
         self._runner.session.cache = self._swap.put_back(request, rank, self._runner.session.cache)
-        rank.pages.advance(request.number, request.length)
+        rank.pages.advance(request.number, slots)
 
     def fork(self, request: Request, child: Request) -> bool:
         """Give a request a row and the tokens of one that runs; False if there is none beside it.
@@ -142,6 +146,7 @@ class Batch:
         self._runner.copy(rank, rank.pages.fork(request.number, child.number), rows)
         self._runner.copy_state(*rows)
         child.length, child.shares = request.length, request.shares
+        child.has_chosen = request.has_chosen
         child.num_cached = child.prompt.num_shareable
         rank.seat(child)
         self._prepare(child, rank)
@@ -149,6 +154,7 @@ class Batch:
 
     def leave(self, request: Request) -> None:
         """Take the row and the pages of a request, or its place among those that wait."""
+        request.queries = None
         if request in self.rows:
             self.rank_of(request).leave(request)
         else:
@@ -167,6 +173,29 @@ class Batch:
                 self.rank_of(request).pages.advance(request.number, end)
                 self._figures.prefilled_tokens += end - start
             self._keep_states(itertools.chain(*chunks))
+            self._choose()
+
+    def _choose(self) -> None:
+        """Let the policy choose of prompts that are computed: their pages are free then."""
+        for rank in self.ranks:
+            for request in rank.running:
+                if request in rank.rows and request.must_choose:
+                    self._choose_of(request, rank)
+
+    def _choose_of(self, request: Request, rank: Rank) -> None:
+        """A policy of the user's own may fail, and then the request waits to begin anew."""
+        before = rank.pages.table(request.number)
+        rank.pages.truncate(request.number, 0)  # what stays may be copied to these very pages
+        if not self._make_room(rank, request, request.kept_slots):
+            return
+        try:
+            self._runner.choose(request, before, rank.pages.table(request.number))
+        except BaseException:
+            request.without_pages()
+            self._wait_again(request)
+            raise
+        request.has_chosen = True
+        rank.pages.advance(request.number, request.kept_slots)
 
     def _keep_states(self, chunks: Iterable[Chunk]) -> None:
         """Take snapshots at the ends of chunks that were just computed, where some are wanted."""
@@ -209,13 +238,14 @@ class Batch:
 
     def decode(self) -> Arrived:
         """Find the next tokens of all requests whose prompts are computed."""
+        self._choose()  # of prompts that were found whole
         for rank in self.ranks:
             for request in rank.running:
                 if request in rank.rows and not request.is_prefilling:  # not preempted meanwhile
                     ahead = min(
                         self._runner.decode_steps, request.max_new_tokens - request.num_decoded
                     )
-                    self._make_room(rank, request, request.length + ahead)
+                    self._make_room(rank, request, request.num_slots(request.length + ahead))
         rows = [None if r is None or r.is_prefilling else r for r in self.rows]
         if not any(rows):
             return []
@@ -224,7 +254,8 @@ class Batch:
             if decoded is not None:
                 tokens, logprobs, failed = new.of(row)
                 fresh = decoded.take(tokens, logprobs, failed and not decoded.shares)
-                self.rank_of(decoded).pages.advance(decoded.number, decoded.length)
+                slots = decoded.num_slots(decoded.length)
+                self.rank_of(decoded).pages.advance(decoded.number, slots)
                 self._figures.generated_tokens += len(fresh)
                 self._figures.repeated_tokens += len(tokens) - len(fresh)
                 arrived.append((decoded, fresh))
@@ -250,8 +281,9 @@ class Batch:
 
     def _preempt(self, rank: Rank, request: Request) -> None:
         """Take its pages. They come back, or are computed again in the same way: the same bits."""
-        if not self._swap.keep(request, rank, self._runner.session.cache):
-            request.length = 0
+        is_ready = request.num_kept is None or request.has_chosen  # or it would want its queries
+        if not is_ready or not self._swap.keep(request, rank, self._runner.session.cache):
+            request.without_pages()
         request.num_preemptions += 1
         self._figures.preemptions += 1
         self._wait_again(request)
@@ -264,7 +296,7 @@ class Batch:
         """
         self.rank_of(request).pages.withdraw(request.number)
         if request.shares:
-            request.length = 0
+            request.without_pages()
             request.prompt = dataclasses.replace(request.prompt, reuse=False)
             self._wait_again(request)
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxkv.cache.hybrid import AnyConfig
-from jaxkv.counts import check_count
+from jaxkv.counts import ceil_div, check_count
 from jaxkv.errors import CacheFullError, ConfigError
 from jaxkv.paging import Group, PageAllocator
 from jaxkv.serve.request import MOST_STOP_TOKENS
@@ -75,8 +75,13 @@ def check_request(
     seed: int,
     stop_tokens: tuple[int, ...],
     sampling: Sampling,
+    num_kept: int | None = None,
 ) -> None:
-    """Refuse what could never run."""
+    """Refuse what could never run.
+
+    Args:
+      num_kept: of the prompt, tokens that stay once it is computed; None for all.
+    """
     if not isinstance(sampling, Sampling):
         raise TypeError(f"a sampling must be a jaxkv.Sampling, got {sampling!r}.")
     limits = np.iinfo(np.int32)
@@ -91,4 +96,9 @@ def check_request(
             f"the prompt and {max_new_tokens} new tokens are {needed} tokens, and the context "
             f"holds {context}. Ask for fewer new tokens or a larger max_context_length."
         )
-    pages.check_fits(needed)
+    if num_kept is None:
+        pages.check_fits(needed)
+    else:  # first the prompt, and then what stays of it, in whole pages, and the answer
+        pages.check_fits(prompt_length)
+        stay = ceil_div(num_kept, pages.page_size) * pages.page_size
+        pages.check_fits(stay + max_new_tokens)

@@ -43,10 +43,7 @@ class Compression:
             mesh.
         """
         if policy is None or keep is None:
-            raise ValueError(
-                "generate: a policy says which tokens stay, and keep how many. Give both, such as "
-                f"policy='snapkv', keep=0.5; got policy={policy!r}, keep={keep!r}."
-            )
+            raise one_without_the_other("generate", policy, keep)
         if spread is not None:
             raise ValueError(
                 "generate takes no policy over a mesh. Leave mesh= and axes= out, or policy= and "
@@ -88,6 +85,14 @@ class Compression:
         small = compress(cache, self._policy, keep=self._keep, new=new, queries=self._queries)
         shared = set(map(id, jax.tree.leaves(cache)))  # rings, or what jit hands through
         return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in shared else leaf, small)
+
+
+def one_without_the_other(who: str, policy: object, keep: object) -> ValueError:
+    """The error of a policy without ``keep``, or the other way round."""
+    return ValueError(
+        f"{who}: a policy says which tokens stay, and keep how many. Give both, such as "
+        f"policy='snapkv', keep=0.5; got policy={policy!r}, keep={keep!r}."
+    )
 
 
 @jax.jit

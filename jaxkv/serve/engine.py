@@ -1,9 +1,10 @@
 """Continuous batching over one paged pool: many requests, each with an answer of its own."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from jax.sharding import Mesh
 
@@ -29,6 +30,10 @@ from jaxkv.serve.snapshots import StateSnapshots, checked_space
 from jaxkv.serve.speculate import NUM_GUESSES, check_draft
 from jaxkv.show.progress import progress_bar
 from jaxkv.show.stop_strings import StopStrings
+
+if TYPE_CHECKING:  # loaded when they are asked for
+    from jaxkv.policies import Policy
+    from jaxkv.serve.choice import Choice
 
 
 class Engine:
@@ -79,6 +84,14 @@ class Engine:
       snapshot_every: tokens from one snapshot of a prompt to the next, a multiple of
         ``prefill_chunk``; 1,024 if None. Others are taken at the end of a prompt, and where an
         earlier prompt parted from it.
+      policy: which tokens of a prompt stay, once it is computed, by value or by a name of
+        `jaxkv.policies.POLICIES`. Those that do are copied to pages of their own as they are
+        stored, and the prompt's other pages are free for other requests, or to be found again. The
+        answer goes on over what stayed: the one that `jaxkv.generate` gives of the same policy and
+        ``keep``. One that looks at queries must say at how many of the newest, in ``window``: these
+        tokens are computed even where they were found.
+      keep: how many, one number of tokens or a share of each prompt's. A shorter prompt than that
+        stays where it is.
 
     Attributes:
       pages: the books, of the pool of each data rank, see `jaxkv.paging.Pools`; of one unless the
@@ -86,7 +99,10 @@ class Engine:
       figures: what the engine did so far.
 
     Raises:
-      ConfigError: a cache that is no shared paged pool, or that the axes cannot split.
+      ConfigError: a cache that is no shared paged pool, or that the axes cannot split; or, with a
+        policy, a mesh, a draft that is a module of the model, layers with windows, states or
+        cross-attention, or newest tokens.
+      ValueError: a policy without ``keep``, one that is not there, or that looks at all queries.
       CacheAllocationError: it does not fit.
 
     >>> import jax, jaxkv
@@ -124,6 +140,8 @@ class Engine:
         num_guesses: int = NUM_GUESSES,
         snapshot_space: int | None = None,
         snapshot_every: int | None = None,
+        policy: "Policy | str | None" = None,
+        keep: float | None = None,
     ):
         spread = _checked_spread(mesh, axes, swap_space, config)
         if device is None and spread is None:
@@ -137,6 +155,10 @@ class Engine:
         )
         if draft is not None:
             check_draft("Engine", draft, model, config, num_guesses)
+        if policy is not None or keep is not None:
+            from jaxkv.serve.choice import check_policy
+
+            check_policy(policy, keep, config, spread=spread, draft=draft)
         self._draft, self._num_guesses = draft, num_guesses
         space, every = checked_space(config, snapshot_space, snapshot_every, prefill_chunk, sharing)
         snapshots = StateSnapshots(config, space, prefill_rows, device)
@@ -173,7 +195,10 @@ class Engine:
             )
         )
         self.figures = Figures(snapshot_bytes=snapshots.size_bytes)
-        self._stack.enter_context(_counted(self._held, snapshots))
+        self._stack.enter_context(_counted(self._held, snapshots, "snapshots of state"))
+        self._choice = _choice_of(policy, keep, self._held.cache)
+        if self._choice is not None:
+            self._stack.enter_context(_counted(self._held, self._choice, "positions that stay"))
         self._runner = Runner(
             model,
             sampling,
@@ -188,6 +213,7 @@ class Engine:
             draft=draft,
             num_guesses=num_guesses,
             snapshots=snapshots,
+            choice=self._choice,
         )
         self._batch = Batch(self._runner, self.figures, swap_space=swap_space)
 
@@ -408,8 +434,15 @@ class Engine:
         stop_strings: StopStrings,
     ) -> Request:
         stops = tuple(dict.fromkeys(map(int, stop_tokens)))
+        num_kept = None
+        if self._choice is not None:
+            num_kept = self._choice.num_kept(prompt.num_shareable)
+            fresh = 0 if num_kept is None else self._choice.window
+            prompt = dataclasses.replace(prompt, fresh=fresh)
         pages = self.pages[0]
-        check_request(self.config, pages, len(prompt), max_new_tokens, seed, stops, sampling)
+        check_request(
+            self.config, pages, len(prompt), max_new_tokens, seed, stops, sampling, num_kept
+        )
         self._runner.expect(sampling)
         request = Request(
             self._num_submitted,
@@ -420,6 +453,7 @@ class Engine:
             sampling,
             stop_strings,
             self._tokenizer,
+            num_kept=num_kept,
         )
         self._num_submitted += 1
         return request
@@ -432,15 +466,24 @@ class Engine:
             )
 
 
+def _choice_of(
+    policy: "Policy | str | None", keep: float | None, cache: AnyCache
+) -> "Choice | None":
+    if policy is None or keep is None:
+        return None
+    from jaxkv.serve.choice import Choice
+
+    return Choice(policy, keep, cache)
+
+
 @contextlib.contextmanager
-def _counted(held: Session, snapshots: StateSnapshots) -> Iterator[None]:
-    """Snapshots in the ledger that has the cache, for as long as the engine is open."""
-    what = {"purpose": Purpose.KV_CACHE, "name": "snapshots of state"}
-    receipt = held.tracker.track(snapshots.size_bytes, **what)
+def _counted(held: Session, what: "StateSnapshots | Choice", name: str) -> Iterator[None]:
+    """What is beside the cache in the ledger that has it, for as long as the engine is open."""
+    receipt = held.tracker.track(what.size_bytes, purpose=Purpose.KV_CACHE, name=name)
     try:
         yield
     finally:
-        snapshots.close()
+        what.close()
         held.tracker.release(receipt)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxkv.cache.hybrid import AnyCache
+from jaxkv.counts import ceil_div
 from jaxkv.paging import Prompt
 from jaxkv.serve.ending import Ending
 from jaxkv.serve.sampling import Sampling
@@ -67,6 +68,11 @@ class Request:
     length: int = 0
     # Did others compute some of them?
     shares: bool = False
+    # Of its prompt, how many tokens stay once a policy has chosen; None for all.
+    num_kept: int | None = None
+    has_chosen: bool = False
+    # What the policy looks at, while the prompt is computed.
+    queries: Any = dataclasses.field(default=None, repr=False)
 
     @property
     def done(self) -> bool:
@@ -98,6 +104,27 @@ class Request:
         return self.length < self.prompt.num_shareable
 
     @property
+    def must_choose(self) -> bool:
+        """Is its prompt computed, and a policy to choose of it?"""
+        return self.num_kept is not None and not self.has_chosen and not self.is_prefilling
+
+    @property
+    def kept_slots(self) -> int:
+        """Slots of the whole pages that what stays of its prompt takes."""
+        return ceil_div(self.num_kept or 0, self.prompt.page_size) * self.prompt.page_size
+
+    @property
+    def kept_pages(self) -> int:
+        """Its first pages, if they hold what a policy chose."""
+        return self.kept_slots // self.prompt.page_size if self.has_chosen else 0
+
+    def num_slots(self, length: int) -> int:
+        """Slots of its pages up to that of the last of so many tokens of its text."""
+        if not self.has_chosen:
+            return length
+        return self.kept_slots + length - self.prompt.num_shareable
+
+    @property
     def num_decoded(self) -> int:
         """Tokens of the answer that have been found, or found again since a preemption."""
         return max(0, self.length - self.prompt.num_shareable)
@@ -112,7 +139,12 @@ class Request:
         """Forget the answer so far."""
         # Other lists, by which a stream sees that this is another answer.
         self.tokens, self.logprobs = [], []
-        self.length, self.num_cached, self.first_token = 0, None, None
+        self.num_cached, self.first_token = None, None
+        self.without_pages()
+
+    def without_pages(self) -> None:
+        """What was computed of it is gone, and its answer so far is not."""
+        self.length, self.has_chosen = 0, False
 
     def take(self, tokens: list[int], logprobs: list[float], failed: bool) -> list[int]:
         """Enter what a dispatch found, as `New.of` says it, and return what of it is new."""

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,9 @@ from jaxkv.serve.request import MOST_STOP_TOKENS, Request
 from jaxkv.serve.sampling import RowSampling, Sampling
 from jaxkv.serve.snapshots import StateSnapshots
 from jaxkv.serve.speculate import Pace, Static, padded
+
+if TYPE_CHECKING:  # loaded when it is asked for
+    from jaxkv.serve.choice import Choice
 
 
 class Chunk(NamedTuple):
@@ -47,6 +50,7 @@ class Runner:
       prefill_rows: chunks that a step of prefill takes, on each data rank.
       draft, num_guesses: who guesses tokens that a step checks, and how many.
       snapshots: of states, where layers keep some.
+      choice: of a policy, which tokens of prompts stay; None for all.
     """
 
     def __init__(
@@ -65,9 +69,10 @@ class Runner:
         draft: AnyDraft | None = None,
         num_guesses: int = 0,
         snapshots: StateSnapshots,
+        choice: "Choice | None" = None,
     ):
         self.session, self.pages = session, pages
-        self.snapshots = snapshots
+        self.snapshots, self.choice = snapshots, choice
         self.prefill_chunk, self.prefill_rows = prefill_chunk, prefill_rows
         self.decode_steps = decode_steps
         self.num_rows = session.config.batch_size or 1
@@ -147,11 +152,11 @@ class Runner:
         if self._compiled:
             return
         given = self._given([None] * (self.prefill_rows * len(self.pages)))
-        given, takes_prompts = (*given, self.session.cache), self._takes_prompts
+        given = (*given, self.session.cache)
         decode, arguments, options = self._decoding([None] * self.num_rows)
         with ThreadPoolExecutor() as pool:
             compiling = [
-                pool.submit(steps.prefill.compilation(self._weights, *given, draft=takes_prompts)),
+                pool.submit(steps.prefill.compilation(self._weights, *given, **self._prefilling)),
                 pool.submit(decode.compilation(self._weights, *arguments, **options)),
             ]
         for each in compiling:
@@ -164,6 +169,12 @@ class Runner:
         return self._draft if isinstance(self._draft, HiddenStateDraft) else None
 
     @property
+    def _prefilling(self) -> dict[str, Any]:
+        """Options of a step of prefill."""
+        window = 0 if self.choice is None else self.choice.window
+        return {"draft": self._takes_prompts, "window": window}
+
+    @property
     def chunks_of_one(self) -> int:
         """Chunks of one prompt that a step takes; a state must be there before the next one."""
         return 1 if self.session.config.states else self.prefill_rows
@@ -174,10 +185,19 @@ class Runner:
             chunk for own in chunks for chunk in (*own, *[None] * (self.prefill_rows - len(own)))
         ]
         given = self._given(rows)
-        self.session.cache = steps.prefill(
-            self._weights, *given, self.session.cache, draft=self._takes_prompts
+        self.session.cache, queries = steps.prefill(
+            self._weights, *given, self.session.cache, **self._prefilling
         )
         self._figures.prefill_steps += 1
+        if self.choice is not None and queries is not None:
+            for number, chunk in enumerate(rows):
+                if chunk is not None:
+                    self.choice.see(chunk.request, queries, number, chunk.start, chunk.end)
+
+    def choose(self, request: Request, before: np.ndarray, now: np.ndarray) -> None:
+        """Let the policy choose of a prompt, which is in pages, what stays in others."""
+        assert self.choice is not None, "or there is nothing to choose"
+        self.session.cache = self.choice.choose(request, before, now, self.session.cache)
 
     def _given(self, rows: Sequence[Chunk | None]) -> tuple[Any, ...]:
         """What a step of prefill is told: tokens, how many are real, where they begin, pages."""
@@ -213,6 +233,8 @@ class Runner:
         """The step that decodes, what it is told, and its options."""
         options = {"sampling": self._sampling, "num_steps": self.decode_steps}
         given, cache = jax.device_put(self._dispatch(rows)), self.session.cache
+        if self.choice is not None:
+            options["kept"] = self.choice.kept
         if self._draft is None:
             return steps.decode, (given, cache), options
         static, arrays = Static.of(self._draft)
@@ -244,10 +266,13 @@ class Runner:
             ),
             known=padded(known, self.decode_steps),
             prompts=column(lambda r: r.prompt.num_shareable),
-            tables=self._tables(rows),
+            tables=self._tables(rows)
+            if self.choice is None
+            else self.choice.tables(rows, self.pages[0]),
             sampling=RowSampling.of([Sampling() if r is None else r.sampling for r in rows])
             if self._by_row
             else None,
+            chosen=None if self.choice is None else self.choice.of_rows(rows),
         )
 
     def _tables(self, rows: Sequence[Request | None]) -> steps.Tables:
@@ -298,8 +323,10 @@ class Runner:
         self.session.cache = self.snapshots.bring_back(slot, row, self.session.cache)
 
     def copy_state(self, source: int, row: int) -> None:
-        """Let a row go on from where another one is."""
+        """Let a row go on from where another one is, with what is of its row."""
         cache = self.session.cache
+        if self.choice is not None:
+            self.choice.copy(source, row)
         if cache.states:
             numbers = jax.device_put((np.int32(source), np.int32(row)))
             states = steps.copy_state(cache.states, *numbers)

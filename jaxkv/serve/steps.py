@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
+from jaxkv.addressing import Kept
+from jaxkv.attention.observed import observed
 from jaxkv.cache.hybrid import AnyCache
 from jaxkv.cache.kv_cache import KVCache
 from jaxkv.cache.rearrange import copied, select, slots_of_pages
@@ -36,6 +38,14 @@ Ints = Array | np.ndarray
 Tables = tuple[Int[Ints, "rows pages"], ...]
 
 
+class Chosen(NamedTuple):
+    """Of each row, the tokens of its prompt that a policy chose; it holds no others of it."""
+
+    positions: Int[Array, "layers batch kv_heads kept"]  # -1 for none
+    # The position that its answer begins at; 0 for a row whose prompt stays whole.
+    first: Int[Ints, " batch"]
+
+
 class Rows(NamedTuple):
     """What a dispatch of decode starts from; rows without a request have no pages and no tokens."""
 
@@ -48,6 +58,7 @@ class Rows(NamedTuple):
     known: Int[Ints, "batch steps"]  # tokens that came before a preemption; -1 where not known
     tables: Tables
     sampling: RowSampling | None = None  # of each; None where all are drawn as the step says
+    chosen: Chosen | None = None  # None without a policy
 
 
 @functools.partial(ModelStep, donated=[5])
@@ -61,7 +72,8 @@ def prefill(
     cache: AnyCache,
     *,
     draft: HiddenStateDraft | None = None,
-) -> AnyCache:
+    window: int = 0,
+) -> tuple[AnyCache, Float[Array, "layers chunks window heads head_dim"] | None]:
     """Compute chunks of prompts, as many on each data rank, each padded on the right.
 
     A chunk goes through the model as a sequence of its own. Several may be of one prompt: in each
@@ -71,6 +83,13 @@ def prefill(
     in no page. State is of the chunk's request, and goes back to its row; where layers keep some,
     no two chunks are of one prompt. A draft that takes prompts too is given one more token, that
     after the chunk.
+
+    Args:
+      window: newest tokens of each chunk whose queries are wanted.
+
+    Returns:
+      The cache, and these queries; None if there is no window. The last is that of a chunk's last
+      token; of a shorter chunk the first ones mean nothing.
     """
     tokens, num_tokens, start = by_row(cache, tuple(map(jnp.asarray, (tokens, num_tokens, start))))
     rows = _rows_for(cache, len(tokens))
@@ -81,7 +100,12 @@ def prefill(
     sequences = _placed(chosen.with_groups(chosen.groups, states, cross), tables, start, start)
     if draft is not None:
         model = draft.filling(model)
-    _, sequences = model(tokens, padded_after(sequences, num_tokens))
+    sequences, queries = padded_after(sequences, num_tokens), None
+    if window:
+        _, sequences, of_layers = observed(model, window=window)(tokens, sequences)
+        queries = jnp.stack([of_layers[layer] for layer in cache.config.layers_of(0)])
+    else:
+        _, sequences = model(tokens, sequences)
     groups = [
         dataclasses.replace(group, storage=written.storage).with_codec_state(written.codec_state)
         for group, written in zip(cache.groups, sequences.groups, strict=True)
@@ -91,7 +115,7 @@ def prefill(
         each.with_rows(of_rows, written, every)
         for each, written in zip(cache.states, sequences.states, strict=True)
     ]
-    return cache.with_groups(groups, states)
+    return cache.with_groups(groups, states), queries
 
 
 @functools.partial(ModelStep, donated=[1], few_rows=True)
@@ -102,8 +126,13 @@ def decode(
     *,
     sampling: Sampling,
     num_steps: int,
+    kept: Kept | None = None,
 ) -> tuple[AnyCache, New]:
-    """Up to ``num_steps`` tokens of each row that has any remaining."""
+    """Up to ``num_steps`` tokens of each row that has any remaining.
+
+    Args:
+      kept: how rows are addressed of which some tokens were ``chosen``.
+    """
     rows = by_row(cache, jax.tree.map(jnp.asarray, rows))
     seeds, how = jnp.asarray(rows.seeds), _asked(rows, sampling)
 
@@ -133,9 +162,32 @@ def decode(
 
     shape = (num_steps, len(rows.last))
     new = New(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
-    placed = _placed(cache, rows.tables, rows.lengths, rows.prompts)
-    *_, cache, new = lax.while_loop(unfinished, one_step, (0, *rows[:2], placed, new))
-    return cache, everywhere(cache, new)
+    begun = _as_rows_see_it(cache, rows, kept)
+    *_, decoded, new = lax.while_loop(unfinished, one_step, (0, *rows[:2], begun, new))
+    return _as_pool(decoded, cache, kept), everywhere(cache, new)
+
+
+def _as_rows_see_it(cache: AnyCache, rows: Rows, kept: Kept | None) -> AnyCache:
+    """The pool with the sequences of these rows: whole, or what was chosen and what came since."""
+    if kept is None:
+        return _placed(cache, rows.tables, rows.lengths, rows.prompts)
+    (pool,), (table,), chosen = cache.groups, rows.tables, rows.chosen
+    assert chosen is not None, "it comes with an addressing for it"
+    lengths = jnp.asarray(rows.lengths)
+    index = kept.init(pool.config.max_context_length, pool.config.batch_size)
+    assert index.pages is not None
+    since = index.pages.with_table(jnp.asarray(table)).with_lengths(lengths - chosen.first)
+    index = dataclasses.replace(index, lengths=lengths, positions=chosen.positions, within=since)
+    config = pool.config.replace(addressing=kept)
+    return cache.with_groups([dataclasses.replace(pool, index=index, config=config)])
+
+
+def _as_pool(cache: AnyCache, pool: AnyCache, kept: Kept | None) -> AnyCache:
+    """The other way round: the pool, with what rows wrote."""
+    if kept is None:
+        return cache
+    (group,), (written,) = pool.groups, cache.groups
+    return pool.with_groups([dataclasses.replace(group, storage=written.storage)])
 
 
 def _asked(rows: Rows, sampling: Sampling) -> Sampling | RowSampling:
@@ -163,12 +215,14 @@ def speculate(
     num_guesses: int,
     sampling: Sampling,
     num_steps: int,
+    kept: Kept | None = None,
 ) -> tuple[AnyCache, New, Drafting, tuple[Array, Array]]:
     """`decode` with a draft: as many tokens, in as many steps or fewer.
 
     Args:
       arrays: of the draft.
       text: tokens of each row so far.
+      kept: as for `decode`.
 
     Returns:
       Last, how many steps and guesses there were.
@@ -179,12 +233,11 @@ def speculate(
     )
     state = State(last, jnp.minimum(remaining, num_steps), seeds)
     begun = Speculating.begin(state, text, drafting.pace, drafting.draft)
-    placed = _placed(cache, rows.tables, rows.lengths, rows.prompts)
-    now, cache, new = decode_with(
+    now, decoded, new = decode_with(
         model,
         begun,
         draft.whole(arrays),
-        placed,
+        _as_rows_see_it(cache, rows, kept),
         stop_tokens,
         known,
         num_guesses=num_guesses,
@@ -192,7 +245,7 @@ def speculate(
         num_steps=num_steps,
     )
     counts = everywhere(cache, (now.steps.sum(), now.num_guesses.sum()))
-    return cache, new, Drafting(now.pace, now.draft), counts
+    return _as_pool(decoded, cache, kept), new, Drafting(now.pace, now.draft), counts
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

@@ -1,6 +1,7 @@
 """Pages of preempted requests in host memory, instead of computing their tokens again."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -13,6 +14,9 @@ from jaxkv.serve import steps
 from jaxkv.serve.figures import Figures
 from jaxkv.serve.rank import Rank
 from jaxkv.serve.request import Request
+
+if TYPE_CHECKING:  # loaded when it is asked for
+    from jaxkv.serve.choice import Choice
 
 # Pages of each pool that one program moves, so that it is compiled once.
 PAGES_AT_ONCE = 16
@@ -29,11 +33,16 @@ class SwapSpace:
       size_bytes: at most.
       figures: where ``swapped_bytes`` are counted.
       num_ranks: data ranks of the engine.
+      choice: of its policy, which has something of each row.
     """
 
-    def __init__(self, size_bytes: int, figures: Figures, num_ranks: int):
+    def __init__(
+        self, size_bytes: int, figures: Figures, num_ranks: int, choice: "Choice | None" = None
+    ):
         self._size_bytes, self._figures, self._num_ranks = size_bytes, figures, num_ranks
+        self._choice = choice
         self._kept: dict[Request, list[list[HostLeaves]]] = {}
+        self._chosen: dict[Request, np.ndarray] = {}
 
     def __contains__(self, request: Request) -> bool:
         return request in self._kept
@@ -45,6 +54,8 @@ class SwapSpace:
             len(own) * page_size_of(pool) * _bytes_per_token(pool)
             for pool, own in zip(pools, pages, strict=True)
         )
+        choice = self._choice if request.has_chosen else None
+        needed += 0 if choice is None else choice.bytes_per_row
         if not 0 < needed <= self._size_bytes - self._figures.swapped_bytes:
             return False
         self._kept[request] = []
@@ -55,6 +66,8 @@ class SwapSpace:
                 {name: _first(leaf, len(own), pool, rank) for name, leaf in leaves.items()}
                 for pool, own, leaves in zip(pools, numbers, contents, strict=True)
             ])  # fmt: skip
+        if choice is not None:
+            self._chosen[request] = choice.read(request.row)
         self._figures.swapped_bytes += needed
         most = max(self._figures.most_swapped_bytes, self._figures.swapped_bytes)
         self._figures.most_swapped_bytes, self._figures.swaps = most, self._figures.swaps + 1
@@ -70,13 +83,15 @@ class SwapSpace:
             )
             given = jax.device_put((self._padded(numbers, rank), padded))
             cache = steps.write(*given, cache)
+        if self._choice is not None and request in self._chosen:
+            self._choice.write(request.row, self._chosen[request])
         self.drop(request)
         return cache
 
     def drop(self, request: Request) -> None:
         """Forget what was kept of a request, if anything was."""
-        for contents in self._kept.pop(request, []):
-            self._figures.swapped_bytes -= sum(leaf.nbytes for leaf in jax.tree.leaves(contents))
+        kept = self._kept.pop(request, []), self._chosen.pop(request, None)
+        self._figures.swapped_bytes -= sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
 
     def _padded(self, pages: Pages, rank: Rank) -> tuple[np.ndarray, ...]:
         """As a program takes them: a part for each rank."""
@@ -88,7 +103,7 @@ class SwapSpace:
 
 def pages_in_use(rank: Rank, request: Request, cache: AnyCache) -> Pages:
     """The pages of a request, in its row, that hold tokens which a later query may see."""
-    end = ceil_div(request.length, rank.pages.page_size)
+    end = ceil_div(request.num_slots(request.length), rank.pages.page_size)
     groups = range(len(rank.pages.groups))
     tables = [rank.pages.table(request.number, number)[:end] for number in groups]
     num_rings = len(steps.pools_of(cache)) - len(tables)

@@ -1,5 +1,7 @@
 """The rules of the page allocator, each small enough to be checked by hand."""
 
+import dataclasses
+
 import pytest
 
 from jaxkv.errors import BookkeepingError, CacheFullError, PoolFullError, UnknownRequestError
@@ -78,6 +80,32 @@ def test_a_hit_ends_where_a_chunk_does_or_before_the_last_token():
     assert pages.find(pages.prompt(range(30))) == 29
     assert pages.find(pages.prompt([*range(23), 99])) == 23, "all but the last token is there"
     assert pages.find(pages.prompt([*range(23), 99, 99])) == 16
+
+
+def test_newest_tokens_that_must_be_computed_are_in_no_hit():
+    pages = pool(32, chunk=8)
+    run(pages, "a", range(30))
+    for fresh, hit in ((1, 24), (5, 24), (6, 16), (13, 16), (14, 8), (99, 0)):
+        prompt = dataclasses.replace(pages.prompt(range(30)), fresh=fresh)
+        assert pages.find(prompt) == pages.will_leave(prompt, prompt) == hit
+        assert pages.admit(fresh, prompt).num_cached == hit
+        pages.check()
+        pages.release(fresh)
+
+
+def test_what_is_withdrawn_is_not_found_even_where_it_was_given_back():
+    pages = pool(16)
+    run(pages, "other", range(6))
+    run(pages, "a", range(14))
+    assert pages.truncate("a", 0) == []
+    pages.extend("a", 6)  # for tokens that are those of no prompt
+    pages.advance("a", 6)
+    prompt = pages.prompt(range(14))
+    assert pages.find(prompt) == 13
+    pages.withdraw("a")
+    pages.check()
+    assert pages.find(prompt) == 0
+    assert pages.usage().by_use == {"sequences": 4, "shared": 0, "cached": 0, "free": 12}
 
 
 def test_salts_and_fingerprints_keep_prompts_apart():

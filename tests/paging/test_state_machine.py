@@ -4,6 +4,8 @@ The model knows, of each live request, its tokens and nothing else. After every 
 are proved, and each request finds exactly its tokens in its pages.
 """
 
+import dataclasses
+
 import hypothesis
 import pytest
 from hypothesis import strategies as st
@@ -76,10 +78,12 @@ class Pool(RuleBasedStateMachine):
         rest=st.lists(st.integers(1, 2), max_size=8),
         salt=st.sampled_from(SALTS),
         reuse=st.sampled_from([True, True, True, False]),
+        fresh=st.sampled_from([0, 0, 0, 3]),
     )
-    def admit(self, start, keep, rest, salt, reuse):
+    def admit(self, start, keep, rest, salt, reuse, fresh):
         tokens = (*start[:keep], *rest) or (1,)
         prompt = self.pages.prompt(tokens, salt=salt, reuse=reuse)
+        prompt = dataclasses.replace(prompt, fresh=fresh)
         request, self.count = self.count, self.count + 1
         expected = self.pages.find(prompt)
         admission = self.unchanged_by(self.pages.admit, request, prompt)
@@ -92,6 +96,7 @@ class Pool(RuleBasedStateMachine):
         hit = admission.num_cached
         assert hit <= expected
         assert hit == len(tokens) - 1 or hit % self.pages.chunk == 0
+        assert hit <= max(0, len(tokens) - 1 - fresh)
         self.device.make(admission.copies)
         self.live[request] = [tokens, tokens[:hit], salt]
 
@@ -172,6 +177,11 @@ class Pool(RuleBasedStateMachine):
         if again:
             with pytest.raises(UnknownRequestError, match="released already"):
                 self.pages.release(request)
+
+    @rule(data=st.data())
+    def withdraw(self, data):
+        if self.live:
+            self.pages.withdraw(self.pick(data))
 
     @rule()
     def forget(self):
