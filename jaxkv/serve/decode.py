@@ -241,6 +241,7 @@ class Program:
         *,
         num_steps: int = TOKENS_PER_DISPATCH,
         most_steps: int | None = None,
+        draws: bool = True,
         observe: bool = False,
         draft: Any = None,
         on: Spread | None = None,
@@ -250,6 +251,7 @@ class Program:
         Args:
           num_steps: of decode between two looks of the host.
           most_steps: of decode at all, if that is known.
+          draws: may answers begin in prefill, over all of their prompts?
           observe: does prefill give the prompts' queries?
           draft: who guesses, and may take the prompts too.
           on: the mesh.
@@ -259,7 +261,7 @@ class Program:
         num_steps = 1 if most_steps == 1 else num_steps
         at_once = _steps_at_once(weights, num_steps, most_steps or num_steps)
         takes_prompts = draft if isinstance(draft, HiddenStateDraft) else None
-        draws = isinstance(model, GivesNextLogits) and draft is None and not observe
+        draws = draws and draft is None and isinstance(model, GivesNextLogits)
         return cls(weights, sampling, stops, num_steps, at_once, draws, observe, takes_prompts)
 
     # Compiled first, so that timings of the steps do not include XLA's.

@@ -234,6 +234,7 @@ def generate(
         stops,
         num_steps=stream_every,
         most_steps=max_new_tokens,
+        draws=compression is None,
         observe=compression is not None and compression.window != 0,
         draft=draft,
         on=spread and spread.automatic,
