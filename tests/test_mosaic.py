@@ -232,7 +232,7 @@ INTERPRETED = {
             "batch_size": 1,
             "num_kv_heads": 3,
             "codec": jaxkv.Centred(jaxkv.Int8(), rope=jaxkv.Rope.of(1e4, rotary_dim=64)),
-            "addressing": jaxkv.Paged(64, num_pages=4),
+            "addressing": jaxkv.Paged(64),
         },
         (100,),
         {},
