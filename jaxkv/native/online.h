@@ -136,8 +136,6 @@ inline Part Magnitudes(Part scales) { return (Part)((PartInts)scales & 0x7ffffff
 template <int K, bool kFull, typename Order>
 class Scores {
  public:
-  static constexpr bool kIsFull = kFull;
-
   Scores(const Block& block, Order order, float* scores)
       : scores_(scores), count_(block.count), steps_(block.Steps<K>()),
         stride_(order.Token(1, 0) - order.Token(0, 0)) {
@@ -173,34 +171,48 @@ void WithScores(const Block& block, Order order, const Rows& rows, const Functio
     function(Scores<K, false, Order>(block, order, rows.scores));
 }
 
+// Scores in a block's order, [queries][kBlock], as lanes have them.
+template <int K, typename Order>
+const float* InLanes(Order order, int steps, int count, const float* scores, float* lanes) {
+  if constexpr (std::is_same_v<Order, InTurn<kLanes>>) return scores;
+  for (int g = 0; g < count; ++g)
+    for (int step = 0; step < steps; ++step)
+      for (int i = 0; i < K; ++i)
+        lanes[step * kLanes + g * K + i] = scores[g * kBlock + order.Token(step, i)];
+  return lanes;
+}
+
 // Products of codes to scores: times their scales, with what the vectors were stored less (of
 // queries of which these rows are those from `first` on), and capped. Keeps the highest of each lane.
 template <int K, typename Order>
 void Complete(const Block& block, Order order, float softcap, const Scales<K>& key_scales,
               const float* of_centre, int64_t first, Rows& rows) {
   const int steps = block.Steps<K>();
-  if (of_centre) of_centre += first * kBlock;
+  float lanes[kBlock * kLanes / K];  // those of no query stay what they are
+  if (of_centre)
+    of_centre = InLanes<K>(order, steps, rows.count, of_centre + first * kBlock, lanes);
+  const auto completed = [&](int step, int part, const float* scores) {
+    Part score = LoadPart(scores);
+    if (key_scales) score *= Magnitudes(key_scales.At(rows.head, step, part));
+    if (of_centre) score += LoadPart(of_centre + step * kLanes + part * kPart);
+    return score;
+  };
   WithScores<K>(block, order, rows, [&](const auto& all) {
-    if (key_scales)
+    if (softcap > 0) {
       all.ForAll([&](int step, int part, float* scores) {
-        const Part scales = key_scales.At(rows.head, step, part);
-        StorePart(scores, LoadPart(scores) * Magnitudes(scales));
+        StorePart(scores, completed(step, part, scores));
       });
-    if (of_centre)
-      for (int g = 0; g < rows.count; ++g, of_centre += kBlock)
-        for (int step = 0; step < steps; ++step)
-          for (int i = 0; i < K; ++i)
-            rows.scores[step * kLanes + g * K + i] += of_centre[order.Token(step, i)];
-    if (softcap > 0)
       for (int step = 0; step < steps; ++step) {
         const Vec score = Load(rows.scores + step * kLanes);
         Store(rows.scores + step * kLanes, softcap * Tanh(score / softcap));
       }
+    }
     Part most[kParts];
     std::memcpy(most, &rows.highest, sizeof most);
     all.ForAll([&](int step, int part, float* scores) {
-      const Part score = all.OfTokens(LoadPart(scores), step, part, kLowest);
-      if constexpr (!std::decay_t<decltype(all)>::kIsFull) StorePart(scores, score);
+      Part score = softcap > 0 ? LoadPart(scores) : completed(step, part, scores);
+      score = all.OfTokens(score, step, part, kLowest);
+      StorePart(scores, score);
       most[part] = score > most[part] ? score : most[part];
     });
     std::memcpy(&rows.most, most, sizeof most);

@@ -143,7 +143,7 @@ class TileUnit {
       }
       char* const copy = (char*)&copy_[group * kTile * slices_];
       reader.Copy(tokens, offset, copy);
-      sources_[group] = {copy, slices_ * (int64_t)sizeof(Line)};
+      sources_[group] = {copy, slices_ * (int64_t)sizeof(Line), true};
     }
   }
 

@@ -37,7 +37,8 @@ struct Vnni : WholeNumbers {
       constexpr int G = decltype(number)::value;
       for (int group = 0; group < groups; ++group) {
         for (int64_t slice = 0; slice < slices; ++slice) ahead.Fetch();
-        if (group + 1 < groups) FetchNear(sources[group + 1], slices);
+        if (group + 1 < groups && !sources[group + 1].near)
+          FetchNear(sources[group + 1], slices);
         Multiply<G>(queries, sources[group], slices, scores + group * kTile);
         for (int64_t slice = 0; slice < slices; ++slice) ahead.Fetch();
       }
