@@ -172,7 +172,7 @@ def _offsets(request: AttentionCall, offset_queries: Array | None) -> tuple[Arra
         queries = queries[..., :-1]  # no number is left unturned
     queries = jnp.pad(queries, ((0, 0),) * 5 + ((0, -queries.shape[-1] % _LANES),))
     tables = rope.tables if rope else np.zeros((0, 0, 0, 0), np.float32)
-    return queries, jnp.asarray(tables)
+    return queries, jnp.asarray(tables.swapaxes(2, 3))  # what neighbours have is side by side
 
 
 def _bits(codec: Codec) -> int:
@@ -190,9 +190,8 @@ def _levels(codec: Codec) -> Int[Array, " codes"]:
 def _tables_of(steps: Steps | None) -> tuple[Array, Array, Array]:
     """Widths of codes and their counts, what codes stand for, and what bytes for scales do."""
     if steps is None:
-        none = jnp.zeros(0, jnp.float32)
-        return jnp.zeros(0, jnp.int32), none, none
-    levels = np.zeros((len(steps.runs), _MOST_LEVELS), np.float32)
+        return jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.int8), jnp.zeros(0, jnp.float32)
+    levels = np.zeros((len(steps.runs), _MOST_LEVELS), np.int8)
     for row, own in zip(levels, steps.levels, strict=True):
         row[: len(own)] = own
     return jnp.asarray(steps.runs, jnp.int32), jnp.asarray(levels), jnp.asarray(steps.scales)

@@ -42,13 +42,13 @@ class Steps(NamedTuple):
 
     Attributes:
       runs: bits of a code, and how many numbers have so many, in order.
-      levels: what the codes of each run stand for, lowest first.
+      levels: the whole numbers of 8 bits that the codes of each run stand for, lowest first.
       scales: what each byte of the second leaf stands for, ``[256]``; with a sign, that of -0 too,
         where a key was stored less the second of `Codec.centres`.
     """
 
     runs: tuple[tuple[int, int], ...]
-    levels: tuple[Any, ...]
+    levels: tuple[tuple[int, ...], ...]
     scales: Any
 
 

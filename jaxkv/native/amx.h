@@ -16,6 +16,8 @@ namespace jaxkv {
 inline void Written() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
 struct Amx {
+  static constexpr int kTokens = 4;  // whose scores with all queries stand together
+
   // The system gives a process the tiles' registers when it first asks.
   static bool Serves(const Attention&) {
     constexpr int kRequestPermission = 0x1023, kTileData = 18;

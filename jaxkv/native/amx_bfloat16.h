@@ -13,14 +13,20 @@ struct AmxBFloat16 : Amx {
   static constexpr int kNumbers = 32;  // of a vector, in a tile's row
   static constexpr int kWays = 2;      // mixes hold, of each 32 numbers, even ones, then odd ones
 
-  // Whether vectors are read as they lie.
-  static bool AsStored(const Side&) { return true; }
-  static void Copy(const Side& side, const char* const (&vectors)[kTile], int64_t, char* copy) {
-    for (const char* vector : vectors) {
-      std::memcpy(copy, vector, side.bytes);
-      copy += side.bytes;
+  class Reader {
+   public:
+    Reader(const Side& side, int64_t) : bytes_(side.bytes) {}
+
+    // Whether vectors are read as they lie.
+    bool AsStored() const { return true; }
+    void Copy(const char* const* tokens, int64_t offset, char* copy) const {
+      for (int token = 0; token < kTile; ++token)
+        std::memcpy(copy + token * bytes_, tokens[token] + offset, bytes_);
     }
-  }
+
+   private:
+    const int64_t bytes_;
+  };
 
   // Queries of one KV head: row k of a tile holds numbers 2k and 2k + 1, part p of query g in
   // column 4p + g.
@@ -40,7 +46,7 @@ struct AmxBFloat16 : Amx {
   }
 
   static void Score(const Line* queries, const Source (&sources)[kGroups], int groups,
-                    int64_t slices, Ahead& ahead, float* scores) {
+                    int64_t slices, int, Ahead& ahead, float* scores) {
     alignas(64) float parts[kBlock * kTile];  // each token's row holds each query's three parts
     MultiplyAll<false>(queries, sources, groups, slices, ahead, parts);
     for (int step = 0; step < groups * kTile / 4; ++step) {

@@ -9,19 +9,23 @@ namespace jaxkv {
 struct AmxInt8 : Amx, WholeNumbers {
   static constexpr int kWays = 4;  // mixes hold, of each 64 numbers, each fourth, then the next
 
-  // Digits are from -128 to 127, the lowest first.
+  // Row k of a tile holds digits of numbers 4k to 4k + 3, digit p of query g in column 4p + g. After
+  // the tiles, each query's unit, in lanes 4 g to 4 g + 3.
   static void Arrange(const float* queries, int count, int64_t head_dim, Line* tiles) {
-    ArrangeQueries(queries, count, head_dim, tiles, [](int32_t number, int g, uint8_t* byte) {
-      for (int part = 2; part >= 0; --part) {
-        const int8_t digit = (int8_t)number;
-        byte[4 * (part * kQueries + g)] = digit;
-        number = (number - digit) >> 8;
-      }
-    });
+    const int64_t rows = head_dim / 4;
+    std::memset(tiles, 0, (rows + 1) * sizeof(Line));
+    for (int g = 0; g < count; ++g) {
+      const auto put = [&](int64_t d, const int8_t (&digits)[3]) {
+        for (int part = 0; part < 3; ++part)
+          ((int8_t*)tiles[d / 4].lanes)[4 * (part * kQueries + g) + d % 4] = digits[part];
+      };
+      const float unit = InDigits(queries + g * head_dim, head_dim, put);
+      std::fill_n(tiles[rows].lanes + 4 * g, 4, unit);
+    }
   }
 
   static void Score(const Line* queries, const Source (&sources)[kGroups], int groups,
-                    int64_t slices, Ahead& ahead, float* scores) {
+                    int64_t slices, int, Ahead& ahead, float* scores) {
     alignas(64) int32_t parts[kBlock * kTile];  // each token's row holds each query's three digits
     MultiplyAll<true>(queries, sources, groups, slices, ahead, parts);
     const Vec units = Load(queries[slices * kTile].lanes);
@@ -72,6 +76,22 @@ struct AmxInt8 : Amx, WholeNumbers {
   static int64_t FetchesOfMix(int64_t slices, int groups) { return slices * groups; }
 
  private:
+  // Weights of a block in units of its largest, of each query.
+  struct Units {
+    Vec units, steps;  // what a weight is multiplied with to become a whole number
+
+    Units(const float* scores, int groups) {
+      Vec most = Vec{}, none = Vec{};  // none: 0, or NaN where a weight is not finite
+      for (int step = 0; step < groups * kTile / 4; ++step) {
+        const Vec some = Load(scores + step * kLanes);
+        most = Larger(some, most), none += some * 0.0f;
+      }
+      most = Together<kQueries>(most, Larger), none = Together<kQueries>(none, Added);
+      units = most / kMostUnsigned + none;
+      steps = most > 0 ? kMostUnsigned / most : Vec{};
+    }
+  };
+
   // Weights of 16 tokens as a tile a digit, for one of values, whose rows are fours of numbers of
   // one token: four rows, one a query, take the first of each four, the next four rows the second.
   static void ArrangeWeights(const float* scores, Vec steps,

@@ -61,8 +61,22 @@ inline const uint8_t* Unpack(int64_t bits, int64_t count, const uint8_t* plane, 
   return plane;
 }
 
+constexpr int64_t kMostNumbers = 1024;  // of a vector
+
+inline void LevelsOfRuns(const Runs& runs, const char* vector, int8_t* levels) {
+  const uint8_t* from = (const uint8_t*)vector;
+  uint8_t codes[kMostNumbers];
+  for (int64_t run = 0; run < runs.count; ++run) {
+    const int64_t bits = runs.widths[2 * run], count = runs.widths[2 * run + 1];
+    from = Unpack(bits, count, from, codes);
+    for (int64_t i = 0; i < count; ++i)
+      *levels++ = runs.levels[run * Runs::kMostLevels + codes[i]];
+  }
+}
+
 // A vector's levels; those of int8 are its codes.
 inline void Levels(const Side& side, int64_t head_dim, const char* vector, int8_t* levels) {
+  if (side.runs.count) return LevelsOfRuns(side.runs, vector, levels);
   if (side.bits == 8) {
     std::memcpy(levels, vector, head_dim);
     return;
@@ -77,21 +91,7 @@ inline void Levels(const Side& side, int64_t head_dim, const char* vector, int8_
   }
 }
 
-constexpr int64_t kMostNumbers = 1024;  // of a vector
-
-inline void WidenRuns(const Runs& runs, const char* vector, float* wide) {
-  const uint8_t* from = (const uint8_t*)vector;
-  uint8_t codes[kMostNumbers];
-  for (int64_t run = 0; run < runs.count; ++run) {
-    const int64_t bits = runs.widths[2 * run], count = runs.widths[2 * run + 1];
-    const float* levels = runs.levels + run * Runs::kMostLevels;
-    from = Unpack(bits, count, from, codes);
-    for (int64_t i = 0; i < count; ++i) *wide++ = levels[codes[i]];
-  }
-}
-
 inline void WidenCodes(const Side& side, int64_t head_dim, const char* vector, float* wide) {
-  if (side.runs.count) return WidenRuns(side.runs, vector, wide);
   int8_t levels[kMostNumbers];
   Levels(side, head_dim, vector, levels);
   for (int64_t d = 0; d < head_dim; d += kLanes) Store(wide + d, Load(levels + d));

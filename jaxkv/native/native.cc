@@ -40,7 +40,7 @@ Side SideOf(const ffi::AnyBuffer& vectors, const ffi::AnyBuffer& scales,
 ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                   ffi::AnyBuffer key_scales, ffi::AnyBuffer value_scales,
                   ffi::Buffer<ffi::S8> levels, ffi::Buffer<ffi::S32> run_widths,
-                  ffi::Buffer<ffi::F32> run_levels, ffi::Buffer<ffi::F32> run_scales,
+                  ffi::Buffer<ffi::S8> run_levels, ffi::Buffer<ffi::F32> run_scales,
                   ffi::Buffer<ffi::S32> layer,
                   ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::S32> positions,
                   ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> sinks,
@@ -70,13 +70,13 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::AnyBuffer valu
   job.out = out->typed_data(), job.log_total = log_total->typed_data();
   job.second_share = second_share->typed_data();
   if (centre_queries.element_count() > 0) {
-    const auto tables = rope_tables.dimensions();  // digits, 2, base, pairs
+    const auto tables = rope_tables.dimensions();  // digits, 2, pairs, base
     job.centre.queries = centre_queries.typed_data();
     job.centre.features = centre_queries.dimensions()[5];
     if (const int64_t centres = centre_queries.dimensions()[0]; centres > 1)
       job.centre.of_second = centre_queries.element_count() / centres;
     job.centre.tables = rope_tables.typed_data();
-    job.centre.digits = tables[0], job.centre.pairs = tables[3];
+    job.centre.digits = tables[0], job.centre.pairs = tables[2];
   }
   job.heads = shape[2], job.group = shape[3], job.head_dim = shape[4];
   job.softcap = softcap;
@@ -153,7 +153,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxkvDecode, jaxkv::Decode,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()

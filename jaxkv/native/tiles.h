@@ -19,6 +19,7 @@ constexpr int kGroups = kBlock / kTile; // tokens of a block go into so many til
 struct Source {
   const char* vectors;
   int64_t stride;
+  bool near = false;  // copied just now
 };
 
 // Of four vectors, the first four lanes of all, then the second four, and so on.

@@ -64,9 +64,12 @@ class Unit {
       }
     });
     for (Rows& rows : rows_) {
-      const Vec keep =
-          Softmax<K>(block, order, job_.softcap, key_scales_, value_scales_, centre_, rows);
-      Shrink<K>(rows, keep, job_.head_dim, MixOf(rows));
+      const float* of_centre =
+          centre_.Of(rows.row, rows.count, key_scales_.OfSecond(rows.head, order.steps, order));
+      Complete<K>(block, order, job_.softcap, key_scales_, of_centre, 0, rows);
+      Raise<K>(rows);
+      Weigh<K>(block, order, value_scales_, rows);
+      Shrink<K>(rows, job_.head_dim, MixOf(rows));
     }
     ForEachHead(job_.values, block, [&](auto g, const Rows& rows, const Wide* const* values) {
       constexpr int G = decltype(g)::value;
@@ -127,7 +130,7 @@ class Unit {
   std::vector<Rows> rows_;
   std::vector<float> scores_, widened_;
   Scales<K> key_scales_, value_scales_;
-  Centre<K> centre_;
+  Centre centre_;
 };
 
 }  // namespace jaxkv

@@ -13,6 +13,13 @@
 // In the products, so that sums are kept in registers rather than in an array.
 #define UNROLL _Pragma("GCC unroll 16")
 
+// What several products share: else GCC loads it anew for each of them.
+#if defined(__x86_64__)
+#define KEEP_IN_REGISTER(part) asm("" : "+v"(part))
+#else
+#define KEEP_IN_REGISTER(part)
+#endif
+
 namespace jaxkv {
 
 constexpr int kLanes = 16;

@@ -9,8 +9,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "codes.h"
+#include "runs.h"
 
 namespace jaxkv {
 
@@ -31,93 +33,135 @@ class Plane {
     shifts_ = _mm512_load_si512(shifts);
   }
 
+  int64_t size() const { return size_; }
+
+  // Where there are kSize bytes; 64 for more.
+  template <int kSize>
   __m512i Of(const char* vector) const {
-    const char* p = vector + offset_;
-    return _mm512_and_si512(_mm512_srlv_epi64(Bytes(p), shifts_), mask_);
+    return _mm512_and_si512(_mm512_srlv_epi64(Bytes<kSize>(vector + offset_), shifts_), mask_);
   }
 
  private:
   // Where the plane's bytes are fewer, each code's more than once.
-  __m512i Bytes(const char* p) const {
-    if (size_ >= 64) return _mm512_loadu_si512(p);
-    if (size_ == 32) return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
-    if (size_ == 16) return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+  template <int kSize>
+  static __m512i Bytes(const char* p) {
+    if (kSize == 64) return _mm512_loadu_si512(p);
+    if (kSize == 32) return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
+    if (kSize == 16) return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
     return _mm512_set1_epi64(*(const int64_t*)p);
   }
 
-  const int64_t size_, offset_;
-  const __m512i mask_;
-  __m512i shifts_;
+  int64_t size_, offset_;
+  __m512i mask_, shifts_;
+};
+
+// One side's vectors as levels, a byte each.
+class LevelsReader {
+ public:
+  LevelsReader(const Side& side, int64_t head_dim) : side_(side), head_dim_(head_dim) {
+    const bool in_planes = !side.runs.count && side.bits < 8 && Plane::Serves(side.bits, head_dim);
+    const bool three = side.bits == 3;  // two bits of all, and then one
+    for (int64_t first = 0; first < head_dim; first += kNumbers) {
+      if (RunLevels::Serves(side, head_dim)) runs_.emplace_back(side, first);
+      if (in_planes) planes_.emplace_back(three ? 2 : side.bits, 0, head_dim, first);
+      if (in_planes && three) thirds_.emplace_back(1, head_dim / 4, head_dim, first);
+    }
+  }
+
+  // Whether vectors are read as they lie.
+  bool AsStored() const { return !side_.runs.count && side_.bits == 8; }
+
+  // Of 16 tokens, one's after the other's; a head's are `offset` bytes from where tokens begin.
+  void Copy(const char* const* tokens, int64_t offset, char* copy) const {
+    if (runs_.empty() && planes_.empty()) {
+      for (int token = 0; token < kTile; ++token)
+        Levels(side_, head_dim_, tokens[token] + offset, (int8_t*)copy + token * head_dim_);
+      return;
+    }
+    const int64_t slices = head_dim_ / kNumbers;
+    for (int64_t slice = 0; slice < slices; ++slice, copy += kNumbers) {
+      if (!runs_.empty()) {
+        const auto copy_runs = side_.bytes <= kNumbers ? &LevelsReader::CopyRuns<false>
+                                                       : &LevelsReader::CopyRuns<true>;
+        (this->*copy_runs)(slice, tokens, offset, copy);
+        continue;
+      }
+      const int64_t size = planes_[slice].size();
+      const auto copy_planes = size >= 64   ? &LevelsReader::CopyPlanes<64>
+                               : size == 32 ? &LevelsReader::CopyPlanes<32>
+                               : size == 16 ? &LevelsReader::CopyPlanes<16>
+                                            : &LevelsReader::CopyPlanes<8>;
+      (this->*copy_planes)(slice, tokens, offset, copy);
+    }
+  }
+
+ private:
+  static constexpr int kNumbers = 64;
+
+  template <bool kLong>
+  void CopyRuns(int64_t slice, const char* const* tokens, int64_t offset, char* copy) const {
+    const RunLevels own = runs_[slice];  // in registers
+    LookUp(tokens, offset, copy, [&](const char* vector) { return own.Of<kLong>(vector); });
+  }
+
+  template <int kSize>
+  void CopyPlanes(int64_t slice, const char* const* tokens, int64_t offset, char* copy) const {
+    const __m512i levels = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)side_.levels));
+    const Plane low = planes_[slice];
+    if (thirds_.empty())
+      return LookUp(tokens, offset, copy, [&](const char* vector) {
+        return _mm512_shuffle_epi8(levels, low.Of<kSize>(vector));
+      });
+    const auto with_third = [&](auto size) {
+      const Plane high = thirds_[slice];
+      LookUp(tokens, offset, copy, [&](const char* vector) {
+        const __m512i third = _mm512_slli_epi64(high.Of<decltype(size)::value>(vector), 2);
+        return _mm512_shuffle_epi8(levels, _mm512_or_si512(low.Of<kSize>(vector), third));
+      });
+    };
+    if (thirds_[slice].size() >= 64) return with_third(Number<64>{});
+    with_third(Number<std::max(8, kSize / 2)>{});  // half as many bytes
+  }
+
+  template <typename LevelsOf>
+  void LookUp(const char* const* tokens, int64_t offset, char* copy,
+              const LevelsOf& levels_of) const {
+    const int64_t stride = head_dim_;
+    UNROLL for (int token = 0; token < kTile; ++token)
+      _mm512_storeu_si512(copy + token * stride, levels_of(tokens[token] + offset));
+  }
+
+  const Side& side_;
+  const int64_t head_dim_;
+  // Of each 64 numbers.
+  std::vector<RunLevels> runs_;
+  std::vector<Plane> planes_, thirds_;
 };
 
 struct WholeNumbers {
   static constexpr int kNumbers = 64;  // of a vector, in a tile's row
+  typedef LevelsReader Reader;
 
-  // Whether vectors are read as they lie.
-  static bool AsStored(const Side& side) { return side.bits == 8; }
-  // The levels of 16 tokens' codes, one token's after the other's.
-  static void Copy(const Side& side, const char* const (&vectors)[kTile], int64_t head_dim,
-                   char* copy) {
-    if (side.bits == 8 || !Plane::Serves(side.bits, head_dim)) {
-      for (const char* vector : vectors) {
-        Levels(side, head_dim, vector, (int8_t*)copy);
-        copy += head_dim;
+  // A query as whole numbers, as signed digits of 8 bits, the highest first: take(d, digits). Returns
+  // their unit.
+  template <typename Take>
+  static float InDigits(const float* query, int64_t head_dim, const Take& take) {
+    float largest = 0;
+    for (int64_t d = 0; d < head_dim; ++d)
+      if (std::abs(query[d]) > largest || std::isnan(query[d])) largest = std::abs(query[d]);
+    const float unit = largest / kMostSigned;
+    if (!(unit > 0 && std::isfinite(unit))) return unit;  // zeros; or not finite, as all scores then
+    for (int64_t d = 0; d < head_dim; ++d) {
+      int32_t number = std::lrintf(query[d] / unit);
+      int8_t digits[3];
+      for (int part = 2; part >= 0; --part) {
+        digits[part] = (int8_t)number;
+        number = (number - digits[part]) >> 8;
       }
-      return;
+      take(d, digits);
     }
-    const __m512i levels = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)side.levels));
-    for (int64_t first = 0; first < head_dim; first += kNumbers) {
-      const bool three = side.bits == 3;  // two bits of all, and then one
-      const Plane low(three ? 2 : side.bits, 0, head_dim, first);
-      const Plane high(1, head_dim / 4, head_dim, first);
-      for (int token = 0; token < kTile; ++token) {
-        __m512i codes = low.Of(vectors[token]);
-        if (three) codes = _mm512_or_si512(codes, _mm512_slli_epi64(high.Of(vectors[token]), 2));
-        _mm512_storeu_si512(copy + token * head_dim + first, _mm512_shuffle_epi8(levels, codes));
-      }
-    }
+    return unit;
   }
-
-
-  // Queries of one KV head: row k of a tile holds digits of numbers 4k to 4k + 3, digit p of query
-  // g in column 4p + g, the highest first. After the tiles, each query's unit, in lanes 4 g to
-  // 4 g + 3. digits(number, g, where its byte of column 0 is) puts them there.
-  template <typename Digits>
-  static void ArrangeQueries(const float* queries, int count, int64_t head_dim, Line* tiles,
-                             const Digits& digits) {
-    const int64_t slices = head_dim / kNumbers;
-    std::memset(tiles, 0, (slices * kTile + 1) * sizeof(Line));
-    float* units = tiles[slices * kTile].lanes;
-    for (int g = 0; g < count; ++g) {
-      const float* query = queries + g * head_dim;
-      float largest = 0;
-      for (int64_t d = 0; d < head_dim; ++d)
-        if (std::abs(query[d]) > largest || std::isnan(query[d])) largest = std::abs(query[d]);
-      const float unit = largest / kMostSigned;
-      std::fill_n(units + 4 * g, 4, unit);
-      if (!(unit > 0 && std::isfinite(unit))) continue;  // zeros; or not finite, as all scores then
-      for (int64_t d = 0; d < head_dim; ++d) {
-        Line& row = tiles[d / kNumbers * kTile + d % kNumbers / 4];
-        digits((int32_t)std::lrintf(query[d] / unit), g, (uint8_t*)row.lanes + d % 4);
-      }
-    }
-  }
-
-  // Weights of a block in units of its largest, of each query.
-  struct Units {
-    Vec units, steps;  // what a weight is multiplied with to become a whole number
-
-    Units(const float* scores, int groups) {
-      Vec most = Vec{}, none = Vec{};  // none: 0, or NaN where a weight is not finite
-      for (int step = 0; step < groups * kTile / 4; ++step) {
-        const Vec some = Load(scores + step * kLanes);
-        most = Larger(some, most), none += some * 0.0f;
-      }
-      most = Together<kQueries>(most, Larger), none = Together<kQueries>(none, Added);
-      units = most / kMostUnsigned + none;
-      steps = most > 0 ? kMostUnsigned / most : Vec{};
-    }
-  };
 
  protected:
   static constexpr float kMostSigned = (1 << 23) - (1 << 16), kMostUnsigned = (1 << 24) - 8;

@@ -324,8 +324,11 @@ def _made(json: Any, kinds: Mapping[str, Any]) -> Any:
     if isinstance(json, list):
         return tuple(_made(item, kinds) for item in json)
     if isinstance(json, dict):
+        kind = kinds[json["kind"]]
         fields = {name: _made(value, kinds) for name, value in json["fields"].items()}
-        return kinds[json["kind"]](**fields)
+        known = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        unsaid = {each.name: each.metadata["unsaid"] for each in known if "unsaid" in each.metadata}
+        return kind(**(unsaid | fields))
     return json
 
 

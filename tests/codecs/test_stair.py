@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxkv
+from jaxkv.codecs.packing import packed_bytes, unpack
 from jaxkv.models import RopeConfig
 from jaxkv.models.rope import rotate, rotation
 
@@ -126,6 +127,38 @@ def test_what_is_not_finite_spoils_no_other():
     np.testing.assert_array_equal(own, expected)
 
 
-def test_other_bits_are_refused():
+def test_other_bits_and_versions_are_refused():
     with pytest.raises(ValueError, match="bits must be 4, 3 or 2, got 5"):
         jaxkv.Stair(5)
+    with pytest.raises(ValueError, match="version must be 2, got 1"):
+        jaxkv.Stair(4, version=1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_steps_say_what_keys_are(bits):
+    """Whole numbers of 8 bits, and queries that make scores of them."""
+    codec = jaxkv.Stair(bits, CODEC.rope)
+    queries, keys, values = vectors()
+    cache, (own, _) = stored(codec, queries, keys, values)
+    state = {name: array[0] for name, array in cache.codec_state.items()}
+    steps = codec.steps(HEAD_DIM)
+    packed = np.asarray(cache.storage["key_codes"])[0, 0, :TOKENS]
+    levels, start = [], 0
+    for (width, count), stands_for in zip(steps.runs, steps.levels, strict=True):
+        assert max(stands_for) <= 127
+        assert stands_for == tuple(sorted(-level for level in stands_for))
+        size = packed_bytes(count, width)
+        codes = unpack(jnp.asarray(packed[..., start : start + size]), width, count)
+        levels.append(np.asarray(stands_for)[np.asarray(codes)])
+        start += size
+    scales = steps.scales[np.asarray(cache.storage["key_scales"])[0, 0, :TOKENS]]
+    numbers = np.concatenate(levels, axis=-1) * np.abs(scales)[..., None]
+    query = np.asarray(queries)[:1].reshape(1, HEADS, 1, 2, HEAD_DIM)
+    stepped = np.float64(codec.stepped(jnp.asarray(query), state))[0, :, 0]
+    centres = codec.centres(state).each_at(jnp.arange(TOKENS)[:, None])
+    centre = np.where(scales[..., None] < 0, *(np.float64(each[0]) for each in reversed(centres)))
+    np.testing.assert_allclose(
+        np.einsum("hgd,thd->hgt", stepped, numbers),
+        np.einsum("hgd,thd->hgt", query[0, :, 0], own - centre),
+        atol=2e-4,
+    )

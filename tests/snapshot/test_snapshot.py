@@ -12,6 +12,7 @@ import jaxkv
 from jaxkv.codecs import CODECS
 from jaxkv.snapshot import fingerprint, inspect
 from jaxkv.snapshot.container import read_manifest
+from jaxkv.snapshot.manifest import read
 from tests.oracle import jit, random_step, run_step
 
 ADDRESSINGS = {
@@ -207,6 +208,18 @@ def test_a_field_that_came_later_is_named_where_it_says_something(tmp_path):
         assert save_and_load(cache, tmp_path).config == cache.config
         (group,) = read_manifest(tmp_path / "file")["groups"]
         assert len(group["config"]["addressing"]["fields"]) == named
+
+
+def test_stairs_of_other_levels_are_refused(tmp_path):
+    """Files that do not say which they hold, as those of jaxkv 0.10."""
+    cache = filled(small_config("stair4"), 6)
+    assert save_and_load(cache, tmp_path).config == cache.config
+    manifest = read_manifest(tmp_path / "file")
+    del manifest["groups"][0]["config"]["codec"]["fields"]["version"]
+    with pytest.raises(
+        jaxkv.SnapshotError, match=r"version must be 2, got 1\. .* jaxkv 0\.10 or before"
+    ):
+        read(tmp_path / "file", manifest)
 
 
 @pytest.mark.parametrize("addressing", [*ADDRESSINGS, "newest too"])
