@@ -34,6 +34,7 @@ from tests.real.checkpoint import smollm2
 
 _PROSE = "6925b6d:ARCHITECTURE.md"
 _FIRST = f"prose, the first 12,000 characters of {_PROSE}"
+# Questions of ours, and what the model said to them, drawn at a temperature of 0.7 and top_p 0.9.
 CHAT = Path(__file__).with_name("chat.json")
 _CALIBRATED = 128  # tokens, the first, which give a codec its constants
 _EXACT = Store(jaxkv.Dense("float32"))
@@ -94,7 +95,7 @@ def run(quick: bool, pieces: Pieces) -> Iterator[Table]:
     for text, (tokens, rows_of) in _texts(tokenizer, quick).items():
         title = f"Quality: SmolLM2-135M-Instruct, {text}"
         if pieces.has_table(title):
-            known = pieces.known_rows(title, "store")
+            known = {row["store"]: row for row in pieces.known_rows(title)}
             names = [name for name in rows_of if pieces.has_row(name) or name in known]
             rows = list(_rows(model, tokenizer, tokens, names, known))
             notes = [_note(len(tokens))]

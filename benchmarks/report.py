@@ -54,10 +54,9 @@ class Pieces:
     def has_row(self, name: str) -> bool:
         return not self.rows or any(word in name for word in self.rows)
 
-    def known_rows(self, title: str, column: str) -> dict[str, Row]:
-        """Those of the table of this title, by what stands in the column."""
-        tables = [table for table in self.known if table.title == title]
-        return {row[column]: row for table in tables for row in table.rows}
+    def known_rows(self, title: str) -> list[Row]:
+        """Those of the tables of this title."""
+        return [row for table in self.known if table.title == title for row in table.rows]
 
 
 def _aligned(rows: list[Row]) -> str:
