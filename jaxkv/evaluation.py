@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jaxkv.attention.observed import observed
 from jaxkv.cache.create import create
@@ -14,6 +15,7 @@ from jaxkv.cache.hybrid import AnyCache
 from jaxkv.compression.compress import compress
 from jaxkv.counts import check_count
 from jaxkv.policies import Policy, named_policy, reconstruction_scores
+from jaxkv.serve.model_step import ModelStep, Weights
 
 NOTHING_DROPPED = "nothing dropped"
 KVZIP = "kvzip"  # no policy, but scores that the model gives: `jaxkv.reconstruction_scores`
@@ -131,10 +133,14 @@ class _Asked:
     """A model, asked about one context after another: each is read once for all policies."""
 
     def __init__(
-        self, model: Any, context: int, tasks: list[list[_Sample]], codec: Any, reads_again: bool
+        self,
+        model: Any,
+        context: int,
+        tasks: tuple[list[_Sample], ...],
+        codec: Any,
+        reads_again: bool,
     ):
-        self._model = model
-        self._prefill, self._step = jax.jit(observed(model)), jax.jit(model)
+        self._model, self._weights = model, Weights.of(model)
         self._new = 1 + max(_num_fed(sample) for task in tasks for sample in task)
         room = context + max(self._new, context if reads_again else 0)
         whole = model.cache_config(max_context_length=context + self._new, codec=codec)
@@ -144,14 +150,16 @@ class _Asked:
     def answers(self, sample: _Sample, settings: list[tuple[str, Any, float]]) -> list[_Answer]:
         """With nothing dropped, and for each policy and share; `sizes` has their caches' bytes."""
         tokens = jnp.asarray(sample.context[:-1], jnp.int32)
-        _, cache, queries = self._prefill(tokens, create(self._config))
+        cache, queries = _read(self._weights, tokens, create(self._config))
         answers, sizes, scores = [self._answer(cache, sample)], self.sizes[:1], None
         for _, policy, share in settings:
             size = max(1, round(share * len(tokens)))
-            if policy == KVZIP and scores is None:
-                scores = reconstruction_scores(self._model, tokens, cache, chunk=len(tokens))
-            given = scores if policy == KVZIP else policy
-            small = compress(cache, given, keep=size, new=self._new, queries=queries)
+            if policy == KVZIP:
+                if scores is None:
+                    scores = reconstruction_scores(self._model, tokens, cache, chunk=len(tokens))
+                small = compress(cache, scores, keep=size, new=self._new)
+            else:
+                small = compress(cache, policy, keep=size, new=self._new, queries=queries)
             answers.append(self._answer(small, sample))
             sizes.append(small.size_bytes)
         self.sizes = sizes
@@ -161,12 +169,23 @@ class _Asked:
         before, count = len(sample.question), len(sample.following)
         tokens = np.zeros(_SHORT if _num_fed(sample) < _SHORT else self._new, np.int32)
         tokens[: 1 + _num_fed(sample)] = [sample.context[-1], *sample.question, *sample.following]
-        logits = self._step(jnp.asarray(tokens), cache)[0][before : before + count]
+        logits = _told(self._weights, jnp.asarray(tokens), cache)[before : before + count]
         logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
         expected = jnp.asarray(sample.following)
         right = (logits.argmax(axis=-1) == expected).all()
         mean = jnp.take_along_axis(logprobs, expected[:, None], axis=-1).mean()
         return _Answer(bool(right), float(mean))
+
+
+@functools.partial(ModelStep, donated=[])
+def _read(model: Any, tokens: Array, cache: AnyCache) -> tuple[AnyCache, Any]:
+    """The cache after a context, and its queries."""
+    return observed(model)(tokens, cache)[1:]
+
+
+@functools.partial(ModelStep, donated=[])
+def _told(model: Any, tokens: Array, cache: AnyCache) -> Array:
+    return model(tokens, cache)[0]
 
 
 def _num_fed(sample: _Sample) -> int:

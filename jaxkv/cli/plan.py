@@ -142,7 +142,9 @@ def _quality(answer: Plan) -> str:
         size = format_bytes(answer.config.replace(codec=codec).size_bytes)
         found = (gaussian.keys, trained.keys, trained.values)
         known = MEASURED.get(name)
-        shown = ("-", "-") if known is None else (f"{1000 * known.divergence:g}", f"{known.same:.1%}")
+        shown = (
+            ("-", "-") if known is None else (f"{1000 * known.divergence:g}", f"{known.same:.1%}")
+        )
         rows.append((name, size, *(f"{error:.2%}" for error in found), *shown))
     first = next((name for name in BY_PREFERENCE if fits.get(name)), None)
     fit = "none fits" if first is None else f"{first} is the first that fits"
