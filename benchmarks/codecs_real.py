@@ -24,7 +24,7 @@ from jax import Array, lax
 import jaxkv
 from benchmarks.corpus import HELD_OUT
 from benchmarks.quality.emulated import PerGroup, PerTensorFloat8, TurboQuant
-from benchmarks.quality.kvquant import KVQuant, calibrated
+from benchmarks.quality.kvquant import KVQuant, calibrated, exact_vectors
 from benchmarks.quality.stores import Store, kivi, quantized_cache
 from benchmarks.report import Pieces, Row, Table, target
 from jaxkv.codecs import state_bytes
@@ -216,16 +216,17 @@ def _constants(model, tokenizer, codec: jaxkv.Codec, *, is_drawn: bool) -> dict[
     if is_drawn:
         return jaxkv.calibrate(model, codec=codec)[0]
     if isinstance(codec, KVQuant):
-        return calibrated(model, _help_tokens(tokenizer), codec)
+        return calibrated(_help_vectors(model, tokenizer), codec)
     return None
 
 
-def _help_tokens(tokenizer) -> np.ndarray:
+@functools.cache
+def _help_vectors(model, tokenizer) -> Array:
     """Of a text that is not measured."""
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics))
-    return np.asarray(tokenizer.encode(text).ids[:4096], np.int32)
+    return exact_vectors(model, np.asarray(tokenizer.encode(text).ids[:4096], np.int32))
 
 
 def _exact(model, tokens: np.ndarray) -> Array:

@@ -40,7 +40,7 @@ class Score(NamedTuple):
       cache_bytes: of the compressed cache, with room for what follows.
       needle_interval, multi_key_interval: of the two shares.
       nats_more: per token of the text, than with nothing dropped; context by context.
-      nats_interval: of its mean.
+      nats_interval: of its mean; None of one context, which says nothing of others.
     """
 
     policy: str
@@ -52,7 +52,7 @@ class Score(NamedTuple):
     needle_interval: float
     multi_key_interval: float
     nats_more: float
-    nats_interval: float
+    nats_interval: float | None
 
 
 class _Sample(NamedTuple):
@@ -219,10 +219,9 @@ def _share_interval(right: list[bool]) -> float:
     return float(_IN_95_PERCENT * (share * (1 - share) / count) ** 0.5)
 
 
-def _mean_interval(numbers: list[float]) -> float:
-    """Nan of one number, which says nothing of others."""
+def _mean_interval(numbers: list[float]) -> float | None:
     if len(numbers) == 1:
-        return float("nan")
+        return None
     return float(_IN_95_PERCENT * np.std(numbers, ddof=1) / len(numbers) ** 0.5)
 
 

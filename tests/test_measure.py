@@ -162,15 +162,7 @@ def test_kvquant_keeps_outliers_and_the_first_token():
     both = jnp.asarray(rng.standard_normal((2, 400, 2, 64)), jnp.float32)
     positions = jnp.arange(400)
 
-    class Model:
-        def cache_config(self, max_context_length, codec):
-            return jaxkv.KVCacheConfig(1, max_context_length, 2, 64, codec=codec)
-
-        def __call__(self, tokens, cache):
-            cache = jaxkv.append(cache, *both, layer=0)
-            return tokens, jaxkv.advance(cache, len(tokens))
-
-    state = calibrated(Model(), np.arange(400), codec)
+    state = calibrated(both[None], codec)
     of_layer = {name: array[0] for name, array in state.items()}
     keys, values = codec.encode_tokens(both, of_layer, positions)["data"]
     np.testing.assert_array_equal(keys[0], both[0, 0])

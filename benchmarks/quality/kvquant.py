@@ -73,12 +73,18 @@ class KVQuant(Emulated):
         return self.encode(jnp.where(first, both, jnp.stack([keys, values])))
 
 
-def calibrated(model, tokens: np.ndarray, codec: KVQuant) -> State:
-    """The state of all layers, from the exact keys and values of a text."""
+def exact_vectors(model, tokens: np.ndarray) -> Array:
+    """Of a text to calibrate on: ``[layers, 2, tokens, kv_heads, head_dim]``, keys under rope."""
     config = model.cache_config(max_context_length=len(tokens), codec=jaxkv.Dense("float32"))
-    _, cache = jax.jit(model)(jnp.asarray(tokens), jaxkv.create(config))
-    positions = jnp.arange(1, len(tokens))[:, None]
-    layers = [_of_layer(codec, *side, positions) for side in cache.storage["data"][:, :, 1:]]
+    return jax.jit(lambda model, tokens: model(tokens, jaxkv.create(config))[1].storage["data"])(
+        model, jnp.asarray(tokens)
+    )
+
+
+def calibrated(vectors: Array, codec: KVQuant) -> State:
+    """The state of all layers, from `exact_vectors`."""
+    positions = jnp.arange(1, vectors.shape[2])[:, None]
+    layers = [_of_layer(codec, *sides, positions) for sides in vectors[:, :, 1:]]
     return {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 

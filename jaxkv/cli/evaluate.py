@@ -86,7 +86,8 @@ def _run(options: argparse.Namespace) -> int:
             *(f"{share:.0%}" for share in (score.needle, score.needle_interval)),
             *(f"{share:.0%}" for share in (score.multi_key, score.multi_key_interval)),
             f"{score.perplexity:.3f}",
-            *(f"{nats:.3f}" for nats in (score.nats_more, score.nats_interval)),
+            f"{score.nats_more:.3f}",
+            "-" if score.nats_interval is None else f"{score.nats_interval:.3f}",
             format_bytes(score.cache_bytes),
         )
         for score in scores
