@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import jaxkv
+from benchmarks import codecs_real
 from benchmarks.quality import vectors
 from benchmarks.quality.kivi import GROUP, kivi_flushed
 from benchmarks.quality.kvquant import KVQuant, calibrated
 from benchmarks.quality.quantized_cache import WINDOW, hqq_flushed, quanto_flushed
+from benchmarks.report import Pieces, Table
 from jaxkv.cli.main import main
 from jaxkv.codecs import CODECS
 from jaxkv.quality import BY_PREFERENCE, MEASURED, sample_error
@@ -173,3 +175,25 @@ def test_kvquant_keeps_outliers_and_the_first_token():
     levels = np.unique(np.round(rounded, 2))
     assert 4 <= len(levels) <= 4 + 2 * 400 * 0.005 + 1
     assert 0.2 < np.linalg.norm(keys - both[0]) / np.linalg.norm(both[0]) < 0.5
+
+
+def test_a_run_in_pieces_measures_what_is_named_and_not_yet_known():
+    """As `python -m benchmarks codecs-real --table prose --row KIVI --known FILE` asks."""
+    known = (Table("prose", [{"store": "KIVI-2", "KL": 0.3}]), Table("code", []))
+    pieces = Pieces(("prose",), ("KIVI", "stair"), known)
+    assert [title for title in ("long prose", "code") if pieces.has_table(title)] == ["long prose"]
+    assert [name for name in ("KIVI-2", "stair4", "int8") if pieces.has_row(name)] == [
+        *("KIVI-2", "stair4")
+    ]
+    assert pieces.known_rows("prose") == known[0].rows
+    assert Pieces().has_table("any")
+    assert Pieces().has_row("any")
+
+
+def test_a_peer_is_compared_at_equal_bits():
+    """Half-way between two widths its KL is their geometric mean; past the widest its own."""
+    widths = [{"bits": 2.0, "KL": 0.4}, {"bits": 4.0, "KL": 0.1}]
+    assert codecs_real._kl_at(3.0, widths) == pytest.approx(0.2)
+    assert codecs_real._kl_at(1.0, widths) == pytest.approx(0.8)
+    assert codecs_real._kl_at(9.0, widths) == 0.1
+    assert codecs_real._kl_at(3.0, widths[1:]) == float("inf")
