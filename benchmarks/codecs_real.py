@@ -134,9 +134,9 @@ def _within_limits(rows: list[Row], text: str) -> Iterator[str]:
 
 
 def _beside_peers(rows: list[Row], text: str) -> Iterator[str]:
-    """Each of ours beside the best peer at as many bits, all constants of ours counted.
+    """Each of ours beside the best peer at as many bits, constants counted.
 
-    Constants of peers are not, and peers that were not measured are left out.
+    Peers that were not measured are left out.
     """
     found = {row["store"]: row for row in rows}
     peers = {name: own for name, own in _PEERS.items() if found.keys() >= set(own)}
@@ -144,7 +144,7 @@ def _beside_peers(rows: list[Row], text: str) -> Iterator[str]:
         if store not in found:
             continue
         own = found[store]
-        bits = own["bits"] + own["+ constants"]
+        bits = _all_bits(own)
         at_equal_bits = {
             name: _kl_at(bits, [found[peer] for peer in widths]) for name, widths in peers.items()
         }
@@ -156,15 +156,20 @@ def _beside_peers(rows: list[Row], text: str) -> Iterator[str]:
         yield target(what, times, _OF_PEERS) if text == _FIRST else f"{what}: {times:.2f}x"
 
 
+def _all_bits(row: Row) -> float:
+    return row["bits"] + row["+ constants"]
+
+
 def _kl_at(bits: float, rows: list[Row]) -> float:
     """On the line of logarithms through two widths of a method; past the widest, its own."""
-    if bits >= rows[-1]["bits"]:
+    widths = [_all_bits(row) for row in rows]
+    if bits >= widths[-1]:
         return rows[-1]["KL"]
     if len(rows) == 1:
         return float("inf")  # it has none so narrow
-    above = next(number for number, row in enumerate(rows) if row["bits"] > bits)
+    above = next(number for number, width in enumerate(widths) if width > bits)
     low, high = rows[max(above, 1) - 1], rows[max(above, 1)]
-    share = (bits - low["bits"]) / (high["bits"] - low["bits"])
+    share = (bits - _all_bits(low)) / (_all_bits(high) - _all_bits(low))
     return float(np.exp(np.log(low["KL"]) * (1 - share) + np.log(high["KL"]) * share))
 
 

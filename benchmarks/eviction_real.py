@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from benchmarks.report import Pieces, Row, Table
 from jaxkv.evaluation import KVZIP, Score, evaluate
 from jaxkv.models import load
-from jaxkv.policies import POLICIES, ExpectedAttention, Policy
+from jaxkv.policies import POLICIES, ExpectedAttention, Policy, QueryWindow
 from tests.real.checkpoint import smollm2
 
 _SHARES = (0.5, 0.25, 0.1)
 _CONTEXT = 512
+_QUESTION = 8  # tokens, some
 _FOLLOWING = 64  # tokens that queries to come are expected from
 _SAMPLES, _FEW_SAMPLES = 8, 1
 # The policy that is measured beside codecs, by whether the question is known.
-_BEST = {"known": "snapkv", "unknown": KVZIP}
+_BEST = {"known": "snapkv, 8 queries", "unknown": KVZIP}
 _CODECS = ("int8-centred", "stair4")
 
 
@@ -63,7 +64,12 @@ def _policies(model) -> dict[str, Policy | str]:
     frequencies = tuple(model.config.rope.frequencies(2 * _CONTEXT).tolist())
     shipped = {name: policy for name, policy in POLICIES.items() if name != "oracle"}
     expected = ExpectedAttention(frequencies, future=_FOLLOWING)
-    return {**shipped, "expected_attention": expected, KVZIP: KVZIP}
+    return {
+        **shipped,
+        "expected_attention": expected,
+        "snapkv, 8 queries": QueryWindow(window=_QUESTION),
+        KVZIP: KVZIP,
+    }
 
 
 def _named(policy: str, codec: str) -> str:

@@ -21,6 +21,7 @@ NOTHING_DROPPED = "nothing dropped"
 KVZIP = "kvzip"  # no policy, but scores that the model gives: `jaxkv.reconstruction_scores`
 _PAIRS = 8  # of the multi-key task
 _FOLLOWING = 64  # tokens after a context whose perplexity is taken
+_REPEAT = "\n\nRepeat the previous context exactly.\n\n"
 _SHORT = 32  # tokens of a step that is long enough for most questions and answers
 _IN_95_PERCENT = 1.96  # standard errors
 
@@ -119,7 +120,8 @@ def evaluate(
         for name, policy in policies.items()
     }
     settings = [(name, policy, share) for name, policy in own.items() for share in keep]
-    asked = _Asked(model, context, tasks, codec, KVZIP in own.values())
+    repeat = tokenizer.encode(_REPEAT, add_special_tokens=False).ids
+    asked = _Asked(model, context, tasks, codec, repeat if KVZIP in own.values() else None)
     answers = [[asked.answers(sample, settings) for sample in task] for task in tasks]
     whole = [[of_sample[0] for of_sample in task] for task in answers]
     labels = [(NOTHING_DROPPED, 1.0), *((name, share) for name, _, share in settings)]
@@ -138,11 +140,12 @@ class _Asked:
         context: int,
         tasks: tuple[list[_Sample], ...],
         codec: Any,
-        reads_again: bool,
+        repeat: list[int] | None,
     ):
-        self._model, self._weights = model, Weights.of(model)
+        self._model, self._weights, self._repeat = model, Weights.of(model), repeat or []
         self._new = 1 + max(_num_fed(sample) for task in tasks for sample in task)
-        room = context + max(self._new, context if reads_again else 0)
+        again = 0 if repeat is None else len(repeat) + context
+        room = context + max(self._new, again)
         whole = model.cache_config(max_context_length=context + self._new, codec=codec)
         self._config = model.cache_config(max_context_length=room, codec=codec)
         self.sizes = [whole.size_bytes]
@@ -156,7 +159,9 @@ class _Asked:
             size = max(1, round(share * len(tokens)))
             if policy == KVZIP:
                 if scores is None:
-                    scores = reconstruction_scores(self._model, tokens, cache, chunk=len(tokens))
+                    scores = reconstruction_scores(
+                        self._model, tokens, cache, prompt=self._repeat, chunk=len(tokens)
+                    )
                 small = compress(cache, scores, keep=size, new=self._new)
             else:
                 small = compress(cache, policy, keep=size, new=self._new, queries=queries)

@@ -192,7 +192,10 @@ def test_a_run_in_pieces_measures_what_is_named_and_not_yet_known():
 
 def test_a_peer_is_compared_at_equal_bits():
     """Half-way between two widths its KL is their geometric mean; past the widest its own."""
-    widths = [{"bits": 2.0, "KL": 0.4}, {"bits": 4.0, "KL": 0.1}]
+    widths = [
+        {"bits": 1.5, "+ constants": 0.5, "KL": 0.4},
+        {"bits": 4.0, "+ constants": 0.0, "KL": 0.1},
+    ]
     assert codecs_real._kl_at(3.0, widths) == pytest.approx(0.2)
     assert codecs_real._kl_at(1.0, widths) == pytest.approx(0.8)
     assert codecs_real._kl_at(9.0, widths) == 0.1
