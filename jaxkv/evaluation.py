@@ -21,7 +21,6 @@ NOTHING_DROPPED = "nothing dropped"
 KVZIP = "kvzip"  # no policy, but scores that the model gives: `jaxkv.reconstruction_scores`
 _PAIRS = 8  # of the multi-key task
 _FOLLOWING = 64  # tokens after a context whose perplexity is taken
-_REPEAT = "\n\nRepeat the previous context exactly.\n\n"
 _SHORT = 32  # tokens of a step that is long enough for most questions and answers
 _IN_95_PERCENT = 1.96  # standard errors
 
@@ -95,7 +94,8 @@ def evaluate(
       model: of `jaxkv.models`, or with a ``cache_config`` and calls like theirs.
       tokenizer: a `tokenizers.Tokenizer`.
       policies: by the name that they have in the result, as values or names of
-        `jaxkv.policies.POLICIES`, or ``"kvzip"``, which is `jaxkv.reconstruction_scores`.
+        `jaxkv.policies.POLICIES`, or ``"kvzip"``, which is `jaxkv.reconstruction_scores` with
+        as many tokens in each head, and no prompt that asks for repetition.
       keep: shares of the tokens that stay.
       context: tokens of each context.
       samples: contexts of each task.
@@ -120,8 +120,7 @@ def evaluate(
         for name, policy in policies.items()
     }
     settings = [(name, policy, share) for name, policy in own.items() for share in keep]
-    repeat = tokenizer.encode(_REPEAT, add_special_tokens=False).ids
-    asked = _Asked(model, context, tasks, codec, repeat if KVZIP in own.values() else None)
+    asked = _Asked(model, context, tasks, codec, reads_again=KVZIP in own.values())
     answers = [[asked.answers(sample, settings) for sample in task] for task in tasks]
     whole = [[of_sample[0] for of_sample in task] for task in answers]
     labels = [(NOTHING_DROPPED, 1.0), *((name, share) for name, _, share in settings)]
@@ -140,12 +139,12 @@ class _Asked:
         context: int,
         tasks: tuple[list[_Sample], ...],
         codec: Any,
-        repeat: list[int] | None,
+        *,
+        reads_again: bool,
     ):
-        self._model, self._weights, self._repeat = model, Weights.of(model), repeat or []
+        self._model, self._weights = model, Weights.of(model)
         self._new = 1 + max(_num_fed(sample) for task in tasks for sample in task)
-        again = 0 if repeat is None else len(repeat) + context
-        room = context + max(self._new, again)
+        room = context + max(self._new, context if reads_again else 0)
         whole = model.cache_config(max_context_length=context + self._new, codec=codec)
         self._config = model.cache_config(max_context_length=room, codec=codec)
         self.sizes = [whole.size_bytes]
@@ -159,9 +158,7 @@ class _Asked:
             size = max(1, round(share * len(tokens)))
             if policy == KVZIP:
                 if scores is None:
-                    scores = reconstruction_scores(
-                        self._model, tokens, cache, prompt=self._repeat, chunk=len(tokens)
-                    )
+                    scores = reconstruction_scores(self._model, tokens, cache, chunk=len(tokens))
                 small = compress(cache, scores, keep=size, new=self._new)
             else:
                 small = compress(cache, policy, keep=size, new=self._new, queries=queries)
