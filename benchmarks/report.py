@@ -35,6 +35,30 @@ class Table:
         return "\n".join([self.title, "=" * len(self.title), _aligned(self.rows), *notes])
 
 
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """What is asked for of a part that can be run in pieces.
+
+    Attributes:
+      tables, rows: words, one of which a title or a row's name must hold; all do if there are none.
+      known: tables of earlier runs, whose rows are not measured again.
+    """
+
+    tables: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    known: tuple[Table, ...] = ()
+
+    def has_table(self, title: str) -> bool:
+        return not self.tables or any(word in title for word in self.tables)
+
+    def has_row(self, name: str) -> bool:
+        return not self.rows or any(word in name for word in self.rows)
+
+    def known_rows(self, title: str) -> list[Row]:
+        """Those of the tables of this title."""
+        return [row for table in self.known if table.title == title for row in table.rows]
+
+
 def _aligned(rows: list[Row]) -> str:
     """Columns under their names, words to the left and numbers to the right."""
     columns = list(dict.fromkeys(column for row in rows for column in row))

@@ -1,5 +1,6 @@
 """What a codec does to keys and values: the error of a live cache, and of samples without one."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,6 +15,34 @@ from jaxkv.codecs import Codec, Rope
 from jaxkv.programs import moves_data
 
 _ROPE_BASE = 500_000.0
+
+
+class Measured(NamedTuple):
+    """What a codec did to a released model, SmolLM2-135M-Instruct, on 2,048 tokens of a text.
+
+    Attributes:
+      divergence: KL from the exact cache, in nats per token.
+      same: tokens whose likeliest next one is the exact cache's, as a share.
+    """
+
+    divergence: float
+    same: float
+
+
+# By `python -m benchmarks codecs-real`; README and `jaxkv plan --quality` show these.
+MEASURED: Mapping[str, Measured] = {
+    "bfloat16": Measured(0.00004, 0.995),
+    "int8-centred": Measured(0.00011, 0.992),
+    "int8": Measured(0.00073, 0.976),
+    "float8": Measured(0.0062, 0.936),
+    "stair4": Measured(0.0085, 0.933),
+    "rotated4-centred": Measured(0.013, 0.924),
+    "stair3": Measured(0.037, 0.873),
+    "rotated4": Measured(0.041, 0.857),
+    "rotated2-centred": Measured(0.32, 0.650),
+}
+# The rule: the first of these that fits. No other codec loses less in as few bytes.
+BY_PREFERENCE = ("bfloat16", "int8-centred", "stair4", "stair3")
 
 
 class VectorError(NamedTuple):

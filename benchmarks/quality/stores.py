@@ -10,6 +10,12 @@ from jax import Array, lax
 import jaxkv
 from benchmarks.quality.emulated import Emulated
 from benchmarks.quality.kivi import kivi_bits, kivi_flushed
+from benchmarks.quality.quantized_cache import (
+    WINDOW,
+    hqq_flushed,
+    quantized_cache_bits,
+    quanto_flushed,
+)
 from jaxkv.codecs import bytes_per_token
 from jaxkv.show.progress import progress_bar
 
@@ -23,6 +29,7 @@ class Store:
     Attributes:
       after: from ``(cache, chunk)`` to a cache, where ``chunk`` tokens were just added; an eviction
         policy, or an emulation of a method that needs more than a codec.
+      waits_for: how many tokens it waits for.
       bits: a number of a key or value, if not what the codec takes, for ``(head_dim, tokens)``.
       newest: the newest tokens by another codec as well; then a model is given one token at a time
         after its prompt, as in decode.
@@ -34,6 +41,7 @@ class Store:
     bits: Callable[[int, int], float] | None = None
     control: bool = False
     newest: jaxkv.Newest | None = None
+    waits_for: int = CHUNK
 
     def bits_per_number(self, head_dim: int, tokens: int) -> float:
         """Scales included; means of a `Centred` codec, which no token adds to, are not."""
@@ -74,6 +82,17 @@ def kivi(bits: int) -> Store:
         jaxkv.Dense("float32"),
         functools.partial(kivi_flushed, bits=bits),
         functools.partial(kivi_bits, bits=bits),
+    )
+
+
+def quantized_cache(backend: str, *, bits: int) -> Store:
+    """The QuantizedCache of transformers, with HQQ or quanto."""
+    flushed = {"hqq": hqq_flushed, "quanto": quanto_flushed}[backend]
+    return Store(
+        jaxkv.Dense("float32"),
+        functools.partial(flushed, bits=bits),
+        functools.partial(quantized_cache_bits, bits=bits),
+        waits_for=WINDOW,
     )
 
 
