@@ -450,6 +450,35 @@ def test_generate_answers_as_on_one_device(split):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.slow_cases("context|heads.*stair|batch.*centred")
+@pytest.mark.parametrize("codec", LEARNING)
+@pytest.mark.parametrize("split", [{"heads": 2}, {"batch": 2}, {"context": 2}], ids=str)
+def test_codecs_that_learn_answer_as_on_one_device(split, codec):
+    """`generate` and `Engine` give them constants, and then they learn nothing."""
+    model = sharp_decoder()
+    (axis,) = split
+    auto = (AxisType.Auto,)
+    mesh = jax.make_mesh((2,), (axis,), axis_types=auto, devices=jax.devices()[:2])
+    place = {"mesh": mesh, "axes": jaxkv.Axes(**{axis: axis})}
+    codec = jaxkv.Centred(jaxkv.Int8()) if codec == "centred" else jaxkv.Stair(4)
+    prompts = [[5], [1, 2, 3, 4, 5, 6, 7]]
+    config = model.cache_config(max_context_length=64, batch_size=2, codec=codec)
+    run = functools.partial(jaxkv.generate, model, prompts, max_new_tokens=12, config=config)
+    one, many = run(), run(**place)
+    assert many.tokens == one.tokens
+    for ours, theirs in zip(many.logprobs, one.logprobs, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    if axis == "context":  # which an engine does not split
+        return
+    pool = model.cache_config(
+        max_context_length=64, batch_size=2, codec=codec, addressing=jaxkv.Paged(16, num_pages=8)
+    )
+    with jaxkv.Engine(model, pool, prefill_chunk=16, **place) as engine:
+        requests = [engine.submit(prompt, max_new_tokens=12) for prompt in prompts]
+        engine.run()
+    assert [request.tokens for request in requests] == one.tokens
+
+
 @pytest.mark.slow_cases(r"paged|newest|ring")
 @pytest.mark.parametrize(
     ("split", "kind"),

@@ -1,5 +1,6 @@
 """An answer depends on its prompt alone: not on neighbours, their order, or padding."""
 
+import dataclasses
 import logging
 
 import jax
@@ -87,3 +88,16 @@ def test_a_codec_that_learns_has_each_program_compiled_once(answers, caplog):
     for function in ("prefill", "decode"):
         names = f"jit({function})", f"jit(_{function})"
         assert sum(any(name in message for name in names) for message in compiled) == 1, compiled
+
+
+def test_what_is_made_of_a_cache_learns_no_more_than_that():
+    """Else a program of constants that were given has the search for them in it."""
+    config = jaxkv.KVCacheConfig(1, 16, 1, 8, batch_size=2, codec=jaxkv.Centred(jaxkv.Int8()))
+    cache = jaxkv.advance(dataclasses.replace(jaxkv.create(config), learns=False), 8)
+    for made in (
+        jaxkv.select(cache, [0, 0]),
+        jaxkv.select(cache, [1]),
+        jaxkv.compress(cache, jaxkv.policies.SinksAndRecent(), keep=4),
+        jaxkv.truncate(cache, 2),
+    ):
+        assert not made.learns

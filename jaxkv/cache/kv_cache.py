@@ -171,6 +171,7 @@ class KVCache(Counted):
             self.codec_state,
             None if self.resident is None else self.resident.select(rows),
             None if self.newest is None else self.newest.of_rows(rows),
+            learns=self.learns,
         )
 
     def with_lengths(self, lengths: Int[Array, "*batch"]) -> "KVCache":

@@ -213,13 +213,15 @@ def _interleaved(spread: Spread, cache: KVCache, rank: Any) -> KVCache:
 
 
 def _structure(cache: Any, config: KVCacheConfig) -> Any:
-    """Of a cache of this config, with the buffers and the padded step that this one has."""
+    """Of a cache of this config, with what this one has beside it, see `_with_those_of`."""
     return jax.tree.structure(_with_those_of(cache, shapes_of(config)))
 
 
 def _with_those_of(cache: Any, other: KVCache) -> KVCache:
+    """With the buffers and the padded step of this one, and whether its codec learns."""
     storage = {name: other.storage[name] for name in cache.storage}
-    return dataclasses.replace(other, storage=storage, real_tokens=cache.real_tokens)
+    own = {"learns": cache.learns} if cache.config.per_token else {}
+    return dataclasses.replace(other, storage=storage, real_tokens=cache.real_tokens, **own)
 
 
 def specs_like(cache: KVCache, config: KVCacheConfig) -> KVCache:

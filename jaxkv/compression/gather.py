@@ -197,7 +197,7 @@ def _gathered(
     (storage, index), _ = lax.scan(one_layer, (storage, index), jobs)
     state = {name: array[layers] for name, array in cache.codec_state.items()}
     newest = None if cache.newest is None else _of_layers(cache.newest, layers)
-    return KVCache(storage, index, config, state, newest=newest)
+    return KVCache(storage, index, config, state, newest=newest, learns=cache.learns)
 
 
 def _of_layers(cache: KVCache, layers: Int[Array, " kept_layers"]) -> KVCache:
