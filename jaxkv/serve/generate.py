@@ -326,7 +326,7 @@ def _worth(state: Speculating, answers: list[Answer]) -> Speculation:
 def _start(
     prompts: list[np.ndarray], max_new_tokens: int, seed: int | Sequence[int], place: Any
 ) -> State:
-    # The last token of each prompt is the first that decode takes, for its logits.
+    # Where prefill draws nothing, decode takes the last token of each prompt first, for its logits.
     last = [prompt[-1] for prompt in prompts]
     seeds = np.asarray([seed] * len(prompts) if np.ndim(seed) == 0 else seed)
     if seeds.shape != (len(prompts),):

@@ -375,10 +375,6 @@ class DraftProgram:
     def stop_tokens(self) -> tuple[int, ...]:
         return self.plain.stop_tokens
 
-    @property
-    def draws(self) -> bool:
-        return self.plain.draws
-
     def start(self, state: State, prompts: Sequence[np.ndarray], config: AnyConfig) -> Speculating:
         """Where a generation with these prompts begins."""
         text = padded(prompts, config.max_context_length)
