@@ -83,6 +83,14 @@ def served(monkeypatch):
         monkeypatch.setattr(module, "number_type", lambda codec: jnp.dtype("float32"))
     yield
     cudnn._merged.clear_cache()
+    run_layer.clear_cache()
+
+
+@pytest.fixture(params=["old pieces apart", "all together"])
+def served_in_parts(served, monkeypatch, request):
+    """Large contexts are read in parts, and those that a chunk all but fills are not."""
+    if request.param == "old pieces apart":
+        monkeypatch.setattr(cudnn, "_PAIRS_PER_TOKEN", 0)
 
 
 # Each step's width, and how many of its tokens are real in each sequence. Pieces of 8 slots fill
@@ -120,7 +128,7 @@ def run_layer(options, cache, layer, queries, keys, values, num_tokens):
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
-def test_it_equals_the_oracle(served, kind, options):
+def test_it_equals_the_oracle(served_in_parts, kind, options):
     check(jaxkv.KVCacheConfig(**(SHAPE | CACHES[kind]), batch_size=3), options)
 
 
@@ -179,6 +187,7 @@ def test_the_old_tokens_are_read_apart_where_queries_are_few(served, monkeypatch
 
     monkeypatch.setattr(cudnn_call, "call", seen_call)
     monkeypatch.setattr(cudnn, "_BLOCKS", 4)
+    monkeypatch.setattr(cudnn, "_PAIRS_PER_TOKEN", 0)
     fields = SHAPE | {"max_context_length": 64, "addressing": jaxkv.Paged(8), "batch_size": 1}
     config = jaxkv.KVCacheConfig(**fields)
     cache, oracle = jaxkv.create(config), Oracle(config)
@@ -190,6 +199,22 @@ def test_the_old_tokens_are_read_apart_where_queries_are_few(served, monkeypatch
         np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
     # Queries of two heads, a group's one after the other, two times; and those of all four heads.
     assert {(2, 3 * 2, 2, 8), (1, 3 + 7, 4, 8)} <= set(calls)
+
+
+@pytest.mark.parametrize(("context", "parts"), [(2048, 1), (3072, 1), (4096, 2)])
+def test_a_chunk_that_all_but_fills_the_cache_is_one_part(served, monkeypatch, context, parts):
+    calls = []
+
+    def seen_call(queries, **options):
+        calls.append(queries.shape)
+        return plain_call(queries, **options)
+
+    monkeypatch.setattr(cudnn_call, "call", seen_call)
+    config = jaxkv.KVCacheConfig(1, context, 2, 8, batch_size=1)
+    cache = jax.eval_shape(lambda: jaxkv.create(config))
+    queries = jax.ShapeDtypeStruct((1, 2048, 4, 8), jnp.bfloat16)
+    jax.eval_shape(functools.partial(jaxkv.attend, layer=0, implementation="cudnn"), cache, queries)
+    assert len(calls) == parts
 
 
 def test_a_pool_that_rows_share_is_decoded_once(served):
