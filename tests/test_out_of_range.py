@@ -20,10 +20,16 @@ def append_to(cache, layer):
     return append(cache, layer=layer)
 
 
+def padded_step(cache, num_tokens):
+    cache = jaxkv.padded_after(cache, num_tokens)
+    return jaxkv.padded_after(jaxkv.advance(append(cache), 3), None)
+
+
 # A verb, and a number that it cannot do anything with.
 MISUSES = {
     "more real tokens than given": (append, 4),
     "fewer than none": (append, -1),
+    "a step of fewer than none": (padded_step, -1),
     "a layer too high": (append_to, 3),
     "a layer from the end": (append_to, -1),
     "advance backwards": (jaxkv.advance, -1),

@@ -85,13 +85,14 @@ def append(
         check_queries(cache, queries)
     tokens = keys.shape[-3]
     check_counts(cache, "num_tokens", num_tokens, most=tokens)
-    num_tokens = real_of(cache, tokens, num_tokens)
     check_chunk(cache, tokens)
-    check_room(cache, tokens if num_tokens is None else num_tokens)
+    real = real_of(cache, tokens, num_tokens)
+    check_room(cache, tokens if real is None else real)
     if tokens == 0:
         return cache
+    # Of a padded step `advance` asks, once for all layers.
     cache = where_in_range(cache, _in_range(cache, num_layer, num_tokens, tokens))
-    return _append(cache, keys, values, num_layer, num_tokens, queries)
+    return _append(cache, keys, values, num_layer, real, queries)
 
 
 def where_in_range(cache: KVCache, in_range: Bool[Array, "#*batch"] | bool) -> KVCache:
@@ -166,10 +167,10 @@ def advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
 @in_each_shard()
 def _advance(cache: KVCache, num_tokens: NumTokens) -> KVCache:
     more = jnp.asarray(num_tokens, jnp.int32)
-    in_range = (more >= 0) & (more < OUT_OF_RANGE)
     if cache.real_tokens is not None:
         more = jnp.minimum(more, cache.real_tokens)
         cache = dataclasses.replace(cache, real_tokens=cache.real_tokens - more)
+    in_range = (more >= 0) & (more < OUT_OF_RANGE)
     lengths = jnp.minimum(cache.lengths + jnp.where(in_range, more, 0), OUT_OF_RANGE)
     return cache.with_lengths(jnp.where(in_range, lengths, OUT_OF_RANGE))
 
