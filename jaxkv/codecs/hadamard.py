@@ -44,7 +44,8 @@ def rotate_to_whole_numbers(
     and with it the backend, the shape of the batch and the fusions of the program.
 
     Args:
-      vectors: float32 and finite. Numbers below 1e-29 become zero.
+      vectors: float32. Numbers below 1e-29 become zero; a vector with a NaN or an infinity becomes
+        zeros, with a unit of NaN.
     """
     block = block_size(vectors.shape[-1])
     bits = _EXACT_BITS - 1 - (block.bit_length() - 1)
@@ -70,11 +71,16 @@ def block_size(head_dim: int) -> int:
 
 
 def _scaled(vectors: Array, bits: int, *, smallest_exponent: int) -> tuple[Array, Array]:
-    """Vectors over a power of two each, which leaves them below ``2 ** (bits + 1)``; and it."""
+    """Vectors over a power of two each, which leaves them below ``2 ** (bits + 1)``; and it.
+
+    Of one that is not finite zeros, and NaN.
+    """
     largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
-    exponent = (lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 127
+    finite = jnp.isfinite(largest)
+    exponent = (lax.bitcast_convert_type(jnp.where(finite, largest, 0), jnp.int32) >> 23) - 127
     exponent = jnp.maximum(exponent, smallest_exponent) - bits
-    return vectors * _power_of_two(-exponent), _power_of_two(exponent)
+    scaled = jnp.where(finite, vectors * _power_of_two(-exponent), 0)
+    return scaled, jnp.where(finite, _power_of_two(exponent), jnp.nan)
 
 
 def _power_of_two(exponent: Int32[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from jaxkv.codecs import hadamard
 from jaxkv.codecs.codec import Codec, LeafSpecs, Leaves, Vectors
+from jaxkv.codecs.least import number_of_least
 from jaxkv.codecs.packing import pack, packed_bytes, unpack
 from jaxkv.codecs.scaled import SCALE_DTYPE, times_scales
 
@@ -81,12 +82,12 @@ class Rotated(Codec):
     # A jit of its own: outside one, a loop is compiled anew on each call.
     @functools.partial(jax.jit, static_argnames="self")
     def encode(self, vectors: Vectors) -> Leaves:
-        wide = vectors.astype(jnp.float32)
-        finite = jnp.isfinite(wide).all(axis=-1, keepdims=True)
-        numbers, unit = hadamard.rotate_to_whole_numbers(jnp.where(finite, wide, 0))
+        numbers, unit = hadamard.rotate_to_whole_numbers(vectors.astype(jnp.float32))
         codes, scales = self._nearest(numbers)
-        scales = jnp.where(finite, scales * unit, jnp.nan)  # it spoils no vector but its own
-        return {"codes": pack(codes, self.bits), "scales": scales[..., 0].astype(SCALE_DTYPE)}
+        scales = (scales * unit)[..., 0]  # NaN of a vector with one, which so spoils no other
+        # Or the kernel that writes them to slots would find each code once more for each byte.
+        packed = lax.optimization_barrier(pack(codes, self.bits))
+        return {"codes": packed, "scales": scales.astype(SCALE_DTYPE)}
 
     def decode(self, leaves: Leaves, head_dim: int, dtype: jnp.dtype) -> Vectors:
         rotated = self.decode_rotated(leaves, head_dim, jnp.dtype("float32"))
@@ -118,20 +119,15 @@ class Rotated(Codec):
         energy = jnp.sum(sizes * sizes, axis=-1, keepdims=True)
         borders = jnp.asarray(self._squared_borders(numbers.shape[-1]))
 
-        def fit(borders: Array) -> tuple[Array, Array, Array]:
-            codes, levels = self._above(sizes, energy, borders)
+        def fit(number: Array | int) -> tuple[Array, Array, Array]:
+            codes, levels = self._above(sizes, energy, borders[number])
             shared = jnp.sum(sizes * levels, axis=-1, keepdims=True).astype(jnp.float32)
             scales = shared / jnp.sum(levels * levels, axis=-1, keepdims=True).astype(jnp.float32)
-            return codes, scales, shared * scales
+            return codes, scales, -shared * scales
 
-        def keep_the_better(number: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-            gain = fit(borders[number])[2]
-            better = gain > best[0]
-            return jnp.where(better, gain, best[0]), jnp.where(better, number, best[1])
-
-        nothing = jnp.full(energy.shape, -1.0), jnp.zeros(energy.shape, jnp.int32)
-        _, chosen = lax.fori_loop(0, len(borders), keep_the_better, nothing)
-        codes, scales, _ = fit(borders[chosen])
+        worst = jnp.ones(energy.shape, jnp.float32)
+        chosen = number_of_least(lambda number: fit(number)[2], len(borders), worst=worst)
+        codes, scales, _ = fit(chosen)
         half = 1 << self.bits - 1
         return jnp.where(numbers < 0, half - 1 - codes, half + codes).astype(jnp.uint8), scales
 

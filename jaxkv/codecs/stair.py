@@ -31,6 +31,7 @@ from jaxkv.codecs.codec import (
     leaf_specs,
     state_specs,
 )
+from jaxkv.codecs.least import number_of_least
 from jaxkv.codecs.offsets import Offsets, chosen
 from jaxkv.codecs.packing import pack, packed_bytes, unpack
 from jaxkv.codecs.rope import Rope, to_12_bits
@@ -331,28 +332,26 @@ class Stair(Codec):
         middle = _eighths_of_root(mean * (np.float32(2.0**12) / unit))
         first, tables, levels = map(jnp.asarray, _tables(tuple(self._runs(head_dim))))
 
-        def level_numbers(code: Array) -> tuple[Array, Array]:
+        def level_numbers(code: Array) -> Int32[Array, "*shape head_dim"]:
             fraction, power = _scale(_ONE * 2 - code)  # one over the scale, to 12 bits
             cells = sizes * fraction * power * np.float32(_PER_DEVIATION)
             cells = jnp.minimum(cells, _CELLS - 1).astype(jnp.int32)
-            return tables.at[first + cells].get(mode="promise_in_bounds"), cells
+            return tables.at[first + cells].get(mode="promise_in_bounds")
 
-        def error(code: Array) -> Int32[Array, "*shape 1"]:
-            level = levels.at[level_numbers(code)[0]].get(mode="promise_in_bounds")
+        def code_of(number: Array | int) -> Int32[Array, "*shape 1"]:
+            return jnp.clip(middle + number + int(_TRIED[0]), 1, _NOT_FINITE - 1)
+
+        def error(number: Array | int) -> Int32[Array, "*shape 1"]:
+            code = code_of(number)
+            level = levels.at[level_numbers(code)].get(mode="promise_in_bounds")
             fraction, power = _scale(code)
             left = sizes - level * (fraction * power)  # 12 bits times 12: exact
             left = jnp.minimum(left * left * weights, most)
             return _total(left * unit)
 
-        def keep_the_better(number: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-            code = jnp.clip(middle + number.astype(jnp.int32) + int(_TRIED[0]), 1, _NOT_FINITE - 1)
-            wrong = error(code)
-            better = wrong < best[0]
-            return jnp.where(better, wrong, best[0]), jnp.where(better, code, best[1])
-
-        nothing = jnp.full_like(energy, np.iinfo(np.int32).max), jnp.ones_like(middle)
-        _, code = lax.fori_loop(0, len(_TRIED), keep_the_better, nothing)
-        positive = level_numbers(code)[0]
+        worst = jnp.full_like(energy, np.iinfo(np.int32).max)
+        code = code_of(number_of_least(error, len(_TRIED), worst=worst))
+        positive = level_numbers(code)
         packed = self._packed(positive, numbers < 0)
         code = jnp.where(most == 0, 0, code)
         code = jnp.where(finite, code, _NOT_FINITE)
