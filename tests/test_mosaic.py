@@ -463,6 +463,26 @@ def test_parts_fit_a_multiprocessor(batch, kv_heads, extent, codec):
     assert stages >= 2
 
 
+# Microseconds on an H200 say so: of 8 lists and 1,000 tokens 7.1 with 8 parts and 10.4 with 16.
+@pytest.mark.parametrize(
+    ("batch", "context", "codec", "expected"),
+    [
+        (1, 1280, jaxkv.Dense("bfloat16"), 8),
+        (1, 1280, jaxkv.Int8(), 8),
+        (1, 4352, jaxkv.Dense("bfloat16"), 8),
+        (1, 16640, jaxkv.Dense("bfloat16"), 16),
+        (8, 4352, jaxkv.Dense("bfloat16"), 2),
+        (8, 4352, jaxkv.Int8(), 6),
+        (8, 4352, jaxkv.Rotated(4), 8),
+        (64, 1280, jaxkv.Dense("bfloat16"), 1),
+    ],
+)
+def test_a_short_context_is_cut_into_few_parts(batch, context, codec, expected):
+    shape = {"batch_size": batch, "num_kv_heads": 8, "max_context_length": context}
+    cache = jax.eval_shape(lambda: jaxkv.create(config_of(**shape, codec=codec, head_dim=128)))
+    assert mosaic_plan.parts(cache, rows=16)[0] == expected
+
+
 def test_the_polynomial_gives_the_levels_of_four_bits():
     """As the GPU computes it: a rounding to bfloat16 a step, and fused products."""
     levels = pytest.importorskip("jaxkv.attention.mosaic.levels")

@@ -16,10 +16,12 @@ _MULTIPROCESSORS = 132  # of an H100 or H200, where there is no device to ask
 _SHARED_BYTES = 220 << 10  # of one multiprocessor
 _OTHER_BYTES = 2 << 10  # sums, barriers, and what is lost to alignment
 # Parts at once on a multiprocessor, which hide each other's waiting: more where more is computed.
-_OF_NUMBERS, _OF_CODES, _OF_PACKED = 2, 3, 4
+_OF_NUMBERS, _OF_CODES, _OF_PACKED = 1, 3, 4
 _FEW_ROWS = 16  # whose registers leave room for so many
 _TILES_LOST = 2  # that could be read while a part begins and ends
 MOST_PARTS = 32  # of a sequence: what combines them is unrolled
+# More parts than these take longer to combine than they save in reading, unless they are long.
+_FEW_PARTS, _LONG_PART = 8, 16  # tiles
 LOW_STEPS = 254  # of the low byte in one step of the high one
 
 
@@ -119,10 +121,8 @@ def parts(cache: KVCache, rows: int, turning: Turning | None = None) -> tuple[in
         return (_SHARED_BYTES // at_once - fixed_bytes) // (TILE * slot_bytes)
 
     most = _OF_PACKED if packed else _OF_CODES if quantized else _OF_NUMBERS
-    if not quantized and lists * 4 <= multiprocessors:
-        most = 1  # a single long sequence is read as fast, and leaves fewer parts to combine
-    elif rows > _FEW_ROWS:
-        most = 2
+    if rows > _FEW_ROWS:
+        most = min(most, 2)
     at_once = max((number for number in range(1, most + 1) if stages(number) >= 2), default=1)
 
     def share_of_time_spent_reading(splits: int) -> float:
@@ -132,7 +132,8 @@ def parts(cache: KVCache, rows: int, turning: Turning | None = None) -> tuple[in
         return busy * tiles / (tiles + _TILES_LOST)
 
     fewest = min(-(-extent // _LONGEST_PART), MOST_PARTS)
-    splits = max(range(fewest, MOST_PARTS + 1), key=share_of_time_spent_reading)
+    most_parts = min(max(_FEW_PARTS, extent // (_LONG_PART * TILE)), MOST_PARTS)
+    splits = max(range(fewest, most_parts + 1), key=share_of_time_spent_reading)
     return splits, max(2, stages(at_once))
 
 
