@@ -24,6 +24,7 @@ from jaxkv.cache.verbs import append, next_positions
 from jaxkv.devices import by_platform
 from jaxkv.native import cannot_multiply, products
 
+_PARTS = 32  # of a row, where they are summed apart
 INIT_STD = 0.02  # of GPT-2; weights whose outputs add up over layers are given a smaller one
 
 
@@ -140,10 +141,25 @@ class Embedding(nnx.Module):
         return jnp.take(self.weight[...], ids, axis=0, mode="fill")
 
 
+@functools.partial(jax.jit, static_argnames="eps")
 def unit(x: Float[Array, "*shape features"], eps: float) -> Float[Array, "*shape features"]:
     """Vectors whose numbers have a mean square of one; float32."""
     wide = x.astype(jnp.float32)
-    return wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+    def at_once(squares: Array) -> Array:
+        return jnp.mean(squares, axis=-1, keepdims=True)
+
+    def in_parts(squares: Array) -> Array:
+        parts = jnp.split(at_once(squares.reshape(_PARTS, -1)), _PARTS)
+        return functools.reduce(jnp.add, parts).reshape(*x.shape[:-1], 1) / _PARTS
+
+    # Of a whole row by itself XLA makes a kernel of one block of threads; parts of it are summed by
+    # the kernel that makes the row.
+    single = x.size == x.shape[-1] and x.size % _PARTS == 0
+    on_gpu = in_parts if single else at_once
+    squares = wide * wide
+    mean = by_platform({"cpu": at_once, "gpu": on_gpu, "tpu": at_once}, squares)
+    return wide * lax.rsqrt(mean + eps)
 
 
 class RMSNorm(nnx.Module):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxkv.errors import ConfigError
@@ -340,7 +341,8 @@ def rotation(
     (2, 3, 1, 2)
     """
     angles = positions[..., None, None].astype(jnp.float32) * rope.frequencies(context)
-    return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.vector_factor
+    both = jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.vector_factor
+    return lax.optimization_barrier(both)  # or each layer's kernels would compute them again
 
 
 def unpaired(

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxkv
-from jaxkv.models import GPT2, Decoder, DecoderConfig, GPT2Config
+from jaxkv.models import GPT2, Decoder, DecoderConfig, GPT2Config, layers
 from tests.compiled import compiled_as_users_do
 from tests.oracle import jit
 
@@ -128,3 +128,16 @@ def test_bfloat16_follows_float32(tokens):
     expected, _ = uncached(wide, ids)
     assert got.dtype == jnp.float32
     assert jnp.abs(got - expected).max() < 0.02 * jnp.abs(expected).max()
+
+
+@pytest.mark.parametrize("features", [64, 48])  # in 32 parts, and in none
+def test_a_row_that_is_summed_in_parts_has_the_same_norm(monkeypatch, features):
+    """The GPU's form, on the CPU."""
+    row = 3 * np.random.default_rng(0).standard_normal((1, 1, features), np.float32)
+    expected = row / np.sqrt((row.astype(np.float64) ** 2).mean() + 1e-6)
+    monkeypatch.setattr(layers, "by_platform", lambda runs, given: runs["gpu"](given))
+    layers.unit.clear_cache()
+    found = layers.unit(jnp.asarray(row), 1e-6)
+    layers.unit.clear_cache()
+    assert found.shape == row.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
