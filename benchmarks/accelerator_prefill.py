@@ -49,28 +49,27 @@ def prefill() -> Table:
 
 def _of_size(tokens: int, context: int) -> list[Row]:
     queries = jax.random.normal(jax.random.key(1), (1, tokens, _HEADS, _HEAD_DIM), jnp.bfloat16)
+    caches = {kind: filled(_config(context, kind), context) for kind in _KINDS}
+    caches = {kind: cache.with_lengths(cache.lengths - tokens) for kind, cache in caches.items()}
+    calls: dict[str, Callable[[], Any]] = {
+        kind: functools.partial(_layers, cache, queries) for kind, cache in caches.items()
+    }
+    # Operations that a causal mask asks for: two products of two a number.
+    pairs = tokens * context - tokens * (tokens - 1) / 2
     rows: list[Row] = []
-    for kind in _KINDS:
-        cache = filled(_config(context, kind), context)
-        cache = cache.with_lengths(cache.lengths - tokens)
-        calls: dict[str, Callable[[], Any]] = {kind: functools.partial(_layers, cache, queries)}
-        if kind == "bfloat16":
-            calls |= _peers(cache, queries)
-        seconds = timed(calls)
-        # Operations that a causal mask asks for: two products of two a number.
-        pairs = tokens * context - tokens * (tokens - 1) / 2
-        for what, taken in seconds.items():
-            row = {
-                "tokens x context": f"{tokens:,} x {context:,}",
-                "what": what,
-                "ms a layer": taken / _LAYERS * 1e3,
-                "TFLOP/s": 4 * _HEADS * _HEAD_DIM * pairs * _LAYERS / taken / 1e12,
-            }
-            output = _layers(cache, queries)[-1]
-            row["error"] = float(_error(cache, queries, output)) if what == kind else None
-            rows.append(row)
-            print(" ", *row.values(), file=sys.stderr, flush=True)
-        del cache, calls
+    # All in turns, since a GPU that was busy before is slower.
+    for what, taken in timed(calls | _peers(caches["bfloat16"], queries)).items():
+        row = {
+            "tokens x context": f"{tokens:,} x {context:,}",
+            "what": what,
+            "ms a layer": taken / _LAYERS * 1e3,
+            "TFLOP/s": 4 * _HEADS * _HEAD_DIM * pairs * _LAYERS / taken / 1e12,
+        }
+        cache = caches.get(what)
+        output = None if cache is None else calls[what]()[-1]
+        row["error"] = None if cache is None else float(_error(cache, queries, output))
+        rows.append(row)
+        print(" ", *row.values(), file=sys.stderr, flush=True)
     return rows
 
 
@@ -98,8 +97,8 @@ def _peers(cache: jaxkv.KVCache, queries: jax.Array) -> dict[str, Callable[[], A
             jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
         )
         of_jax = jax.jit(lambda queries, layers: [attention(queries, *layer) for layer in layers])
-        apart = list(layers)
-        peers["jax.nn, cudnn"] = lambda: of_jax(queries, [tuple(layer) for layer in apart])
+        apart = [tuple(layer) for layer in layers]
+        peers["jax.nn, cudnn"] = functools.partial(of_jax, queries, apart)
     if importlib.util.find_spec("torch") and jax.default_backend() == "gpu":
         peers["torch SDPA"] = _of_torch(layers, queries)
     return peers
