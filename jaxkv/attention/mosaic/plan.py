@@ -16,7 +16,7 @@ _MULTIPROCESSORS = 132  # of an H100 or H200, where there is no device to ask
 _SHARED_BYTES = 220 << 10  # of one multiprocessor
 _OTHER_BYTES = 2 << 10  # sums, barriers, and what is lost to alignment
 # Parts at once on a multiprocessor, which hide each other's waiting: more where more is computed.
-_OF_NUMBERS, _OF_CODES, _OF_PACKED = 1, 3, 4
+_OF_NUMBERS, _OF_CODES, _OF_PACKED = 2, 3, 4
 _FEW_ROWS = 16  # whose registers leave room for so many
 _TILES_LOST = 2  # that could be read while a part begins and ends
 MOST_PARTS = 32  # of a sequence: what combines them is unrolled
@@ -125,10 +125,14 @@ def parts(cache: KVCache, rows: int, turning: Turning | None = None) -> tuple[in
         most = min(most, 2)
     at_once = max((number for number in range(1, most + 1) if stages(number) >= 2), default=1)
 
+    # One part a multiprocessor reads numbers at the memory's rate: a second place is there for the
+    # next to begin while that one ends.
+    places = multiprocessors * (at_once if quantized else 1)
+
     def share_of_time_spent_reading(splits: int) -> float:
-        rounds = -(-lists * splits // (at_once * multiprocessors))
+        rounds = -(-lists * splits // places)
         tiles = -(-extent // (splits * TILE))
-        busy = lists * splits / (rounds * at_once * multiprocessors)
+        busy = lists * splits / (rounds * places)
         return busy * tiles / (tiles + _TILES_LOST)
 
     fewest = min(-(-extent // _LONGEST_PART), MOST_PARTS)
