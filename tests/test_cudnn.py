@@ -217,6 +217,20 @@ def test_a_chunk_that_all_but_fills_the_cache_is_one_part(served, monkeypatch, c
     assert len(calls) == parts
 
 
+def test_queries_past_the_end_of_the_cache_get_nothing_and_take_nothing(served):
+    """Inside jit they cannot be refused; `check` tells of them."""
+    config = jaxkv.KVCacheConfig(**SHAPE, batch_size=2)
+    queries, keys, values = (part[0] for part in random_step(config, 24, heads=4))
+    cache = jaxkv.append(jaxkv.create(config), keys, values, layer=0)
+    cache = cache.with_lengths(jnp.array([20, 3]))
+    attend = functools.partial(jaxkv.attend, cache, layer=0)
+    found = jit(functools.partial(attend, implementation="cudnn"))(queries[:, :9])
+    expected = attend(queries[:, :4], implementation="reference")
+    np.testing.assert_allclose(found[:, :4], expected, rtol=1e-5, atol=1e-5)
+    assert not found[0, 4:].any()
+    assert found[1, 4:].any()
+
+
 def test_a_pool_that_rows_share_is_decoded_once(served):
     """Each page once, which is less than what all rows might hold."""
     pages = jaxkv.Paged(8, num_pages=4)

@@ -6,7 +6,8 @@ that all queries see. They are read where they are, through a table of pieces; c
 for one layer first. **The rest**: tokens after the last whole piece and the new ones, gathered in
 the order of their positions, under a causal mask. cuDNN's query i sees keys up to number i, so the
 first query is put where its own key is, behind rows that nobody asked for. Queries of
-cross-attention see all of both parts, and so need no such place.
+cross-attention see all of both parts, and so need no such place. Where few tokens can stand before
+these, they are part of the rest, too.
 
 Pieces are whole because cuDNN multiplies what stands behind the last token by zero, and zero times
 NaN is NaN. With a window, the rest is all that some query sees.
@@ -47,10 +48,16 @@ Queries = Float[Array, "batch tokens kv_heads group head_dim"]
 
 
 class Rows(NamedTuple):
-    """Queries, each in the row of its own key, and how many rows are before a sequence's first."""
+    """Queries, each in the row of its own key.
+
+    Attributes:
+      before: how many rows are before a sequence's first query.
+      counts: and how many there are up to its last one.
+    """
 
     queries: Queries
     before: Int[Array, " batch"]
+    counts: Int[Array, " batch"]
 
 
 class Part(NamedTuple):
@@ -208,11 +215,12 @@ def _placed(request: AttentionCall, first: Int[Array, " batch"], most: int) -> R
     queries = _queries(request)
     tokens = queries.shape[1]
     if tokens == 1 or request.side_by_side:  # they see all keys, wherever they stand
-        return Rows(queries, jnp.zeros_like(first))
+        return Rows(queries, jnp.zeros_like(first), _added(request))
     before = jnp.clip(_start(request) - first, 0, most)
+    counts = jnp.minimum(before + _added(request), most)  # those past the cache's end have no row
     places = jnp.arange(most, dtype=jnp.int32) - before[:, None]
     places = jnp.clip(places, 0, tokens - 1)[:, :, None, None, None]
-    return Rows(jnp.take_along_axis(queries, places, axis=1, mode="clip"), before)
+    return Rows(jnp.take_along_axis(queries, places, axis=1, mode="clip"), before, counts)
 
 
 def _old_pieces(request: AttentionCall, rows: Rows, runs: Int[Array, " batch"]) -> list[Part]:
@@ -256,7 +264,7 @@ def _old_pieces(request: AttentionCall, rows: Rows, runs: Int[Array, " batch"]) 
             _seen(request, output[:, part], logsumexp[:, part], counts[:, part])
             for part in range(splits)
         ]
-    output, logsumexp = call(_heads(rows.queries), query_counts=rows.before + _added(request))
+    output, logsumexp = call(_heads(rows.queries), query_counts=rows.counts)
     return [_taken(request, rows, output, logsumexp, counts[:, 0])]
 
 
@@ -277,7 +285,7 @@ def _rest(
         _heads(rows.queries),
         keys=keys,
         values=values,
-        query_counts=rows.before + _added(request),
+        query_counts=rows.counts,
         key_counts=counts,
         causal=causal,
         window=window if causal else None,
@@ -302,6 +310,7 @@ def _taken(
     take = functools.partial(jnp.take_along_axis, mode="clip")
     output = take(output, places[:, :, None, None], axis=1)
     logsumexp = take(logsumexp, places[:, None, :], axis=2)
+    logsumexp = jnp.where((places < rows.counts[:, None])[:, None], logsumexp, -jnp.inf)
     output = output.reshape(batch, tokens, kv_heads, group, head_dim)
     logsumexp = logsumexp.reshape(batch, kv_heads, group, tokens)
     return _seen(request, output, logsumexp, key_counts)
