@@ -26,7 +26,7 @@ inline Vec Score(const T* const* keys, const float* queries, int64_t head_dim) {
         Part key[kLoaded][N][kParts];
         UNROLL for (int j = 0; j < kLoaded; ++j) {
           LoadMany(keys[first + i + j] + d, key[j]);
-          KeepInRegisters(key[j]);
+          if (G > 1) KeepInRegisters(key[j]);
         }
         UNROLL for (int g = 0; g < G; ++g) {
           Part query[N][kParts];
@@ -63,7 +63,7 @@ inline void Mix(const T* const* values, const float* weights, int steps, int64_t
       UNROLL for (int i = 0; i < K; ++i) {
         Part value[N][kParts];
         LoadMany(values[step * K + i] + d, value);
-        KeepInRegisters(value);
+        if (G > 1) KeepInRegisters(value);
         UNROLL for (int g = 0; g < G; ++g)
           UNROLL for (int n = 0; n < N; ++n)
             UNROLL for (int part = 0; part < kParts; ++part)

@@ -140,11 +140,11 @@ inline ALWAYS_INLINE void LoadPair(const BFloat16* p, int part, Part (&pair)[2])
   pair[0] = (Part)(both << 16);
   pair[1] = (Part)(both & 0xffff0000);
 }
-// The lines of both, into the nearest cache.
+// The lines of both, into the nearest cache but for one.
 template <typename T>
 inline void FetchPair(const T* p) {
   for (const T* line = p; line < p + 2 * kLanes; line += sizeof(Line) / sizeof(T))
-    __builtin_prefetch(line);
+    __builtin_prefetch(line, 0, 2);
 }
 
 // N vectors, in parts. bfloat16 comes in the order in which it is widened with one instruction a
