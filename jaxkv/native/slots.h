@@ -6,7 +6,8 @@
 namespace jaxkv {
 
 constexpr int kBlock = 64;  // slots that are worked on together
-constexpr int kFirstBlock = 16;  // the first of a unit, which nobody has fetched
+// The first of a unit, which nobody has fetched, ends at the next multiple of this.
+constexpr int kFirstBlock = 16;
 
 // Up to kBlock visible slots, taken K at a time in one of two orders.
 struct Block {
@@ -134,7 +135,7 @@ class Blocks {
  public:
   Blocks(const Slots& slots, int64_t q, int64_t list, int64_t from, int64_t to)
       : slots_(slots), q_(q), list_(list), cursor_(from), to_(to) {
-    Collect(kFirstBlock);
+    Collect(kFirstBlock - from % kFirstBlock);
   }
 
   // Goes on to the next block; false if there is none.
