@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from jaxkv.snapshot.prefix import load_prefix
     from jaxkv.snapshot.save import save
 
-__version__ = "0.11.0"
+__version__ = "0.11.1"
 
 __all__ = [
     "Addressing",

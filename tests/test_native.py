@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,18 @@ def test_it_is_built_once_into_the_cache_folder(monkeypatch, tmp_path):
     built = path.stat().st_mtime_ns
     assert library.built(compiler) == path
     assert path.stat().st_mtime_ns == built
+
+
+def test_a_new_cache_is_put_on_large_pages(monkeypatch):
+    """When it is made, and not while tokens are waited for; again where one was freed before."""
+    asked = []
+    asks = types.SimpleNamespace(
+        JaxkvPreferLargePages=lambda data, size: asked.append((data.value, size.value))
+    )
+    monkeypatch.setattr(library, "_loaded", asks)
+    caches = [cache_of(), cache_of()]
+    buffers = [leaf for cache in caches for leaf in cache.storage.values()]
+    assert asked == [(leaf.unsafe_buffer_pointer(), leaf.nbytes) for leaf in buffers]
 
 
 CODECS = {

@@ -17,6 +17,7 @@ from jaxkv.cache.state import StateCache, StateConfig
 from jaxkv.codecs import Leaves, container_dtype
 from jaxkv.devices import default_device
 from jaxkv.errors import ConfigError
+from jaxkv.native import prefer_large_pages
 from jaxkv.placement import Resident, zeros_in_host_memory
 from jaxkv.programs import moves_data
 
@@ -210,6 +211,8 @@ def _create_tokens(config: KVCacheConfig, device: Any, host_zeros: Callable[...,
     elif isinstance(device, jax.Device):
         index, resident = jax.device_put((index, resident), device)
     storage = buffers(config.num_slots, host_zeros if config.in_host_memory else jnp.zeros)
+    if not config.in_host_memory:
+        prefer_large_pages(storage)
     newest = None if config.newest_config is None else _create(config.newest_config, device)
     return KVCache(storage, index, config, codec_state, resident, newest)
 

@@ -9,17 +9,13 @@ namespace jaxkv {
 struct AmxInt8 : Amx, WholeNumbers {
   static constexpr int kWays = 4;  // mixes hold, of each 64 numbers, each fourth, then the next
 
-  // Row k of a tile holds digits of numbers 4k to 4k + 3, digit p of query g in column 4p + g. After
-  // the tiles, each query's unit, in lanes 4 g to 4 g + 3.
+  // Rows of digits; after them, each query's unit, in lanes 4 g to 4 g + 3.
   static void Arrange(const float* queries, int count, int64_t head_dim, Line* tiles) {
     const int64_t rows = head_dim / 4;
     std::memset(tiles, 0, (rows + 1) * sizeof(Line));
     for (int g = 0; g < count; ++g) {
-      const auto put = [&](int64_t d, const int8_t (&digits)[3]) {
-        for (int part = 0; part < 3; ++part)
-          ((int8_t*)tiles[d / 4].lanes)[4 * (part * kQueries + g) + d % 4] = digits[part];
-      };
-      const float unit = InDigits(queries + g * head_dim, head_dim, put);
+      int32_t sums[3] = {};
+      const float unit = PutDigits(queries + g * head_dim, head_dim, g, tiles, sums);
       std::fill_n(tiles[rows].lanes + 4 * g, 4, unit);
     }
   }

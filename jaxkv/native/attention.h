@@ -40,6 +40,13 @@ inline void Join(Attention& job, int64_t row, float* sum) {
   job.log_total[row] = everything == 0 ? kLowest : most + std::log(everything);
 }
 
+// Where a chunk of the slots [begin, begin + span) begins, and the last one ends. Multiples of 16, so
+// that 16 tokens that are multiplied together are of one page.
+inline int64_t Boundary(int64_t begin, int64_t span, int64_t chunk, int64_t chunks) {
+  const int64_t slot = begin + span * chunk / chunks;
+  return chunk == chunks ? slot : std::max(begin, slot / kFirstBlock * kFirstBlock);
+}
+
 // A chunk of slots, for all queries of a sequence. These take turns, a block each: all but the first
 // find it in a near cache.
 template <typename Unit>
@@ -52,8 +59,8 @@ void RunUnit(Attention& job, int64_t unit) {
     const int64_t chunks = job.Chunks(q);
     if (chunk >= chunks) continue;
     const int64_t begin = slots.Begin(q), span = slots.End(q) - begin;
-    const int64_t from = begin + span * chunk / chunks;
-    const int64_t to = begin + span * (chunk + 1) / chunks;
+    const int64_t from = Boundary(begin, span, chunk, chunks);
+    const int64_t to = Boundary(begin, span, chunk + 1, chunks);
     units.emplace_back(job, q, list, chunk, Blocks(slots, q, list, from, to), units.empty());
   }
   for (bool any = true; any;) {

@@ -17,9 +17,12 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jaxlib
+
+from jaxkv.devices import is_concrete, platform_at
 
 _FOLDER = pathlib.Path(__file__).parent
 # Custom call targets of XLA -> symbols of the library.
@@ -29,18 +32,20 @@ _FLAGS = (
     *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno"),
     *("-fPIC", "-pthread", "-w"),
 )
+_loaded: ctypes.CDLL | None = None
 _MOST_SECONDS = 300  # on a busy machine; a quiet one takes some 15
 
 
 @functools.cache
 def unavailable() -> str | None:
     """What stands in the way of the library's use, or None once XLA knows it."""
+    global _loaded
     if os.environ.get("JAXKV_NATIVE") == "0":
         return "JAXKV_NATIVE=0 turns it off"
     if (compiler := _compiler()) is None:
         return "no C++ compiler was found (c++, g++ or $CXX), which it is built with once"
     try:
-        library = ctypes.CDLL(os.fspath(built(compiler)))
+        _loaded = library = ctypes.CDLL(os.fspath(built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         return f"it could not be built: {_summary(error)}"
     for target, symbol in _TARGETS.items():
@@ -53,6 +58,21 @@ def register_if_built() -> None:
     """Let XLA know the library where that takes no compilation."""
     if (compiler := _compiler()) is not None and _place(compiler).exists():
         unavailable()
+
+
+def prefer_large_pages(arrays: Any) -> None:
+    """Put new arrays of a CPU on large pages, beside other work; where that cannot be, nothing.
+
+    A kernel asks for it too, when it first reads a buffer: but then a token is waited for, and
+    moving the pages takes the time of several.
+    """
+    if _loaded is None:
+        return
+    for array in jax.tree.leaves(arrays):
+        if is_concrete(array) and platform_at(array.sharding) == "cpu":
+            for shard in array.addressable_shards:
+                pointer = ctypes.c_void_p(shard.data.unsafe_buffer_pointer())
+                _loaded.JaxkvPreferLargePages(pointer, ctypes.c_int64(shard.data.nbytes))
 
 
 def built(compiler: str) -> pathlib.Path:

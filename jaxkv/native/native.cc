@@ -144,6 +144,10 @@ ffi::Error Products(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, bool table,
 }  // namespace
 }  // namespace jaxkv
 
+extern "C" void JaxkvPreferLargePages(const void* data, int64_t bytes) {
+  jaxkv::PreferLargePages(data, bytes, /*is_new=*/true);
+}
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxkvDecode, jaxkv::Decode,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -14,9 +14,10 @@
 
 namespace jaxkv {
 
-// Asks the system, once for each buffer and beside the work, to put it on pages of 2 MiB. Where it
-// cannot (not Linux 6.1 or later, large pages turned off, none free) everything stays as it is.
-inline void PreferLargePages(const void* data, int64_t bytes) {
+// Asks the system, once for each buffer and beside the work, to put it on pages of 2 MiB. A new one
+// may lie where another was freed. Where the system cannot (not Linux 6.1 or later, large pages turned
+// off, none free) everything stays as it is.
+inline void PreferLargePages(const void* data, int64_t bytes, bool is_new = false) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
   constexpr int64_t kWorthwhile = 8 << 20;
@@ -26,7 +27,7 @@ inline void PreferLargePages(const void* data, int64_t bytes) {
   if (bytes < kWorthwhile) return;
   {
     std::lock_guard<std::mutex> lock(mutex);
-    if (!seen->insert({data, bytes}).second) return;
+    if (!seen->insert({data, bytes}).second && !is_new) return;
   }
   const uintptr_t begin = ((uintptr_t)data + kPage - 1) / kPage * kPage;
   const uintptr_t end = ((uintptr_t)data + bytes) / kPage * kPage;

@@ -11,9 +11,9 @@
 namespace jaxkv {
 
 constexpr int kTogether = 4;  // rows of a weight that are read at once
-// Rows of one unit's part of a weight [in, out], whose parts are summed at the end: fewer make more
-// to sum, more leave too few units.
-constexpr int64_t kUnitRows = 128;
+// Of a weight [in, out] a unit takes rows as wide as there is room for their sums in a near cache, so
+// that it reads in the order of memory. Smaller units make more to sum, larger ones leave too few.
+constexpr int64_t kMostColumns = 2048;
 constexpr int64_t kUnitBytes = 256 << 10;
 constexpr int64_t kProductWorthWaking = 256 << 10;
 
@@ -24,7 +24,8 @@ struct Weight {
   bool table;
   float* y;  // [rows, out]
 
-  int64_t parts, strips, width;  // of [in, out]: along in; along out, and their columns
+  int64_t parts, taken;   // of [in, out], along in: units, and the rows of one
+  int64_t strips, width;  // along out: units, and the columns of one
   float* sums;                   // [parts, strips, rows, width]
   int64_t first_unit, units;
 };
@@ -45,8 +46,9 @@ inline void InRegisters(int64_t rows, const Function& function, int64_t first = 
 
 // sums[m] = x[m] W for all rows of x, `count` rows and `width` columns of a weight. All have strides.
 // A few rows of the weight at a time, which are in the nearest cache for all of x: rows are often a
-// multiple of 4 KiB apart, and of such lines that cache keeps eight. The next rows are fetched
-// meanwhile: the strip of a row is too short for the processor to see where it leads.
+// multiple of 4 KiB apart, and of such lines that cache keeps eight. Others are fetched meanwhile, into
+// the cache that is next to it and has more room: rows are too short for the processor to see where
+// they lead.
 template <typename T>
 void Columns(const T* weight, int64_t stride, int64_t count, int64_t width, const float* x,
              int64_t in, float* sums, int64_t out, int64_t all) {
@@ -59,7 +61,7 @@ void Columns(const T* weight, int64_t stride, int64_t count, int64_t width, cons
       UNROLL for (int r = 0; r < R; ++r) factor[m][r] = x[(m0 + m) * in + first + r];
     for (int64_t c = 0; c < width; c += 2 * kLanes) {
       if (m0 == 0)
-        UNROLL for (int r = 0; r < R; ++r) FetchPair(rows + (R + r) * stride + c);
+        UNROLL for (int r = 0; r < R; ++r) FetchPair(rows + (2 * R + r) * stride + c);
       UNROLL for (int part = 0; part < kParts; ++part) {
         float* const to = sums + m0 * out + c + part * kPart;
         Part sum[M][2] = {}, row[2];
@@ -115,8 +117,8 @@ void RunProductUnit(const Product& job, int64_t unit) {
          job.rows);
   } else {
     const int64_t part = unit / weight.strips, column = unit % weight.strips * weight.width;
-    const int64_t row = part * kUnitRows;
-    Columns(data + row * weight.out + column, weight.out, std::min(kUnitRows, weight.in - row),
+    const int64_t row = part * weight.taken;
+    Columns(data + row * weight.out + column, weight.out, std::min(weight.taken, weight.in - row),
             std::min(weight.width, weight.out - column), job.x + row, weight.in,
             weight.sums + unit * job.rows * weight.width, weight.width, job.rows);
   }
@@ -148,11 +150,12 @@ void Multiply(Product& job, int64_t threads) {
       weight.width = std::max<int64_t>(1, kUnitBytes / row_bytes / kLanes) * kLanes;
       weight.units = (weight.out + weight.width - 1) / weight.width;
     } else {
-      weight.parts = (weight.in + kUnitRows - 1) / kUnitRows;
-      const int64_t most = kUnitBytes / sizeof(T) / std::min(kUnitRows, weight.in);
-      weight.strips = (weight.out + most - 1) / most;
+      weight.strips = (weight.out + kMostColumns - 1) / kMostColumns;
       weight.width = (weight.out / weight.strips + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
       weight.strips = (weight.out + weight.width - 1) / weight.width;
+      const int64_t rows = kUnitBytes / sizeof(T) / weight.width;
+      weight.taken = std::max<int64_t>(1, rows / kTogether) * kTogether;
+      weight.parts = (weight.in + weight.taken - 1) / weight.taken;
       weight.units = weight.parts * weight.strips;
       size += weight.units * job.rows * weight.width;
     }

@@ -6,6 +6,8 @@
 namespace jaxkv {
 
 constexpr int kBlock = 64;  // slots that are worked on together
+// The first of a unit, which nobody has fetched, ends at the next multiple of this.
+constexpr int kFirstBlock = 16;
 
 // Up to kBlock visible slots, taken K at a time in one of two orders.
 struct Block {
@@ -67,11 +69,12 @@ struct Slots {
     return std::min(first, End(q));
   }
 
-  // Fills a block with the next slots in [cursor, end) that query q sees. False if there are none.
-  bool Collect(int64_t q, int64_t list, int64_t& cursor, int64_t end, Block& block) const {
+  // Fills a block with the next slots in [cursor, end) that query q sees, `most` of them.
+  void Collect(int64_t q, int64_t list, int64_t& cursor, int64_t end, int most,
+               Block& block) const {
     const int64_t b = q / tokens;
     block.count = 0;
-    while (cursor < end && block.count < kBlock) {
+    while (cursor < end && block.count < most) {
       int64_t run_end = end, first = b * extent, moved = 0;  // slot of the run's logical slot 0
       if (sees && !key_positions) {
         moved = Moved(q, cursor);
@@ -89,7 +92,7 @@ struct Slots {
         first = place - page * page_size;
       }
       if (!key_positions) {
-        const int64_t some = std::min<int64_t>(run_end - cursor, kBlock - block.count);
+        const int64_t some = std::min<int64_t>(run_end - cursor, most - block.count);
         first += moved + cursor;
         for (int64_t i = 0; i < some; ++i) block.slots[block.count + i] = first + i;
         for (int64_t i = 0; i < some; ++i) block.positions[block.count + i] = cursor + i;
@@ -97,13 +100,12 @@ struct Slots {
         continue;
       }
       const int32_t* held = key_positions + (b * lists + list) * extent;
-      for (; cursor < run_end && block.count < kBlock; ++cursor)
+      for (; cursor < run_end && block.count < most; ++cursor)
         if (Sees(q, held[cursor])) {
           block.positions[block.count] = held[cursor];
           block.slots[block.count++] = first + cursor;
         }
     }
-    return block.count > 0;
   }
 
  private:
@@ -133,21 +135,23 @@ class Blocks {
  public:
   Blocks(const Slots& slots, int64_t q, int64_t list, int64_t from, int64_t to)
       : slots_(slots), q_(q), list_(list), cursor_(from), to_(to) {
-    Collect();
+    Collect(kFirstBlock - from % kFirstBlock);
   }
 
   // Goes on to the next block; false if there is none.
   bool Advance() {
     if (Next().count == 0) return false;
     now_ = 1 - now_;
-    Collect();
+    Collect(kBlock);
     return true;
   }
   const Block& Now() const { return blocks_[now_]; }
   const Block& Next() const { return blocks_[1 - now_]; }
 
  private:
-  void Collect() { slots_.Collect(q_, list_, cursor_, to_, blocks_[1 - now_]); }
+  void Collect(int most) {
+    slots_.Collect(q_, list_, cursor_, to_, most, blocks_[1 - now_]);
+  }
 
   const Slots& slots_;
   const int64_t q_, list_;

@@ -54,14 +54,11 @@ class Unit {
     key_scales_.Load(job_.keys, job_.heads, block, order);
     value_scales_.Load(job_.values, job_.heads, block, order);
     centre_.Start(block);
-    ForEachHead(job_.keys, block, [&](auto g, const Rows& rows, const Wide* const* keys) {
+    ForEachHead<1>(job_.keys, block, [&](auto g, Rows& rows, int step, int, auto keys) {
       constexpr int G = decltype(g)::value;
+      ahead.Fetch();
       const float* queries = &job_.arranged[rows.row * job_.head_dim];
-      for (int step = 0; step < order.steps; ++step) {
-        ahead.Fetch();
-        Store(rows.scores + step * kLanes,
-              Score<Wide, G, K>(keys + step * K, queries, job_.head_dim));
-      }
+      Store(rows.scores + step * kLanes, Score<Wide, G, K>(keys, queries, job_.head_dim));
     });
     for (Rows& rows : rows_) {
       const float* of_centre =
@@ -71,15 +68,13 @@ class Unit {
       Weigh<K>(block, order, value_scales_, rows);
       Shrink<K>(rows, job_.head_dim, MixOf(rows));
     }
-    ForEachHead(job_.values, block, [&](auto g, const Rows& rows, const Wide* const* values) {
-      constexpr int G = decltype(g)::value;
-      for (int step = 0; step < order.steps; step += kStepsOfMix) {
-        const int steps = std::min(kStepsOfMix, order.steps - step);
-        for (int i = 0; i < steps; ++i) ahead.Fetch();
-        Mix<Wide, G, K>(values + step * K, rows.scores + step * kLanes, steps, job_.head_dim,
-                        MixOf(rows));
-      }
-    });
+    ForEachHead<kStepsOfMix>(
+        job_.values, block, [&](auto g, Rows& rows, int step, int steps, auto values) {
+          constexpr int G = decltype(g)::value;
+          for (int i = 0; i < steps; ++i) ahead.Fetch();
+          const float* weights = rows.scores + step * kLanes;
+          Mix<Wide, G, K>(values, weights, steps, job_.head_dim, MixOf(rows));
+        });
     return true;
   }
 
@@ -90,7 +85,7 @@ class Unit {
  private:
   static constexpr int kScores = kBlock / K * kLanes;
   static constexpr int kStepsOfMix = kLanes / K;  // whose values are added up in registers
-  // Codes are widened a head at a time; elements are in the products.
+  // Codes are widened some tokens at a time; elements are in the products.
   static constexpr bool kCodes = std::is_same_v<T, Code>;
   using Wide = std::conditional_t<kCodes, float, T>;
 
@@ -98,29 +93,32 @@ class Unit {
     return job_.MixOf(q_, chunk_, rows.row - q_ * job_.rows());
   }
 
-  // function(G, rows, vectors) for the KV heads: vectors of a block's tokens, in the order of steps.
-  template <typename Function>
+  // function(G, rows, step, steps, vectors) for all KV heads, `kAtOnce` steps of a block at a time, of
+  // whose tokens these are the vectors. So memory is read in order.
+  template <int kAtOnce, typename Function>
   void ForEachHead(const Side& side, const Block& block, const Function& function) {
     const InRuns order{block.Steps<K>()};
-    int tokens[kBlock];
-    for (int step = 0; step < order.steps; ++step)
-      for (int i = 0; i < K; ++i)
-        tokens[step * K + i] = std::min(order.Token(step, i), block.count - 1);
-    const Wide *first[kBlock], *of_head[kBlock];
-    if constexpr (kCodes) widened_.resize(kBlock * job_.head_dim);
-    for (int i = 0; i < order.steps * K; ++i)
-      first[i] = kCodes ? (const Wide*)widened_.data() + tokens[i] * job_.head_dim
-                        : (const Wide*)side.Row(block.slots[tokens[i]], job_.heads);
-    for (const Rows& rows : rows_) {
-      if constexpr (kCodes)
-        for (int token = 0; token < block.count; ++token)
-          WidenCodes(side, job_.head_dim,
-                     side.Row(block.slots[token], job_.heads) + rows.head * side.bytes,
-                     &widened_[token * job_.head_dim]);
-      const int64_t offset = kCodes ? 0 : rows.head * job_.head_dim;
-      for (int i = 0; i < order.steps * K; ++i) of_head[i] = first[i] + offset;
-      WithCount<K>(rows.count, [&](auto g) { function(g, rows, of_head); });
+    const int64_t row = job_.heads * job_.head_dim;
+    if constexpr (kCodes) widened_.resize(kAtOnce * K * row);
+    for (int step = 0; step < order.steps; step += kAtOnce) {
+      const int steps = std::min(kAtOnce, order.steps - step);
+      const Wide *tokens[kAtOnce * K], *vectors[kAtOnce * K];
+      for (int i = 0; i < steps * K; ++i) {
+        const char* stored = side.Row(block.Slot(order.Token(step + i / K, i % K)), job_.heads);
+        tokens[i] = kCodes ? Widened(side, stored, &widened_[i * row]) : (const Wide*)stored;
+      }
+      for (Rows& rows : rows_) {
+        for (int i = 0; i < steps * K; ++i) vectors[i] = tokens[i] + rows.head * job_.head_dim;
+        WithCount<K>(rows.count, [&](auto g) { function(g, rows, step, steps, vectors); });
+      }
     }
+  }
+
+  // One token's vectors, of this unit's heads.
+  const Wide* Widened(const Side& side, const char* stored, float* wide) const {
+    for (int64_t head = rows_.front().head; head <= rows_.back().head; ++head)
+      WidenCodes(side, job_.head_dim, stored + head * side.bytes, wide + head * job_.head_dim);
+    return (const Wide*)wide;
   }
 
   Attention& job_;

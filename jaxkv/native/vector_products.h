@@ -20,14 +20,18 @@ inline Vec Score(const T* const* keys, const float* queries, int64_t head_dim) {
   UNROLL for (int lane = G * K; lane < kLanes; ++lane) sums[lane / kPart][lane % kPart] = Part{};
   UNROLL for (int first = 0; first < K; first += kAtOnce) {
     Part some[G][kAtOnce][kParts] = {};
-    auto add = [&](auto number, int64_t d) {
+    auto add = [&](auto number, int64_t d) ALWAYS_INLINE {
       constexpr int N = decltype(number)::value;
       UNROLL for (int i = 0; i < kAtOnce; i += kLoaded) {
         Part key[kLoaded][N][kParts];
-        UNROLL for (int j = 0; j < kLoaded; ++j) LoadMany(keys[first + i + j] + d, key[j]);
+        UNROLL for (int j = 0; j < kLoaded; ++j) {
+          LoadMany(keys[first + i + j] + d, key[j]);
+          if (G > 1) KeepInRegisters(key[j]);
+        }
         UNROLL for (int g = 0; g < G; ++g) {
           Part query[N][kParts];
           LoadMany(queries + g * head_dim + d, query);
+          KeepInRegisters(query);
           UNROLL for (int n = 0; n < N; ++n)
             UNROLL for (int part = 0; part < kParts; ++part)
               UNROLL for (int j = 0; j < kLoaded; ++j)
@@ -51,7 +55,7 @@ inline Vec Score(const T* const* keys, const float* queries, int64_t head_dim) {
 template <typename T, int G, int K>
 inline void Mix(const T* const* values, const float* weights, int steps, int64_t head_dim,
                 float* mix) {
-  auto add = [&](auto number, int64_t d) {
+  auto add = [&](auto number, int64_t d) ALWAYS_INLINE {
     constexpr int N = decltype(number)::value;
     Part sums[G][N][kParts];
     UNROLL for (int g = 0; g < G; ++g) LoadMany(mix + g * head_dim + d, sums[g]);
@@ -59,6 +63,7 @@ inline void Mix(const T* const* values, const float* weights, int steps, int64_t
       UNROLL for (int i = 0; i < K; ++i) {
         Part value[N][kParts];
         LoadMany(values[step * K + i] + d, value);
+        if (G > 1) KeepInRegisters(value);
         UNROLL for (int g = 0; g < G; ++g)
           UNROLL for (int n = 0; n < N; ++n)
             UNROLL for (int part = 0; part < kParts; ++part)
@@ -67,6 +72,8 @@ inline void Mix(const T* const* values, const float* weights, int steps, int64_t
     UNROLL for (int g = 0; g < G; ++g) StoreMany(mix + g * head_dim + d, sums[g]);
   };
   int64_t d = 0;
+  if constexpr (kParts == 1)  // a weight serves as many numbers as there are registers for
+    for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) add(Number<4>{}, d);
   for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) add(Number<2>{}, d);
   if (d < head_dim) add(Number<1>{}, d);
 }

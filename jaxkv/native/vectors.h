@@ -20,6 +20,9 @@
 #define KEEP_IN_REGISTER(part)
 #endif
 
+// Where the compiler would have what it is given go through memory.
+#define ALWAYS_INLINE __attribute__((always_inline))
+
 namespace jaxkv {
 
 constexpr int kLanes = 16;
@@ -128,40 +131,40 @@ inline Part LoadFours(const float* p) {
 inline void StorePart(float* p, Part v) { *reinterpret_cast<Part*>(p) = v; }
 
 // One part of two vectors that are side by side, in the order in which `LoadMany` has them.
-inline void LoadPair(const float* p, int part, Part (&pair)[2]) {
+inline ALWAYS_INLINE void LoadPair(const float* p, int part, Part (&pair)[2]) {
   pair[0] = *reinterpret_cast<const Part*>(p + part * kPart);
   pair[1] = *reinterpret_cast<const Part*>(p + kLanes + part * kPart);
 }
-inline void LoadPair(const BFloat16* p, int part, Part (&pair)[2]) {
+inline ALWAYS_INLINE void LoadPair(const BFloat16* p, int part, Part (&pair)[2]) {
   const PartWords both = *reinterpret_cast<const PartWords*>(p + 2 * part * kPart);
   pair[0] = (Part)(both << 16);
   pair[1] = (Part)(both & 0xffff0000);
 }
-// The lines of both, into the nearest cache.
+// The lines of both, into the nearest cache but for one.
 template <typename T>
 inline void FetchPair(const T* p) {
   for (const T* line = p; line < p + 2 * kLanes; line += sizeof(Line) / sizeof(T))
-    __builtin_prefetch(line);
+    __builtin_prefetch(line, 0, 2);
 }
 
 // N vectors, in parts. bfloat16 comes in the order in which it is widened with one instruction a
 // register: of each 32 elements first the even ones, then the odd. Whoever meets them is put in that
 // order by `Arrange`, once, and back by `Restore`.
 template <int N, typename T>
-inline void LoadMany(const T* p, Part (&v)[N][kParts]) {
+inline ALWAYS_INLINE void LoadMany(const T* p, Part (&v)[N][kParts]) {
   UNROLL for (int i = 0; i < N; ++i) {
     const Vec whole = Load(p + i * kLanes);
     std::memcpy(v[i], &whole, sizeof whole);
   }
 }
 template <int N>
-inline void LoadMany(const float* p, Part (&v)[N][kParts]) {
+inline ALWAYS_INLINE void LoadMany(const float* p, Part (&v)[N][kParts]) {
   UNROLL for (int i = 0; i < N; ++i)
     UNROLL for (int part = 0; part < kParts; ++part)
       v[i][part] = *reinterpret_cast<const Part*>(p + i * kLanes + part * kPart);
 }
 template <int N>
-inline void LoadMany(const BFloat16* p, Part (&v)[N][kParts]) {
+inline ALWAYS_INLINE void LoadMany(const BFloat16* p, Part (&v)[N][kParts]) {
   if constexpr (N == 1) {
     const Vec whole = Load(p);
     std::memcpy(v[0], &whole, sizeof whole);
@@ -173,6 +176,14 @@ inline void LoadMany(const BFloat16* p, Part (&v)[N][kParts]) {
         v[i][part] = pair[0], v[i + 1][part] = pair[1];
       }
   }
+}
+// Where registers are as wide as vectors: parts of one are loaded as a whole, through memory if not at
+// once (float16 on AVX2: 3 times slower).
+template <int N>
+inline ALWAYS_INLINE void KeepInRegisters(Part (&v)[N][kParts]) {
+  if (kParts > 1) return;
+  UNROLL for (int i = 0; i < N; ++i)
+    UNROLL for (int part = 0; part < kParts; ++part) KEEP_IN_REGISTER(v[i][part]);
 }
 template <int N>
 inline void StoreMany(float* p, const Part (&v)[N][kParts]) {
@@ -207,7 +218,7 @@ inline void Restore(int ways, const float* from, float* to, int64_t size) {
 }
 
 // Lane i of the result is the sum of the lanes of v[i].
-inline __attribute__((always_inline)) Part SumLanes(const Part (&v)[kPart]) {
+inline ALWAYS_INLINE Part SumLanes(const Part (&v)[kPart]) {
   Part a[kPart / 2];
   // Two vectors of partial sums, each in groups of some lanes, become one with groups of half.
 #define FOLD(from, to, number, low, high)                                      \
@@ -247,7 +258,7 @@ inline Part Folded(const Part (&v)[kParts]) {
 }
 
 // Lane i of the result is the sum of the lanes of v[i].
-inline __attribute__((always_inline)) Vec SumEach(const Part (&v)[kParts][kPart]) {
+inline ALWAYS_INLINE Vec SumEach(const Part (&v)[kParts][kPart]) {
   Vec all;
   UNROLL for (int part = 0; part < kParts; ++part) {
     const Part sums = SumLanes(v[part]);
@@ -269,7 +280,7 @@ inline Vec Together(Vec v, Combine combine) {
 }
 // function(part of each of the vectors), for all parts.
 template <typename Function, typename... Vecs>
-inline __attribute__((always_inline)) Vec InParts(const Function& function, Vecs... vectors) {
+inline ALWAYS_INLINE Vec InParts(const Function& function, Vecs... vectors) {
   Vec result;
   UNROLL for (int part = 0; part < kParts; ++part) {
     const Part some = function(reinterpret_cast<const Part*>(&vectors)[part]...);
@@ -289,7 +300,7 @@ inline Vec Added(Vec a, Vec b) { return a + b; }
 
 // exp of each lane, to 2 ulp where x is in [-87, 88]; below, 1.6e-38; of NaN, NaN.
 // Range reduction and polynomial as in Cephes' expf (Moshier).
-inline __attribute__((always_inline)) Part ExpOfPart(Part x) {
+inline ALWAYS_INLINE Part ExpOfPart(Part x) {
   const Part lowest = Part{} - 87.0f;
   x = x < lowest ? lowest : x;
   constexpr float kWhole = 0x1.8p23f;  // what is added to this is rounded to a whole number
@@ -302,7 +313,7 @@ inline __attribute__((always_inline)) Part ExpOfPart(Part x) {
   p = p * r + 5.0000001201e-1f;
   return (p * r * r + r + 1.0f) * (Part)(((PartWords)n << 23) + (127 << 23));
 }
-inline __attribute__((always_inline)) Vec Exp(Vec x) { return InParts(ExpOfPart, x); }
+inline ALWAYS_INLINE Vec Exp(Vec x) { return InParts(ExpOfPart, x); }
 
 // tanh of each lane, to 2 ulp; Cephes' tanhf: a polynomial near 0, where 1 - ... would cancel.
 inline Vec Tanh(Vec x) {

@@ -14,20 +14,15 @@ struct Vnni : WholeNumbers {
   static bool Serves(const Attention&) { return true; }
   struct InUse {};
 
-  // Row k holds digits of numbers 4k to 4k + 3, digit p of query g in lane 4p + g; after the rows,
-  // what sums begin with. Levels are larger by 128 in the products, so that none is negative.
+  // Rows of digits; after them, what sums begin with. Levels are larger by 128 in the products, so that none is negative.
   static void Arrange(const float* queries, int count, int64_t head_dim, Line* lines) {
     const int64_t rows = head_dim / 4;
     std::memset(lines, 0, (rows + 1) * sizeof(Line));
     Start& start = (Start&)lines[rows];
     for (int g = 0; g < count; ++g) {
-      const auto put = [&](int64_t d, const int8_t (&digits)[3]) {
-        for (int part = 0; part < 3; ++part) {
-          ((int8_t*)lines[d / 4].lanes)[4 * (part * kQueries + g) + d % 4] = digits[part];
-          start.sums[part][g] -= 128 * digits[part];
-        }
-      };
-      start.units[g] = InDigits(queries + g * head_dim, head_dim, put);
+      int32_t sums[3] = {};
+      start.units[g] = PutDigits(queries + g * head_dim, head_dim, g, lines, sums);
+      for (int part = 0; part < 3; ++part) start.sums[part][g] = -128 * sums[part];
     }
   }
 

@@ -142,23 +142,29 @@ struct WholeNumbers {
   static constexpr int kNumbers = 64;  // of a vector, in a tile's row
   typedef LevelsReader Reader;
 
-  // A query as whole numbers, as signed digits of 8 bits, the highest first: take(d, digits). Returns
-  // their unit.
-  template <typename Take>
-  static float InDigits(const float* query, int64_t head_dim, const Take& take) {
-    float largest = 0;
-    for (int64_t d = 0; d < head_dim; ++d)
-      if (std::abs(query[d]) > largest || std::isnan(query[d])) largest = std::abs(query[d]);
-    const float unit = largest / kMostSigned;
-    if (!(unit > 0 && std::isfinite(unit))) return unit;  // zeros; or not finite, as all scores then
-    for (int64_t d = 0; d < head_dim; ++d) {
-      int32_t number = std::lrintf(query[d] / unit);
-      int8_t digits[3];
+  // A query as whole numbers of three signed digits of 8 bits, the highest first: row k takes digits p
+  // of numbers 4k to 4k + 3 as the four bytes of lane 4p + g. Adds up the digits; returns the unit.
+  static float PutDigits(const float* query, int64_t head_dim, int g, Line* rows,
+                         int32_t (&sums)[3]) {
+    Vec most = {}, none = {};  // none: 0, or NaN where a number is not finite
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      const Vec numbers = Load(query + d);
+      most = Larger(Larger(numbers, -numbers), most), none += numbers * 0.0f;
+    }
+    none = Together<kLanes>(none, Added);
+    const float unit = Together<kLanes>(most, Larger)[0] / kMostSigned + none[0];
+    if (!(unit > 0)) return unit;  // zeros; or not finite, as all scores then
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      Ints numbers = (Ints)_mm512_cvtps_epi32((__m512)(Load(query + d) / unit));
       for (int part = 2; part >= 0; --part) {
-        digits[part] = (int8_t)number;
-        number = (number - digits[part]) >> 8;
+        const Ints digits = numbers << 24 >> 24;
+        numbers = (numbers - digits) >> 8;
+        sums[part] += _mm512_reduce_add_epi32((__m512i)digits);
+        int32_t fours[4];
+        _mm_storeu_si128((__m128i*)fours, _mm512_cvtepi32_epi8((__m512i)digits));
+        for (int i = 0; i < 4; ++i)
+          std::memcpy(&rows[d / 4 + i].lanes[part * kQueries + g], &fours[i], 4);
       }
-      take(d, digits);
     }
     return unit;
   }
