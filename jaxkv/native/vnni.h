@@ -14,7 +14,8 @@ struct Vnni : WholeNumbers {
   static bool Serves(const Attention&) { return true; }
   struct InUse {};
 
-  // Rows of digits; after them, what sums begin with. Levels are larger by 128 in the products, so that none is negative.
+  // Rows of digits; after them, what sums begin with. Levels are larger by 128 in the products, so
+  // that none is negative.
   static void Arrange(const float* queries, int count, int64_t head_dim, Line* lines) {
     const int64_t rows = head_dim / 4;
     std::memset(lines, 0, (rows + 1) * sizeof(Line));
